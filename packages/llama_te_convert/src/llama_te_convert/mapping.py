@@ -1,0 +1,214 @@
+"""The table that says which tensors of a Hugging Face Llama make which tensor of the Transformer Engine layout.
+
+Names are matched in both directions by the same rows, so a conversion and its reverse cannot disagree. `{layer}` stands
+for a layer's number. Names are relative to the decoder; `model.` or `transformer.` may stand before them.
+
+Shapes: K key/value heads, G query heads per key/value head, D size of a head, E hidden size, F size of the MLP.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class Sizes(Protocol):
+    """What the table needs of a configuration."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+class Layout(Protocol):
+    """How the tensors of a row are put together and taken apart."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
+        """One tensor of the Transformer Engine layout from those of the Hugging Face layout."""
+        ...
+
+    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
+        """The reverse of `merge`."""
+        ...
+
+
+class Same:
+    """One tensor, unchanged."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
+        """The tensor."""
+        return tensors[0]
+
+    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
+        """The tensor."""
+        return [tensor]
+
+
+class InterleavedQKV:
+    """Query, key and value rows, per key/value head: its G query heads, then its key, then its value."""
+
+    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
+        """[K·(G + 2)·D, E] from [K·G·D, E], [K·D, E] and [K·D, E]."""
+        heads = (sizes.num_key_value_heads, -1, sizes.head_dim)
+        return torch.cat([tensor.unflatten(0, heads) for tensor in tensors], dim=1).flatten(0, 2)
+
+    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
+        """The reverse of `merge`."""
+        group = sizes.num_attention_heads // sizes.num_key_value_heads
+        qkv_KNDE = tensor.unflatten(0, (sizes.num_key_value_heads, group + 2, sizes.head_dim))
+        return [part.flatten(0, 2) for part in qkv_KNDE.split((group, 1, 1), dim=1)]
+
+
+class Stacked:
+    """Parts of equal size, one after the other along the rows."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+
+    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
+        """[2·F, E] from two times [F, E]."""
+        return torch.cat(list(tensors))
+
+    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
+        """The reverse of `merge`."""
+        return list(tensor.unflatten(0, (self.parts, -1)).unbind())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table: `hf` names, in order, make the `te` name by `layout`."""
+
+    te: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+_LAYER = "layers.{layer}."
+LLAMA: tuple[Row, ...] = (
+    Row("embed_tokens.weight", ("embed_tokens.weight",), Same()),
+    Row(
+        _LAYER + "self_attention.layernorm_qkv.layer_norm_weight",
+        (_LAYER + "input_layernorm.weight",),
+        Same(),
+    ),
+    Row(
+        _LAYER + "self_attention.layernorm_qkv.weight",
+        tuple(f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv"),
+        InterleavedQKV(),
+    ),
+    Row(_LAYER + "self_attention.proj.weight", (_LAYER + "self_attn.o_proj.weight",), Same()),
+    Row(_LAYER + "layernorm_mlp.layer_norm_weight", (_LAYER + "post_attention_layernorm.weight",), Same()),
+    Row(
+        _LAYER + "layernorm_mlp.fc1_weight",
+        (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
+        Stacked(2),
+    ),
+    Row(_LAYER + "layernorm_mlp.fc2_weight", (_LAYER + "mlp.down_proj.weight",), Same()),
+    Row("norm.weight", ("norm.weight",), Same()),
+    *(
+        Row(name, (name,), Same())
+        for name in ("lm_head.weight", "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One row applied to one layer of one checkpoint: full names on both sides."""
+
+    te: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+_NAME = re.compile(r"(?P<prefix>(?:model\.|transformer\.)?)(?:layers\.(?P<layer>\d+)\.)?(?P<rest>.+)")
+
+
+def plan(source_names: Iterable[str], *, to_te: bool, table: Sequence[Row] = LLAMA) -> list[Step]:
+    """The steps that convert a checkpoint with these tensors.
+
+    Args:
+        source_names: All tensor names of the source.
+        to_te: Whether the source has the Hugging Face layout (else the Transformer Engine layout).
+        table: The rows to use.
+
+    Raises:
+        ValueError: With the names of source tensors that no row knows, or that a row needs and the source lacks.
+    """
+    by_name = {name: row for row in table for name in (row.hf if to_te else (row.te,))}
+    names = list(source_names)
+    present = set(names)
+    steps: dict[str, Step] = {}
+    unknown, missing = [], []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        assert match is not None  # the pattern takes any name that is not empty
+        layer = match["layer"]
+        generic = match["rest"] if layer is None else _LAYER + match["rest"]
+        row = by_name.get(generic)
+        if row is None:
+            unknown.append(name)
+            continue
+
+        def full(generic_name: str, prefix: str = match["prefix"], layer: str | None = layer) -> str:
+            return prefix + generic_name.replace("{layer}", str(layer))
+
+        step = Step(full(row.te), tuple(full(part) for part in row.hf), row.layout)
+        if step.te not in steps:
+            steps[step.te] = step
+            missing += [part for part in (step.hf if to_te else ()) if part not in present]
+    if unknown or missing:
+        raise ValueError(
+            "the checkpoint does not have the tensors of a Llama. "
+            + _list("No rule for", unknown)
+            + _list("Needed but not there", missing)
+        )
+    return list(steps.values())
+
+
+def check_targets(made: Iterable[str], wanted: Iterable[str]) -> None:
+    """Refuse a conversion whose results are not exactly the tensors that the target model has.
+
+    Raises:
+        ValueError: With the names.
+    """
+    made, wanted = set(made), set(wanted)
+    if made != wanted:
+        raise ValueError(
+            "the tensors do not fit the target model. "
+            + _list("It has no source for", sorted(wanted - made))
+            + _list("It has no place for", sorted(made - wanted))
+        )
+
+
+def convert_tensors(
+    steps: Iterable[Step], source: Mapping[str, torch.Tensor], sizes: Sizes, *, to_te: bool
+) -> dict[str, torch.Tensor]:
+    """Apply `steps` to all tensors of `source`; nothing in the result shares memory with it.
+
+    Raises:
+        ValueError: A tensor cannot be taken apart as its rule says; with its name and shape.
+    """
+    result = {}
+    for step in steps:
+        inputs = [source[name] for name in (step.hf if to_te else (step.te,))]
+        try:
+            outputs = [step.layout.merge(inputs, sizes)] if to_te else step.layout.split(inputs[0], sizes)
+        except RuntimeError as error:
+            names = step.hf if to_te else (step.te,)
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(names, inputs, strict=True))
+            raise ValueError(f"{shapes}: cannot make {step.te if to_te else step.hf} of them: {error}") from error
+        for name, output in zip((step.te,) if to_te else step.hf, outputs, strict=True):
+            result[name] = output.clone(memory_format=torch.contiguous_format)
+    return result
+
+
+def _list(title: str, names: Sequence[str], most: int = 8) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{title}: {', '.join(names[:most])}{more}. "

@@ -1,0 +1,52 @@
+"""Llama 3 on NVIDIA Transformer Engine, as transformers models: `NVLlamaForCausalLM` and its kin.
+
+Importing this package makes transformers' Auto classes know the models. Transformer Engine itself is imported when a
+model is built on a machine with a GPU.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .collators import DataCollatorWithFlattening
+from .configuration_nvllama import NVLlamaConfig
+from .modeling_nvllama import (
+    NVLlamaForCausalLM,
+    NVLlamaForQuestionAnswering,
+    NVLlamaForSequenceClassification,
+    NVLlamaForTokenClassification,
+    NVLlamaModel,
+    NVLlamaPreTrainedModel,
+)
+from .packing import TokenPackingDataset
+
+try:
+    __version__ = version("llama-te-core")
+except PackageNotFoundError:  # used from a source folder
+    __version__ = "0+unknown"
+
+__all__ = [
+    "DataCollatorWithFlattening",
+    "NVLlamaConfig",
+    "NVLlamaForCausalLM",
+    "NVLlamaForQuestionAnswering",
+    "NVLlamaForSequenceClassification",
+    "NVLlamaForTokenClassification",
+    "NVLlamaModel",
+    "NVLlamaPreTrainedModel",
+    "TokenPackingDataset",
+]
+
+AutoConfig.register(NVLlamaConfig.model_type, NVLlamaConfig, exist_ok=True)
+AutoModel.register(NVLlamaConfig, NVLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(NVLlamaConfig, NVLlamaForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NVLlamaConfig, NVLlamaForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(NVLlamaConfig, NVLlamaForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(NVLlamaConfig, NVLlamaForQuestionAnswering, exist_ok=True)

@@ -1,0 +1,253 @@
+"""The decoder layer in plain PyTorch: same parameters, call and meaning as `te.TransformerLayer`, on any device.
+
+It is what runs without Transformer Engine, and what the other implementation is tested against, so it is written to be
+read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` gives.
+
+Shapes: B sequences, S positions of a padded batch, T packed tokens, L keys of a cache, E hidden size, F size of the
+MLP, H query heads, K key/value heads, G query heads per key/value head, D size of a head. `x_bE` stands for either
+`[B, S, E]` or `[T, E]`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .configuration_nvllama import NVLlamaConfig
+    from .kv_cache import KVCache
+
+
+class LayerNormLinear(nn.Module):
+    """RMSNorm followed by a product without bias, with TE's parameter names."""
+
+    def __init__(self, in_features: int, out_features: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
+        return F.linear(normed_bE, self.weight)
+
+
+class LayerNormMLP(nn.Module):
+    """RMSNorm followed by SwiGLU; `fc1_weight` holds the gate's rows, then the up projection's."""
+
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.layer_norm_weight = nn.Parameter(torch.ones(hidden_size))
+        self.fc1_weight = nn.Parameter(torch.empty(2 * ffn_hidden_size, hidden_size))
+        self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn_hidden_size))
+
+    def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
+        gate_bF, up_bF = F.linear(normed_bE, self.fc1_weight).chunk(2, dim=-1)
+        return F.linear(F.silu(gate_bF) * up_bF, self.fc2_weight)
+
+
+class MultiheadAttention(nn.Module):
+    """Causal grouped-query attention with rotary position embedding and TE's interleaved QKV weight."""
+
+    def __init__(self, config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> None:
+        super().__init__()
+        self.layer_number = layer_number
+        self.head_dim: int = config.head_dim
+        self.kv_heads: int = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.dropout = float(config.attention_dropout or 0.0)
+        self.softmax_scale = softmax_scale
+        qkv_features = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+        self.layernorm_qkv = LayerNormLinear(config.hidden_size, qkv_features, config.rms_norm_eps)
+        self.proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_bE: torch.Tensor,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        inference_params: KVCache | None,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_q_padded: torch.Tensor | None,
+        max_seqlen_q: int | None,
+    ) -> torch.Tensor:
+        """Run attention and its output projection; arguments are those of `ReferenceLayer.forward`."""
+        qkv_bKND = self.layernorm_qkv(hidden_bE).unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
+        query_bHD = qkv_bKND[..., : self.group, :].flatten(-3, -2)
+        key_bKD, value_bKD = qkv_bKND[..., self.group, :], qkv_bKND[..., self.group + 1, :]
+        angle_PD = rotary_pos_emb[:, 0, 0, :]
+        if hidden_bE.dim() == 3:
+            context_bHD = self._attend_padded(query_bHD, key_bKD, value_bKD, angle_PD, inference_params)
+        else:
+            offsets = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
+            assert offsets is not None and max_seqlen_q is not None
+            context_bHD = self._attend_packed(
+                query_bHD, key_bKD, value_bKD, angle_PD, inference_params, offsets, max_seqlen_q
+            )
+        output_bE: torch.Tensor = self.proj(context_bHD.flatten(-2))
+        return output_bE
+
+    def _attend_padded(
+        self,
+        query_BSHD: torch.Tensor,
+        key_BSKD: torch.Tensor,
+        value_BSKD: torch.Tensor,
+        angle_PD: torch.Tensor,
+        cache: KVCache | None,
+    ) -> torch.Tensor:
+        rows, width = query_BSHD.shape[:2]
+        if cache is None:
+            query_BSHD, key_BSKD = _rotate(query_BSHD, key_BSKD, angle_PD[:width])
+            return self._attend(query_BSHD, key_BSKD, value_BSKD)
+        place_S = torch.arange(width, device=query_BSHD.device)
+        position_BS = cache.get_seqlens_pre_step()[:rows, None] + place_S
+        query_BSHD, key_BSKD = _rotate(query_BSHD, key_BSKD, angle_PD[position_BS])
+        key_BLKD, value_BLKD = cache.append(self.layer_number, key_BSKD, value_BSKD, "bshd")
+        return self._attend(query_BSHD, key_BLKD, value_BLKD, position_BS)
+
+    def _attend_packed(
+        self,
+        query_THD: torch.Tensor,
+        key_TKD: torch.Tensor,
+        value_TKD: torch.Tensor,
+        angle_PD: torch.Tensor,
+        cache: KVCache | None,
+        offsets: torch.Tensor,
+        width: int,
+    ) -> torch.Tensor:
+        rows = len(offsets) - 1
+        row_T, place_T = _token_places(offsets, query_THD.shape[0])
+
+        def spread(packed_Tx: torch.Tensor) -> torch.Tensor:
+            """[T, ...] as a padded batch [B, S, ...] with zeros behind each row's tokens."""
+            padded_BSx = packed_Tx.new_zeros(rows, width, *packed_Tx.shape[1:])
+            return padded_BSx.index_put((row_T, place_T), packed_Tx)
+
+        if cache is None:
+            query_THD, key_TKD = _rotate(query_THD, key_TKD, angle_PD[place_T])
+            context_BSHD = self._attend(spread(query_THD), spread(key_TKD), spread(value_TKD))
+        else:
+            position_T = cache.get_seqlens_pre_step()[row_T] + place_T
+            query_THD, key_TKD = _rotate(query_THD, key_TKD, angle_PD[position_T])
+            key_BLKD, value_BLKD = cache.append(self.layer_number, key_TKD, value_TKD, "thd")
+            context_BSHD = self._attend(spread(query_THD), key_BLKD, value_BLKD, spread(position_T))
+        return context_BSHD[row_T, place_T]
+
+    def _attend(
+        self,
+        query_BSHD: torch.Tensor,
+        key_BLKD: torch.Tensor,
+        value_BLKD: torch.Tensor,
+        position_BS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of each query to the keys at its own position and before; without positions, to its own column.
+
+        The keys of a sequence are those of its tokens in order, so "not after the query" also leaves out what padding
+        or other sequences left behind in the row.
+        """
+        mask_B1SL = None
+        if position_BS is not None:
+            place_L = torch.arange(key_BLKD.shape[1], device=key_BLKD.device)
+            mask_B1SL = place_L <= position_BS[:, None, :, None]
+        context_BHSD = F.scaled_dot_product_attention(
+            query_BSHD.transpose(1, 2),
+            key_BLKD.transpose(1, 2),
+            value_BLKD.transpose(1, 2),
+            attn_mask=mask_B1SL,
+            is_causal=mask_B1SL is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=self.group > 1,
+        )
+        return context_BHSD.transpose(1, 2)
+
+
+class ReferenceLayer(nn.Module):
+    """One Llama decoder layer.
+
+    Args:
+        config: Sizes of the model.
+        layer_number: Number of the layer, from 1, as TE counts; the cache is keyed by it.
+        softmax_scale: What attention multiplies query·key by.
+    """
+
+    def __init__(self, config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> None:
+        super().__init__()
+        self.self_attention = MultiheadAttention(config, layer_number, softmax_scale)
+        self.layernorm_mlp = LayerNormMLP(config.hidden_size, config.intermediate_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_bE: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        self_attn_mask_type: str | None = None,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        inference_params: KVCache | None = None,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_kv: torch.Tensor | None = None,
+        cu_seqlens_q_padded: torch.Tensor | None = None,
+        cu_seqlens_kv_padded: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_kv: int | None = None,
+        pad_between_seqs: bool | None = None,
+    ) -> torch.Tensor:
+        """Run the layer on a padded batch [B, S, E] (real tokens first in each row) or on packed tokens [T, E].
+
+        What comes out at padding is unspecified, as it is in TE.
+
+        Args:
+            hidden_bE: The layer's input.
+            attention_mask: Not needed: padding stands behind the tokens of its row, where causality hides it.
+            self_attn_mask_type: Not needed: always causal within each sequence.
+            rotary_pos_emb: float32 angles [P, 1, 1, D].
+            inference_params: The cache; its `pre_step` has been called for this forward pass.
+            cu_seqlens_q: int32 [B + 1], where each packed sequence starts, counting tokens.
+            cu_seqlens_kv: Equal to `cu_seqlens_q` (self-attention).
+            cu_seqlens_q_padded: int32 [B + 1], where each sequence starts in the buffer, if there is padding between.
+            cu_seqlens_kv_padded: Equal to `cu_seqlens_q_padded`.
+            max_seqlen_q: At least the length of the longest packed sequence, padding included.
+            max_seqlen_kv: Equal to `max_seqlen_q`.
+            pad_between_seqs: Whether there is padding between packed sequences.
+
+        Returns:
+            The layer's output, of the shape of its input.
+        """
+        hidden_bE = hidden_bE + self.self_attention(
+            hidden_bE,
+            rotary_pos_emb=rotary_pos_emb,
+            inference_params=inference_params,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_q_padded=cu_seqlens_q_padded,
+            max_seqlen_q=max_seqlen_q,
+        )
+        return hidden_bE + self.layernorm_mlp(hidden_bE)
+
+
+def _token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of `tokens` packed tokens, its sequence and its place there, from the sequences' offsets [B + 1].
+
+    Tokens behind the last sequence count as its continuation.
+    """
+    token_T = torch.arange(tokens, device=offsets.device)
+    row_T = torch.searchsorted(offsets[1:-1], token_T, right=True)
+    return row_T, token_T - offsets[row_T]
+
+
+def _rotate(
+    query_bHD: torch.Tensor, key_bKD: torch.Tensor, angle_bD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the pairs (i, i + D/2) of queries and keys by their tokens' angles."""
+    angle_b1D = angle_bD[..., None, :]
+    cos_b1D, sin_b1D = angle_b1D.cos().to(query_bHD.dtype), angle_b1D.sin().to(query_bHD.dtype)
+
+    def rotate(x_bND: torch.Tensor) -> torch.Tensor:
+        first, second = x_bND.chunk(2, dim=-1)
+        return x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+
+    return rotate(query_bHD), rotate(key_bKD)

@@ -1,0 +1,88 @@
+"""Rotary position embedding: the angles that a layer rotates queries and keys by.
+
+Shapes: P positions, D size of a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+# Rope types whose frequencies depend on how long the longest sequence is.
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class RotaryAngles:
+    """Angles of every `rope_parameters` type that transformers' Llama knows.
+
+    The frequencies come from transformers itself, computed on the host in float32. Angles are kept per device and
+    grow when a longer sequence arrives. This is not a module: it has no parameters, nothing to save, and nothing that
+    casting or moving the model could change.
+
+    Args:
+        config: A Llama configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self.rope_type: str = config.rope_parameters["rope_type"]
+        _, self._scaling = self._frequencies(None)
+        self._tables: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention multiplies query·key by.
+
+        Yarn and longrope scale the rotated query and key each; both factors are carried by the softmax scale, since
+        Transformer Engine's rotation takes angles only.
+        """
+        return float(self._config.head_dim**-0.5 * self._scaling**2)
+
+    def __call__(self, length: int, device: torch.device) -> torch.Tensor:
+        """Angles for sequences of at most `length` tokens.
+
+        Args:
+            length: Number of positions that the longest sequence has, cached ones included.
+            device: Where the angles are wanted.
+
+        Returns:
+            float32 of shape [P, 1, 1, D] with P ≥ `length`, the two halves of D equal (TE's layout).
+        """
+        regime = self._regime(length)
+        table_P11D = self._tables.get((device, regime))
+        if table_P11D is None or table_P11D.shape[0] < length:
+            positions = max(1 << (length - 1).bit_length(), 256)
+            frequency_D, _ = self._frequencies(length)
+            angle_PD = torch.outer(torch.arange(positions, dtype=torch.float32), frequency_D)
+            table_P11D = torch.cat((angle_PD, angle_PD), dim=-1)[:, None, None, :].to(device)
+            if self.rope_type == "dynamic":
+                self._tables.clear()  # each length beyond the trained one has frequencies of its own
+            self._tables[device, regime] = table_P11D
+        return table_P11D
+
+    def _regime(self, length: int) -> int:
+        """Lengths with the same regime have the same frequencies."""
+        if self.rope_type == "dynamic":
+            trained = self._config.max_position_embeddings
+            return length if length > trained else trained
+        if self.rope_type == "longrope":
+            return int(length > self._config.rope_parameters["original_max_position_embeddings"])
+        return 0
+
+    def _frequencies(self, length: int | None) -> tuple[torch.Tensor, float]:
+        """float32 frequencies [D/2] on the host, and the factor on cosine and sine."""
+        config = self._config
+        with torch.device("cpu"):  # the model may be under construction on the meta device
+            if self.rope_type == "default":
+                exponent_D = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+                return 1.0 / config.rope_parameters["rope_theta"] ** exponent_D, 1.0
+            function = ROPE_INIT_FUNCTIONS[self.rope_type]
+            arguments = {"device": torch.device("cpu"), "seq_len": length}
+            known = inspect.signature(function).parameters
+            if self.rope_type not in _LENGTH_DEPENDENT:
+                arguments.pop("seq_len")
+            frequency_D, scaling = function(config, **{k: v for k, v in arguments.items() if k in known})
+        return frequency_D.float(), float(scaling)

@@ -1,0 +1,145 @@
+"""Generation on Transformer Engine layers.
+
+Two bfloat16 runs of one text may part where two tokens are almost equally likely, so what is asked of a generated
+token is that it was the best, within rounding, for a run over the whole text without a cache.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_infer import InferenceParams, inference_params_for
+
+pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
+NEW = 24
+
+
+def prompts(left_padded: bool) -> dict[str, torch.Tensor]:
+    ids_BS = torch.randint(3, 8192, (3, 20), generator=torch.Generator().manual_seed(2))
+    mask_BS = torch.ones_like(ids_BS)
+    if left_padded:
+        mask_BS[0, :7] = 0
+        mask_BS[2, :1] = 0
+    return {"input_ids": ids_BS.masked_fill(mask_BS == 0, 0).cuda(), "attention_mask": mask_BS.cuda()}
+
+
+def shortfall(model, sequences_BS: torch.Tensor, mask_BS: torch.Tensor, new: int) -> float:
+    """By how much a whole run prefers another token, at worst, in units of the logits' spread."""
+    mask_BS = torch.nn.functional.pad(mask_BS, (0, new), value=1)
+    with torch.no_grad():
+        logits_BSV = model(sequences_BS, attention_mask=mask_BS, use_cache=False).logits[:, -new - 1 : -1].float()
+    chosen_BS = logits_BSV.gather(-1, sequences_BS[:, -new:, None])[..., 0]
+    return float(((logits_BSV.amax(-1) - chosen_BS) / logits_BSV.std(-1)).max())
+
+
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
+@pytest.mark.parametrize("left_padded", [False, True], ids=["whole", "left-padded"])
+def test_greedy(attn_input_format, is_paged, left_padded, make_llama, measured, fused_attention):
+    te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
+    inputs = prompts(left_padded)
+    # Two rows more than the batch has: a cache is often made larger than what comes.
+    cache = inference_params_for(te, batch_size=5, max_length=64, is_paged=is_paged, page_size=16)
+    ids = te.generate(**inputs, max_new_tokens=NEW, do_sample=False, past_key_values=cache)
+    assert ids.shape[1] == 20 + NEW
+    assert list(cache.sequences.values()) == [int(n) + NEW - 1 for n in inputs["attention_mask"].sum(1)]
+    measured("shortfall of cached tokens", shortfall(te, ids, inputs["attention_mask"], NEW), 0.1)
+    without = te.generate(**inputs, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    measured("tokens that differ without a cache, of 72", float((ids != without).sum()), 72 * 0.5)
+
+
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
+def test_beams(attn_input_format, is_paged, make_llama, measured, fused_attention):
+    """Scores of the returned beams are those that a whole run over their text gives."""
+    te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
+    inputs = prompts(True)
+    cache = inference_params_for(te, batch_size=3, num_beams=4, max_length=64, is_paged=is_paged, page_size=16)
+    out = te.generate(
+        **inputs, max_new_tokens=NEW, do_sample=False, num_beams=4, num_return_sequences=2,
+        past_key_values=cache, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    mask_BS = torch.nn.functional.pad(inputs["attention_mask"].repeat_interleave(2, 0), (0, NEW), value=1)
+    with torch.no_grad():
+        logits_BSV = te(out.sequences, attention_mask=mask_BS, use_cache=False).logits[:, -NEW - 1 : -1].float()
+    chosen_BS = logits_BSV.log_softmax(-1).gather(-1, out.sequences[:, -NEW:, None])[..., 0]
+    measured("beam score against a whole run", float((out.sequences_scores - chosen_BS.mean(1)).abs().max()), 0.02)
+    greedy = te.generate(
+        **inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    best_B = torch.stack(greedy.logits, 1).float().log_softmax(-1).amax(-1).mean(1)
+    assert float((out.sequences_scores[::2] - best_B).min()) > -0.02, "beams do worse than greedy"
+
+
+def test_several_turns(make_llama, measured, fused_attention):
+    """Several new tokens on running sequences: rows advance by what they are given."""
+    te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
+    inputs = prompts(True)
+    cache = inference_params_for(te, batch_size=3, max_length=128)
+    ids = te.generate(**inputs, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    question = torch.randint(3, 8192, (3, 9), device="cuda")
+    ids = torch.cat((ids, question), 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 17), value=1)
+    ids = te.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, past_key_values=cache)
+    measured("shortfall in the second turn", shortfall(te, ids, mask, NEW), 0.1)
+
+
+def test_manual_loop(make_llama, measured, fused_attention):
+    """`InferenceParams` as Transformer Engine's users write it."""
+    te = convert_llama_hf_to_te(make_llama().bfloat16())
+    config = te.config
+    cache = InferenceParams(
+        max_batch_size=3,
+        max_sequence_length=64,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim_k=config.head_dim,
+        dtype=torch.bfloat16,
+        qkv_format="thd",
+        max_ctx_len=20,
+    )
+    for layer_number in range(1, config.num_hidden_layers + 1):
+        cache.allocate_memory(layer_number)
+    ids = prompts(False)["input_ids"]
+    with torch.no_grad():
+        whole = te(ids).logits
+        parts = [te(ids[:, :17], past_key_values=cache).logits]
+        parts += [te(ids[:, column : column + 1], past_key_values=cache).logits for column in range(17, 20)]
+    together = torch.cat(parts, 1)
+    measured("cached logits against a whole run", float((together - whole).float().norm() / whole.float().norm()), 0.02)
+
+
+def test_real_model(smollm2, smollm2_tokenizer, measured, fused_attention):
+    """SmolLM2 on Transformer Engine: close to transformers in float32, and the same text up to rounding."""
+    hf = smollm2.cuda()
+    te = convert_llama_hf_to_te(hf).bfloat16()
+    questions = ["Why is the sky blue?", "Name three primary colours.", "What is the capital of France?"]
+    texts = [
+        smollm2_tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        for question in questions
+    ]
+    inputs = smollm2_tokenizer(texts, return_tensors="pt", padding=True).to("cuda")
+    with torch.no_grad():
+        exact = hf(**inputs).logits[inputs.attention_mask.bool()]
+        rounded = te(**inputs).logits[inputs.attention_mask.bool()]
+        half = copy.deepcopy(hf).bfloat16()(**inputs).logits[inputs.attention_mask.bool()]
+    bound = 1.25 * float((half - exact).norm() / exact.norm())
+    measured("TE bf16 against float32, bound: transformers bf16", float((rounded - exact).norm() / exact.norm()), bound)
+    for beams in (1, 4):
+        ids = te.generate(**inputs, max_new_tokens=48, do_sample=False, num_beams=beams)
+        answers = smollm2_tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        print(f"{beams} beams:", *answers, sep="\n  ")
+        assert "Paris" in answers[2]
+        if beams == 1:
+            new = ids.shape[1] - inputs.input_ids.shape[1]
+            mask = torch.nn.functional.pad(inputs.attention_mask, (0, new), value=1)
+            real = (ids != 2).float()[:, -new:]
+            with torch.no_grad():
+                logits = te(ids, attention_mask=mask, use_cache=False).logits[:, -new - 1 : -1].float()
+            gap = (logits.amax(-1) - logits.gather(-1, ids[:, -new:, None])[..., 0]) * real
+            measured("shortfall of cached tokens, in logits", float(gap.max()), 0.5)
