@@ -105,7 +105,6 @@ def _fields(config: Any) -> dict[str, Any]:
                 f"the model is quantized by {quantization.get('quant_method')!r}: convert one with ordinary weights."
             )
         del fields["quantization_config"]  # speaks of the file: in memory its weights are ordinary ones
-    fields["name_or_path"] = config.name_or_path
     fields["attn_implementation"] = config._attn_implementation
     return fields
 

@@ -61,7 +61,9 @@ class NVLlamaConfig(LlamaConfig):
         self.auto_map = dict(AUTO_MAP)
 
     def check(self) -> None:
-        """Refuse values that Llama on Transformer Engine does not know; models do so too, since fields can be set later.
+        """Refuse values that Llama on Transformer Engine does not know.
+
+        Models call this too, since fields can be set after construction.
 
         Raises:
             ValueError: With the field, its value and what is allowed.

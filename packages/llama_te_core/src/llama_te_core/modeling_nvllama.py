@@ -44,7 +44,10 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReferenceLayer", "TransformerLayer"]  # noqa: RUF012  (transformers' own attribute)
     _skip_keys_device_placement = ["inference_params"]  # noqa: RUF012
-    _supports_sdpa = True  # attention is the layers' business, whatever transformers would choose
+    # Attention is the layers' business, whatever transformers would choose.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -431,8 +434,8 @@ class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
             **kwargs: See there.
 
         Returns:
-            `loss` (if labels were given) and `logits` [sequences, C], one row per packed sequence where they are
-            packed.
+            `loss` (if labels were given) and `logits` [sequences, C]; for packed sequences one row for each that
+            `cu_seq_lens_q` tells of.
 
         Raises:
             ValueError: Several sequences, but no way to tell where they end.
@@ -537,7 +540,13 @@ class NVLlamaForQuestionAnswering(NVLlamaPreTrainedModel):
         start_BS, end_BS = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_BS, end_BS, start_positions, end_positions)
+            loss = self.loss_function(
+                start_BS,
+                end_BS,
+                start_positions,
+                end_positions,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
         return QuestionAnsweringModelOutput(
             loss=loss, start_logits=start_BS, end_logits=end_BS, hidden_states=outputs.hidden_states
         )

@@ -26,8 +26,8 @@ class PackedSequences:
     Args:
         cu_seq_lens_q: int32 [B + 1], running sum of the sequences' lengths, from 0.
         cu_seq_lens_k: The same for the keys; equal to it in self-attention.
-        max_length_q: At least the longest sequence; computed from the tensor, at the price of a wait for the device,
-            where it is not given.
+        max_length_q: At least the longest sequence, the padding behind it included; computed from the tensor, at the
+            price of a wait for the device, where it is not given.
         max_length_k: The same for the keys.
         cu_seq_lens_q_padded: int32 [B + 1], where each sequence starts in the buffer, if there is padding between.
         cu_seq_lens_k_padded: The same for the keys.
@@ -118,8 +118,8 @@ def lay_out(
         self_attn_mask_type: "padding_causal" or "causal", for "bshd".
         attention_mask: [B, S], nonzero for tokens; with a cache also [B, columns seen + S].
         position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences; where these are given too,
-            they are checked against them (on the CPU, where looking costs nothing). For packed tokens without
-            `packed`, a new sequence begins at each 0.
+            they are checked against a mask (on the CPU, where looking costs nothing). For packed tokens without
+            `packed`, a new sequence begins at each 0; with it they are not looked at.
         packed: Where packed sequences are.
         cache: Takes part in this pass.
         token_multiple: What the number of tokens that the layers see is padded to where this function packs.
@@ -155,6 +155,8 @@ def lay_out(
         lengths = cache.begin_step(attention_mask, rows, width)
         if sum(lengths) == rows * width:
             attention_mask = None
+        elif sum(lengths) == 0:
+            raise ValueError(f"attention_mask leaves no token in the {width} new columns: there is nothing to compute.")
     mask_BS = None if attention_mask is None else attention_mask[:, -width:].to(input_BS.device).bool()
     if position_ids is not None and position_ids.device.type == "cpu":
         _check_positions(position_ids, mask_BS, width)
@@ -181,6 +183,8 @@ def _packed_by_caller(input_1T: torch.Tensor, packed: PackedSequences) -> Sequen
     # On the host looking costs nothing; on a GPU each look would wait for it, so there a wrong sum goes unnoticed.
     if offsets.device.type == "cpu":
         _check_offsets(cu_seqlens, padded, tokens, packed.max_length_q)
+        if packed.cu_seq_lens_k is not None and not torch.equal(cu_seqlens, packed.cu_seq_lens_k):
+            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: in self-attention both are the same sequences.")
     longest = packed.max_length_q
     if longest is None:
         longest = int(offsets.diff().max())  # the caller did not say, so wait for the device once

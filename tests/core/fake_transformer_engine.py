@@ -1,0 +1,170 @@
+"""A stand-in for `transformer_engine.pytorch`: reference layers that record how they were made and called."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from llama_te_core import layers, reference_layer
+from llama_te_core.reference_layer import ReferenceLayer
+
+
+class DelayedScaling:
+    pass
+
+
+class Float8CurrentScaling:
+    pass
+
+
+class Float8BlockScaling:
+    pass
+
+
+class MXFP8BlockScaling:
+    pass
+
+
+class NVFP4BlockScaling:
+    pass
+
+
+class QuantizedTensor(torch.Tensor):
+    """A weight of a layer made within `quantized_model_init`."""
+
+    __module__ = "transformer_engine.pytorch.quantized_tensor"
+
+    def __new__(cls, values, requires_grad=False):
+        return torch.Tensor._make_subclass(cls, values, requires_grad)
+
+    def dequantize(self):
+        return self.detach().as_subclass(torch.Tensor).clone()
+
+
+class LayerNormLinear(reference_layer.LayerNormLinear):
+    __module__ = "transformer_engine.pytorch.module.layernorm_linear"
+
+
+class LayerNormMLP(reference_layer.LayerNormMLP):
+    __module__ = "transformer_engine.pytorch.module.layernorm_mlp"
+
+
+class Linear(nn.Module):
+    __module__ = "transformer_engine.pytorch.module.linear"
+
+    def forward(self, input_bE):
+        return nn.functional.linear(input_bE, self.weight)
+
+
+class FakeTransformerEngine:
+    """What a test sees: `events`, in order, and the stacks of contexts that are active."""
+
+    def __init__(self):
+        self.events = []
+        self.autocasts = []
+        self.inits = []
+        self.layers = []
+
+    @contextlib.contextmanager
+    def _active(self, kind, stack, enabled, recipe):
+        entry = (enabled, recipe)
+        stack.append(entry)
+        self.events.append((f"enter {kind}", *entry))
+        try:
+            yield
+        finally:
+            self.events.append((f"exit {kind}", *entry))
+            assert stack.pop() is entry
+
+    def autocast(self, enabled=True, calibrating=False, recipe=None):
+        return self._active("autocast", self.autocasts, enabled, recipe)
+
+    def quantized_model_init(self, enabled=True, recipe=None):
+        return self._active("init", self.inits, enabled, recipe)
+
+    def checkpoint(self, function, *args, use_reentrant=True, **kwargs):
+        self.events.append(("checkpoint", use_reentrant))
+        return torch_checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
+
+    @staticmethod
+    def get_default_recipe():
+        return DelayedScaling()
+
+    def install(self, monkeypatch, capability=(9, 0)):
+        """Put this in the place of Transformer Engine, on a machine that seems to have a GPU."""
+        fake, package = self, types.ModuleType("transformer_engine")
+        pytorch = types.ModuleType("transformer_engine.pytorch")
+
+        class TransformerLayer(nn.Module):
+            def __init__(self, **arguments):
+                super().__init__()
+                self.arguments = arguments
+                self.init_context = fake.inits[-1] if fake.inits else None
+                self.calls = []
+                sizes = types.SimpleNamespace(
+                    hidden_size=arguments["hidden_size"],
+                    intermediate_size=arguments["ffn_hidden_size"],
+                    num_attention_heads=arguments["num_attention_heads"],
+                    num_key_value_heads=arguments["num_gqa_groups"],
+                    head_dim=arguments["kv_channels"],
+                    rms_norm_eps=arguments["layernorm_epsilon"],
+                    attention_dropout=arguments["attention_dropout"],
+                )
+                inside = ReferenceLayer(sizes, arguments["layer_number"], arguments["kv_channels"] ** -0.5)
+                self.self_attention, self.layernorm_mlp = inside.self_attention, inside.layernorm_mlp
+                self.self_attention.layernorm_qkv.__class__ = LayerNormLinear
+                self.self_attention.proj.__class__ = Linear
+                self.layernorm_mlp.__class__ = LayerNormMLP
+                self.self_attention.core_attention = CoreAttention(arguments["kv_channels"] ** -0.5)
+                for module in self.modules():
+                    for name, parameter in module.named_parameters(recurse=False):
+                        if name.endswith("weight") and "layer_norm" not in name:
+                            arguments["init_method"](parameter.data)
+                            if self.init_context is not None:
+                                quantized = QuantizedTensor(parameter.data, requires_grad=True)
+                                setattr(module, name, nn.Parameter(quantized))
+                fake.layers.append(self)
+
+            def forward(self, hidden_bE, **arguments):
+                self.calls.append({"autocast": list(fake.autocasts), **arguments})
+                fake.events.append(("layer", self.arguments["layer_number"]))
+                self.self_attention.softmax_scale = self.self_attention.core_attention.softmax_scale
+                return ReferenceLayer.forward(self, hidden_bE, **arguments)
+
+            def get_extra_state(self):
+                return torch.zeros(3)
+
+            def set_extra_state(self, state):
+                fake.events.append(("extra state", state))
+
+        class CoreAttention(nn.Module):
+            def __init__(self, softmax_scale):
+                super().__init__()
+                self.softmax_scale = softmax_scale
+
+            def get_extra_state(self):
+                return torch.zeros(3)
+
+            def set_extra_state(self, state):
+                fake.events.append(("extra state", state))
+
+        pytorch.TransformerLayer = TransformerLayer
+        for name in ("autocast", "quantized_model_init", "checkpoint", "get_default_recipe"):
+            setattr(pytorch, name, getattr(self, name))
+        pytorch.QuantizedTensor = QuantizedTensor
+        package.pytorch = pytorch
+        monkeypatch.setitem(sys.modules, "transformer_engine", package)
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+        # The module that imports Transformer Engine is imported anew with the fake, and again after the test.
+        monkeypatch.setitem(sys.modules, "llama_te_core.transformer_engine_layer", None)
+        del sys.modules["llama_te_core.transformer_engine_layer"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU")
+        layers.transformer_engine_problem.cache_clear()
+        return self

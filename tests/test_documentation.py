@@ -1,0 +1,57 @@
+"""The Python blocks of README.md and docs/ run as written, page by page, in a folder with a checkpoint `./llama`.
+
+Blocks marked `python gpu` need one and are only compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from llama_te_convert import convert_llama_hf_to_te
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python( gpu)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+WORDS = ["The", "sky", "is", "blue", "because", "Two", "and", "two", "make", "four", "Yes", "No", "then", "?"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Path:
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    model = tiny_llama(num_hidden_layers=2, max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "llama")
+    convert_llama_hf_to_te(model).save_pretrained(tmp_path / "llama-te")
+    for folder in ("llama", "llama-te"):
+        tokenizer.save_pretrained(tmp_path / folder)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(checkpoint)
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(2)].count("\n")
+        code = compile("\n" * line + block[2], str(page), "exec")  # so that a traceback shows the page's line
+        if not block[1]:
+            exec(code, namespace)
+    assert text.count("```python") == len(BLOCK.findall(text)), "a block that the pattern does not see"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
