@@ -45,7 +45,7 @@ def test_a_wheel_carries_licence_and_types(distribution: str) -> None:
 
 
 def test_dependencies_point_one_way() -> None:
-    assert names(dependencies("llama-te-core")) == {"torch", "transformers"}
+    assert names(dependencies("llama-te-core")) == {"torch", "transformers", "accelerate"}
     assert names(dependencies("llama-te-convert")) == {"llama-te-core", "safetensors"}
     assert names(dependencies("llama-te-infer")) == {"llama-te-core"}
 

@@ -141,3 +141,8 @@ def test_another_batch_without_a_reset(te: PreTrainedModel) -> None:
         te(input_ids=input_ids(2, 4), past_key_values=cache)
     message = r"holds a batch of 2 rows, but 1 rows come: call reset\(\)"
     refuse(te, cache, ValueError, message, input_ids=input_ids(1, 5))
+
+
+def test_transformers_own_cache_implementations(te: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"cache_implementation='static'.*InferenceParams"):
+        te.generate(input_ids(1, 4), cache_implementation="static", max_new_tokens=2)

@@ -453,11 +453,14 @@ def test_both_names_of_the_cache_argument(te: PreTrainedModel) -> None:
             assert cache.get_seq_length() == 9
 
 
-def test_generate_takes_the_name_past_key_values(hf: PreTrainedModel, te: PreTrainedModel) -> None:
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_generate_takes_both_names_without_a_warning(hf: PreTrainedModel, te: PreTrainedModel, name: str) -> None:
     inputs = prompts(2)
     for options in ({}, {"num_beams": 2}):
         cache = cache_for(te, 2, num_beams=2)
-        result = te.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            result = te.generate(**inputs, **{name: cache}, max_new_tokens=5, do_sample=False, **options)
         assert result.tolist() == hf.generate(**inputs, max_new_tokens=5, do_sample=False, **options).tolist()
         assert cache.get_seq_length() == result.shape[1] - 1
 

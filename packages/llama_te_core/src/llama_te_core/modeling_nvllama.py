@@ -368,6 +368,13 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
             **{_CACHE_FIELD: outputs.get(_CACHE_FIELD)},
         )
 
+    def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
+        """Generate text: transformers' own method, taking the cache by either of its names in any version."""
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            kwargs[_CACHE_FIELD] = cache
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -379,7 +386,12 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> Any:
         """Called by `generate`: make a cache that the layers can use, or check the one that was given."""
-        given = next((name for name in ("cache", "past_key_values") if model_kwargs.get(name) is not None), None)
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: the layers cannot use transformers' "
+                "own caches. Leave it out, or pass a llama_te_infer.InferenceParams as past_key_values."
+            )
+        given = model_kwargs.get(_CACHE_FIELD)
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if given is None and generation_config.use_cache is not False:
             factory = default_cache_factory()
@@ -392,7 +404,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
             model_kwargs[_CACHE_FIELD] = factory(self, batch_size=rows, max_length=max_cache_length)
         elif given is not None:
             cache = check_cache(
-                model_kwargs[given],
+                given,
                 rows,
                 self.config.num_key_value_heads,
                 self.config.head_dim,
