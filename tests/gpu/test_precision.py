@@ -67,7 +67,7 @@ def test_fp8_forward_and_backward(name, attn_input_format, make_llama, measured,
     error = relative(outputs.logits[real], expected.logits[real])
     measured("logits against bf16", error, LOGITS * logit_error)
     assert error > 2 * logit_error, "hardly further off than bf16 is: did FP8 run at all?"
-    measured("loss against bf16", abs(float(outputs.loss - expected.loss)), 0.05)
+    measured("loss against bf16", abs(outputs.loss.item() - expected.loss.item()), 0.05)
     worst = ("", 0.0, 1.0)
     for parameter_name, parameter in model.named_parameters():
         gradient_error = relative(parameter.grad, plain.get_parameter(parameter_name).grad)
