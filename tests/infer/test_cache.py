@@ -24,7 +24,7 @@ from llama_te_infer import InferenceParams, PagedKVCacheManager
 
 LAYERS = (1, 2)
 ROWS, LENGTH, PAGE = 4, 12, 4
-HEADS, DIM_K, DIM_V = 2, 4, 6
+HEADS, DIM_K, DIM_V = 2, 4, 4
 SETTINGS = settings(
     max_examples=100,
     stateful_step_count=14,
@@ -65,7 +65,14 @@ def write(cache: InferenceParams, layer: int, rows: list[list[int]], qkv_format:
     else:
         filled = [row + [-1] * (width - len(row)) for row in rows]
         new_k, new_v = (x.unflatten(0, (len(rows), width)) for x in vectors([t for row in filled for t in row], layer))
-    return (cache.step if te else cache.append)(layer, new_k, new_v, qkv_format)
+    if te:
+        return cache.step(layer, new_k, new_v, qkv_format)
+    query = -7 * new_k
+    qkv = torch.stack((query, 2 * query, new_k, new_v), dim=-2)
+    # Angles of 0 rotate nothing, so what is stored can be told exactly; test_generate.py has real ones.
+    rotated = cache.append_rope(layer, qkv, torch.zeros(LENGTH + 8, 1, 1, DIM_K), qkv_format)
+    assert torch.equal(rotated, torch.stack((query, 2 * query), dim=-2).flatten(-3, -2))
+    return cache.keys_and_values(layer)
 
 
 def check_rows(keys: torch.Tensor, values: torch.Tensor, layer: int, rows: list[list[int]]) -> None:
@@ -532,3 +539,26 @@ def test_crop_forgets_padding_as_padding() -> None:
     cache.crop(-4)
     assert list(cache.sequences.values()) == [0, 2, 1]
     assert cache.get_seq_length() == 2
+
+
+def test_values_may_have_heads_of_another_size() -> None:
+    cache = make_cache(head_dim_v=6)
+    cache.allocate_memory(1)
+    cache.pre_step(OrderedDict([(0, 2), (1, 1)]))
+    new_k, new_v = torch.randn(3, HEADS, DIM_K), torch.randn(3, HEADS, 6)
+    keys, values, *_ = cache.step(1, new_k, new_v, "thd")
+    assert torch.equal(torch.cat((keys[0, :2], keys[1, :1])), new_k)
+    assert torch.equal(torch.cat((values[0, :2], values[1, :1])), new_v)
+
+
+def test_a_layer_stored_by_append_rope_is_not_stored_again() -> None:
+    """Transformer Engine's attention calls `step` in any case; after `append_rope` it hands out what is there."""
+    cache = make_cache()
+    cache.pre_step(OrderedDict([(0, 2)]))
+    write(cache, 1, [[5, 6]], "thd", 0, te=False)
+    wrong = torch.full((2, HEADS, DIM_K), 99.0)
+    keys, values, *_ = cache.step(1, wrong, wrong, "thd")
+    check_rows(keys, values, 1, [[5, 6]])
+    cache.pre_step(OrderedDict([(0, 1)]))
+    keys, *_ = cache.step(1, wrong[:1], wrong[:1], "thd")
+    assert torch.equal(keys[0, 2], wrong[0])

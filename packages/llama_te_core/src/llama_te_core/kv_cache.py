@@ -49,10 +49,28 @@ class KVCache(Protocol):
         """int32 [max_batch_size] on the device: tokens that each row had before the current step."""
         ...
 
-    def append(
-        self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one layer's keys and values of the current step; returns all of them as [batch, keys, heads, dim]."""
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether `append_rope` is one kernel here, so that Transformer Engine's own rotation is not needed."""
+        ...
+
+    def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
+        """Rotate the current step's queries and keys by their positions, and store keys and values.
+
+        Args:
+            layer_number: The layer.
+            qkv: The fused projection's output, [T, K, G, D] ("thd") or [B, S, K, G, D] ("bshd"): for each of K
+                key/value heads its query heads, its key and its value.
+            angles: float32 [positions, 1, 1, D].
+            qkv_format: "thd" or "bshd".
+
+        Returns:
+            The rotated queries, [T, heads, D] or [B, S, heads, D].
+        """
+        ...
+
+    def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer as [batch, keys, K, D], with at least as many keys as the longest row has."""
         ...
 
 

@@ -3,9 +3,9 @@
 It is what runs without Transformer Engine, and what the other implementation is tested against, so it is written to be
 read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` gives.
 
-Shapes: B sequences, S positions of a padded batch, T packed tokens, L keys of a cache, E hidden size, F size of the
-MLP, H query heads, K key/value heads, G query heads per key/value head, D size of a head. `x_bE` stands for either
-`[B, S, E]` or `[T, E]`.
+Shapes: B sequences, S positions of a padded batch, T packed tokens, P positions, L keys of a cache, E hidden size, F
+size of the MLP, H query heads, K key/value heads, G a key/value head's share of the fused projection (its query heads,
+its key and its value), D size of a head. `x_bE` stands for either `[B, S, E]` or `[T, E]`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from .rope import rotate
 
 if TYPE_CHECKING:
     from .configuration_nvllama import NVLlamaConfig
@@ -77,51 +79,42 @@ class MultiheadAttention(nn.Module):
         max_seqlen_q: int | None,
     ) -> torch.Tensor:
         """Run attention and its output projection; arguments are those of `ReferenceLayer.forward`."""
-        qkv_bKND = self.layernorm_qkv(hidden_bE).unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
-        query_bHD = qkv_bKND[..., : self.group, :].flatten(-3, -2)
-        key_bKD, value_bKD = qkv_bKND[..., self.group, :], qkv_bKND[..., self.group + 1, :]
-        angle_PD = rotary_pos_emb[:, 0, 0, :]
+        qkv_bKGD = self.layernorm_qkv(hidden_bE).unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
         if hidden_bE.dim() == 3:
-            context_bHD = self._attend_padded(query_bHD, key_bKD, value_bKD, angle_PD, inference_params)
+            context_bHD = self._attend_padded(qkv_bKGD, rotary_pos_emb, inference_params)
         else:
             offsets = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
             assert offsets is not None and max_seqlen_q is not None
-            context_bHD = self._attend_packed(
-                query_bHD, key_bKD, value_bKD, angle_PD, inference_params, offsets, max_seqlen_q
-            )
+            context_bHD = self._attend_packed(qkv_bKGD, rotary_pos_emb, inference_params, offsets, max_seqlen_q)
         output_bE: torch.Tensor = self.proj(context_bHD.flatten(-2))
         return output_bE
 
-    def _attend_padded(
-        self,
-        query_BSHD: torch.Tensor,
-        key_BSKD: torch.Tensor,
-        value_BSKD: torch.Tensor,
-        angle_PD: torch.Tensor,
-        cache: KVCache | None,
-    ) -> torch.Tensor:
-        rows, width = query_BSHD.shape[:2]
+    def _rotated(
+        self, qkv_bKGD: torch.Tensor, angle_bD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated queries and keys, and values, out of the fused projection."""
+        query_bHD, key_bKD, value_bKD = split_qkv(qkv_bKGD)
+        return rotate(query_bHD, angle_bD), rotate(key_bKD, angle_bD), value_bKD
+
+    def _attend_padded(self, qkv_BSKGD: torch.Tensor, angle_P11D: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        rows, width = qkv_BSKGD.shape[:2]
         if cache is None:
-            query_BSHD, key_BSKD = _rotate(query_BSHD, key_BSKD, angle_PD[:width])
-            return self._attend(query_BSHD, key_BSKD, value_BSKD)
+            return self._attend(*self._rotated(qkv_BSKGD, angle_P11D[:width, 0, 0]))
+        query_BSHD = cache.append_rope(self.layer_number, qkv_BSKGD, angle_P11D, "bshd")
         place_S = torch.arange(width, device=query_BSHD.device)
         position_BS = cache.get_seqlens_pre_step()[:rows, None] + place_S
-        query_BSHD, key_BSKD = _rotate(query_BSHD, key_BSKD, angle_PD[position_BS])
-        key_BLKD, value_BLKD = cache.append(self.layer_number, key_BSKD, value_BSKD, "bshd")
-        return self._attend(query_BSHD, key_BLKD, value_BLKD, position_BS)
+        return self._attend(query_BSHD, *cache.keys_and_values(self.layer_number), position_BS)
 
     def _attend_packed(
         self,
-        query_THD: torch.Tensor,
-        key_TKD: torch.Tensor,
-        value_TKD: torch.Tensor,
-        angle_PD: torch.Tensor,
+        qkv_TKGD: torch.Tensor,
+        angle_P11D: torch.Tensor,
         cache: KVCache | None,
         offsets: torch.Tensor,
         width: int,
     ) -> torch.Tensor:
         rows = len(offsets) - 1
-        row_T, place_T = _token_places(offsets, query_THD.shape[0])
+        row_T, place_T = _token_places(offsets, qkv_TKGD.shape[0])
 
         def spread(packed_Tx: torch.Tensor) -> torch.Tensor:
             """[T, ...] as a padded batch [B, S, ...] with zeros behind each row's tokens."""
@@ -129,13 +122,12 @@ class MultiheadAttention(nn.Module):
             return padded_BSx.index_put((row_T, place_T), packed_Tx)
 
         if cache is None:
-            query_THD, key_TKD = _rotate(query_THD, key_TKD, angle_PD[place_T])
-            context_BSHD = self._attend(spread(query_THD), spread(key_TKD), spread(value_TKD))
+            qkv_THKD = self._rotated(qkv_TKGD, angle_P11D[place_T, 0, 0])
+            context_BSHD = self._attend(*(spread(part) for part in qkv_THKD))
         else:
-            position_T = cache.get_seqlens_pre_step()[row_T] + place_T
-            query_THD, key_TKD = _rotate(query_THD, key_TKD, angle_PD[position_T])
-            key_BLKD, value_BLKD = cache.append(self.layer_number, key_TKD, value_TKD, "thd")
-            context_BSHD = self._attend(spread(query_THD), key_BLKD, value_BLKD, spread(position_T))
+            query_THD = cache.append_rope(self.layer_number, qkv_TKGD, angle_P11D, "thd")
+            position_BS = spread(cache.get_seqlens_pre_step()[row_T] + place_T)
+            context_BSHD = self._attend(spread(query_THD), *cache.keys_and_values(self.layer_number), position_BS)
         return context_BSHD[row_T, place_T]
 
     def _attend(
@@ -239,15 +231,10 @@ def _token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, tor
     return row_T, token_T - offsets[row_T]
 
 
-def _rotate(
-    query_bHD: torch.Tensor, key_bKD: torch.Tensor, angle_bD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the pairs (i, i + D/2) of queries and keys by their tokens' angles."""
-    angle_b1D = angle_bD[..., None, :]
-    cos_b1D, sin_b1D = angle_b1D.cos().to(query_bHD.dtype), angle_b1D.sin().to(query_bHD.dtype)
+def split_qkv(qkv_bKGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [.., K·(G - 2), D], keys and values [.., K, D] out of the fused projection's [.., K, G, D].
 
-    def rotate(x_bND: torch.Tensor) -> torch.Tensor:
-        first, second = x_bND.chunk(2, dim=-1)
-        return x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
-
-    return rotate(query_bHD), rotate(key_bKD)
+    For each key/value head there are its query heads, then its key, then its value.
+    """
+    query_bHD = qkv_bKGD[..., :-2, :].flatten(-3, -2)
+    return query_bHD, qkv_bKGD[..., -2, :], qkv_bKGD[..., -1, :]

@@ -1,6 +1,6 @@
 """Rotary position embedding: the angles that a layer rotates queries and keys by.
 
-Shapes: P positions, D size of a head.
+Shapes: P positions, D size of a head, N heads; `x_bND` stands for any leading dimensions of tokens.
 """
 
 from __future__ import annotations
@@ -86,3 +86,19 @@ class RotaryAngles:
                 arguments.pop("seq_len")
             frequency_D, scaling = function(config, **{k: v for k, v in arguments.items() if k in known})
         return frequency_D.float(), float(scaling)
+
+
+def rotate(x_bND: torch.Tensor, angle_bD: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (i, i + D/2) of each head by its token's angles.
+
+    Args:
+        x_bND: Heads of queries or keys.
+        angle_bD: float32, the two halves of D equal.
+
+    Returns:
+        A tensor like `x_bND`. Cosine and sine are rounded to its dtype first, as transformers does.
+    """
+    angle_b1D = angle_bD[..., None, :]
+    first, second = x_bND.chunk(2, dim=-1)
+    turned_bND = torch.cat((-second, first), dim=-1)
+    return x_bND * angle_b1D.cos().to(x_bND.dtype) + turned_bND * angle_b1D.sin().to(x_bND.dtype)

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
+from llama_te_core.reference_layer import split_qkv
+from llama_te_core.rope import rotate
+
 
 class CacheManager(Protocol):
     """Where keys and values live."""
@@ -309,7 +312,9 @@ class InferenceParams:
         self.sequences_pre_step: OrderedDict[int, int] = OrderedDict()
         self.batch_size = 0
         self._new: list[int] = []
+        # Of the current step: where its tokens go, for each format that layers come with, and the layers done.
         self._slots: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        self._stored: set[int] = set()
         # Which columns of the caller's padded batch were tokens, [B, columns]; None: all of them.
         self._columns = 0
         self._token_BC: torch.Tensor | None = None
@@ -346,7 +351,7 @@ class InferenceParams:
         self.sequences_pre_step, self.sequences = before, after
         self.batch_size = len(step_dict)
         self._new = list(step_dict.values())
-        self._slots = {}
+        self._slots, self._stored = {}, set()
         self._write_books()
 
     def get_seqlens_pre_step(self) -> torch.Tensor:
@@ -356,7 +361,7 @@ class InferenceParams:
     def step(
         self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, str]:
-        """Store a layer's new keys and values; called by Transformer Engine's attention.
+        """Store a layer's new keys and values, unless `append_rope` has; called by Transformer Engine's attention.
 
         Args:
             layer_number: The layer.
@@ -368,7 +373,8 @@ class InferenceParams:
             Keys and values of all tokens (rows, or the pages of all rows), running sums of the new and of all tokens
             [B + 1], the greatest length of a row, and the format of queries and keys.
         """
-        self._store(layer_number, new_k, new_v, qkv_format)
+        if layer_number not in self._stored:
+            self._store(layer_number, new_k, new_v, qkv_format)
         if self.is_paged:
             keys, values = self.cache_manager.cache[layer_number]
         else:
@@ -438,16 +444,33 @@ class InferenceParams:
         """Tokens of the longest row, those of this step included."""
         return max(self.sequences.values(), default=0)
 
-    def append(
-        self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new keys and values; returns all of them as [B, L, K, D], L ≥ the longest row.
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether `append_rope` is one kernel on this device."""
+        return False
 
-        Args: see `step`.
+    def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
+        """Rotate a layer's new queries and keys by their positions, and store keys and values.
+
+        Args:
+            layer_number: The layer.
+            qkv: [T, K, G, D] or [B, S, K, G, D]: for each key/value head its query heads, its key and its value.
+            angles: float32 [positions, 1, 1, D].
+            qkv_format: "thd" or "bshd".
+
+        Returns:
+            The rotated queries, [T, heads, D] or [B, S, heads, D].
         """
         if layer_number not in self.cache_manager.cache:
             self.allocate_memory(layer_number)
-        self._store(layer_number, new_k, new_v, qkv_format)
+        query_bHD, key_bKD, value_bKD = split_qkv(qkv)
+        angle_bD = angles[self._positions(qkv, qkv_format), 0, 0]
+        self._store(layer_number, rotate(key_bKD, angle_bD), value_bKD, qkv_format)
+        self._stored.add(layer_number)
+        return rotate(query_bHD, angle_bD)
+
+    def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer as [B, L, K, D], L ≥ the longest row."""
         return self.cache_manager.rows(layer_number, self.batch_size, self.longest())
 
     # --- transformers' interface ------------------------------------------------------------------------------------
@@ -537,6 +560,15 @@ class InferenceParams:
         for memory, new in zip(self.cache_manager.cache[layer_number], (new_k, new_v), strict=True):
             new_Tx = new.detach().flatten(0, -3)
             memory.flatten(0, 1).index_copy_(0, slots, new_Tx if tokens is None else new_Tx[tokens])
+
+    def _positions(self, qkv: torch.Tensor, qkv_format: str) -> torch.Tensor:
+        """The positions of the new tokens, [T] or [B, S]; padding goes on counting."""
+        start_B = self.pre_step_seqlens[: self.batch_size]
+        if qkv_format == "bshd":
+            return start_B[:, None] + torch.arange(qkv.shape[1], device=self.device)
+        token_T = torch.arange(qkv.shape[0], device=self.device)
+        row_T = torch.searchsorted(self.cu_seqlens_q[1 : self.batch_size], token_T, right=True)
+        return start_B[row_T] + token_T - self.cu_seqlens_q[row_T]
 
     def _find_slots(self, new_k: torch.Tensor, qkv_format: str) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Which of the flattened new tokens to store (None: all), and where; the same for all layers of a step."""
