@@ -1,7 +1,14 @@
-// The Python module `llama_te_infer._extension`: what it was built with, and later its kernels.
+// The Python module `llama_te_infer._extension`: what it was built with, and the operators' kernels.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
 #include "probe.h"
 #endif
@@ -41,11 +48,145 @@ py::object cuda_problem() {
 #endif
 }
 
+using llama_te::AppendArguments;
+using llama_te::ReorderArguments;
+using Address = std::uintptr_t;
+// A cache: its address and the strides of blocks, places and heads.
+using Memory = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+// A page table: its address, 0 for none, and its stride.
+using Table = std::tuple<Address, std::int64_t>;
+
+llama_te::CacheMemory memory_of(const Memory &memory) {
+    return {reinterpret_cast<char *>(std::get<0>(memory)), std::get<1>(memory), std::get<2>(memory),
+            std::get<3>(memory)};
+}
+
+llama_te::CacheIndex index_of(const Table &page_table, std::int32_t capacity, std::int32_t blocks,
+                              std::int32_t block_places) {
+    return {reinterpret_cast<const std::int32_t *>(std::get<0>(page_table)), std::get<1>(page_table), capacity, blocks,
+            block_places};
+}
+
+AppendArguments append_arguments(int element, Address qkv, std::int64_t qkv_token_stride, std::int64_t tokens,
+                                 std::int32_t width, std::int32_t kv_heads, std::int32_t group, std::int32_t head_dim,
+                                 Address cos_sin, std::int64_t cos_sin_stride, std::int32_t positions, Address cu_new,
+                                 Address start, std::int32_t rows, const Table &page_table, std::int32_t capacity,
+                                 std::int32_t blocks, std::int32_t block_places, Address query, const Memory &key,
+                                 const Memory &value) {
+    return {static_cast<llama_te::ElementType>(element),
+            reinterpret_cast<const char *>(qkv),
+            qkv_token_stride,
+            tokens,
+            width,
+            kv_heads,
+            group,
+            head_dim,
+            reinterpret_cast<const char *>(cos_sin),
+            cos_sin_stride,
+            positions,
+            reinterpret_cast<const std::int32_t *>(cu_new),
+            reinterpret_cast<const std::int32_t *>(start),
+            rows,
+            index_of(page_table, capacity, blocks, block_places),
+            reinterpret_cast<char *>(query),
+            memory_of(key),
+            memory_of(value)};
+}
+
+ReorderArguments reorder_arguments(const std::vector<Address> &caches, std::int32_t rows, Address source_rows,
+                                   bool wide, Address lengths, std::int64_t block_bytes, std::int64_t place_bytes,
+                                   const Table &page_table, std::int32_t capacity, std::int32_t blocks,
+                                   std::int32_t block_places, Address ticket) {
+    if (caches.size() > llama_te::kMaxCaches || rows > llama_te::kMaxReorderRows) {
+        throw std::invalid_argument("more caches or rows than a reorder takes");
+    }
+    ReorderArguments arguments = {};
+    for (const Address cache : caches) {
+        arguments.caches[arguments.cache_count++] = reinterpret_cast<char *>(cache);
+    }
+    arguments.rows = rows;
+    arguments.source_rows = {reinterpret_cast<const void *>(source_rows), wide};
+    arguments.lengths = reinterpret_cast<const std::int32_t *>(lengths);
+    arguments.block_bytes = block_bytes;
+    arguments.place_bytes = place_bytes;
+    arguments.index = index_of(page_table, capacity, blocks, block_places);
+    arguments.ticket = reinterpret_cast<std::int32_t *>(ticket);
+    return arguments;
+}
+
+// An operator's functions for the CPU, for a check of its arrays' values and, with two more arguments, for CUDA.
+template <typename Arguments, typename... Parameters>
+auto on_host(Arguments (*make)(Parameters...), void (*run)(const Arguments &)) {
+    return [make, run](Parameters... parameters) {
+        const Arguments arguments = make(parameters...);
+        const py::gil_scoped_release released;  // the CPU's loops can take a while
+        run(arguments);
+    };
+}
+
+template <typename Arguments, typename... Parameters>
+auto on_gpu(Arguments (*make)(Parameters...), void (*run)(const Arguments &, int, Address)) {
+    return [make, run](int device, Address stream, Parameters... parameters) {
+        run(make(parameters...), device, stream);
+    };
+}
+
 }  // namespace
+
+#ifndef LLAMA_TE_CUDA_ARCHITECTURES
+namespace llama_te {
+
+namespace {
+
+[[noreturn]] void without_cuda() {
+    throw std::runtime_error(
+        "llama_te_infer's extension was built without CUDA, so its operators take CPU tensors only: reinstall "
+        "llama-te-infer where nvcc is on PATH (`python -m llama_te_infer.info` tells what was built)");
+}
+
+}  // namespace
+
+void append_rope_cuda(const AppendArguments &, int, std::uintptr_t) {
+    without_cuda();
+}
+
+void reorder_rows_cuda(const ReorderArguments &, int, std::uintptr_t) {
+    without_cuda();
+}
+
+void reorder_pages_cuda(const ReorderArguments &, int, std::uintptr_t) {
+    without_cuda();
+}
+
+}  // namespace llama_te
+#endif
 
 PYBIND11_MODULE(_extension, module) {
     module.doc() = "Compiled part of llama_te_infer.";
     module.def("build_info", &build_info, "What this extension was compiled with.");
     module.def("cuda_problem", &cuda_problem,
                "Run an empty kernel on the current GPU: None where that works, else why it does not.");
+
+    const auto define = [&module](const char *name, auto function, auto... names) {
+        module.def(name, function, py::arg(names)...);
+    };
+    // Strides are in bytes; `page_table` is (address, stride), with address 0 for contiguous caches; `key` and `value`
+    // are (address, strides of blocks, places and heads).
+    const auto define_append = [&](const char *name, auto function, auto... first) {
+        define(name, function, first..., "element", "qkv", "qkv_token_stride", "tokens", "width", "kv_heads", "group",
+               "head_dim", "cos_sin", "cos_sin_stride", "positions", "cu_new", "start", "rows", "page_table",
+               "capacity", "blocks", "block_places", "query", "key", "value");
+    };
+    const auto define_reorder = [&](const char *name, auto function, auto... first) {
+        define(name, function, first..., "caches", "rows", "source_rows", "wide", "lengths", "block_bytes",
+               "place_bytes", "page_table", "capacity", "blocks", "block_places", "ticket");
+    };
+    define_append("append_rope_check", on_host<AppendArguments>(append_arguments, llama_te::check_values));
+    define_append("append_rope_cpu", on_host<AppendArguments>(append_arguments, llama_te::append_rope_cpu));
+    define_append("append_rope_cuda", on_gpu(append_arguments, llama_te::append_rope_cuda), "device", "stream");
+    define_reorder("reorder_check", on_host<ReorderArguments>(reorder_arguments, llama_te::check_values));
+    define_reorder("reorder_rows_cpu", on_host(reorder_arguments, llama_te::reorder_rows_cpu));
+    define_reorder("reorder_rows_cuda", on_gpu(reorder_arguments, llama_te::reorder_rows_cuda), "device", "stream");
+    define_reorder("reorder_pages_cpu", on_host(reorder_arguments, llama_te::reorder_pages_cpu));
+    define_reorder("reorder_pages_cuda", on_gpu(reorder_arguments, llama_te::reorder_pages_cuda), "device", "stream");
 }

@@ -10,6 +10,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from .configuration_nvllama import NVLlamaConfig
+    from .kv_cache import KVCache
 
 
 def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> nn.Module:
@@ -60,7 +61,59 @@ def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, sof
         if hasattr(module, "softmax_scale"):
             module.softmax_scale = softmax_scale
     _hide_extra_state(layer)
+    CacheRotates(layer, config, layer_number)
     return layer
+
+
+class CacheRotates:
+    """Lets a cache that can do so rotate and store what a layer's fused projection gives, in place of TE's own kernels.
+
+    Hooks on the modules of TE's own call path: the layer is told of no rotation, what the projection gives goes to the
+    cache, and attention gets the rotated queries from there. Keys and values it gets from the cache in any case.
+    Without a cache, or with one that has no kernel for it (`fuses_rope`), nothing changes.
+
+    Shapes: [T, K, G, D] or [B, S, K, G, D], as in `KVCache.append_rope`.
+    """
+
+    def __init__(self, layer: nn.Module, config: NVLlamaConfig, layer_number: int) -> None:
+        self.layer_number = layer_number
+        self.qkv_format = config.attn_input_format
+        self.shape_KGD = (
+            config.num_key_value_heads,
+            config.num_attention_heads // config.num_key_value_heads + 2,
+            config.head_dim,
+        )
+        # Of the forward pass that is under way.
+        self._cache: KVCache | None = None
+        self._angles: torch.Tensor | None = None
+        self._query: torch.Tensor | None = None
+        attention: Any = layer.self_attention
+        layer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        attention.layernorm_qkv.register_forward_hook(self._append)
+        attention.core_attention.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+
+    def _begin(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs.get("inference_params")
+        if cache is None or not cache.fuses_rope:
+            self._cache = None
+            return None
+        self._cache, self._angles = cache, kwargs["rotary_pos_emb"]
+        return args, {**kwargs, "rotary_pos_emb": None}
+
+    def _append(self, projection: nn.Module, args: Any, qkv: torch.Tensor) -> None:
+        if self._cache is not None:
+            assert self._angles is not None
+            qkv = qkv.unflatten(-1, self.shape_KGD)
+            self._query = self._cache.append_rope(self.layer_number, qkv, self._angles, self.qkv_format)
+
+    def _hand_over(self, core_attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if self._cache is None:
+            return None
+        query, self._query = self._query, None
+        assert query is not None
+        # TE passes keys and values on to the cache, which has them already: only their shape is looked at.
+        unread = query.new_empty(*query.shape[:-2], self.shape_KGD[0], self.shape_KGD[2])
+        return (query, unread, unread), kwargs
 
 
 def checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

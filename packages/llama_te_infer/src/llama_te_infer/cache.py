@@ -20,6 +20,8 @@ import torch
 from llama_te_core.reference_layer import split_qkv
 from llama_te_core.rope import rotate
 
+from . import operators
+
 
 class CacheManager(Protocol):
     """Where keys and values live."""
@@ -108,11 +110,14 @@ class NonPagedKVCacheManager:
         return key_BLKD[:batch_size, :keys], value_BLKD[:batch_size, :keys]
 
     def reorder(self, source_rows: torch.Tensor, lengths: list[int]) -> None:
-        """Copy rows, as far as they are filled."""
+        """Copy rows, as far as they are filled; with the compiled operator in place, without a second copy."""
         rows, keys = len(lengths), max(lengths)
-        for tensors in self.cache.values():
-            for tensor in tensors:
-                tensor[:rows, :keys] = tensor[:rows, :keys].index_select(0, source_rows)
+        caches = [tensor for tensors in self.cache.values() for tensor in tensors]
+        if caches and operators.available(self.device.type) and operators.takes_reorder(caches, rows):
+            operators.reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
+            return
+        for tensor in caches:
+            tensor[:rows, :keys] = tensor[:rows, :keys].index_select(0, source_rows)
 
 
 class PagedKVCacheManager:
@@ -294,6 +299,8 @@ class InferenceParams:
         self.cu_seqlens_q = self._books[: max_batch_size + 1]
         self.cu_seqlens_kv = self._books[max_batch_size + 1 : 2 * max_batch_size + 2]
         self.pre_step_seqlens = self._books[2 * max_batch_size + 2 :]
+        self._angles: torch.Tensor | None = None
+        self._cos_sin_PD = torch.empty(0)
         self.reset()
 
     def __repr__(self) -> str:
@@ -446,11 +453,13 @@ class InferenceParams:
 
     @property
     def fuses_rope(self) -> bool:
-        """Whether `append_rope` is one kernel on this device."""
-        return False
+        """Whether `append_rope` is one kernel on this device, so that TE's layers leave the rotation to it."""
+        return self.device.type == "cuda" and self._takes_kernels() and not torch.is_grad_enabled()
 
     def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
         """Rotate a layer's new queries and keys by their positions, and store keys and values.
+
+        The compiled operator does both in one pass; where it does not apply, plain PyTorch does the same.
 
         Args:
             layer_number: The layer.
@@ -463,10 +472,26 @@ class InferenceParams:
         """
         if layer_number not in self.cache_manager.cache:
             self.allocate_memory(layer_number)
+        self._stored.add(layer_number)
+        if self._takes_kernels() and not qkv.requires_grad:
+            width = qkv.shape[1] if qkv_format == "bshd" else 0
+            qkv_NKGD = qkv.flatten(0, -4)
+            heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
+            query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
+            operators.append_rope(
+                qkv_NKGD,
+                self._cos_sin(angles),
+                self.cu_seqlens_q[: self.batch_size + 1],
+                self.pre_step_seqlens,
+                self.cache_manager.page_table if isinstance(self.cache_manager, PagedKVCacheManager) else None,
+                width,
+                query_NHD,
+                *self.cache_manager.cache[layer_number],
+            )
+            return query_NHD if width == 0 else query_NHD.unflatten(0, (-1, width))
         query_bHD, key_bKD, value_bKD = split_qkv(qkv)
         angle_bD = angles[self._positions(qkv, qkv_format), 0, 0]
         self._store(layer_number, rotate(key_bKD, angle_bD), value_bKD, qkv_format)
-        self._stored.add(layer_number)
         return rotate(query_bHD, angle_bD)
 
     def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -525,7 +550,7 @@ class InferenceParams:
         """
         if self.batch_size == 0:
             return  # beam search with use_cache=False leaves a given cache empty, and reorders it all the same
-        source_rows = beam_idx.to(self.device)
+        source_rows = beam_idx.to(self.device).contiguous()
         lengths = list(self.sequences.values())
         if len(set(lengths)) > 1:
             # Beams of one prompt are equally long, but rows of different prompts may not be: look where they go.
@@ -560,6 +585,17 @@ class InferenceParams:
         for memory, new in zip(self.cache_manager.cache[layer_number], (new_k, new_v), strict=True):
             new_Tx = new.detach().flatten(0, -3)
             memory.flatten(0, 1).index_copy_(0, slots, new_Tx if tokens is None else new_Tx[tokens])
+
+    def _takes_kernels(self) -> bool:
+        same = self.head_dim_k == self.head_dim_v
+        return same and operators.takes_heads(self.dtype, self.head_dim_k) and operators.available(self.device.type)
+
+    def _cos_sin(self, angles: torch.Tensor) -> torch.Tensor:
+        """Cosines and sines [P, D] of angles whose halves are equal, computed once for each table of angles."""
+        if self._angles is not angles:
+            half_PD = angles[:, 0, 0, : angles.shape[-1] // 2]
+            self._angles, self._cos_sin_PD = angles, torch.cat((half_PD.cos(), half_PD.sin()), dim=-1)
+        return self._cos_sin_PD
 
     def _positions(self, qkv: torch.Tensor, qkv_format: str) -> torch.Tensor:
         """The positions of the new tokens, [T] or [B, S]; padding goes on counting."""

@@ -1,0 +1,355 @@
+// Rotary embedding of queries and keys, fused with the append of keys and values to the cache, on the GPU.
+//
+// A token's qkv is read once and everything that comes of it is written once, 16 bytes at a time. A thread holds the
+// two vectors of a head that rotate into each other, elements [8 j, 8 j + 8) of both halves (of 2-byte elements), so
+// no thread needs another's. With enough tokens to fill the GPU it does that for 4 heads of one token: their loads are
+// all in flight before the first is used, and the cosines and sines, twice a vector's bytes, are fetched once for them.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+#include "launch.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "llama_te needs compute capability 9.0 or later"
+#endif
+
+namespace llama_te {
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffU;
+constexpr int kPromptHeads = 4;  // of one thread
+constexpr int kPromptThreads = 256;
+// A step of generation is over sooner when its few tokens are spread over more multiprocessors.
+constexpr int kStepThreads = 128;
+
+template <ElementType kElement>
+struct Vector;
+
+template <>
+struct Vector<ElementType::kBFloat16> {
+    static constexpr int kElements = 8;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[2 * i] = __uint_as_float(words[i] << 16);
+            values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
+        }
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+            words[i] = *reinterpret_cast<const unsigned *>(&pair);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+template <>
+struct Vector<ElementType::kFloat16> {
+    static constexpr int kElements = 8;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
+            values[2 * i] = pair.x;
+            values[2 * i + 1] = pair.y;
+        }
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+            words[i] = *reinterpret_cast<const unsigned *>(&pair);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+template <>
+struct Vector<ElementType::kFloat32> {
+    static constexpr int kElements = 4;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        values[0] = __uint_as_float(packed.x);
+        values[1] = __uint_as_float(packed.y);
+        values[2] = __uint_as_float(packed.z);
+        values[3] = __uint_as_float(packed.w);
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                          __float_as_uint(values[3]));
+    }
+};
+
+template <int kElements>
+__device__ void load_floats(const char *from, float (&values)[kElements]) {
+#pragma unroll
+    for (int i = 0; i < kElements; i += 4) {
+        const float4 four = *reinterpret_cast<const float4 *>(from + i * sizeof(float));
+        values[i] = four.x;
+        values[i + 1] = four.y;
+        values[i + 2] = four.z;
+        values[i + 3] = four.w;
+    }
+}
+
+// a * b - c * d and a * b + c * d in float32, at most 1.5 units in the last place off: what the rounding of c * d
+// loses is computed exactly and put back (Kahan). Without that a result near 0 would have few right bits. The
+// arithmetic is free here, memory is not. The intrinsics keep the compiler from contracting it to something else.
+__device__ float difference_of_products(float a, float b, float c, float d) {
+    const float product = __fmul_rn(c, d);
+    const float lost = __fmaf_rn(c, d, -product);
+    return __fsub_rn(__fmaf_rn(a, b, -product), lost);
+}
+
+__device__ float sum_of_products(float a, float b, float c, float d) {
+    const float product = __fmul_rn(c, d);
+    const float lost = __fmaf_rn(c, d, -product);
+    return __fadd_rn(__fmaf_rn(a, b, product), lost);
+}
+
+// Exact for dividend * divisor < 2^32, which heads and threads of a block are far below.
+struct Divisor {
+    unsigned value;
+    unsigned inverse;
+
+    explicit Divisor(int divisor)
+        : value(static_cast<unsigned>(divisor)),
+          inverse(static_cast<unsigned>((0x100000000ULL + value - 1) / value)) {}
+
+    __device__ int divide(int dividend) const {
+        // The inverse of 1, 2^32, does not fit and is 0.
+        return value == 1 ? dividend : static_cast<int>(__umulhi(static_cast<unsigned>(dividend), inverse));
+    }
+};
+
+struct Shape {
+    Divisor vectors;         // of half a head
+    Divisor heads_of_group;  // query heads, key and value
+    int heads_of_block;
+    int head_step;  // from one head of a thread to its next
+
+    Shape(int vectors_, int heads_of_group_, int heads_of_block_, int head_step_)
+        : vectors(vectors_), heads_of_group(heads_of_group_), heads_of_block(heads_of_block_), head_step(head_step_) {}
+};
+
+struct TokenPlace {
+    int row;       // -1: the token belongs to none
+    int position;  // in its row
+};
+
+// The row of a packed token is the number of rows that end at or before it. Each lane of a warp looks at one of 32
+// rows, or of 32 stretches of rows: one round for up to 32 rows, two for up to 1024, and what the last round needs of
+// `start` is loaded beside it instead of after it.
+__device__ TokenPlace find_packed(const AppendArguments &a, int token) {
+    const int lane = threadIdx.x % kWarp;
+    int first = 0;
+    int span = a.rows;
+    while (span > kWarp) {
+        const int stretch = (span + kWarp - 1) / kWarp;
+        const int end = min(first + (lane + 1) * stretch, a.rows);
+        const int before = __popc(__ballot_sync(kWholeWarp, a.cu_new[end] <= token));
+        first = min(first + before * stretch, a.rows);
+        span = min(stretch, a.rows - first);
+    }
+    int begin = 0;
+    int end = 0;
+    int start = 0;
+    if (lane < span) {
+        begin = a.cu_new[first + lane];
+        end = a.cu_new[first + lane + 1];
+        start = a.start[first + lane];
+    }
+    const int before = __popc(__ballot_sync(kWholeWarp, lane < span && end <= token));
+    const int source_lane = min(before, kWarp - 1);
+    begin = __shfl_sync(kWholeWarp, begin, source_lane);
+    start = __shfl_sync(kWholeWarp, start, source_lane);
+    return before < span ? TokenPlace{first + before, start + token - begin} : TokenPlace{-1, 0};
+}
+
+__device__ TokenPlace find_padded(const AppendArguments &a, int token) {
+    const int row = token / a.width;
+    const int column = token - row * a.width;
+    const int begin = a.cu_new[row];
+    const int end = a.cu_new[row + 1];
+    const int start = a.start[row];
+    return column < end - begin ? TokenPlace{row, start + column} : TokenPlace{-1, 0};
+}
+
+// Threads x of a block are those of one token, rounded up to whole warps; y are its tokens. Grid x goes over tokens,
+// y over heads where one block does not have them all.
+template <ElementType kElement, int kHeads>
+__global__ void __launch_bounds__(kPromptThreads)
+    append_rope_kernel(const __grid_constant__ AppendArguments a, const __grid_constant__ Shape shape) {
+    using Packed = Vector<kElement>;
+    constexpr int kElements = Packed::kElements;
+    const int token = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);
+    const int head_of_block = shape.vectors.divide(threadIdx.x);
+    const int vector_bytes_in = (threadIdx.x - head_of_block * static_cast<int>(shape.vectors.value)) * kVectorBytes;
+    const int half_bytes = static_cast<int>(shape.vectors.value) * kVectorBytes;
+    const int head_bytes = 2 * half_bytes;
+    const int first_head = blockIdx.y * shape.heads_of_block + head_of_block;
+    const int end_head = min(a.heads(), static_cast<int>(blockIdx.y + 1) * shape.heads_of_block);
+
+    // The launch does not wait for the kernel before it on the stream; nothing above reads memory.
+    cudaGridDependencySynchronize();
+    if (token >= a.tokens) {
+        return;  // a whole warp: its threads share the token
+    }
+    const bool active = head_of_block < shape.head_step;
+
+    uint4 held[kHeads][2];
+    const auto load = [&] {
+        const char *from = a.qkv + token * a.qkv_token_stride + vector_bytes_in;
+#pragma unroll
+        for (int i = 0; i < kHeads; ++i) {
+            const int head = first_head + i * shape.head_step;
+            if (active && head < end_head) {
+                const char *head_from = from + head * head_bytes;
+                held[i][0] = __ldcs(reinterpret_cast<const uint4 *>(head_from));
+                held[i][1] = __ldcs(reinterpret_cast<const uint4 *>(head_from + half_bytes));
+            }
+        }
+    };
+
+    // In a step of generation latency counts: these loads need not wait for the search of the row. In a prompt
+    // other warps hide the latency, and padding is better not read.
+    if constexpr (kHeads == 1) {
+        load();
+    }
+    const TokenPlace place = a.width > 0 ? find_padded(a, token) : find_packed(a, token);
+    int block = 0;
+    int block_place = 0;
+    const bool exists = place.row >= 0 && place.position < a.positions &&
+                        a.index.find(place.row, place.position, block, block_place);
+    if constexpr (kHeads != 1) {
+        if (exists) {
+            load();
+        }
+    }
+    if (!active) {
+        return;
+    }
+
+    float cosine[kElements];
+    float sine[kElements];
+    if (exists) {
+        const char *row = a.cos_sin + place.position * a.cos_sin_stride;
+        constexpr int kFloatBytes = kElements * static_cast<int>(sizeof(float));
+        const char *from = row + vector_bytes_in / kVectorBytes * kFloatBytes;
+        load_floats(from, cosine);
+        load_floats(from + shape.vectors.value * kFloatBytes, sine);
+    }
+    char *const key = a.key.at(block, block_place);
+    char *const value = a.value.at(block, block_place);
+#pragma unroll
+    for (int i = 0; i < kHeads; ++i) {
+        const int head = first_head + i * shape.head_step;
+        if (head >= end_head) {
+            continue;
+        }
+        const int kv_head = shape.heads_of_group.divide(head);
+        const int head_of_group = head - kv_head * static_cast<int>(shape.heads_of_group.value);
+        char *to = a.query_head(token, kv_head, head_of_group);
+        if (!exists) {
+            if (head_of_group >= a.group) {
+                continue;
+            }
+            held[i][0] = make_uint4(0, 0, 0, 0);
+            held[i][1] = make_uint4(0, 0, 0, 0);
+        } else if (head_of_group <= a.group) {
+            float first[kElements];
+            float second[kElements];
+            Packed::unpack(held[i][0], first);
+            Packed::unpack(held[i][1], second);
+#pragma unroll
+            for (int d = 0; d < kElements; ++d) {
+                const float x = first[d];
+                const float y = second[d];
+                first[d] = difference_of_products(x, cosine[d], y, sine[d]);
+                second[d] = sum_of_products(y, cosine[d], x, sine[d]);
+            }
+            held[i][0] = Packed::pack(first);
+            held[i][1] = Packed::pack(second);
+            if (head_of_group == a.group) {
+                to = key + kv_head * a.key.head_stride;
+            }
+        } else {
+            to = value + kv_head * a.value.head_stride;
+        }
+        to += vector_bytes_in;
+        *reinterpret_cast<uint4 *>(to) = held[i][0];
+        *reinterpret_cast<uint4 *>(to + half_bytes) = held[i][1];
+    }
+}
+
+int divide_up(std::int64_t dividend, std::int64_t divisor) {
+    return static_cast<int>((dividend + divisor - 1) / divisor);
+}
+
+template <ElementType kElement, int kHeads>
+void launch(const AppendArguments &a, int vectors, int most_threads, cudaStream_t stream) {
+    const int heads_of_block = [&] {
+        const int most = most_threads / vectors * kHeads;
+        return a.heads() < most ? a.heads() : most;
+    }();
+    const int head_step = divide_up(heads_of_block, kHeads);
+    const int threads = divide_up(static_cast<std::int64_t>(head_step) * vectors, kWarp) * kWarp;
+    const int tokens = kHeads == 1 ? 1 : most_threads / threads;
+    const Shape shape(vectors, a.group + 2, heads_of_block, head_step);
+
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(divide_up(a.tokens, tokens), divide_up(a.heads(), heads_of_block));
+    config.blockDim = dim3(threads, tokens);
+    config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, append_rope_kernel<kElement, kHeads>, a, shape), "append_rope");
+}
+
+template <ElementType kElement>
+void choose(const AppendArguments &a, int device, cudaStream_t stream) {
+    const int vectors = a.head_bytes() / 2 / kVectorBytes;
+    const std::int64_t pairs = a.tokens * a.heads() * vectors;
+    // As long as the GPU holds all pairs of vectors at once, a thread each, more work per thread only takes longer.
+    if (pairs <= static_cast<std::int64_t>(multiprocessors(device)) * 1024) {
+        launch<kElement, 1>(a, vectors, kStepThreads, stream);
+    } else {
+        launch<kElement, kPromptHeads>(a, vectors, kPromptThreads, stream);
+    }
+}
+
+}  // namespace
+
+void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream) {
+    check_layout(arguments);
+    const DeviceGuard guard(device);
+    const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+    switch (arguments.element) {
+        case ElementType::kBFloat16:
+            return choose<ElementType::kBFloat16>(arguments, device, cuda_stream);
+        case ElementType::kFloat16:
+            return choose<ElementType::kFloat16>(arguments, device, cuda_stream);
+        case ElementType::kFloat32:
+            return choose<ElementType::kFloat32>(arguments, device, cuda_stream);
+    }
+}
+
+}  // namespace llama_te

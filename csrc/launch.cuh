@@ -1,0 +1,56 @@
+// What the kernels' launches share.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace llama_te {
+
+inline void check_cuda(cudaError_t error, const char *what) {
+    if (error != cudaSuccess) {
+        cudaGetLastError();  // not to be reported a second time by somebody else's check
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+    }
+}
+
+// Makes `device` current, as the stream's device must be, and the one before it again at the end.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+        changed_ = before_ != device;
+        if (changed_) {
+            check_cuda(cudaSetDevice(device), "cudaSetDevice");
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) {
+            cudaSetDevice(before_);
+        }
+    }
+    DeviceGuard(const DeviceGuard &) = delete;
+    DeviceGuard &operator=(const DeviceGuard &) = delete;
+
+private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+inline int multiprocessors(int device) {
+    static std::atomic<int> known[64];  // a launch should not ask the driver each time
+    if (device < 0 || device >= 64) {
+        throw std::runtime_error("there is no GPU " + std::to_string(device));
+    }
+    int count = known[device].load(std::memory_order_relaxed);
+    if (count == 0) {
+        check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+        known[device].store(count, std::memory_order_relaxed);
+    }
+    return count;
+}
+
+}  // namespace llama_te
