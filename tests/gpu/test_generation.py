@@ -15,10 +15,20 @@ from transformer_engine.common import recipe as recipes
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer import InferenceParams, inference_params_for, operators
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 24
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "TE's own"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the compiled operators rotate and store, or TE rotates and plain PyTorch stores."""
+    if request.param:
+        assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
+    else:
+        monkeypatch.setattr(operators, "available", lambda device_type: False)
+    return request.param
 
 
 def prompts(left_padded: bool) -> dict[str, torch.Tensor]:
@@ -42,11 +52,13 @@ def shortfall(model, sequences_BS: torch.Tensor, mask_BS: torch.Tensor, new: int
 @pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("left_padded", [False, True], ids=["whole", "left-padded"])
-def test_greedy(attn_input_format, is_paged, left_padded, make_llama, measured, fused_attention):
+def test_greedy(attn_input_format, is_paged, left_padded, kernels, make_llama, measured, fused_attention):
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
     inputs = prompts(left_padded)
     # Two rows more than the batch has: a cache is often made larger than what comes.
     cache = inference_params_for(te, batch_size=5, max_length=64, is_paged=is_paged, page_size=16)
+    with torch.no_grad():
+        assert cache.fuses_rope is kernels
     ids = te.generate(**inputs, max_new_tokens=NEW, do_sample=False, past_key_values=cache)
     assert ids.shape[1] == 20 + NEW
     assert list(cache.sequences.values()) == [int(n) + NEW - 1 for n in inputs["attention_mask"].sum(1)]
@@ -57,7 +69,7 @@ def test_greedy(attn_input_format, is_paged, left_padded, make_llama, measured, 
 
 @pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
-def test_beams(attn_input_format, is_paged, make_llama, measured, fused_attention):
+def test_beams(attn_input_format, is_paged, kernels, make_llama, measured, fused_attention):
     """Scores of the returned beams are those that a whole run over their text gives."""
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
     inputs = prompts(True)
