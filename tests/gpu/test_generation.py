@@ -16,6 +16,7 @@ from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import InferenceParams, inference_params_for, operators
+from llama_te_infer import cache as cache_module
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 24
@@ -24,10 +25,8 @@ NEW = 24
 @pytest.fixture(params=[True, False], ids=["kernels", "TE's own"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the compiled operators rotate and store, or TE rotates and plain PyTorch stores."""
-    if request.param:
-        assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
-    else:
-        monkeypatch.setattr(operators, "available", lambda device_type: False)
+    assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
+    monkeypatch.setattr(cache_module, "KERNEL_DEVICES", ("cuda",) if request.param else ())
     return request.param
 
 
@@ -143,44 +142,63 @@ def test_fp8_decoding(make_llama, measured, fused_attention):
         model.generate(ids[:7, :8], attention_mask=torch.ones_like(ids[:7, :8]), max_new_tokens=2, do_sample=False)
 
 
-def test_real_model(smollm2, smollm2_tokenizer, measured, fused_attention):
-    """SmolLM2 on Transformer Engine: as close to transformers in float32 as bfloat16 gets, text included."""
+def answers(te, exact, tokenizer, inputs, beams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Generates; returns each answer's mean log-probability in the float32 model, its logits, and the chosen tokens.
+
+    What stands behind an answer's end-of-text token is padding, and its logits are left at 0.
+    """
+    ids = te.generate(**inputs, max_new_tokens=48, do_sample=False, num_beams=beams)
+    new = ids.shape[1] - inputs.input_ids.shape[1]
+    print(f"{beams} beams:", *tokenizer.batch_decode(ids[:, -new:], skip_special_tokens=True), sep="\n  ")
+    mask = torch.nn.functional.pad(inputs.attention_mask, (0, new), value=1)
+    inside = ((ids[:, -new:] == exact.config.eos_token_id).cumsum(1) <= 1).float()
+    chosen = ids[:, -new:, None]
+    with torch.no_grad():
+        logits = exact(ids, attention_mask=mask).logits[:, -new - 1 : -1]
+    score = (logits.log_softmax(-1).gather(-1, chosen)[..., 0] * inside).sum(1) / inside.sum(1)
+    return score, logits * inside[..., None], ids
+
+
+@pytest.fixture(scope="module")
+def real(smollm2, smollm2_tokenizer):
+    """SmolLM2 in float32 and on TE in bfloat16, and a left-padded batch of questions for it."""
     exact = smollm2.cuda()
-    te, hf = convert_llama_hf_to_te(exact).bfloat16(), copy.deepcopy(exact).bfloat16()
-    questions = ["Why is the sky blue?", "Name three primary colours.", "What is the capital of France?"]
     texts = [
         smollm2_tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
-        for question in questions
+        for question in ("Why is the sky blue?", "Name three primary colours.", "What is the capital of France?")
     ]
     inputs = smollm2_tokenizer(texts, return_tensors="pt", padding=True).to("cuda")
-    real = inputs.attention_mask.bool()
+    return exact, convert_llama_hf_to_te(exact).bfloat16(), smollm2_tokenizer, inputs
+
+
+def test_real_model(real, kernels, measured, fused_attention):
+    """SmolLM2 on Transformer Engine: as close to transformers in float32 as bfloat16 gets, text included."""
+    exact, te, tokenizer, inputs = real
+    hf = copy.deepcopy(exact).bfloat16()
+    tokens = inputs.attention_mask.bool()
     with torch.no_grad():
-        exact_logits = exact(**inputs).logits[real]
-        te_logits = te(**inputs).logits[real]
-        hf_logits = hf(**inputs).logits[real]
+        exact_logits, te_logits, hf_logits = (model(**inputs).logits[tokens] for model in (exact, te, hf))
     bound = 1.25 * relative(hf_logits, exact_logits)
     measured("TE bf16 against float32, bound: transformers bf16", relative(te_logits, exact_logits), bound)
 
-    scores = {}
-    for beams in (1, 4):
-        ids = te.generate(**inputs, max_new_tokens=48, do_sample=False, num_beams=beams)
-        new = ids.shape[1] - real.shape[1]
-        print(f"{beams} beams:", *smollm2_tokenizer.batch_decode(ids[:, -new:], skip_special_tokens=True), sep="\n  ")
-        mask = torch.nn.functional.pad(inputs.attention_mask, (0, new), value=1)
-        with torch.no_grad():
-            logits = exact(ids, attention_mask=mask).logits[:, -new - 1 : -1]
-            hf_logits = hf(ids, attention_mask=mask).logits[:, -new - 1 : -1]
-        chosen = ids[:, -new:, None]
-        # An answer goes on to its end-of-text token; what stands behind that is padding.
-        answer = ((ids[:, -new:] == exact.config.eos_token_id).cumsum(1) <= 1).float()
-        scores[beams] = (logits.log_softmax(-1).gather(-1, chosen)[..., 0] * answer).sum(1) / answer.sum(1)
-        if beams == 1:
-            gap = (logits.amax(-1) - logits.gather(-1, chosen)[..., 0]) * answer
-            # The best token's logit and the chosen one's may both be off, each by what bfloat16 costs transformers.
-            rounding = (hf_logits - logits).gather(-1, torch.cat((logits.argmax(-1, True), chosen), -1)).abs().amax(-1)
-            measured(
-                "greedy tokens' logits below float32's best", float(gap.max()), 2 * float((rounding * answer).max())
-            )
-    measured("greedy's score over beam search's, in float32", float((scores[1] - scores[4]).max()), 0.02)
+    _, logits, ids = answers(te, exact, tokenizer, inputs, beams=1)
+    new = logits.shape[1]
+    mask = torch.nn.functional.pad(inputs.attention_mask, (0, new), value=1)
+    with torch.no_grad():
+        hf_logits = hf(ids, attention_mask=mask).logits[:, -new - 1 : -1]
+    inside = (logits != 0).any(-1)
+    pair = torch.cat((logits.argmax(-1, True), ids[:, -new:, None]), -1)
+    gap = (logits.amax(-1) - logits.gather(-1, pair[..., 1:])[..., 0])[inside]
+    # The best token's logit and the chosen one's may both be off, each by what bfloat16 costs transformers.
+    rounding = (hf_logits - logits).gather(-1, pair).abs()[inside]
+    measured("greedy tokens' logits below float32's best", float(gap.max()), 2 * float(rounding.max()))
+
+
+def test_real_model_beams(real, kernels, measured, fused_attention):
+    """Beams are at least as likely as greedy's text, in the eyes of the float32 model."""
+    exact, te, tokenizer, inputs = real
+    greedy, *_ = answers(te, exact, tokenizer, inputs, beams=1)
+    beams, *_ = answers(te, exact, tokenizer, inputs, beams=4)
+    measured("greedy's score over beam search's, in float32", float((greedy - beams).max()), 0.02)
