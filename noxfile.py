@@ -59,6 +59,24 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
+    install(session, "hypothesis", "pytest")
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+    settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF"]
+    options = [f"--config-settings={setting}" for setting in settings]
+    session.install("--force-reinstall", "--no-deps", "--no-cache-dir", *options, PACKAGES[2])
+    # Python itself is not built for it, so the runtime must be there before all else, and with it the library whose
+    # exceptions it looks after.
+    libraries = ("libasan.so", "libstdc++.so.6")
+    found = [session.run("c++", f"-print-file-name={name}", external=True, silent=True).strip() for name in libraries]
+    # Python keeps what it allocated until the end, which is no leak of ours.
+    env = OFFLINE | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    tests = ["tests/infer/test_operators.py", "tests/infer/test_kernels_in_cache.py"]
+    session.run("pytest", *(session.posargs or tests), env=env)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install("ruff==0.17.6")

@@ -129,6 +129,25 @@ def test_reorder_rows(rows: int, seed: int) -> None:
     assert_rows_reordered(case, on_device(make_rows(case), "cuda"))
 
 
+@pytest.mark.parametrize("length", [40, 43, 46, 64, 85, 300])
+def test_reorder_rows_of_a_whole_model(length: int) -> None:
+    """Three prompts of four beams in 60 caches: more pieces than blocks at once, and rows of different lengths."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        beams = torch.randint(0, 4, (3, 4), generator=generator) + 4 * torch.arange(3)[:, None]
+        lengths = [length - 1] * 4 + [length - 2] * 4 + [length] * 4
+        case = ReorderCase(
+            source_rows=tuple(beams.flatten().tolist()),
+            lengths=tuple(lengths),
+            caches=60,
+            kv_heads=3,
+            head_dim=64,
+            dtype=torch.bfloat16,
+            seed=seed,
+        )
+        assert_rows_reordered(case, on_device(make_rows(case), "cuda"))
+
+
 @pytest.mark.parametrize("seed", range(16))
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 8, 13, 16, 17, 32, 33, 64])
 def test_reorder_pages(rows: int, seed: int) -> None:
