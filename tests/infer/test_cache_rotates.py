@@ -60,7 +60,7 @@ class Attention(nn.Module):
             self.rotations += 1
             start = inference_params.get_seqlens_pre_step()[: hidden.shape[0], None]
             angles = rotary_pos_emb[start + torch.arange(hidden.shape[1]), 0, 0]
-            query, key = rotate(query, angles), rotate(key, angles)
+            query, key = rotate(query, key, angles)
         return self.core_attention(query.contiguous(), key, value, inference_params=inference_params)
 
 
@@ -80,7 +80,7 @@ def test_the_cache_does_what_the_layer_would(monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     hooked, plain = Layer(), Layer()
     plain.load_state_dict(hooked.state_dict())
-    CacheRotates(hooked, Config(), 1)  # type: ignore[arg-type]
+    hooks = CacheRotates(hooked, Config(), 1)  # type: ignore[arg-type]
     angle_PD = torch.outer(torch.arange(32.0), torch.logspace(0, -3, DIM // 2))
     angles = torch.cat((angle_PD, angle_PD), -1)[:, None, None]
 
@@ -104,3 +104,4 @@ def test_the_cache_does_what_the_layer_would(monkeypatch: pytest.MonkeyPatch) ->
             torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
         assert layer.self_attention.rotations == (0 if fuses_rope else 4)
         assert list(cache.sequences.values()) == [10, 10, 10]
+        assert hooks._cache is None, "a layer must not keep a cache alive"

@@ -94,7 +94,7 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rotated queries and keys, and values, out of the fused projection."""
         query_bHD, key_bKD, value_bKD = split_qkv(qkv_bKGD)
-        return rotate(query_bHD, angle_bD), rotate(key_bKD, angle_bD), value_bKD
+        return *rotate(query_bHD, key_bKD, angle_bD), value_bKD
 
     def _attend_padded(self, qkv_BSKGD: torch.Tensor, angle_P11D: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         rows, width = qkv_BSKGD.shape[:2]

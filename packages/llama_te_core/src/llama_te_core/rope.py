@@ -88,17 +88,22 @@ class RotaryAngles:
         return frequency_D.float(), float(scaling)
 
 
-def rotate(x_bND: torch.Tensor, angle_bD: torch.Tensor) -> torch.Tensor:
+def rotate(query_bND: torch.Tensor, key_bND: torch.Tensor, angle_bD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate the pairs (i, i + D/2) of each head by its token's angles.
 
     Args:
-        x_bND: Heads of queries or keys.
+        query_bND: Heads of queries.
+        key_bND: Heads of keys.
         angle_bD: float32, the two halves of D equal.
 
     Returns:
-        A tensor like `x_bND`. Cosine and sine are rounded to its dtype first, as transformers does.
+        Tensors like the queries and the keys. Cosine and sine are rounded to their dtype first, as transformers does.
     """
     angle_b1D = angle_bD[..., None, :]
-    first, second = x_bND.chunk(2, dim=-1)
-    turned_bND = torch.cat((-second, first), dim=-1)
-    return x_bND * angle_b1D.cos().to(x_bND.dtype) + turned_bND * angle_b1D.sin().to(x_bND.dtype)
+    cos_b1D, sin_b1D = angle_b1D.cos().to(query_bND.dtype), angle_b1D.sin().to(query_bND.dtype)
+
+    def turn(x_bND: torch.Tensor) -> torch.Tensor:
+        first, second = x_bND.chunk(2, dim=-1)
+        return x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+
+    return turn(query_bND), turn(key_bND)

@@ -109,8 +109,9 @@ class CacheRotates:
     def _hand_over(self, core_attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self._cache is None:
             return None
-        query, self._query = self._query, None
+        query = self._query
         assert query is not None
+        self._cache = self._angles = self._query = None  # the layer must not keep a cache alive
         # TE passes keys and values on to the cache, which has them already: only their shape is looked at.
         unread = query.new_empty(*query.shape[:-2], self.shape_KGD[0], self.shape_KGD[2])
         return (query, unread, unread), kwargs

@@ -480,27 +480,14 @@ class InferenceParams:
         """
         if layer_number not in self.cache_manager.cache:
             self.allocate_memory(layer_number)
-        self._stored.add(layer_number)
         if self._takes_kernels() and not qkv.requires_grad:
-            width = qkv.shape[1] if qkv_format == "bshd" else 0
-            qkv_NKGD = qkv.flatten(0, -4)
-            heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
-            query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
-            operators.append_rope(
-                qkv_NKGD,
-                self._cos_sin(angles),
-                self.cu_seqlens_q[: self.batch_size + 1],
-                self.pre_step_seqlens,
-                self.cache_manager.page_table if isinstance(self.cache_manager, PagedKVCacheManager) else None,
-                width,
-                query_NHD,
-                *self.cache_manager.cache[layer_number],
-            )
-            return query_NHD if width == 0 else query_NHD.unflatten(0, (-1, width))
-        query_bHD, key_bKD, value_bKD = split_qkv(qkv)
-        angle_bD = angles[self._positions(qkv, qkv_format), 0, 0]
-        self._store(layer_number, rotate(key_bKD, angle_bD), value_bKD, qkv_format)
-        return rotate(query_bHD, angle_bD)
+            query = self._append_compiled(layer_number, qkv, angles, qkv_format)
+        else:
+            query, key, value = split_qkv(qkv)
+            query, key = rotate(query, key, angles[self._positions(qkv, qkv_format), 0, 0])
+            self._store(layer_number, key, value, qkv_format)
+        self._stored.add(layer_number)
+        return query
 
     def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer as [B, L, K, D], L ≥ the longest row."""
@@ -597,6 +584,25 @@ class InferenceParams:
     def _takes_kernels(self) -> bool:
         same = self.head_dim_k == self.head_dim_v
         return same and operators.takes_heads(self.dtype, self.head_dim_k) and _takes_kernels(self.device)
+
+    def _append_compiled(
+        self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str
+    ) -> torch.Tensor:
+        width = qkv.shape[1] if qkv_format == "bshd" else 0
+        qkv_NKGD = qkv.flatten(0, -4)
+        heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
+        query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
+        operators.append_rope(
+            qkv_NKGD,
+            self._cos_sin(angles),
+            self.cu_seqlens_q[: self.batch_size + 1],
+            self.pre_step_seqlens,
+            self.cache_manager.page_table if isinstance(self.cache_manager, PagedKVCacheManager) else None,
+            width,
+            query_NHD,
+            *self.cache_manager.cache[layer_number],
+        )
+        return query_NHD if width == 0 else query_NHD.unflatten(0, (-1, width))
 
     def _cos_sin(self, angles: torch.Tensor) -> torch.Tensor:
         """Cosines and sines [P, D] of angles whose halves are equal, computed once for each table of angles."""
