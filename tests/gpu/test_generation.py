@@ -16,7 +16,6 @@ from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import InferenceParams, inference_params_for, operators
-from llama_te_infer import cache as cache_module
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 24
@@ -26,7 +25,7 @@ NEW = 24
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the compiled operators rotate and store, or TE rotates and plain PyTorch stores."""
     assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
-    monkeypatch.setattr(cache_module, "KERNEL_DEVICES", ("cuda",) if request.param else ())
+    monkeypatch.setattr(operators, "available", lambda device_type: request.param)
     return request.param
 
 
@@ -69,12 +68,15 @@ def test_greedy(attn_input_format, is_paged, left_padded, kernels, make_llama, m
 @pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
 def test_beams(attn_input_format, is_paged, kernels, make_llama, measured, fused_attention):
-    """Scores of the returned beams are those that a whole run over their text gives."""
+    """Scores of the returned beams are those that a whole run over their text gives.
+
+    18 rows, more than the 16 heads: TE's own packed attention over a cache would leave the last two out.
+    """
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
     inputs = prompts(True)
-    cache = inference_params_for(te, batch_size=3, num_beams=4, max_length=64, is_paged=is_paged, page_size=16)
+    cache = inference_params_for(te, batch_size=3, num_beams=6, max_length=64, is_paged=is_paged, page_size=16)
     out = te.generate(
-        **inputs, max_new_tokens=NEW, do_sample=False, num_beams=4, num_return_sequences=2,
+        **inputs, max_new_tokens=NEW, do_sample=False, num_beams=6, num_return_sequences=2,
         past_key_values=cache, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     mask_BS = torch.nn.functional.pad(inputs["attention_mask"].repeat_interleave(2, 0), (0, NEW), value=1)
@@ -126,20 +128,28 @@ def test_manual_loop(make_llama, measured, fused_attention):
     measured("cached logits against a whole run", relative(together, whole), 0.02)
 
 
-def test_fp8_decoding(make_llama, measured, fused_attention):
-    """Eight rows are the smallest batch whose steps FP8 takes."""
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_fp8_decoding(rows, kernels, make_llama, measured, fused_attention):
+    """FP8 products take multiples of 8 tokens: packed ones are filled up."""
     hf = make_llama(eos_token_id=None).bfloat16()
     plain = convert_llama_hf_to_te(hf, layer_precision=["fp8"] * 6)
     model = NVLlamaForCausalLM(plain.config, fp8_recipe=recipes.Float8CurrentScaling()).to("cuda", torch.bfloat16)
     model.load_state_dict(plain.state_dict())
     model.eval()
-    ids = torch.randint(3, 8192, (8, 20), generator=torch.Generator().manual_seed(2)).cuda()
+    ids = torch.randint(3, 8192, (rows, 20), generator=torch.Generator().manual_seed(2)).cuda()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
     # A step's activations have scales of their own, unlike those of a whole run: FP8 rounds 16 times as coarsely as
     # bfloat16, and so may its choices fall short.
     measured("shortfall of cached tokens", shortfall(model, out, torch.ones_like(ids), NEW), 16 * 0.1)
+
+
+def test_fp8_decoding_of_padded_batches(make_llama):
+    """Nothing is filled up in a padded batch: 7 rows are refused."""
+    plain = convert_llama_hf_to_te(make_llama().bfloat16(), layer_precision=["fp8"] * 6, attn_input_format="bshd")
+    model = NVLlamaForCausalLM(plain.config, fp8_recipe=recipes.Float8CurrentScaling()).to("cuda", torch.bfloat16)
+    ids = torch.randint(3, 8192, (7, 8)).cuda()
     with pytest.raises(ValueError, match="multiples of 8: pad to 8"):
-        model.generate(ids[:7, :8], attention_mask=torch.ones_like(ids[:7, :8]), max_new_tokens=2, do_sample=False)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
 
 
 def answers(te, exact, tokenizer, inputs, beams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -24,6 +24,7 @@ class KVCache(Protocol):
     A superset of what Transformer Engine's layers use of `te.InferenceParams`.
     """
 
+    batch_size: int
     max_batch_size: int
     max_sequence_length: int
     num_heads_kv: int
@@ -47,6 +48,21 @@ class KVCache(Protocol):
 
     def get_seqlens_pre_step(self) -> torch.Tensor:
         """int32 [max_batch_size] on the device: tokens that each row had before the current step."""
+        ...
+
+    def padded_places(self, width: int) -> torch.Tensor | None:
+        """Where the current step's packed tokens stand in a padded batch, tokens first, as int64 [tokens] indices.
+
+        Args:
+            width: Columns of the padded batch, at least as many as a row has new tokens.
+
+        Returns:
+            Places of the flattened batch [rows * width]; `None` if all of them are taken, in order.
+        """
+        ...
+
+    def step(self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str) -> Any:
+        """Store a layer's new keys and values, once in a step, and return what TE's attention takes: see TE."""
         ...
 
     @property

@@ -238,7 +238,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             position_ids=position_ids,
             packed=PackedSequences.from_arguments(kwargs),
             cache=cache,
-            token_multiple=self.precision.token_multiple() if cache is None else 1,
+            token_multiple=self.precision.token_multiple(),
         )
         if self.precision.quantized:
             self.precision.check_tokens(layout.tokens, torch.is_grad_enabled())

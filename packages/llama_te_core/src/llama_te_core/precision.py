@@ -188,7 +188,8 @@ class PrecisionPlan:
             formats = "/".join(sorted({entry for entry in self.layers if entry}))
             raise ValueError(
                 f"{tokens} tokens in this forward pass, but {formats} layers take multiples of {multiple}: pad to "
-                f"{-(-tokens // multiple) * multiple} (DataCollatorWithFlattening(pad_to_multiple_of={multiple}))."
+                f"{-(-tokens // multiple) * multiple} (DataCollatorWithFlattening(pad_to_multiple_of={multiple})). "
+                "With attn_input_format='thd', padded batches and generation need no padding."
             )
 
     def forward_context(self, layer: int) -> contextlib.AbstractContextManager[Any]:

@@ -162,7 +162,7 @@ def lay_out(
         _check_positions(position_ids, mask_BS, width)
     longest = width if cache is None else cache.longest()
     if attn_input_format == "thd":
-        return _packed_here(input_BS, mask_BS, longest, token_multiple)
+        return _packed_here(input_BS, mask_BS, longest, token_multiple, cache)
     return _tokens_first(input_BS, mask_BS, longest, self_attn_mask_type, cache)
 
 
@@ -221,7 +221,7 @@ def _check_offsets(cu_seqlens: torch.Tensor, padded: torch.Tensor | None, tokens
 
 
 def _packed_here(
-    input_BS: torch.Tensor, mask_BS: torch.Tensor | None, longest: int, token_multiple: int
+    input_BS: torch.Tensor, mask_BS: torch.Tensor | None, longest: int, token_multiple: int, cache: KVCache | None
 ) -> SequenceLayout:
     rows, width = input_BS.shape[:2]
     device = input_BS.device
@@ -239,18 +239,20 @@ def _packed_here(
     # At least one token, so that a batch of nothing but padding runs like any other.
     missing = -tokens % token_multiple if tokens else token_multiple
     if missing:
-        # A sequence of its own, so that what the layers compute for it stays finite and reaches no other token.
         if source_N is None:
             source_N = target = torch.arange(tokens, device=device)
         source_N = torch.cat((source_N, source_N.new_zeros(missing)))
-        cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + missing))
+        # A sequence of its own, so that what the layers compute for it stays finite and reaches no other token. A cache
+        # has no row for it, and leaves alone what is behind the last row.
+        if cache is None:
+            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + missing))
     return SequenceLayout(
         shape_BS=(rows, width),
         format="thd",
         mask_type="padding_causal",
         longest=longest,
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(width, missing),
+        max_seqlen=max(width, missing) if cache is None else width,
         source_N=source_N,
         target=target,
     )

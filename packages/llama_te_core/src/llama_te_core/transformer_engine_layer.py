@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,18 +62,23 @@ def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, sof
         if hasattr(module, "softmax_scale"):
             module.softmax_scale = softmax_scale
     _hide_extra_state(layer)
-    CacheRotates(layer, config, layer_number)
+    CachedAttention(layer, config, layer_number)
     return layer
 
 
-class CacheRotates:
-    """Lets a cache that can do so rotate and store what a layer's fused projection gives, in place of TE's own kernels.
+class CachedAttention:
+    """What a layer does differently where a cache takes part, as hooks on the modules of TE's own call path.
 
-    Hooks on the modules of TE's own call path: the layer is told of no rotation, what the projection gives goes to the
-    cache, and attention gets the rotated queries from there. Keys and values it gets from the cache in any case.
-    Without a cache, or with one that has no kernel for it (`fuses_rope`), nothing changes.
+    1. A cache with a kernel for it (`fuses_rope`) rotates and stores what the fused projection gives. The layer is told
+       of no rotation, and attention gets the rotated queries from the cache, as it gets keys and values in any case.
+    2. Packed queries go to attention as a padded batch, and come back packed. TE 2.20 (FusedAttention.forward) cuts the
+       running sums of packed queries that meet cached keys to as many rows as there are heads, and computes nothing for
+       the rows behind. Where every row brings one token, both arrangements are the same memory.
 
-    Shapes: [T, K, G, D] or [B, S, K, G, D], as in `KVCache.append_rope`.
+    Without a cache nothing changes.
+
+    Shapes: T packed tokens, B rows, W columns of the padded queries, K key/value heads, G heads of a group, H query
+    heads, D size of a head.
     """
 
     def __init__(self, layer: nn.Module, config: NVLlamaConfig, layer_number: int) -> None:
@@ -87,10 +93,12 @@ class CacheRotates:
         self._cache: KVCache | None = None
         self._angles: torch.Tensor | None = None
         self._query: torch.Tensor | None = None
+        self._unpad: Callable[[torch.Tensor], torch.Tensor] | None = None
         attention: Any = layer.self_attention
         layer.register_forward_pre_hook(self._begin, with_kwargs=True)
         attention.layernorm_qkv.register_forward_hook(self._append)
         attention.core_attention.register_forward_pre_hook(self._hand_over, with_kwargs=True)
+        attention.core_attention.register_forward_hook(self._take_back)
 
     def _begin(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get("inference_params")
@@ -107,14 +115,51 @@ class CacheRotates:
             self._query = self._cache.append_rope(self.layer_number, qkv, self._angles, self.qkv_format)
 
     def _hand_over(self, core_attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if self._cache is None:
+        cache: KVCache | None = kwargs.get("inference_params")
+        self._unpad = None
+        if cache is None:
             return None
-        query = self._query
-        assert query is not None
+        query, key, value = args
+        if self._query is not None:
+            query = self._query
+        elif self.qkv_format == "thd":
+            cache.step(self.layer_number, key, value, "thd")  # stored as they come, before queries are padded
+        else:
+            return None
         self._cache = self._angles = self._query = None  # the layer must not keep a cache alive
+        if self.qkv_format == "thd":
+            query, self._unpad = _pad(query, cache, kwargs["max_seqlen_q"])
+            kwargs = {**kwargs, "qkv_format": "bshd", "max_seqlen_q": query.shape[1]}
         # TE passes keys and values on to the cache, which has them already: only their shape is looked at.
         unread = query.new_empty(*query.shape[:-2], self.shape_KGD[0], self.shape_KGD[2])
         return (query, unread, unread), kwargs
+
+    def _take_back(self, core_attention: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        unpad, self._unpad = self._unpad, None
+        return None if unpad is None else unpad(output)
+
+
+def _pad(
+    query_THD: torch.Tensor, cache: KVCache, longest: int
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Queries as a padded batch [B, W, H, D], and what makes [T, ...] of attention's [B, W, ...]."""
+    # Attention makes a plan for each width: powers of two, so that there are few; never more queries than keys.
+    width = min(1 << (longest - 1).bit_length(), cache.max_sequence_length)
+    rows = cache.batch_size
+    place_T = cache.padded_places(width)
+    used = rows * width if place_T is None else len(place_T)  # behind them stands what fills T up for FP8
+    query_BWHD = query_THD[:used]
+    if place_T is not None:
+        query_BWHD = query_THD.new_zeros(rows * width, *query_THD.shape[1:]).index_copy(0, place_T, query_BWHD)
+
+    def unpad(output_BWx: torch.Tensor) -> torch.Tensor:
+        output_Tx = output_BWx.flatten(0, 1)
+        if place_T is not None:
+            output_Tx = output_Tx[place_T]
+        filling = query_THD.shape[0] - used
+        return nn.functional.pad(output_Tx, (0, 0, 0, filling)) if filling else output_Tx
+
+    return query_BWHD.unflatten(0, (rows, width)), unpad
 
 
 def checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

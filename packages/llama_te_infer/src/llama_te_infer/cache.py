@@ -22,14 +22,6 @@ from llama_te_core.rope import rotate
 
 from . import operators
 
-# Where caches use the compiled operators. Not on GPUs yet: each operator passes its own GPU tests, but beam search with
-# the real model went wrong there with them (tests/gpu, test_real_model_beams[kernels]), for a reason not yet found.
-KERNEL_DEVICES: tuple[str, ...] = ("cpu",)
-
-
-def _takes_kernels(device: torch.device) -> bool:
-    return device.type in KERNEL_DEVICES and operators.available(device.type)
-
 
 class CacheManager(Protocol):
     """Where keys and values live."""
@@ -121,7 +113,7 @@ class NonPagedKVCacheManager:
         """Copy rows, as far as they are filled; with the compiled operator in place, without a second copy."""
         rows, keys = len(lengths), max(lengths)
         caches = [tensor for tensors in self.cache.values() for tensor in tensors]
-        if caches and _takes_kernels(self.device) and operators.takes_reorder(caches, rows):
+        if caches and operators.available(self.device.type) and operators.takes_reorder(caches, rows):
             operators.reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
             return
         for tensor in caches:
@@ -330,6 +322,7 @@ class InferenceParams:
         # Of the current step: where its tokens go, for each format that layers come with, and the layers done.
         self._slots: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._stored: set[int] = set()
+        self._places: dict[int, torch.Tensor | None] = {}  # for each width of padded queries
         # Which columns of the caller's padded batch were tokens, [B, columns]; None: all of them.
         self._columns = 0
         self._token_BC: torch.Tensor | None = None
@@ -366,7 +359,7 @@ class InferenceParams:
         self.sequences_pre_step, self.sequences = before, after
         self.batch_size = len(step_dict)
         self._new = list(step_dict.values())
-        self._slots, self._stored = {}, set()
+        self._slots, self._stored, self._places = {}, set(), {}
         self._write_books()
 
     def get_seqlens_pre_step(self) -> torch.Tensor:
@@ -376,7 +369,7 @@ class InferenceParams:
     def step(
         self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, str]:
-        """Store a layer's new keys and values, unless `append_rope` has; called by Transformer Engine's attention.
+        """Store a layer's new keys and values, unless this step has; called by Transformer Engine's attention.
 
         Args:
             layer_number: The layer.
@@ -390,6 +383,7 @@ class InferenceParams:
         """
         if layer_number not in self._stored:
             self._store(layer_number, new_k, new_v, qkv_format)
+            self._stored.add(layer_number)
         if self.is_paged:
             keys, values = self.cache_manager.cache[layer_number]
         else:
@@ -458,6 +452,18 @@ class InferenceParams:
     def longest(self) -> int:
         """Tokens of the longest row, those of this step included."""
         return max(self.sequences.values(), default=0)
+
+    def padded_places(self, width: int) -> torch.Tensor | None:
+        """Where the step's packed tokens stand in a padded batch of `width` columns: see `KVCache`."""
+        if width not in self._places:
+            place_T = None
+            if self._new != [width] * self.batch_size:
+                # The sum of the lengths is known here, so that nothing waits for the device.
+                token_T = torch.arange(sum(self._new), device=self.device)
+                row_T = torch.searchsorted(self.cu_seqlens_q[1 : self.batch_size], token_T, right=True)
+                place_T = row_T * width + token_T - self.cu_seqlens_q[row_T]
+            self._places[width] = place_T
+        return self._places[width]
 
     @property
     def fuses_rope(self) -> bool:
@@ -579,11 +585,13 @@ class InferenceParams:
         tokens, slots = self._slots[qkv_format]
         for memory, new in zip(self.cache_manager.cache[layer_number], (new_k, new_v), strict=True):
             new_Tx = new.detach().flatten(0, -3)
-            memory.flatten(0, 1).index_copy_(0, slots, new_Tx if tokens is None else new_Tx[tokens])
+            # Behind packed tokens may stand what fills their number up for FP8.
+            new_Tx = new_Tx[: len(slots)] if tokens is None else new_Tx[tokens]
+            memory.flatten(0, 1).index_copy_(0, slots, new_Tx)
 
     def _takes_kernels(self) -> bool:
         same = self.head_dim_k == self.head_dim_v
-        return same and operators.takes_heads(self.dtype, self.head_dim_k) and _takes_kernels(self.device)
+        return same and operators.takes_heads(self.dtype, self.head_dim_k) and operators.available(self.device.type)
 
     def _append_compiled(
         self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str
@@ -621,7 +629,7 @@ class InferenceParams:
         return start_B[row_T] + token_T - self.cu_seqlens_q[row_T]
 
     def _find_slots(self, new_k: torch.Tensor, qkv_format: str) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Which of the flattened new tokens to store (None: all), and where; the same for all layers of a step."""
+        """Which of the flattened new tokens to store (None: the first), and where; for all layers of a step."""
         rows = range(self.batch_size)
         width = new_k.shape[1] if qkv_format == "bshd" else None
         if len(set(self._new)) == 1 and width in (None, self._new[0]):
