@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Any
 
 import pytest
@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 )
 
 from llama_te_core.kv_cache import KVCache
-from llama_te_infer import InferenceParams, PagedKVCacheManager
+from llama_te_infer import InferenceParams, PagedKVCacheManager, operators
 
 LAYERS = (1, 2)
 ROWS, LENGTH, PAGE = 4, 12, 4
@@ -83,8 +83,10 @@ def check_rows(keys: torch.Tensor, values: torch.Tensor, layer: int, rows: list[
 
 
 def check_pages(manager: PagedKVCacheManager) -> None:
-    used = [page for row in manager.pages for page in row]
-    assert sorted(used + manager.free_pages) == list(range(manager.total_num_pages))
+    holders = Counter(page for row in manager.pages for page in row)
+    assert manager.pool.holders == [holders[page] for page in range(manager.total_num_pages)]
+    assert sorted(manager.pool.free) == sorted(set(range(manager.total_num_pages)) - set(holders))
+    assert manager.used_pages == len(holders)
     for row, pages in enumerate(manager.pages):
         assert manager.page_table[row, : len(pages)].tolist() == pages
 
@@ -107,7 +109,8 @@ def snapshot(cache: InferenceParams) -> dict[str, Any]:
     }
     if isinstance(manager, PagedKVCacheManager):
         state["pages"] = [list(row) for row in manager.pages]
-        state["free"] = list(manager.free_pages)
+        state["free"] = sorted(manager.pool.free)
+        state["holders"] = list(manager.pool.holders)
         state["table"] = manager.page_table.tolist()
     return state
 
@@ -231,6 +234,24 @@ class SequenceMachine(Machine):
             order = random.Random(seed).choices(order, k=len(order))
         self.reorder(order)
 
+    @precondition(lambda self: self.rows and max(map(len, self.rows)))
+    @rule(seed=st.integers(0, 2**16))
+    def share_prefix(self, seed: int) -> None:
+        choose = random.Random(seed)
+        source = choose.choice([key for key, row in zip(self.ids, self.rows, strict=True) if row])
+        row = self.rows[self.ids.index(source)]
+        tokens = choose.randint(1, len(row))
+        if len(self.rows) == ROWS:
+            state = snapshot(self.cache)
+            with pytest.raises(ValueError, match="the cache is full with max_batch_size=4"):
+                self.cache.share_prefix(source, self.next_id, tokens)
+            assert snapshot(self.cache) == state
+            return
+        self.cache.share_prefix(source, self.next_id, tokens)
+        self.ids.append(self.next_id)
+        self.next_id += 1
+        self.rows.append(row[:tokens])
+
     @rule()
     def reset(self) -> None:
         super().reset()
@@ -307,6 +328,20 @@ class ColumnMachine(Machine):
         self.reorder(order)
         self.columns = [list(self.columns[source]) for source in order]
 
+    @precondition(lambda self: self.columns)
+    @rule(copies=st.integers(1, 3))
+    def repeat_rows(self, copies: int) -> None:
+        if self.batch_size * copies > ROWS:
+            state = snapshot(self.cache)
+            with pytest.raises(ValueError, match=f"{self.batch_size} rows times {copies} do not fit"):
+                self.cache.repeat_rows(copies)
+            assert snapshot(self.cache) == state
+            return
+        self.cache.repeat_rows(copies)
+        self.batch_size *= copies
+        self.columns = [list(row) for row in self.columns for _ in range(copies)]
+        self.rows = [list(row) for row in self.rows for _ in range(copies)]
+
     @rule()
     def reset(self) -> None:
         super().reset()
@@ -329,7 +364,10 @@ class PagedColumnMachine(ColumnMachine):
 
 
 @pytest.mark.parametrize("machine", [SequenceMachine, PagedSequenceMachine, ColumnMachine, PagedColumnMachine])
-def test_any_sequence_of_calls(machine: type[Machine]) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+def test_any_sequence_of_calls(machine: type[Machine], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(operators, "available", lambda device_type: False)
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 
@@ -362,8 +400,9 @@ def test_rows_change_places_beside_a_shorter_one(is_paged: bool, order: list[int
         ({"is_paged": True, "page_size": None}, r"page_size is missing"),
         ({"is_paged": True, "page_size": 5}, r"page_size=5 must divide max_sequence_length=12"),
         ({"is_paged": True, "page_size": 0}, r"page_size=0 must divide"),
-        ({"is_paged": True, "total_num_pages": 11}, r"total_num_pages=11 must be .* = 12"),
-        ({"is_paged": True, "total_num_pages": None}, r"total_num_pages=None must be .* = 12"),
+        ({"is_paged": True, "total_num_pages": 13}, r"total_num_pages=13 must be between 1 and .* = 12"),
+        ({"is_paged": True, "total_num_pages": 0}, r"total_num_pages=0 must be"),
+        ({"is_paged": True, "total_num_pages": None}, r"total_num_pages=None must be"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -404,15 +443,15 @@ def test_memory_is_taken_a_layer_at_a_time() -> None:
 
 def test_too_few_pages_change_nothing() -> None:
     manager = PagedKVCacheManager(3, PAGE, HEADS, DIM_K, torch.float32, ROWS, LENGTH, device=torch.device("cpu"))
-    manager.assign_rows([None, None], [4, 5])
-    before = ([list(row) for row in manager.pages], list(manager.free_pages), manager.page_table.tolist())
+    manager.assign_rows([None, None], [0, 0], [4, 5])
+    before = ([list(row) for row in manager.pages], list(manager.pool.free), manager.page_table.tolist())
     assert [len(row) for row in manager.pages] == [1, 2]
     message = r"3 pages of 4 tokens are not enough: 1 more are needed for rows of \[5, 5\] tokens, and 0 are free"
     with pytest.raises(ValueError, match=message):
-        manager.assign_rows([0, 1], [5, 5])
-    assert ([list(row) for row in manager.pages], manager.free_pages, manager.page_table.tolist()) == before
+        manager.assign_rows([0, 1], [4, 5], [5, 5])
+    assert ([list(row) for row in manager.pages], manager.pool.free, manager.page_table.tolist()) == before
     # The pages of a row that ends are free for the others in the same step.
-    manager.assign_rows([1, None], [8, 1])
+    manager.assign_rows([1, None], [5, 0], [8, 1])
     assert manager.pages[0] == before[0][1]
     assert manager.pages[1] == before[0][0]
     check_pages(manager)
@@ -420,8 +459,8 @@ def test_too_few_pages_change_nothing() -> None:
 
 def test_a_cut_row_makes_room_for_another_in_the_same_step() -> None:
     manager = PagedKVCacheManager(3, PAGE, HEADS, DIM_K, torch.float32, ROWS, LENGTH, device=torch.device("cpu"))
-    manager.assign_rows([None, None], [8, 4])
-    manager.assign_rows([0, 1], [4, 8])
+    manager.assign_rows([None, None], [0, 0], [8, 4])
+    manager.assign_rows([0, 1], [4, 4], [4, 8])
     assert [len(row) for row in manager.pages] == [1, 2]
     check_pages(manager)
 

@@ -405,6 +405,87 @@ def test_without_llama_te_infer_generate_warns_once(
     assert not [each for each in caught if "key/value cache" in str(each.message)]
 
 
+# --- rows of one prompt ----------------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"num_return_sequences": 3, "do_sample": True}])
+def test_prompts_are_computed_once(hf: PreTrainedModel, te: PreTrainedModel, is_paged: bool, options: Any) -> None:
+    """Beams and returned sequences share the computation of their prompt, and each of its full pages."""
+    columns = 2 * PAGE + 5
+    inputs = prompts(2, columns)
+    torch.manual_seed(5)
+    expected = generate(hf, inputs, output_hidden_states=True, return_dict_in_generate=True, **options)
+    tokens = []
+    te.model.layers[0].register_forward_pre_hook(lambda layer, args: tokens.append(args[0].flatten(0, -2).shape[0]))
+    rows = options.get("num_beams", 3)
+    cache = cache_for(te, 2, is_paged, num_beams=rows)
+    torch.manual_seed(5)
+    result = generate(te, inputs, cache, output_hidden_states=True, return_dict_in_generate=True, **options)
+    assert result.sequences.tolist() == expected.sequences.tolist()
+    prompt = 2 * columns if te.config.attn_input_format == "bshd" else int(inputs["attention_mask"].sum())
+    assert tokens == [prompt] + [2 * rows] * (NEW - 1)
+    states = "decoder_hidden_states" if "decoder_hidden_states" in expected else "hidden_states"
+    for ours, theirs in zip(result[states][0], expected[states][0], strict=True):
+        inside = inputs["attention_mask"].repeat_interleave(rows, 0).bool()
+        torch.testing.assert_close(ours[inside], theirs[inside], atol=1e-4, rtol=1e-4)
+    if is_paged:
+        pages = cache.cache_manager.pages
+        for first in (0, rows):
+            assert all(row[:2] == pages[first][:2] for row in pages[first : first + rows])
+
+
+def test_beams_over_a_long_prompt_take_little_more_memory_than_one_sequence(tiny_llama) -> None:
+    """4 beams, 8,192 tokens of prompt and 64 new ones: less than 1.1 times what one sequence takes."""
+    prompt, new = 8192, 64
+    hf = tiny_llama(max_position_embeddings=prompt + new, num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    te = convert_llama_hf_to_te(hf)
+    inputs = prompts(1, prompt)
+
+    def sized(**arguments: Any) -> InferenceParams:
+        return inference_params_for(te, batch_size=1, max_length=prompt + new, is_paged=True, **arguments)
+
+    def memory(cache: InferenceParams) -> int:
+        return sum(tensor.nbytes for pair in cache.cache_manager.cache.values() for tensor in pair)
+
+    one, four = sized(), sized(num_beams=4, prompt_length=prompt)
+    generate(te, inputs, one, max_new_tokens=new)
+    ids = generate(te, inputs, four, max_new_tokens=new, num_beams=4)
+    assert list(four.sequences.values()) == [prompt + new - 1] * 4
+    assert 1 < memory(four) / memory(one) < 1.1
+    assert one.cache_manager.used_pages < four.cache_manager.used_pages < 1.1 * one.cache_manager.used_pages
+    assert ids.tolist() == generate(te, inputs, sized(num_beams=4), max_new_tokens=new, num_beams=4).tolist()
+
+
+@pytest.mark.parametrize("columns", [1, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE - 1, 3 * PAGE])
+def test_pages_for_a_prompt_are_enough(te: PreTrainedModel, columns: int) -> None:
+    """Shorter prompts share fewer pages."""
+    inputs = prompts(3, columns + 6)
+    cache = cache_for(te, 3, True, num_beams=4, max_length=columns + 6 + NEW, prompt_length=columns + 6)
+    result = generate(te, inputs, cache, num_beams=4)
+    assert result.tolist() == generate(te, inputs, num_beams=4).tolist()
+
+
+def test_too_few_pages_are_told_and_nothing_is_lost(te: PreTrainedModel) -> None:
+    inputs = prompts(2, 2 * PAGE - 1)
+    generous = cache_for(te, 8, True)
+    expected = generate(te, inputs, generous, num_beams=4)
+    config = te.config
+    cache = InferenceParams(
+        8, 64, config.num_key_value_heads, config.head_dim, torch.float32, is_paged=True, page_size=PAGE,
+        total_num_pages=11, qkv_format="thd", max_ctx_len=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"the cache's 11 pages of 16 tokens are not enough: 4 more.*and 3 are free"):
+        generate(te, inputs, cache, num_beams=4)
+    manager = cache.cache_manager
+    assert manager.used_pages <= 2 + 8  # of each prompt: one that all beams may share, and one for each beam
+    assert len(cache.sequences) == 8
+    cache.reset()
+    assert manager.used_pages == 0
+    one = {name: tensor[:1] for name, tensor in inputs.items()}
+    assert generate(te, one, cache, num_beams=4).tolist() == expected[:1].tolist()
+
+
 # --- without generate -------------------------------------------------------------------------------------------------
 
 
@@ -472,5 +553,12 @@ def test_the_helper_sizes_the_cache_from_model_and_request(te: PreTrainedModel) 
     assert inference_params_for(te, batch_size=2, max_length=50, num_return_sequences=5).max_batch_size == 10
     paged = inference_params_for(te, batch_size=2, max_length=50, is_paged=True, page_size=16)
     assert (paged.max_sequence_length, paged.page_size, paged.total_num_pages) == (64, 16, 8)
+    shared = {"batch_size": 2, "max_length": 50, "num_beams": 4, "is_paged": True, "page_size": 16}
+    # Of 4 pages, 2 are full of the prompt's 34 tokens, and 16 more lie on 2.
+    assert inference_params_for(te, **shared, prompt_length=34).total_num_pages == 2 * (2 + 4 * 2)
+    assert inference_params_for(te, **shared, prompt_length=0).total_num_pages == 2 * 4 * 4
+    for wrong in (-1, 51):
+        with pytest.raises(ValueError, match=f"prompt_length={wrong} must be between 0 and max_length=50"):
+            inference_params_for(te, **shared, prompt_length=wrong)
     half = inference_params_for(te.to(torch.bfloat16), batch_size=1, max_length=8)
     assert half.dtype == torch.bfloat16

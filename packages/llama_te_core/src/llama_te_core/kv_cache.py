@@ -50,6 +50,10 @@ class KVCache(Protocol):
         """int32 [max_batch_size] on the device: tokens that each row had before the current step."""
         ...
 
+    def repeat_rows(self, copies: int) -> None:
+        """Let `copies` rows go on as each row did, in its place."""
+        ...
+
     def padded_places(self, width: int) -> torch.Tensor | None:
         """Where the current step's packed tokens stand in a padded batch, tokens first, as int64 [tokens] indices.
 

@@ -413,6 +413,30 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
             cache._is_user_defined = True  # type: ignore[attr-defined]  # transformers' own mark
         return None
 
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Called by `generate` with the prompts, each as often as it has beams or returned sequences.
+
+        Each is computed once, and then goes on in as many rows of the cache.
+        """
+        cache = model_kwargs.get(_CACHE_FIELD)
+        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        # A cache that holds something already may hold something else for each of the rows.
+        if copies == 1 or cache is None or cache.get_seq_length() > 0:
+            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        rows = input_ids.shape[0]
+        once = {
+            name: value[::copies] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+            for name, value in model_kwargs.items()
+        }
+        outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
+        cache.repeat_rows(copies)
+        outputs.logits = outputs.logits.repeat_interleave(copies, 0)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(hidden.repeat_interleave(copies, 0) for hidden in outputs.hidden_states)
+        return outputs
+
 
 class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
     """The decoder with a class per sequence, read at its last token.

@@ -2,7 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .cache import InferenceParams, NonPagedKVCacheManager, PagedKVCacheManager, inference_params_for
+from .cache import InferenceParams, inference_params_for
+from .cache_managers import NonPagedKVCacheManager, PagedKVCacheManager
 
 try:
     __version__ = version("llama-te-infer")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -21,201 +21,7 @@ from llama_te_core.reference_layer import split_qkv
 from llama_te_core.rope import rotate
 
 from . import operators
-
-
-class CacheManager(Protocol):
-    """Where keys and values live."""
-
-    cache: dict[int, tuple[torch.Tensor, torch.Tensor]]
-
-    def allocate_memory(self, layer_number: int) -> None:
-        """Make the tensors of a layer."""
-        ...
-
-    def reset(self) -> None:
-        """Forget all sequences."""
-        ...
-
-    def assign_rows(self, source_rows: list[int | None], lengths: list[int]) -> None:
-        """Give the rows of the next step room for `lengths` tokens each; row i goes on as `source_rows[i]` did."""
-        ...
-
-    def slots(self, row_T: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
-        """Where tokens go in the flattened memory of a layer, from their rows and places there."""
-        ...
-
-    def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as [B, L, K, D] with L ≥ `keys`."""
-        ...
-
-    def reorder(self, source_rows: torch.Tensor, lengths: list[int]) -> None:
-        """Row i becomes what row `source_rows[i]` was, for all layers; both have `lengths[i]` tokens."""
-        ...
-
-
-def _allocate(
-    shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # Zeros, not empty: attention multiplies what stands behind a row's tokens by 0, which keeps a NaN one.
-    return (
-        torch.zeros(shape, dtype=dtype, device=device),
-        torch.zeros((*shape[:-1], head_dim_v), dtype=dtype, device=device),
-    )
-
-
-class NonPagedKVCacheManager:
-    """One row of `max_seqlen` tokens per sequence."""
-
-    def __init__(
-        self,
-        max_batch_size: int,
-        max_seqlen: int,
-        num_heads: int,
-        head_dim_k: int,
-        dtype: torch.dtype,
-        head_dim_v: int | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.max_batch_size, self.max_seqlen = max_batch_size, max_seqlen
-        self.num_heads, self.head_dim_k = num_heads, head_dim_k
-        self.head_dim_v = head_dim_k if head_dim_v is None else head_dim_v
-        self.dtype = dtype
-        self.device = device if device is not None else _default_device()
-        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def allocate_memory(self, layer_number: int) -> None:
-        """Make the tensors [max_batch_size, max_seqlen, K, D] of a layer."""
-        shape = (self.max_batch_size, self.max_seqlen, self.num_heads, self.head_dim_k)
-        self.cache[layer_number] = _allocate(shape, self.head_dim_v, self.dtype, self.device)
-
-    def reset(self) -> None:
-        """Forget all sequences: a row is overwritten from its start."""
-
-    def assign_rows(self, source_rows: list[int | None], lengths: list[int]) -> None:
-        """Move the rows that go on to their new place."""
-        kept = [(row, source) for row, source in enumerate(source_rows) if source is not None]
-        if any(row != source for row, source in kept):
-            to, source = (torch.tensor(rows, device=self.device) for rows in zip(*kept, strict=True))
-            for tensors in self.cache.values():
-                for tensor in tensors:
-                    tensor[to] = tensor[source]
-
-    def slots(self, row_T: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
-        """Row times its size plus place."""
-        return row_T * self.max_seqlen + place_T
-
-    def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A view of the first `keys` tokens of each row."""
-        key_BLKD, value_BLKD = self.cache[layer_number]
-        return key_BLKD[:batch_size, :keys], value_BLKD[:batch_size, :keys]
-
-    def reorder(self, source_rows: torch.Tensor, lengths: list[int]) -> None:
-        """Copy rows, as far as they are filled; with the compiled operator in place, without a second copy."""
-        rows, keys = len(lengths), max(lengths)
-        caches = [tensor for tensors in self.cache.values() for tensor in tensors]
-        if caches and operators.available(self.device.type) and operators.takes_reorder(caches, rows):
-            operators.reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
-            return
-        for tensor in caches:
-            tensor[:rows, :keys] = tensor[:rows, :keys].index_select(0, source_rows)
-
-
-class PagedKVCacheManager:
-    """Rows are lists of pages of `page_size` tokens each, taken from a common pool when they are needed."""
-
-    def __init__(
-        self,
-        total_num_pages: int,
-        page_size: int,
-        num_heads: int,
-        head_dim_k: int,
-        dtype: torch.dtype,
-        max_batch_size: int,
-        max_seqlen: int,
-        head_dim_v: int | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.total_num_pages, self.page_size = total_num_pages, page_size
-        self.num_heads, self.head_dim_k = num_heads, head_dim_k
-        self.head_dim_v = head_dim_k if head_dim_v is None else head_dim_v
-        self.dtype = dtype
-        self.max_batch_size, self.max_seqlen = max_batch_size, max_seqlen
-        self.max_pages_per_seq = max_seqlen // page_size
-        self.device = device if device is not None else _default_device()
-        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Pages of each row by id, and the same as a tensor for the kernels; unused entries name page 0.
-        self.pages: list[list[int]] = []
-        self.page_table = torch.zeros(max_batch_size, self.max_pages_per_seq, dtype=torch.int32, device=self.device)
-        self.free_pages = list(range(total_num_pages))
-
-    def allocate_memory(self, layer_number: int) -> None:
-        """Make the tensors [total_num_pages, page_size, K, D] of a layer."""
-        shape = (self.total_num_pages, self.page_size, self.num_heads, self.head_dim_k)
-        self.cache[layer_number] = _allocate(shape, self.head_dim_v, self.dtype, self.device)
-
-    def reset(self) -> None:
-        """Return all pages to the pool."""
-        self.pages = []
-        self.free_pages = list(range(self.total_num_pages))
-        self.page_table.zero_()
-
-    def assign_rows(self, source_rows: list[int | None], lengths: list[int]) -> None:
-        """Free the pages of rows that end or were cut, and take what the others need.
-
-        Raises:
-            ValueError: The pool has too few pages left; nothing has changed then.
-        """
-        wanted = [-(-length // self.page_size) for length in lengths]
-        pages = [
-            [] if source is None else self.pages[source][:count]  # less than before for a row that was cut
-            for source, count in zip(source_rows, wanted, strict=True)
-        ]
-        kept = {page for row in pages for page in row}
-        free = self.free_pages + [page for row in self.pages for page in row if page not in kept]
-        missing = sum(wanted) - len(kept)
-        if missing > len(free):
-            raise ValueError(
-                f"the cache's {self.total_num_pages} pages of {self.page_size} tokens are not enough: {missing} more "
-                f"are needed for rows of {lengths} tokens, and {len(free)} are free."
-            )
-        changed = False
-        taken = 0
-        for row, count in enumerate(wanted):
-            more = count - len(pages[row])
-            pages[row] += free[taken : taken + more]
-            taken += more
-            changed = changed or row >= len(self.pages) or pages[row] != self.pages[row]
-        self.free_pages = free[taken:]
-        if changed or len(pages) != len(self.pages):
-            table = [row + [0] * (self.max_pages_per_seq - len(row)) for row in pages]
-            self.page_table[: len(pages)].copy_(torch.tensor(table, dtype=torch.int32))
-        self.pages = pages
-
-    def slots(self, row_T: torch.Tensor, place_T: torch.Tensor) -> torch.Tensor:
-        """Page times its size plus place in the page."""
-        page_T = self.page_table[row_T, place_T // self.page_size].long()
-        return page_T * self.page_size + place_T % self.page_size
-
-    def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of the pages of each row, one behind the other."""
-        table_BP = self.page_table[:batch_size, : -(-keys // self.page_size)].long()
-        key_BLKD, value_BLKD = (tensor[table_BP].flatten(1, 2) for tensor in self.cache[layer_number])
-        return key_BLKD, value_BLKD
-
-    def reorder(self, source_rows: torch.Tensor, lengths: list[int]) -> None:
-        """Copy the pages of rows."""
-        counts = [-(-length // self.page_size) for length in lengths]
-        most = max(counts)
-        to_BP = self.page_table[: len(lengths), :most].long()
-        if min(counts) < most:
-            # Behind the pages of a short row the table names page 0, which is somebody's: leave these entries out.
-            used_BP = torch.arange(most, device=self.device) < torch.tensor(counts, device=self.device)[:, None]
-            to_P, source_P = to_BP[used_BP], to_BP[source_rows][used_BP]
-        else:
-            to_P, source_P = to_BP.flatten(), to_BP[source_rows].flatten()
-        for tensors in self.cache.values():
-            for tensor in tensors:
-                tensor[to_P] = tensor[source_P]
+from .cache_managers import CacheManager, NonPagedKVCacheManager, PagedKVCacheManager, default_device
 
 
 class InferenceParams:
@@ -229,7 +35,8 @@ class InferenceParams:
         dtype: Of the keys and values.
         head_dim_v: Size of a value head; that of a key head by default.
         is_paged: Whether rows are made of pages.
-        total_num_pages: Pages of all rows: `max_batch_size * max_sequence_length / page_size`, as TE demands.
+        total_num_pages: Pages of all rows together. TE demands `max_batch_size * max_sequence_length / page_size`; here
+            less will do, where rows share pages or do not all get that long. A step that needs more raises an error.
         page_size: Tokens of a page; must divide `max_sequence_length`.
         max_ctx_len: Most new tokens of a row in one step; needed for "thd".
         qkv_format: "bshd" or "thd", the format that the first step comes in.
@@ -276,7 +83,7 @@ class InferenceParams:
         self.is_paged = is_paged
         self.max_ctx_len = max_sequence_length if max_ctx_len is None else max_ctx_len
         self.qkv_format = qkv_format
-        self.device = torch.device(device) if device is not None else _default_device()
+        self.device = torch.device(device) if device is not None else default_device()
         shared: dict[str, Any] = {
             "max_batch_size": max_batch_size,
             "max_seqlen": max_sequence_length,
@@ -355,7 +162,9 @@ class InferenceParams:
                     f"max_sequence_length={self.max_sequence_length}: make the cache longer."
                 )
         rows = {key: row for row, key in enumerate(self.sequences)}
-        self.cache_manager.assign_rows([rows.get(key) for key in step_dict], list(after.values()))
+        self.cache_manager.assign_rows(
+            [rows.get(key) for key in step_dict], list(before.values()), list(after.values())
+        )
         self.sequences_pre_step, self.sequences = before, after
         self.batch_size = len(step_dict)
         self._new = list(step_dict.values())
@@ -495,6 +304,57 @@ class InferenceParams:
         self._stored.add(layer_number)
         return query
 
+    def repeat_rows(self, copies: int) -> None:
+        """Let `copies` rows go on as each row did, in its place: beams or returned sequences of one prompt.
+
+        Args:
+            copies: Rows for each row.
+
+        Raises:
+            ValueError: The cache has too few rows, or a paged one too few pages; nothing has changed then.
+        """
+        rows = self.batch_size * copies
+        if rows > self.max_batch_size:
+            raise ValueError(
+                f"{self.batch_size} rows times {copies} do not fit the cache with max_batch_size={self.max_batch_size}."
+            )
+        sources = [row for row in range(self.batch_size) for _ in range(copies)]
+        lengths = [length for length in self.sequences.values() for _ in range(copies)]
+        self.cache_manager.assign_rows(sources, lengths, lengths)
+        self.sequences = OrderedDict(enumerate(lengths))
+        self.batch_size = rows
+        if self._token_BC is not None:
+            self._token_BC = self._token_BC.repeat_interleave(copies, 0)
+
+    def share_prefix(self, source: int, target: int, tokens: int) -> None:
+        """Begin a sequence with the first tokens of another one, which a paged cache does not copy.
+
+        To be called before the `pre_step` that gives the new sequence the rest of its tokens.
+
+        Args:
+            source: Id of a sequence in the cache.
+            target: Id of the new sequence.
+            tokens: How many tokens both begin with.
+
+        Raises:
+            ValueError: The ids or the number do not fit what is in the cache, or it is full; nothing has changed then.
+        """
+        if self._columns > 0:
+            raise ValueError("share_prefix is for sequences that pre_step names; this cache holds a padded batch.")
+        if source not in self.sequences or target in self.sequences:
+            raise ValueError(
+                f"source={source} must be in the cache and target={target} must not; it has {list(self.sequences)}."
+            )
+        if not 0 < tokens <= self.sequences[source]:
+            raise ValueError(f"tokens={tokens}, but sequence {source} has {self.sequences[source]} in the cache.")
+        if self.batch_size == self.max_batch_size:
+            raise ValueError(f"the cache is full with max_batch_size={self.max_batch_size} sequences.")
+        lengths = [*self.sequences.values(), tokens]
+        row = list(self.sequences).index(source)
+        self.cache_manager.assign_rows([*range(self.batch_size), row], lengths, lengths)
+        self.sequences[target] = tokens
+        self.batch_size += 1
+
     def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer as [B, L, K, D], L ≥ the longest row."""
         return self.cache_manager.rows(layer_number, self.batch_size, self.longest())
@@ -553,14 +413,14 @@ class InferenceParams:
             return  # beam search with use_cache=False leaves a given cache empty, and reorders it all the same
         source_rows = beam_idx.to(self.device).contiguous()
         lengths = list(self.sequences.values())
-        if len(set(lengths)) > 1:
-            # Beams of one prompt are equally long, but rows of different prompts may not be: look where they go.
-            lengths = [lengths[row] for row in beam_idx.tolist()]
-            if lengths != list(self.sequences.values()):
-                self.cache_manager.assign_rows(list(range(self.batch_size)), [max(lengths)] * self.batch_size)
-            for key, length in zip(self.sequences, lengths, strict=True):
-                self.sequences[key] = length
-        self.cache_manager.reorder(source_rows, lengths)
+        # Beams of one prompt are equally long, but rows of different prompts may not be: look where they go.
+        sources = beam_idx.tolist() if len(set(lengths)) > 1 else range(self.batch_size)
+        moved = [lengths[row] for row in sources]
+        if moved == lengths:
+            self.cache_manager.reorder(source_rows, lengths)
+        else:
+            self.cache_manager.assign_rows(sources, moved, moved)
+            self.sequences = OrderedDict(zip(self.sequences, moved, strict=True))
         if self._token_BC is not None:
             self._token_BC = self._token_BC[source_rows]
 
@@ -681,6 +541,7 @@ def inference_params_for(
     num_return_sequences: int = 1,
     is_paged: bool = False,
     page_size: int = 64,
+    prompt_length: int | None = None,
 ) -> InferenceParams:
     """A cache that fits a model and a request.
 
@@ -692,16 +553,29 @@ def inference_params_for(
         num_return_sequences: Sequences returned for each prompt.
         is_paged: Whether rows are made of pages.
         page_size: Tokens of a page; `max_length` is rounded up to whole ones.
+        prompt_length: Tokens of the longest prompt. Beams and returned sequences share the pages of their prompt:
+            where it is known how long these are, fewer pages will do.
+
+    Raises:
+        ValueError: `prompt_length` is not between 0 and `max_length`.
     """
     config = model.config
-    rows = batch_size * max(num_beams, num_return_sequences)
+    copies = max(num_beams, num_return_sequences)
     pages: dict[str, Any] = {}
     if is_paged:
         per_row = -(-max_length // page_size)
+        shared, own = 0, per_row
+        if prompt_length is not None:
+            if not 0 <= prompt_length <= max_length:
+                raise ValueError(f"prompt_length={prompt_length} must be between 0 and max_length={max_length}.")
+            # What is new may begin at the end of a page, and end at the beginning of another.
+            shared = prompt_length // page_size
+            own = min(per_row, -(-(max_length - prompt_length) // page_size) + 1)
+        total = min(batch_size * (shared + copies * own), batch_size * copies * per_row)
+        pages = {"is_paged": True, "page_size": page_size, "total_num_pages": total}
         max_length = per_row * page_size
-        pages = {"is_paged": True, "page_size": page_size, "total_num_pages": rows * per_row}
     return InferenceParams(
-        max_batch_size=rows,
+        max_batch_size=batch_size * copies,
         max_sequence_length=max_length,
         num_heads_kv=config.num_key_value_heads,
         head_dim_k=config.head_dim,
@@ -719,10 +593,6 @@ def cache_for_generation(model: Any, *, batch_size: int, max_length: int) -> Inf
     return inference_params_for(model, batch_size=batch_size, max_length=-(-max_length // 64) * 64)
 
 
-def _default_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _check_pages(
     max_batch_size: int, max_sequence_length: int, total_num_pages: int | None, page_size: int | None
 ) -> tuple[int, int]:
@@ -730,9 +600,10 @@ def _check_pages(
         raise ValueError("page_size is missing: is_paged=True needs it.")
     if page_size < 1 or max_sequence_length % page_size:
         raise ValueError(f"page_size={page_size} must divide max_sequence_length={max_sequence_length}.")
-    wanted = max_batch_size * (max_sequence_length // page_size)
-    if total_num_pages != wanted:
+    most = max_batch_size * (max_sequence_length // page_size)
+    if total_num_pages is None or not 0 < total_num_pages <= most:
         raise ValueError(
-            f"total_num_pages={total_num_pages} must be max_batch_size * max_sequence_length / page_size = {wanted}."
+            f"total_num_pages={total_num_pages} must be between 1 and max_batch_size * max_sequence_length / page_size "
+            f"= {most}, which is enough for all rows at their longest."
         )
-    return wanted, page_size
+    return total_num_pages, page_size
