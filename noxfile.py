@@ -143,8 +143,8 @@ def gpus(session: nox.Session) -> list[tuple[str, str]]:
     return re.findall(r"^(.+), (\d+\.\d+)$", output, re.MULTILINE)
 
 
-def run_gpu_tests(session: nox.Session, architecture: str, majors: set[str]) -> None:
-    """Run the tests marked for a GPU architecture with the torch and Transformer Engine of the Python that runs nox.
+def gpu_environment(session: nox.Session, architecture: str, majors: set[str]) -> dict[str, str]:
+    """Build the packages for the torch and Transformer Engine of the Python that runs nox; return what to run it with.
 
     The three packages are built into a folder of their own that goes first on the path, so that this Python's
     environment stays as it is.
@@ -159,17 +159,34 @@ def run_gpu_tests(session: nox.Session, architecture: str, majors: set[str]) -> 
     site = Path(session.create_tmp()).resolve() / "site"
     shutil.rmtree(site, ignore_errors=True)
     session.run(*python, "pip", "install", "--quiet", "--no-deps", f"--target={site}", *PACKAGES)
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
-    session.run(*python, "pytest", "tests/gpu", f"-m={architecture.lower()}", *session.posargs, env=env)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
 
 
 @nox.session(name="tests-hopper", venv_backend="none")
 def tests_hopper(session: nox.Session) -> None:
     """Run tests/gpu on a Hopper GPU; start nox from the environment that has torch and Transformer Engine."""
-    run_gpu_tests(session, "Hopper", {"9"})
+    env = gpu_environment(session, "Hopper", {"9"})
+    session.run(sys.executable, "-m", "pytest", "tests/gpu", "-m=hopper", *session.posargs, env=env)
 
 
 @nox.session(name="tests-blackwell", venv_backend="none")
 def tests_blackwell(session: nox.Session) -> None:
     """Run tests/gpu on a Blackwell GPU; start nox from the environment that has torch and Transformer Engine."""
-    run_gpu_tests(session, "Blackwell", {"10", "12"})
+    env = gpu_environment(session, "Blackwell", {"10", "12"})
+    session.run(sys.executable, "-m", "pytest", "tests/gpu", "-m=blackwell", *session.posargs, env=env)
+
+
+@nox.session(name="sanitize-hopper", venv_backend="none")
+def sanitize_hopper(session: nox.Session) -> None:
+    """Run the operators' GPU tests under compute-sanitizer's memcheck, racecheck and synccheck."""
+    env = gpu_environment(session, "Hopper", {"9"})
+    # What torch.compile makes is not ours to check, and takes its processes minutes here.
+    tests = [
+        "-m",
+        "pytest",
+        "tests/gpu/test_operators.py",
+        "--deselect=tests/gpu/test_operators.py::test_compiled_by_torch",
+    ]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable]
+        session.run(*sanitizer, *tests, *session.posargs, env=env, external=True)

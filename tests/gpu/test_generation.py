@@ -91,6 +91,30 @@ def test_beams(attn_input_format, is_paged, kernels, make_llama, measured, fused
     assert float((out.sequences_scores[::2] - best_B).min()) > -0.02, "beams do worse than greedy"
 
 
+def test_beams_over_a_long_prompt(make_llama, measured, fused_attention):
+    """4 beams share the pages of a prompt of 8,192 tokens."""
+    prompt = 8192
+    hf = make_llama(eos_token_id=None, max_position_embeddings=prompt + NEW, num_hidden_layers=2)
+    te = convert_llama_hf_to_te(hf.bfloat16())
+    ids = torch.randint(3, 8192, (1, prompt), generator=torch.Generator().manual_seed(2)).cuda()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    sizes = {"batch_size": 1, "max_length": prompt + NEW, "is_paged": True}
+    one = inference_params_for(te, **sizes)
+    four = inference_params_for(te, **sizes, num_beams=4, prompt_length=prompt)
+    te.generate(**inputs, max_new_tokens=NEW, do_sample=False, past_key_values=one)
+    options = {"num_beams": 4, "return_dict_in_generate": True, "output_scores": True, "do_sample": False}
+    out = te.generate(**inputs, max_new_tokens=NEW, past_key_values=four, **options)
+    ones = torch.ones_like(out.sequences)
+    with torch.no_grad():
+        logits_BSV = te(out.sequences, attention_mask=ones, use_cache=False).logits[:, -NEW - 1 : -1].float()
+    chosen_BS = logits_BSV.log_softmax(-1).gather(-1, out.sequences[:, -NEW:, None])[..., 0]
+    measured("beam score against a whole run", float((out.sequences_scores - chosen_BS.mean(1)).abs().max()), 0.02)
+    bytes_of = [sum(x.nbytes for pair in cache.cache_manager.cache.values() for x in pair) for cache in (four, one)]
+    measured("memory of 4 beams, in units of one sequence's", bytes_of[0] / bytes_of[1], 1.1)
+    used = four.cache_manager.used_pages / one.cache_manager.used_pages
+    measured("pages that 4 beams use, likewise", used, 1.1)
+
+
 def test_several_turns(make_llama, measured, fused_attention):
     """Several new tokens on running sequences: rows advance by what they are given."""
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
