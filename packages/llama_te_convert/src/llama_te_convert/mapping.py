@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,58 +24,105 @@ class Sizes(Protocol):
     head_dim: int
 
 
-class Layout(Protocol):
-    """How the tensors of a row are put together and taken apart."""
+class Piece(NamedTuple):
+    """Rows [start, stop) of one of a row's Hugging Face tensors, by its place in `Row.hf`."""
+
+    source: int
+    start: int
+    stop: int
+
+
+class Layout:
+    """How the tensors of a row make one tensor: as row ranges of theirs, one behind the other."""
+
+    def pieces(self, rows: int, sizes: Sizes) -> list[Piece]:
+        """The row ranges of the Hugging Face tensors that make a Transformer Engine tensor of `rows` rows.
+
+        Raises:
+            ValueError: So many rows cannot be taken apart.
+        """
+        raise NotImplementedError
 
     def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-        """One tensor of the Transformer Engine layout from those of the Hugging Face layout."""
-        ...
+        """One tensor of the Transformer Engine layout from those of the Hugging Face layout.
+
+        Raises:
+            ValueError: They do not have the numbers of rows that the layout needs.
+        """
+        pieces = self.pieces(sum(len(tensor) for tensor in tensors), sizes)
+        check_rows(pieces, [len(tensor) for tensor in tensors])
+        if len(pieces) == 1:
+            return tensors[0]
+        return torch.cat([tensors[source][start:stop] for source, start, stop in pieces])
 
     def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
         """The reverse of `merge`."""
-        ...
+        pieces = self.pieces(len(tensor), sizes)
+        if len(pieces) == 1:
+            return [tensor]
+        parts: list[list[torch.Tensor]] = [[] for _ in range(1 + max(piece.source for piece in pieces))]
+        rows = tensor.split([stop - start for _, start, stop in pieces])
+        for piece, part in zip(pieces, rows, strict=True):  # each source's pieces come in their order
+            parts[piece.source].append(part)
+        return [torch.cat(part) for part in parts]
 
 
-class Same:
+def check_rows(pieces: Sequence[Piece], rows: Sequence[int]) -> None:
+    """Refuse tensors whose numbers of rows are not those that `pieces` take.
+
+    Raises:
+        ValueError: With both.
+    """
+    needed = [max((stop for source, _, stop in pieces if source == i), default=0) for i in range(len(rows))]
+    if needed != list(rows):
+        raise ValueError(f"they have {list(rows)} rows, but {needed} are needed")
+
+
+class Same(Layout):
     """One tensor, unchanged."""
 
-    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-        """The tensor."""
-        return tensors[0]
-
-    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
-        """The tensor."""
-        return [tensor]
+    def pieces(self, rows: int, sizes: Sizes) -> list[Piece]:
+        """All rows of the only tensor."""
+        return [Piece(0, 0, rows)]
 
 
-class InterleavedQKV:
-    """Query, key and value rows, per key/value head: its G query heads, then its key, then its value."""
+class InterleavedQKV(Layout):
+    """Query, key and value rows, per key/value head: its G query heads, then its key, then its value.
 
-    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-        """[K·(G + 2)·D, E] from [K·G·D, E], [K·D, E] and [K·D, E]."""
-        heads = (sizes.num_key_value_heads, -1, sizes.head_dim)
-        return torch.cat([tensor.unflatten(0, heads) for tensor in tensors], dim=1).flatten(0, 2)
+    [K·(G + 2)·D, E] from [K·G·D, E], [K·D, E] and [K·D, E].
+    """
 
-    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
-        """The reverse of `merge`."""
-        group = sizes.num_attention_heads // sizes.num_key_value_heads
-        qkv_KNDE = tensor.unflatten(0, (sizes.num_key_value_heads, group + 2, sizes.head_dim))
-        return [part.flatten(0, 2) for part in qkv_KNDE.split((group, 1, 1), dim=1)]
+    def pieces(self, rows: int, sizes: Sizes) -> list[Piece]:
+        """Three for each key/value head."""
+        heads, groups, size = sizes.num_attention_heads, sizes.num_key_value_heads, sizes.head_dim
+        if rows != (heads + 2 * groups) * size:
+            raise ValueError(
+                f"{rows} rows of queries, keys and values are not those of {heads} heads and {groups} key/value heads "
+                f"of size {size}"
+            )
+        group = heads // groups * size
+        return [
+            piece
+            for head in range(groups)
+            for piece in (
+                Piece(0, head * group, (head + 1) * group),
+                Piece(1, head * size, (head + 1) * size),
+                Piece(2, head * size, (head + 1) * size),
+            )
+        ]
 
 
-class Stacked:
-    """Parts of equal size, one after the other along the rows."""
+class Stacked(Layout):
+    """Parts of equal size, one after the other along the rows: [2·F, E] from two times [F, E]."""
 
     def __init__(self, parts: int) -> None:
         self.parts = parts
 
-    def merge(self, tensors: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-        """[2·F, E] from two times [F, E]."""
-        return torch.cat(list(tensors))
-
-    def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
-        """The reverse of `merge`."""
-        return list(tensor.unflatten(0, (self.parts, -1)).unbind())
+    def pieces(self, rows: int, sizes: Sizes) -> list[Piece]:
+        """One for each part."""
+        if rows % self.parts:
+            raise ValueError(f"{rows} rows are not {self.parts} equal parts")
+        return [Piece(part, 0, rows // self.parts) for part in range(self.parts)]
 
 
 @dataclass(frozen=True)
@@ -198,7 +245,7 @@ def convert_tensors(
         inputs = [source[name] for name in (step.hf if to_te else (step.te,))]
         try:
             outputs = [step.layout.merge(inputs, sizes)] if to_te else step.layout.split(inputs[0], sizes)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             names = step.hf if to_te else (step.te,)
             shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in zip(names, inputs, strict=True))
             raise ValueError(f"{shapes}: cannot make {step.te if to_te else step.hf} of them: {error}") from error

@@ -1,0 +1,130 @@
+"""What a conversion makes: every tensor of the target as row ranges of the source's tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, plan
+from .tensor_source import CheckpointError, TensorInfo, TensorSource, parts
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows [start, stop) of a tensor of the source."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor to be made: these row ranges, one behind the other.
+
+    Attributes:
+        name: Its name.
+        info: Its dtype and shape.
+        ranges: Where its rows come from.
+    """
+
+    name: str
+    info: TensorInfo
+    ranges: tuple[RowRange, ...]
+
+
+def targets(
+    source: TensorSource,
+    sizes: Sizes,
+    *,
+    to_te: bool,
+    dtype: torch.dtype | None = None,
+    table: tuple[Row, ...] = LLAMA,
+) -> list[Target]:
+    """All tensors of the other layout.
+
+    Args:
+        source: The checkpoint's tensors.
+        sizes: Heads and their size.
+        to_te: Whether the source has the Hugging Face layout (else the Transformer Engine layout).
+        dtype: What floating-point tensors become; as they are by default.
+        table: The rows to use.
+
+    Raises:
+        CheckpointError: The tensors are not those of a checkpoint that the table knows, or do not fit the sizes.
+    """
+    # Old checkpoints keep what transformers computes from the configuration.
+    names = [name for name in source.tensors if not name.endswith("rotary_emb.inv_freq")]
+    try:
+        steps = plan(names, to_te=to_te, table=table)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    made = []
+    for step in steps:
+        infos = [source.tensors[name] for name in (step.hf if to_te else (step.te,))]
+        try:
+            pieces = _pieces(step, infos, sizes, to_te)
+        except ValueError as error:
+            names = list(step.hf if to_te else (step.te,))
+            described = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(names, infos, strict=True))
+            other = step.te if to_te else ", ".join(step.hf)
+            raise CheckpointError(f"{described}: cannot make {other} of them: {error}.") from error
+        first = infos[0]
+        cast_dtype = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+        taken: list[list[RowRange]] = [[]] if to_te else [[] for _ in step.hf]
+        at = 0
+        for part, start, stop in pieces:
+            if to_te:
+                taken[0].append(RowRange(step.hf[part], start, stop))
+            else:
+                taken[part].append(RowRange(step.te, at, at + stop - start))
+            at += stop - start
+        for name, ranges in zip((step.te,) if to_te else step.hf, taken, strict=True):
+            rows = sum(each.stop - each.start for each in ranges)
+            shape = (rows, *first.shape[1:]) if first.shape else ()
+            made.append(Target(name, TensorInfo(cast_dtype, shape), tuple(ranges)))
+    return made
+
+
+def _pieces(step: Step, infos: list[TensorInfo], sizes: Sizes, to_te: bool) -> list[Piece]:
+    if len({(info.dtype, info.shape[1:]) for info in infos}) != 1:
+        raise ValueError("they must have one dtype and one size of rows")
+    pieces = step.layout.pieces(sum(info.rows for info in infos), sizes)
+    if to_te:
+        check_rows(pieces, [info.rows for info in infos])
+    return pieces
+
+
+def read(target: Target, source: TensorSource) -> Iterator[torch.Tensor]:
+    """The rows of a target in parts, in its dtype; a part may be overwritten when the next one is asked for.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
+    for rows in target.ranges:
+        for start, stop in parts(source.tensors[rows.name], rows.start, rows.stop):
+            yield source.read(rows.name, start, stop).to(target.info.dtype)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to be written.
+
+    Attributes:
+        name: Its name.
+        info: Its dtype and shape.
+        parts: Begins to give its rows in parts, in that dtype, contiguous and on the CPU; a part may be overwritten when
+            the next one is asked for. Raises `CheckpointError` if they cannot be read.
+    """
+
+    name: str
+    info: TensorInfo
+    parts: Callable[[], Iterator[torch.Tensor]]
+
+
+def outputs(targets: list[Target], source: TensorSource) -> list[Output]:
+    """The targets, ready to be written."""
+    return [Output(target.name, target.info, functools.partial(read, target, source)) for target in targets]

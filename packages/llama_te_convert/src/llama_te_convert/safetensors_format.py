@@ -1,0 +1,211 @@
+"""Files in the safetensors format, read and written in parts.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes, the length of the header; the header, a JSON object of
+name to `dtype`, `shape` and `data_offsets`; then the tensors' bytes. The package's own reader maps whole files, so that
+what a process takes grows with the checkpoint; this one reads with `pread` into one buffer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tensor_source import CheckpointError, TensorInfo
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MOST_HEADER_BYTES = 100_000_000  # as the safetensors package has it
+_ALIGNMENT = 8
+
+
+class SafetensorsFile:
+    """One file, open for reading.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It cannot be read, or its header is not that of such a file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._buffer = bytearray()
+        try:
+            self._file = path.open("rb", buffering=0)
+            self.tensors, self._offsets = _read_header(self._file.fileno(), path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor: see `TensorSource`."""
+        info = self.tensors[name]
+        count = (stop - start) * info.row_bytes
+        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+        if count == 0:
+            return torch.empty(shape, dtype=info.dtype)
+        if len(self._buffer) < count:
+            self._buffer = bytearray(count)
+        view = memoryview(self._buffer)[:count]
+        offset = self._offsets[name] + start * info.row_bytes
+        done = 0
+        while done < count:
+            try:
+                read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            if read == 0:
+                raise CheckpointError(f"{self.path} ends within {name}: the file is not complete.")
+            done += read
+        return torch.frombuffer(view, dtype=torch.uint8).view(info.dtype).view(shape)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
+        raise CheckpointError(f"{path} is no safetensors file: it has {size} bytes, and a header of {length}.")
+    try:
+        header = json.loads(os.pread(file, length, 8).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON ({error}).") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object.")
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorInfo] = {}
+    offsets: dict[str, int] = {}
+    data_bytes = size - 8 - length
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            numbers = [begin, end, *shape]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError(f"{numbers} are not all numbers from 0")
+            info = TensorInfo(dtype, tuple(shape))
+            if end > data_bytes or math.prod(shape) * dtype.itemsize != end - begin:
+                raise ValueError(f"{entry['dtype']} {shape} at [{begin}, {end}) of {data_bytes} bytes")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: the entry of tensor {name!r} is not valid: {error}.") from error
+        tensors[name] = info
+        offsets[name] = 8 + length + begin
+    ends = sorted((offsets[name], offsets[name] + info.nbytes, name) for name, info in tensors.items() if info.nbytes)
+    for (_, end, name), (begin, _, other) in pairwise(ends):
+        if begin < end:
+            raise CheckpointError(f"{path}: the tensors {name!r} and {other!r} overlap.")
+    return tensors, offsets
+
+
+def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """What stands before the tensors' bytes in a file with these, in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in tensors.items():
+        header[name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class SafetensorsFolder:
+    """`model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Raises:
+        CheckpointError: A file is missing, cannot be read or is not what it should be, or the index names files
+            outside of the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files: dict[str, SafetensorsFile] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._file_of: dict[str, SafetensorsFile] = {}
+        index = folder / INDEX
+        try:
+            if index.exists():
+                self._open_indexed(folder, read_index(index))
+            else:
+                self._open(folder / SINGLE, None)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_indexed(self, folder: Path, file_of: dict[str, str]) -> None:
+        for file_name in dict.fromkeys(file_of.values()):
+            self._open(folder / file_name, [name for name, file in file_of.items() if file == file_name])
+
+    def _open(self, path: Path, names: Iterable[str] | None) -> None:
+        file = self.files[path.name] = SafetensorsFile(path)
+        for name in file.tensors if names is None else names:
+            if name not in file.tensors:
+                raise CheckpointError(f"{path} does not have the tensor {name!r}, which the index says it has.")
+            self.tensors[name] = file.tensors[name]
+            self._file_of[name] = file
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor: see `TensorSource`."""
+        return self._file_of[name].read(name, start, stop)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, from an index file.
+
+    Raises:
+        CheckpointError: It is no such file, or names a file that is not directly in its folder.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        file_of = dict(index["weight_map"].items())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is no index of a checkpoint: it has no valid weight_map ({error}).") from error
+    for name, file in file_of.items():
+        plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
+        if not plain:
+            raise CheckpointError(f"{path} says that {name!r} is in {file!r}: shards must lie in the folder itself.")
+    return file_of

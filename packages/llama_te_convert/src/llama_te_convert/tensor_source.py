@@ -1,0 +1,89 @@
+"""Where the tensors of a checkpoint come from, a few rows at a time, whatever its format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+# Rows are handed on in parts of at most this size, so that memory does not grow with a checkpoint's tensors.
+PART_BYTES = 32 * 2**20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, converted or written, and why. What commands report in one line."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """Size of the first dimension; a scalar has one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return self.rows * self.row_bytes
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint.
+
+    Attributes:
+        tensors: Dtype and shape of each tensor, by name, in the checkpoint's order.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor, contiguous, on the CPU; it may be overwritten by the next call.
+
+        Raises:
+            CheckpointError: The file cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close files."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is open for reading.
+
+    Attributes:
+        path: Where it is, for messages.
+        config: What its `config.json` says (or what makes up for it).
+        source: Its tensors.
+    """
+
+    path: str
+    config: dict[str, Any]
+    source: TensorSource
+
+    @property
+    def is_te(self) -> bool:
+        """Whether it has the Transformer Engine layout."""
+        return self.config.get("model_type") == "nv_llama"
+
+
+def parts(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut rows [start, stop) into ranges of at most `PART_BYTES`, or of one row."""
+    rows = max(1, PART_BYTES // max(1, info.row_bytes))
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
