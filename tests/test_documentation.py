@@ -1,11 +1,12 @@
 """The Python blocks of README.md and docs/ run as written, page by page, in a folder with a checkpoint `./llama`.
 
-Blocks marked `python gpu` need one and are only compiled.
+So do blocks of `llama-te-convert` commands. Blocks marked `python gpu` need one and are only compiled.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llama_te_convert import convert_llama_hf_to_te
+from llama_te_convert.command import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python( gpu)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|python gpu|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = "llama-te-convert "
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 WORDS = ["The", "sky", "is", "blue", "because", "Two", "and", "two", "make", "four", "Yes", "No", "then", "?"]
 
@@ -44,11 +47,17 @@ def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.Mon
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {}
     for block in BLOCK.finditer(text):
+        if block[1] == "bash":
+            for command in block[2].splitlines():
+                if command.startswith(COMMAND):
+                    assert main(shlex.split(command)[1:]) == 0, command
+            continue
         line = text[: block.start(2)].count("\n")
         code = compile("\n" * line + block[2], str(page), "exec")  # so that a traceback shows the page's line
-        if not block[1]:
+        if block[1] == "python":
             exec(code, namespace)
-    assert text.count("```python") == len(BLOCK.findall(text)), "a block that the pattern does not see"
+    seen = [block for block in BLOCK.findall(text) if block[0] != "bash"]
+    assert text.count("```python") == len(seen), "a block that the pattern does not see"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -46,8 +46,14 @@ def test_a_wheel_carries_licence_and_types(distribution: str) -> None:
 
 def test_dependencies_point_one_way() -> None:
     assert names(dependencies("llama-te-core")) == {"torch", "transformers", "accelerate"}
-    assert names(dependencies("llama-te-convert")) == {"llama-te-core", "safetensors"}
+    assert names(dependencies("llama-te-convert")) == {"llama-te-core", "huggingface-hub", "numpy", "tqdm"}
     assert names(dependencies("llama-te-infer")) == {"llama-te-core"}
+
+
+def test_the_command_is_installed() -> None:
+    (command,) = metadata.entry_points(group="console_scripts", name="llama-te-convert")
+    assert command.load() is import_module("llama_te_convert.command").main
+    assert names(dependencies("llama-te-convert", extra="gguf")) == {"gguf"}
 
 
 @pytest.mark.parametrize("cuda", ["cu12", "cu13"])

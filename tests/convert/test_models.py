@@ -11,8 +11,8 @@ from transformers import (
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
     LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )
 
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
@@ -126,6 +126,7 @@ def test_every_field_of_the_configuration_survives(tiny_llama, hf_class):
         "self_attn_mask_type",
         "layer_precision",
         "use_quantized_model_init",
+        "source_model_type",
         "auto_map",
     }
 
@@ -197,12 +198,12 @@ def test_the_configuration_survives_as_a_copy(tiny_llama):
     assert model_hf.config.a_field_of_somebody_else == {"nested": [1, None]}
 
 
-@pytest.mark.parametrize("wrong", ["gpt2", "mistral", "te"])
+@pytest.mark.parametrize("wrong", ["gpt2", "qwen2", "te"])
 def test_another_model_is_refused(tiny_llama, wrong):
     model = {
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)),
-        "mistral": lambda: MistralForCausalLM(
-            MistralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        "qwen2": lambda: Qwen2ForCausalLM(
+            Qwen2Config(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
         ),
         "te": lambda: convert_llama_hf_to_te(tiny_llama()),
     }[wrong]()

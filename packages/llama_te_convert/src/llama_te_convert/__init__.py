@@ -1,12 +1,40 @@
 """Conversion between Hugging Face Llama checkpoints and the Transformer Engine layout of llama_te_core."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from .models import convert_llama_hf_to_te, convert_llama_te_to_hf
+if TYPE_CHECKING:
+    from .converting import Report, convert_checkpoint
+    from .models import convert_llama_hf_to_te, convert_llama_te_to_hf
+    from .standalone import export_te_checkpoint
+    from .tensor_source import CheckpointError
 
 try:
     __version__ = version("llama-te-convert")
 except PackageNotFoundError:  # used from a source folder
     __version__ = "0+unknown"
 
-__all__ = ["convert_llama_hf_to_te", "convert_llama_te_to_hf"]
+# Imported when they are asked for: transformers' models take seconds, and the command does without them.
+_MODULES = {
+    "CheckpointError": "tensor_source",
+    "Report": "converting",
+    "convert_checkpoint": "converting",
+    "convert_llama_hf_to_te": "models",
+    "convert_llama_te_to_hf": "models",
+    "export_te_checkpoint": "standalone",
+}
+__all__ = [
+    "CheckpointError",
+    "Report",
+    "convert_checkpoint",
+    "convert_llama_hf_to_te",
+    "convert_llama_te_to_hf",
+    "export_te_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, plan
-from .tensor_source import CheckpointError, TensorInfo, TensorSource, parts
+from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource, parts
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,40 @@ class Target:
     name: str
     info: TensorInfo
     ranges: tuple[RowRange, ...]
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """What the mapping needs of a configuration: see `mapping.Sizes`."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> HeadSizes:
+        """From a `config.json`, with the defaults that transformers has.
+
+        Raises:
+            CheckpointError: They are missing, or no sizes.
+        """
+        config = checkpoint.config
+        heads: Any = config.get("num_attention_heads")
+        groups: Any = config.get("num_key_value_heads") or heads
+        size: Any = config.get("head_dim")
+        hidden: Any = config.get("hidden_size")
+        if size is None and _is_size(hidden) and _is_size(heads):
+            size = hidden // heads
+        if not all(map(_is_size, (heads, groups, size))) or heads % groups:
+            raise CheckpointError(
+                f"the configuration of {checkpoint.path} has num_attention_heads={heads!r}, "
+                f"num_key_value_heads={groups!r} and head_dim={size!r}: these are no sizes of a Llama."
+            )
+        return cls(heads, groups, size)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def targets(
@@ -116,8 +151,8 @@ class Output:
     Attributes:
         name: Its name.
         info: Its dtype and shape.
-        parts: Begins to give its rows in parts, in that dtype, contiguous and on the CPU; a part may be overwritten when
-            the next one is asked for. Raises `CheckpointError` if they cannot be read.
+        parts: Begins to give its rows in parts, in that dtype, contiguous and on the CPU; a part may be overwritten
+            when the next one is asked for. Raises `CheckpointError` if they cannot be read.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The table that says which tensors of a Hugging Face Llama make which tensor of the Transformer Engine layout.
+"""The tables that say which tensors of a Hugging Face Llama make which tensor of the Transformer Engine layout.
 
 Names are matched in both directions by the same rows, so a conversion and its reverse cannot disagree. `{layer}` stands
 for a layer's number. Names are relative to the decoder; `model.` or `transformer.` may stand before them.
@@ -8,6 +8,7 @@ Shapes: K key/value heads, G query heads per key/value head, D size of a head, E
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,20 @@ import torch
 class Sizes(Protocol):
     """What the table needs of a configuration."""
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+        ...
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key/value heads."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Size of a head."""
+        ...
 
 
 class Piece(NamedTuple):
@@ -125,13 +137,24 @@ class Stacked(Layout):
         return [Piece(part, 0, rows // self.parts) for part in range(self.parts)]
 
 
+class Prefixes(NamedTuple):
+    """What stands before the decoder's names in each layout."""
+
+    te: str
+    hf: str
+
+
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: `hf` names, in order, make the `te` name by `layout`."""
+    """One row of the table: `hf` names, in order, make the `te` name by `layout`.
+
+    `decoder` is there for the tensor of a head whose models have another prefix in each layout.
+    """
 
     te: str
     hf: tuple[str, ...]
     layout: Layout
+    decoder: Prefixes | None = None
 
 
 _LAYER = "layers.{layer}."
@@ -161,6 +184,11 @@ LLAMA: tuple[Row, ...] = (
         for name in ("lm_head.weight", "score.weight", "score.bias", "qa_outputs.weight", "qa_outputs.bias")
     ),
 )
+# The same tensors. transformers calls the decoder of its question answering `transformer` in a Llama alone.
+MISTRAL: tuple[Row, ...] = tuple(
+    dataclasses.replace(row, decoder=Prefixes(te="transformer.", hf="model.")) if "qa_outputs" in row.te else row
+    for row in LLAMA
+)
 
 
 @dataclass(frozen=True)
@@ -172,7 +200,7 @@ class Step:
     layout: Layout
 
 
-_NAME = re.compile(r"(?P<prefix>(?:model\.|transformer\.)?)(?:layers\.(?P<layer>\d+)\.)?(?P<rest>.+)")
+_NAME = re.compile(r"(?P<prefix>(?:model\.|transformer\.)?)(?:layers\.(?P<layer>[0-9]+)\.)?(?P<rest>.*)", re.DOTALL)
 
 
 def plan(source_names: Iterable[str], *, to_te: bool, table: Sequence[Row] = LLAMA) -> list[Step]:
@@ -189,11 +217,13 @@ def plan(source_names: Iterable[str], *, to_te: bool, table: Sequence[Row] = LLA
     by_name = {name: row for row in table for name in (row.hf if to_te else (row.te,))}
     names = list(source_names)
     present = set(names)
+    decoders = [row.decoder for name in names if (row := by_name.get(name)) is not None and row.decoder is not None]
+    prefixes = {decoder.hf if to_te else decoder.te: decoder for decoder in decoders}
     steps: dict[str, Step] = {}
     unknown, missing = [], []
     for name in names:
         match = _NAME.fullmatch(name)
-        assert match is not None  # the pattern takes any name that is not empty
+        assert match is not None  # the pattern takes any name
         layer = match["layer"]
         generic = match["rest"] if layer is None else _LAYER + match["rest"]
         row = by_name.get(generic)
@@ -201,10 +231,11 @@ def plan(source_names: Iterable[str], *, to_te: bool, table: Sequence[Row] = LLA
             unknown.append(name)
             continue
 
-        def full(generic_name: str, prefix: str = match["prefix"], layer: str | None = layer) -> str:
+        def full(prefix: str, generic_name: str, layer: str | None = layer) -> str:
             return prefix + generic_name.replace("{layer}", str(layer))
 
-        step = Step(full(row.te), tuple(full(part) for part in row.hf), row.layout)
+        prefix = prefixes.get(match["prefix"], Prefixes(match["prefix"], match["prefix"]))
+        step = Step(full(prefix.te, row.te), tuple(full(prefix.hf, part) for part in row.hf), row.layout)
         if step.te not in steps:
             steps[step.te] = step
             missing += [part for part in (step.hf if to_te else ()) if part not in present]

@@ -1,4 +1,4 @@
-"""Conversion of models in memory, between transformers' Llama and the Transformer Engine layout."""
+"""Conversion of models in memory, between transformers' Llama and Mistral and the Transformer Engine layout."""
 
 from __future__ import annotations
 
@@ -7,123 +7,74 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForQuestionAnswering,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    LlamaModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
-from llama_te_core import (
-    NVLlamaConfig,
-    NVLlamaForCausalLM,
-    NVLlamaForQuestionAnswering,
-    NVLlamaForSequenceClassification,
-    NVLlamaForTokenClassification,
-    NVLlamaModel,
-    NVLlamaPreTrainedModel,
-)
+from llama_te_core import NVLlamaPreTrainedModel
 
-from .mapping import check_targets, convert_tensors, plan
-
-_PAIRS: tuple[tuple[type[PreTrainedModel], type[NVLlamaPreTrainedModel]], ...] = (
-    (LlamaModel, NVLlamaModel),
-    (LlamaForCausalLM, NVLlamaForCausalLM),
-    (LlamaForSequenceClassification, NVLlamaForSequenceClassification),
-    (LlamaForTokenClassification, NVLlamaForTokenClassification),
-    (LlamaForQuestionAnswering, NVLlamaForQuestionAnswering),
-)
-_TE_ONLY_FIELDS = (
-    "attn_input_format",
-    "self_attn_mask_type",
-    "layer_precision",
-    "use_quantized_model_init",
-    "layer_implementation",
-    "auto_map",
-)
+from .architectures import architecture_of, hf_class, hf_config, te_class, te_config
+from .mapping import Row, check_targets, convert_tensors, plan
 
 
 def convert_llama_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> NVLlamaPreTrainedModel:
-    """Convert a transformers Llama, with or without a head, to the Transformer Engine layout.
+    """Convert a transformers Llama or Mistral, with or without a head, to the Transformer Engine layout.
 
     Works on any device, with or without Transformer Engine. Dtypes, device and tied weights are kept; the result
     shares no memory with `model_hf`.
 
     Args:
-        model_hf: A `LlamaForCausalLM`, `LlamaModel`, or one of the three task models.
+        model_hf: A `LlamaForCausalLM`, `LlamaModel`, or one of the three task models; or those of Mistral.
         **config_kwargs: Fields of `NVLlamaConfig` to set, such as `attn_input_format="bshd"`.
 
     Returns:
         The `NVLlama...` model of the same kind.
 
     Raises:
-        TypeError: `model_hf` is not a Llama.
-        ValueError: Its tensors or its configuration are not those of a Llama that the layers can run.
+        TypeError: `model_hf` is none of these.
+        ValueError: Its tensors or its configuration are not those of a model that the layers can run.
     """
-    te_class = _counterpart(model_hf, "model_hf", dict(_PAIRS))
-    fields = _fields(model_hf.config)
-    config = NVLlamaConfig(**{**fields, **config_kwargs})
-    _keep_architecture(config, type(model_hf), te_class)
-    return _convert(model_hf, te_class, config, to_te=True)
+    target = te_class(model_hf)
+    content = model_hf.config.to_dict()
+    config = te_config(content, **{**_in_memory(model_hf, target), **config_kwargs})
+    return _convert(model_hf, target, config, architecture_of(content).table, to_te=True)
 
 
 def convert_llama_te_to_hf(model_te: NVLlamaPreTrainedModel, **config_kwargs: Any) -> PreTrainedModel:
-    """Convert a model with the Transformer Engine layout to transformers' own Llama; see `convert_llama_hf_to_te`.
+    """Convert a model with the Transformer Engine layout to transformers' own; see `convert_llama_hf_to_te`.
 
     Weights that are held in a quantized format only are returned to the model's dtype.
 
     Args:
         model_te: One of the `NVLlama...` models.
-        **config_kwargs: Fields of `transformers.LlamaConfig` to set.
+        **config_kwargs: Fields of the configuration in transformers to set.
 
     Returns:
-        The `Llama...` model of the same kind.
+        The model of the same kind of the architecture that it was converted from: `Llama...` or `Mistral...`.
 
     Raises:
         TypeError: `model_te` is not one of these models.
-        ValueError: Its tensors are not those of a Llama.
+        ValueError: Its tensors are not those of such a model.
     """
-    hf_class = _counterpart(model_te, "model_te", {te: hf for hf, te in _PAIRS})
-    fields = {name: value for name, value in _fields(model_te.config).items() if name not in _TE_ONLY_FIELDS}
-    config = LlamaConfig(**{**fields, **config_kwargs})
-    _keep_architecture(config, type(model_te), hf_class)
-    return _convert(model_te, hf_class, config, to_te=False)
+    target = hf_class(model_te)
+    content = model_te.config.to_dict()
+    config = hf_config(content, **{**_in_memory(model_te, target), **config_kwargs})
+    return _convert(model_te, target, config, architecture_of(content).table, to_te=False)
 
 
-def _fields(config: Any) -> dict[str, Any]:
-    """The configuration's fields as constructor arguments."""
-    fields = dict(config.to_dict())
-    for name in ("model_type", "transformers_version"):
-        fields.pop(name, None)
-    quantization = fields.get("quantization_config")
-    if quantization is not None:
-        if quantization.get("quant_method") != "gguf":
-            raise ValueError(
-                f"the model is quantized by {quantization.get('quant_method')!r}: convert one with ordinary weights."
-            )
-        del fields["quantization_config"]  # speaks of the file: in memory its weights are ordinary ones
-    fields["attn_implementation"] = config._attn_implementation
-    return fields
-
-
-def _counterpart(model: Any, argument: str, counterparts: dict[Any, Any]) -> Any:
-    if type(model) not in counterparts:
-        known = ", ".join(cls.__name__ for cls in counterparts)
-        raise TypeError(f"{argument} is a {type(model).__name__}: this conversion takes one of {known}.")
-    return counterparts[type(model)]
-
-
-def _keep_architecture(config: Any, source: type, target: type) -> None:
-    """A checkpoint names its class in `architectures`: the new configuration names the new class."""
-    if config.architectures == [source.__name__]:
-        config.architectures = [target.__name__]
+def _in_memory(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> dict[str, Any]:
+    """What the configuration of a model has to say that is not in a `config.json`, or is about that file's model."""
+    architectures = source.config.architectures
+    if architectures == [type(source).__name__]:
+        architectures = [target_class.__name__]
+    return {"architectures": architectures, "attn_implementation": source.config._attn_implementation}
 
 
 def _convert(
-    source: PreTrainedModel, target_class: type[PreTrainedModel], config: Any, *, to_te: bool
+    source: PreTrainedModel,
+    target_class: type[PreTrainedModel],
+    config: Any,
+    table: tuple[Row, ...],
+    *,
+    to_te: bool,
 ) -> PreTrainedModel:
     tensors = {name: _dense(tensor) for name, tensor in _named_tensors(source).items()}
     if any(tensor.is_meta for tensor in tensors.values()):
@@ -132,7 +83,7 @@ def _convert(
         target = target_class(config)
     target.tie_weights()
     wanted = set(_named_tensors(target))
-    steps = plan(tensors, to_te=to_te)
+    steps = plan(tensors, to_te=to_te, table=table)
     with torch.no_grad():
         made = convert_tensors(steps, tensors, source.config, to_te=to_te)
         check_targets(made, wanted)

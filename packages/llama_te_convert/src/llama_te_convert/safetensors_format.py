@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -43,19 +44,26 @@ class SafetensorsFile:
 
     Args:
         path: The file.
+        buffers: What each thread reads into; files of one checkpoint have it in common.
 
     Raises:
         CheckpointError: It cannot be read, or its header is not that of such a file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, buffers: threading.local | None = None) -> None:
         self.path = path
-        self._buffer = bytearray()
+        self._buffers = threading.local() if buffers is None else buffers
         try:
             self._file = path.open("rb", buffering=0)
-            self.tensors, self._offsets = _read_header(self._file.fileno(), path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        try:
+            self.tensors, self._offsets = _read_header(self._file.fileno(), path)
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+            raise
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor: see `TensorSource`."""
@@ -64,9 +72,10 @@ class SafetensorsFile:
         shape = (stop - start, *info.shape[1:]) if info.shape else ()
         if count == 0:
             return torch.empty(shape, dtype=info.dtype)
-        if len(self._buffer) < count:
-            self._buffer = bytearray(count)
-        view = memoryview(self._buffer)[:count]
+        buffer = getattr(self._buffers, "bytes", bytearray())
+        if len(buffer) < count:
+            buffer = self._buffers.bytes = bytearray(count)
+        view = memoryview(buffer)[:count]
         offset = self._offsets[name] + start * info.row_bytes
         done = 0
         while done < count:
@@ -151,10 +160,13 @@ class SafetensorsFolder:
             outside of the folder.
     """
 
+    concurrent = True
+
     def __init__(self, folder: Path) -> None:
         self.files: dict[str, SafetensorsFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
+        self._buffers = threading.local()
         index = folder / INDEX
         try:
             if index.exists():
@@ -170,7 +182,7 @@ class SafetensorsFolder:
             self._open(folder / file_name, [name for name, file in file_of.items() if file == file_name])
 
     def _open(self, path: Path, names: Iterable[str] | None) -> None:
-        file = self.files[path.name] = SafetensorsFile(path)
+        file = self.files[path.name] = SafetensorsFile(path, self._buffers)
         for name in file.tensors if names is None else names:
             if name not in file.tensors:
                 raise CheckpointError(f"{path} does not have the tensor {name!r}, which the index says it has.")

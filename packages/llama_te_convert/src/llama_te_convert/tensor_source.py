@@ -11,6 +11,7 @@ import torch
 
 # Rows are handed on in parts of at most this size, so that memory does not grow with a checkpoint's tensors.
 PART_BYTES = 32 * 2**20
+TE_MODEL_TYPE = "nv_llama"  # of llama_te_core's configuration
 
 
 class CheckpointError(ValueError):
@@ -41,16 +42,20 @@ class TensorInfo:
 
 
 class TensorSource(Protocol):
-    """The tensors of a checkpoint.
+    """The tensors of a checkpoint."""
 
-    Attributes:
-        tensors: Dtype and shape of each tensor, by name, in the checkpoint's order.
-    """
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Dtype and shape of each tensor, by name, in the checkpoint's order."""
+        ...
 
-    tensors: Mapping[str, TensorInfo]
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may read at the same time."""
+        ...
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, contiguous, on the CPU; it may be overwritten by the next call.
+        """Rows [start, stop) of a tensor, contiguous, on the CPU; a thread's next call may overwrite them.
 
         Raises:
             CheckpointError: The file cannot be read.
@@ -79,7 +84,7 @@ class Checkpoint:
     @property
     def is_te(self) -> bool:
         """Whether it has the Transformer Engine layout."""
-        return self.config.get("model_type") == "nv_llama"
+        return self.config.get("model_type") == TE_MODEL_TYPE
 
 
 def parts(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:

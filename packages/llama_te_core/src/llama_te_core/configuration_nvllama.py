@@ -42,6 +42,8 @@ class NVLlamaConfig(LlamaConfig):
             (`te.quantized_model_init`), without a high-precision copy.
         layer_implementation: `"transformer_engine"`, `"reference"` (plain PyTorch, any device) or `"auto"`, which
             takes Transformer Engine where it can run. Describes this process, so it is never saved.
+        source_model_type: The `model_type` of the Hugging Face architecture that the model is one of, which it converts
+            back to.
 
     Raises:
         ValueError: A field has a value that Llama on Transformer Engine does not know.
@@ -54,6 +56,7 @@ class NVLlamaConfig(LlamaConfig):
     layer_precision: list[str | None] | None = None
     use_quantized_model_init: bool = False
     layer_implementation: str = "auto"
+    source_model_type: str = "llama"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

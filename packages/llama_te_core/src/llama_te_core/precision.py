@@ -8,6 +8,7 @@ and `transformer_engine.pytorch.quantization`.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -33,6 +34,14 @@ _TOKEN_MULTIPLE = {"MXFP8BlockScaling": 32, "NVFP4BlockScaling": 128}
 _FP8_TOKEN_MULTIPLE = 16
 # The forward product alone takes multiples of 8 (`assert_dim_for_fp8_exec` in TE 2.20).
 _FP8_FORWARD_MULTIPLE = 8
+
+
+def transformer_engine() -> Any:
+    """The module `transformer_engine.pytorch`.
+
+    Not by a statement, since transformers loads no code from a hub that has one for a package that is not installed.
+    """
+    return importlib.import_module("transformer_engine.pytorch")
 
 
 def check_layer_precision(layer_precision: Sequence[LayerPrecision] | None, num_layers: int) -> None:
@@ -158,8 +167,7 @@ class PrecisionPlan:
                 check_recipe(recipe, None, "the reference implementation")
                 continue
             if recipe is None:
-                import transformer_engine.pytorch as te
-
+                te = transformer_engine()
                 recipe = self._recipes[precision] = te.get_default_recipe()
             index = device if device is not None and device.type == "cuda" else None
             check_recipe(recipe, torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index))
@@ -196,8 +204,7 @@ class PrecisionPlan:
         """The context that layer `layer` runs its forward pass in."""
         if not self.quantized:
             return contextlib.nullcontext()
-        import transformer_engine.pytorch as te
-
+        te = transformer_engine()
         precision = self.layers[layer]
         if precision is None:
             return te.autocast(enabled=False)
@@ -211,8 +218,7 @@ class PrecisionPlan:
         """
         if not self.quantized:
             return contextlib.nullcontext()
-        import transformer_engine.pytorch as te
-
+        te = transformer_engine()
         first = next(entry for entry in self.layers if entry is not None)
         return te.autocast(enabled=True, recipe=self._recipes[first])
 
@@ -226,6 +232,5 @@ class PrecisionPlan:
         precision = self.layers[layer]
         if not quantized_weights or precision is None:
             return contextlib.nullcontext()
-        import transformer_engine.pytorch as te
-
+        te = transformer_engine()
         return te.quantized_model_init(enabled=True, recipe=self._recipes[precision])

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformer_engine.pytorch as te
 from torch import nn
+
+from .precision import transformer_engine
 
 if TYPE_CHECKING:
     from .configuration_nvllama import NVLlamaConfig
     from .kv_cache import KVCache
+
+te = transformer_engine()
 
 
 def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> nn.Module:

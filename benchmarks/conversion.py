@@ -1,0 +1,189 @@
+"""Time and memory of converting a checkpoint on disk, beside `cp -r` and `sync` of the same folder.
+
+Makes a checkpoint of Llama 3.2 1B's shape with random bits, and one four times as large, and converts each to the
+Transformer Engine layout and back with the command, as users do. Every tensor of the way back is compared with the
+original, bit for bit. The peak is that of the process (ru_maxrss), libraries included.
+
+    python benchmarks/conversion.py --folder /path/with/60/GB --json docs/conversion.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+SHARD_BYTES = 1_200_000_000
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    "architectures": ["LlamaForCausalLM"],
+}
+LAYERS = {"1B": 16, "four times 1B": 77}
+
+
+def tensors(layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, in a checkpoint's order."""
+    hidden, mlp, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_key_value_heads"] * 64
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (hidden, hidden),
+            f"{prefix}self_attn.k_proj.weight": (kv, hidden),
+            f"{prefix}self_attn.v_proj.weight": (kv, hidden),
+            f"{prefix}self_attn.o_proj.weight": (hidden, hidden),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (mlp, hidden),
+            f"{prefix}mlp.up_proj.weight": (mlp, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, mlp),
+        }
+    return shapes | {"model.norm.weight": (hidden,)}
+
+
+def make_checkpoint(folder: Path, layers: int) -> int:
+    """Write a checkpoint of random bits; returns the bytes of its largest tensor."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = tensors(layers)
+    groups: list[list[str]] = [[]]
+    size = largest = 0
+    for name, shape in shapes.items():
+        nbytes = 2 * torch.Size(shape).numel()
+        largest = max(largest, nbytes)
+        if groups[-1] and size + nbytes > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    index: dict[str, str] = {}
+    for i, group in enumerate(groups, 1):
+        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        part = {
+            name: torch.randint(-(2**15), 2**15, shapes[name], dtype=torch.int16, generator=generator).view(
+                torch.bfloat16
+            )
+            for name in group
+        }
+        save_file(part, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(group, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    return largest
+
+
+def run(*command: str) -> tuple[float, float]:
+    """Seconds, and the peak of the process's memory in MB."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - begin, usage.ru_maxrss / 1024
+
+
+def equal_tensors(one: Path, other: Path) -> int:
+    """How many tensors both folders have, with the same bits, which must be all; read by the safetensors package."""
+    maps = [json.loads((each / "model.safetensors.index.json").read_text())["weight_map"] for each in (one, other)]
+    if maps[0].keys() != maps[1].keys():
+        raise SystemExit("not the same tensors after the way back")
+    for name in maps[0]:
+        bits = []
+        for folder, files in zip((one, other), maps, strict=True):
+            with safe_open(folder / files[name], "pt") as file:
+                bits.append(file.get_tensor(name).view(torch.int16))
+        if not torch.equal(*bits):
+            raise SystemExit(f"not equal after the way back: {name}")
+    return len(maps[0])
+
+
+def measure(name: str, layers: int, folder: Path) -> dict[str, Any]:
+    """Convert there and back, and copy."""
+    source, te, hf, copy = (folder / each for each in ("source", "te", "hf", "copy"))
+    # In processes of their own: a child begins with the peak of memory of the process that starts it.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        largest = pool.submit(make_checkpoint, source, layers).result()
+    os.sync()
+    megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
+    copy_seconds, _ = run("sh", "-c", f"cp -r '{source}' '{copy}' && sync")
+    shutil.rmtree(copy)
+    convert = [sys.executable, "-m", "llama_te_convert"]
+    size = ["--max-shard-size", str(SHARD_BYTES)]
+    to_te = run(*convert, "to-te", str(source), str(te), *size)
+    to_hf = run(*convert, "to-hf", str(te), str(hf), *size)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        equal = pool.submit(equal_tensors, source, hf).result()
+    for each in (source, te, hf):
+        shutil.rmtree(each)
+    return {
+        "checkpoint": name,
+        "megabytes": megabytes,
+        "largest_tensor_megabytes": largest / 1e6,
+        "tensors_equal_after_the_way_back": equal,
+        "copy_seconds": copy_seconds,
+        **{
+            f"{way}_{what}": value
+            for way, (seconds, peak) in (("to_te", to_te), ("to_hf", to_hf))
+            for what, value in (("seconds", seconds), ("peak_megabytes", peak), ("times_copy", seconds / copy_seconds))
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
+    options.add_argument("--only", choices=LAYERS, help="one of the two checkpoints")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    arguments = options.parse_args()
+    results = []
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+    # Not imported here: transformers looks for a package `kernels`, and would find the benchmark beside this one.
+    command = [sys.executable, "-m", "llama_te_convert", "--version"]
+    machine += subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    print(machine, flush=True)
+    for name, layers in LAYERS.items():
+        if arguments.only in (None, name):
+            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+                result = measure(name, layers, Path(folder))
+            results.append(result)
+            print(f"{name}: {result['megabytes']:.0f} MB; cp -r and sync {result['copy_seconds']:.1f} s", flush=True)
+            for way in ("to_te", "to_hf"):
+                print(
+                    f"  {way.replace('_', '-')}: {result[f'{way}_seconds']:.1f} s, "
+                    f"{result[f'{way}_times_copy']:.2f} x cp, peak {result[f'{way}_peak_megabytes']:.0f} MB",
+                    flush=True,
+                )
+            print(f"  {result['tensors_equal_after_the_way_back']} tensors equal after the way back, bit for bit")
+    if arguments.json is not None:
+        report = {"machine": machine, "results": results}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

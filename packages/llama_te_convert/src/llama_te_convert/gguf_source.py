@@ -1,0 +1,284 @@
+"""GGUF files of a Llama, with the names and values that transformers gives them: dequantized to float32.
+
+llama.cpp rotates neighbouring elements of a head where transformers rotates its halves, so the file has the rows of
+queries and keys in another order, which is undone here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .tensor_source import CheckpointError, TensorInfo
+
+_MODEL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<rest>\w+)\.weight")
+_ROPE_FACTORS = "rope_freqs.weight"
+# Rotary frequencies, which transformers computes from the configuration.
+_COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+# What llama.cpp takes for a Llama 3.1 and later: the file keeps nothing but the factors that come of it.
+_LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in the file: where it is, its type there, and the heads whose rows are in another order, or 0."""
+
+    offset: int
+    nbytes: int
+    quantization: Any
+    permuted_heads: int
+
+
+class GGUFSource:
+    """A Llama's GGUF file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: The package `gguf` is not installed; the file cannot be read, is not that of a Llama, or has
+            tensors that a Llama does not have, or in a type that `gguf` cannot dequantize.
+    """
+
+    concurrent = True
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        self._stored: dict[str, _Stored] = {}
+        self._gguf = _import_gguf(path)
+        # The reader maps the whole file: it goes when its header is known, and rows are read from the file.
+        reader = _read_header(self._gguf, path)
+        unknown = []
+        for tensor in reader.tensors:
+            name = _hf_name(tensor.name)
+            if name is not None:
+                self._add(name, tensor, reader)
+            elif not _COMPUTED.fullmatch(tensor.name):
+                unknown.append(tensor.name)
+        if unknown:
+            more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+            raise CheckpointError(
+                f"{path} has tensors that a Llama does not have: {', '.join(unknown[:8])}{more}. Mixtures of experts "
+                "and biases are not supported."
+            )
+        self._file = path.open("rb", buffering=0)
+
+    def _add(self, name: str, tensor: Any, reader: Any) -> None:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        try:
+            _, block_bytes = self._gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+            self._gguf.dequantize(np.zeros((1, block_bytes), np.uint8), tensor.tensor_type)
+        except NotImplementedError as error:
+            raise CheckpointError(
+                f"{self.path}: {tensor.name} has the type {tensor.tensor_type.name}, which the package gguf cannot "
+                "dequantize. Take a file of another type, such as F16, BF16 or Q8_0."
+            ) from error
+        heads = 0
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = _heads(reader, self.path, key=".k_proj." in name)
+            if len(shape) != 2 or shape[0] % (2 * heads):
+                raise CheckpointError(
+                    f"{self.path}: {tensor.name} {list(shape)} does not have the rows of {heads} heads."
+                )
+        self.tensors[name] = TensorInfo(torch.float32, shape)
+        self._stored[name] = _Stored(int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, heads)
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor: see `TensorSource`."""
+        info, stored = self.tensors[name], self._stored[name]
+        if start >= stop:
+            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
+        if len(info.shape) == 1:
+            return self._dequantized(name, 0, 1).view(info.shape)[start:stop]
+        if not stored.permuted_heads:
+            return self._dequantized(name, start, stop)
+        wanted = _rows_in_file(np.arange(start, stop), info.rows // stored.permuted_heads)
+        first = int(wanted.min())
+        rows = self._dequantized(name, first, int(wanted.max()) + 1)
+        return rows[torch.from_numpy(wanted - first)]
+
+    def _dequantized(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows in the file's order; those of a tensor with one dimension are one row."""
+        info, stored = self.tensors[name], self._stored[name]
+        row_bytes = stored.nbytes // (info.rows if len(info.shape) > 1 else 1)
+        raw = np.empty((stop - start, row_bytes), np.uint8)
+        view, offset, done = raw.reshape(-1).data, stored.offset + start * row_bytes, 0
+        while done < raw.nbytes:
+            try:
+                count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from error
+            if count == 0:
+                raise CheckpointError(f"{self.path} ends within {name}: the file is not complete.")
+            done += count
+        values = self._gguf.dequantize(raw, stored.quantization)
+        return torch.from_numpy(np.ascontiguousarray(values)).view(stop - start, *info.shape[1:] or (-1,))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """The Hugging Face configuration of a Llama's GGUF file, as a dict.
+
+    It is what transformers reads from the file, and the scaling of rotary frequencies of Llama 3.1 and later, which
+    transformers leaves out.
+
+    Raises:
+        CheckpointError: The package `gguf` is not installed; the file cannot be read, is not that of a Llama, or scales
+            rotary frequencies in another way than Llama 3.
+    """
+    from transformers import AutoConfig
+
+    reader = _read_header(_import_gguf(path), path)
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).to_dict()
+    except Exception as error:  # what transformers raises for a file that it cannot use is not documented
+        raise CheckpointError(f"{path}: transformers cannot make a configuration of it: {error}.") from error
+    if config["model_type"] != "llama":
+        raise CheckpointError(f"{path} is a {config['model_type']!r} to transformers: only a Llama can be converted.")
+    # The last two say where the file was.
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        config.pop(name, None)
+    config["architectures"] = ["LlamaForCausalLM"]
+    config["rope_parameters"] = _rope_parameters(reader, config, path)
+    return dict(config)
+
+
+def save_gguf_tokenizer(path: Path, folder: Path) -> None:
+    """Write the tokenizer of a GGUF file, with its chat template, as Hugging Face files.
+
+    Args:
+        path: The file.
+        folder: Where to.
+
+    Raises:
+        CheckpointError: The package `gguf` is not installed, or transformers cannot make a tokenizer of the file.
+    """
+    from transformers import AutoTokenizer
+
+    _import_gguf(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:  # as above
+        raise CheckpointError(f"{path}: transformers cannot make a tokenizer of it: {error}.") from error
+    tokenizer.save_pretrained(folder)
+
+
+def _import_gguf(path: Path) -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError as error:
+        raise CheckpointError(f"{path} is a GGUF file, which needs a package to be read: pip install gguf") from error
+
+
+def _read_header(gguf: Any, path: Path) -> Any:
+    """The package's reader of a file that is a Llama's."""
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture, files = _field(reader, "general.architecture"), _field(reader, "split.count")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # a file that is damaged can make it raise anything
+        raise CheckpointError(
+            f"{path} is no GGUF file that can be read, or not complete: {type(error).__name__}: {error}."
+        ) from error
+    if reader.byte_order == "S":
+        raise CheckpointError(f"{path} has another byte order than this machine: convert it with llama.cpp first.")
+    if files not in (None, 0, 1):
+        raise CheckpointError(f"{path} is one of {files} files: make one of them first, with llama-gguf-split --merge.")
+    if architecture != "llama":
+        raise CheckpointError(f"{path} has the architecture {architecture!r}: only 'llama' can be converted.")
+    return reader
+
+
+def _field(reader: Any, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()
+
+
+def _heads(reader: Any, path: Path, *, key: bool) -> int:
+    """Number of query or key heads."""
+    name = "llama.attention.head_count"
+    heads = _field(reader, name)
+    if key:
+        grouped = _field(reader, name + "_kv")
+        heads = heads if grouped is None else grouped
+    if type(heads) is not int or heads < 1:
+        raise CheckpointError(f"{path}: its {name + '_kv' * key} is {heads!r}, but must be one number for all layers.")
+    return heads
+
+
+def _hf_name(name: str) -> str | None:
+    if name in _MODEL_NAMES:
+        return _MODEL_NAMES[name]
+    match = _LAYER.fullmatch(name)
+    if match is None or match["rest"] not in _LAYER_NAMES:
+        return None
+    return f"model.layers.{int(match['layer'])}.{_LAYER_NAMES[match['rest']]}.weight"
+
+
+def _rows_in_file(rows: Any, head_size: int) -> Any:
+    """Where the file has these rows: row `place` of half `half` of a head is its row `2 * place + half` there."""
+    head, row = np.divmod(rows, head_size)
+    half, place = np.divmod(row, head_size // 2)
+    return head * head_size + 2 * place + half
+
+
+def _rope_parameters(reader: Any, config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The configuration's, with what the file says of scaled frequencies."""
+    scaling = _field(reader, "llama.rope.scaling.type")
+    if scaling not in (None, "none"):
+        raise CheckpointError(
+            f"{path} scales rotary frequencies by the method {scaling!r}, which is not supported: convert the model "
+            "that the file was made of."
+        )
+    rope = dict(config["rope_parameters"])
+    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
+    if factors is None:
+        return rope
+    factors = np.array(factors, np.float64)
+    llama3 = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
+    expected = _llama3_factors(llama3, config["head_dim"])
+    # The file's are float32. Other models' differ by some percent where any does.
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
+        raise CheckpointError(
+            f"{path}: its {_ROPE_FACTORS} scales rotary frequencies in another way than Llama 3, which is not "
+            "supported: convert the model that the file was made of."
+        )
+    return llama3 if llama3["factor"] != 1.0 else rope
+
+
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Any:
+    """What each frequency is divided by."""
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = rope["original_max_position_embeddings"] / wavelengths
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    unscaled = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (unscaled + (1 - unscaled) / rope["factor"])
