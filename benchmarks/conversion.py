@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -121,35 +122,39 @@ def equal_tensors(one: Path, other: Path) -> int:
     return len(maps[0])
 
 
-def measure(name: str, layers: int, folder: Path) -> dict[str, Any]:
-    """Convert there and back, and copy."""
+def measure(name: str, layers: int, folder: Path, rounds: int) -> dict[str, Any]:
+    """Copy, convert there and convert back, in turns."""
     source, te, hf, copy = (folder / each for each in ("source", "te", "hf", "copy"))
     # In processes of their own: a child begins with the peak of memory of the process that starts it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         largest = pool.submit(make_checkpoint, source, layers).result()
-    os.sync()
-    megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-    copy_seconds, _ = run("sh", "-c", f"cp -r '{source}' '{copy}' && sync")
-    shutil.rmtree(copy)
     convert = [sys.executable, "-m", "llama_te_convert"]
     size = ["--max-shard-size", str(SHARD_BYTES)]
-    to_te = run(*convert, "to-te", str(source), str(te), *size)
-    to_hf = run(*convert, "to-hf", str(te), str(hf), *size)
+    figures: dict[str, list[tuple[float, float]]] = {"copy": [], "to_te": [], "to_hf": []}
+    for _ in range(rounds):
+        for each in (te, hf):
+            shutil.rmtree(each, ignore_errors=True)
+        for what, command in (
+            ("copy", ("sh", "-c", f"cp -r '{source}' '{copy}' && sync")),
+            ("to_te", (*convert, "to-te", str(source), str(te), *size)),
+            ("to_hf", (*convert, "to-hf", str(te), str(hf), *size)),
+        ):
+            os.sync()
+            figures[what].append(run(*command))
+            shutil.rmtree(copy, ignore_errors=True)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         equal = pool.submit(equal_tensors, source, hf).result()
-    for each in (source, te, hf):
-        shutil.rmtree(each)
+    seconds = {what: [each for each, _ in values] for what, values in figures.items()}
     return {
         "checkpoint": name,
-        "megabytes": megabytes,
+        "megabytes": sum(path.stat().st_size for path in source.iterdir()) / 1e6,
         "largest_tensor_megabytes": largest / 1e6,
         "tensors_equal_after_the_way_back": equal,
-        "copy_seconds": copy_seconds,
-        **{
-            f"{way}_{what}": value
-            for way, (seconds, peak) in (("to_te", to_te), ("to_hf", to_hf))
-            for what, value in (("seconds", seconds), ("peak_megabytes", peak), ("times_copy", seconds / copy_seconds))
+        "seconds": seconds,
+        "peak_megabytes": {way: max(peak for _, peak in figures[way]) for way in ("to_te", "to_hf")},
+        "times_copy": {
+            way: statistics.median(seconds[way]) / statistics.median(seconds["copy"]) for way in ("to_te", "to_hf")
         },
     }
 
@@ -159,6 +164,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     options.add_argument("--only", choices=LAYERS, help="one of the two checkpoints")
+    options.add_argument("--rounds", type=int, default=3, help="of copying and converting")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     arguments = options.parse_args()
     results = []
@@ -170,16 +176,20 @@ def main() -> None:
     for name, layers in LAYERS.items():
         if arguments.only in (None, name):
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                result = measure(name, layers, Path(folder))
+                result = measure(name, layers, Path(folder), arguments.rounds)
             results.append(result)
-            print(f"{name}: {result['megabytes']:.0f} MB; cp -r and sync {result['copy_seconds']:.1f} s", flush=True)
-            for way in ("to_te", "to_hf"):
-                print(
-                    f"  {way.replace('_', '-')}: {result[f'{way}_seconds']:.1f} s, "
-                    f"{result[f'{way}_times_copy']:.2f} x cp, peak {result[f'{way}_peak_megabytes']:.0f} MB",
-                    flush=True,
-                )
-            print(f"  {result['tensors_equal_after_the_way_back']} tensors equal after the way back, bit for bit")
+            print(f"{name}: {result['megabytes']:.0f} MB, largest tensor {result['largest_tensor_megabytes']:.0f} MB")
+            for way, label in (("copy", "cp -r and sync"), ("to_te", "to-te"), ("to_hf", "to-hf")):
+                line = f"  {label:14}  {'  '.join(f'{each:5.1f}' for each in result['seconds'][way])} s"
+                if way != "copy":
+                    line += (
+                        f"   median {result['times_copy'][way]:.2f} x cp, peak {result['peak_megabytes'][way]:.0f} MB"
+                    )
+                print(line)
+            print(
+                f"  {result['tensors_equal_after_the_way_back']} tensors equal after the way back, bit for bit",
+                flush=True,
+            )
     if arguments.json is not None:
         report = {"machine": machine, "results": results}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

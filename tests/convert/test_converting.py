@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from convert.slow_conversion import convert_slowly
 from llama_te_convert import CheckpointError, convert_checkpoint, convert_llama_hf_to_te, convert_llama_te_to_hf
 from llama_te_convert import writing as writing_module
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
@@ -138,6 +140,52 @@ def test_parts_smaller_than_tensors(source: Path, tmp_path: Path, monkeypatch: p
     same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
 
 
+@pytest.mark.parametrize("to_te", [True, False])
+def test_distributed_checkpoints_convert_without_a_model(tiny_llama, tmp_path: Path, to_te: bool) -> None:
+    """What training saves with torch.distributed.checkpoint, optimizer and all, with `config.json` beside it."""
+    hf = tiny_llama().bfloat16()
+    te = convert_llama_hf_to_te(hf)
+    trained, expected = (hf, te) if to_te else (te, hf)
+    optimizer = torch.optim.AdamW(trained.parameters())
+    trained(torch.arange(3, 9)[None], labels=torch.arange(3, 9)[None]).loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            parameter.copy_((hf if to_te else te).get_parameter(name))
+    state = {"model": trained.state_dict(), "optimizer": optimizer.state_dict(), "step": 3}
+    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    trained.config.save_pretrained(tmp_path / "dcp")
+    convert_checkpoint(str(tmp_path / "dcp"), tmp_path / "new", to_te=to_te, max_shard_bytes=SHARD)
+    reference = convert_llama_hf_to_te(trained) if to_te else convert_llama_te_to_hf(trained)
+    made = tensors(tmp_path / "new")
+    assert made.keys() == dict(reference.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+    for name, parameter in reference.named_parameters():
+        assert torch.equal(made[name], parameter), name
+    assert not list((tmp_path / "new").glob("*.distcp"))
+
+
+def test_fp8_for_serving_engines(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(str(source), tmp_path / "te", to_te=True)
+    convert_checkpoint(str(tmp_path / "te"), tmp_path / "fp8", to_te=False, fp8=True)
+    made, plain = tensors(tmp_path / "fp8"), tensors(source)
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "float-quantized"
+    assert config["model_type"] == "llama"
+    quantized = {name for name in plain if name.endswith("_proj.weight")}
+    assert made.keys() == plain.keys() | {f"{name}_scale" for name in quantized}
+    for name, tensor in plain.items():
+        if name not in quantized:
+            assert torch.equal(made[name], tensor), name
+            continue
+        assert (made[name].dtype, made[f"{name}_scale"].shape) == (torch.float8_e4m3fn, (1,))
+        dequantized = made[name].float() * made[f"{name}_scale"]
+        # Half of the last of 3 bits; below 2^-6 of the scale, half of the smallest number, 2^-9.
+        bound = torch.maximum(tensor.float().abs() * 2**-4, made[f"{name}_scale"] * 2**-10) * (1 + 1e-6)
+        assert bool(((dequantized - tensor.float()).abs() <= bound).all()), name
+    with pytest.raises(CheckpointError, match="quantized by 'compressed-tensors'"):
+        convert_checkpoint(str(tmp_path / "fp8"), tmp_path / "again", to_te=True)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +193,25 @@ def break_index(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.norm.weight"] = "../../norm.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        everything = tensors(folder)
+        change(everything)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        save_file(everything, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def without_layer(layer: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(everything: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in everything if name.startswith(f"model.layers.{layer}.")]:
+            del everything[name]
+
+    return change
 
 
 def set_field(**fields: Any) -> Callable[[Path], None]:
@@ -255,13 +322,6 @@ def convert(source: Path, folder: Path) -> None:
     convert_checkpoint(str(source), folder, to_te=True, max_shard_bytes=SHARD)
 
 
-def convert_slowly(source: Path, folder: Path) -> None:
-    """So that most of the time goes into what is to be interrupted."""
-    convert_checkpoint(
-        str(source), folder, to_te=True, max_shard_bytes=SHARD, progress=lambda done, total: time.sleep(0.003)
-    )
-
-
 def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
     """20 runs killed at random moments: nothing looks finished, finished shards stay, and the result is the same."""
     convert(source, tmp_path / "expected")
@@ -270,7 +330,7 @@ def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
     context.set_forkserver_preload(["llama_te_convert.converting", "llama_te_convert.models", "pytest"])
 
     def start(folder: Path) -> Any:
-        process = context.Process(target=convert_slowly, args=(source, folder))
+        process = context.Process(target=convert_slowly, args=(source, folder, SHARD))
         process.start()
         return process
 

@@ -206,15 +206,24 @@ def _unknown_class(argument: str, model: Any, known: list[str]) -> TypeError:
     return TypeError(f"{argument} is a {type(model).__name__}: this conversion takes one of {', '.join(known)}.")
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's fields as constructor arguments."""
-    fields = {name: value for name, value in config.items() if name not in ("model_type", "transformers_version")}
-    quantization = fields.pop("quantization_config", None)
+def refuse_quantized(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are no ordinary ones.
+
+    Raises:
+        CheckpointError: With the method of its quantization.
+    """
+    quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
     # That of GGUF speaks of the file: once it is read, the weights are ordinary ones.
     if quantization is not None and method != "gguf":
         raise CheckpointError(f"the model is quantized by {method!r}: convert one with ordinary weights.")
-    return fields
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's fields as constructor arguments."""
+    refuse_quantized(config)
+    left = ("model_type", "transformers_version", "quantization_config")
+    return {name: value for name, value in config.items() if name not in left}
 
 
 def _foreign_fields(config_class: Any, fields: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .architectures import architecture_of
+from .architectures import architecture_of, refuse_quantized
 from .checkpoint import find_checkpoint, open_checkpoint
 from .conversion import HeadSizes, outputs, targets
 from .tensor_source import Checkpoint, CheckpointError
@@ -96,6 +96,7 @@ def convert_checkpoint(
             raise CheckpointError(f"{path} has the {layout} layout already.")
         if fp8 and to_te:
             raise CheckpointError("fp8 is a layout of Hugging Face checkpoints: it goes with a conversion to them.")
+        refuse_quantized(checkpoint.config)
         # transformers takes seconds to import; tensors are written in the meantime.
         new_config = background.submit(_new_config, checkpoint, changes, fp8)
         table = architecture_of(checkpoint.config).table
@@ -145,12 +146,18 @@ def convert_checkpoint(
 
 
 def _new_config(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -> Any:
+    """The new configuration, if the old one is valid and the checkpoint has the tensors that it asks for."""
     from .architectures import hf_config, te_config
+    from .inspection import inspect
 
     try:
         config = (hf_config if checkpoint.is_te else te_config)(checkpoint.config, **changes)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"the configuration of {checkpoint.path}: {error}") from error
+    problems = inspect(checkpoint).problems
+    if problems:
+        more = f" And {len(problems) - 1} more: llama-te-convert inspect tells them." if len(problems) > 1 else ""
+        raise CheckpointError(f"{checkpoint.path}: {problems[0]}{more}")
     if fp8:
         from .fp8_export import fp8_quantization_config
 
