@@ -123,39 +123,41 @@ def equal_tensors(one: Path, other: Path) -> int:
 
 
 def measure(name: str, layers: int, folder: Path, rounds: int) -> dict[str, Any]:
-    """Copy, convert there and convert back, in turns."""
+    """Convert there and back, each in turns with a copy of the same folder, which has as much to write."""
     source, te, hf, copy = (folder / each for each in ("source", "te", "hf", "copy"))
     # In processes of their own: a child begins with the peak of memory of the process that starts it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         largest = pool.submit(make_checkpoint, source, layers).result()
-    convert = [sys.executable, "-m", "llama_te_convert"]
-    size = ["--max-shard-size", str(SHARD_BYTES)]
-    figures: dict[str, list[tuple[float, float]]] = {"copy": [], "to_te": [], "to_hf": []}
-    for _ in range(rounds):
-        for each in (te, hf):
-            shutil.rmtree(each, ignore_errors=True)
-        for what, command in (
-            ("copy", ("sh", "-c", f"cp -r '{source}' '{copy}' && sync")),
-            ("to_te", (*convert, "to-te", str(source), str(te), *size)),
-            ("to_hf", (*convert, "to-hf", str(te), str(hf), *size)),
-        ):
-            os.sync()
-            figures[what].append(run(*command))
-            shutil.rmtree(copy, ignore_errors=True)
+    results: dict[str, Any] = {}
+    for way, begin, end in (("to-te", source, te), ("to-hf", te, hf)):
+        convert = [sys.executable, "-m", "llama_te_convert", way, str(begin), str(end)]
+        copies, conversions = [], []
+        for _ in range(rounds):
+            for each, command, runs in (
+                (copy, ["sh", "-c", f"cp -r '{begin}' '{copy}' && sync"], copies),
+                (end, [*convert, "--max-shard-size", str(SHARD_BYTES)], conversions),
+            ):
+                for old in (copy, end):
+                    shutil.rmtree(old, ignore_errors=True)
+                os.sync()
+                runs.append(run(*command))
+                assert each.exists()
+        shutil.rmtree(copy, ignore_errors=True)
+        results[way] = {
+            "copy_seconds": [seconds for seconds, _ in copies],
+            "seconds": [seconds for seconds, _ in conversions],
+            "times_copy": statistics.median(s for s, _ in conversions) / statistics.median(s for s, _ in copies),
+            "peak_megabytes": max(peak for _, peak in conversions),
+        }
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         equal = pool.submit(equal_tensors, source, hf).result()
-    seconds = {what: [each for each, _ in values] for what, values in figures.items()}
     return {
         "checkpoint": name,
         "megabytes": sum(path.stat().st_size for path in source.iterdir()) / 1e6,
         "largest_tensor_megabytes": largest / 1e6,
         "tensors_equal_after_the_way_back": equal,
-        "seconds": seconds,
-        "peak_megabytes": {way: max(peak for _, peak in figures[way]) for way in ("to_te", "to_hf")},
-        "times_copy": {
-            way: statistics.median(seconds[way]) / statistics.median(seconds["copy"]) for way in ("to_te", "to_hf")
-        },
+        **results,
     }
 
 
@@ -179,17 +181,15 @@ def main() -> None:
                 result = measure(name, layers, Path(folder), arguments.rounds)
             results.append(result)
             print(f"{name}: {result['megabytes']:.0f} MB, largest tensor {result['largest_tensor_megabytes']:.0f} MB")
-            for way, label in (("copy", "cp -r and sync"), ("to_te", "to-te"), ("to_hf", "to-hf")):
-                line = f"  {label:14}  {'  '.join(f'{each:5.1f}' for each in result['seconds'][way])} s"
-                if way != "copy":
-                    line += (
-                        f"   median {result['times_copy'][way]:.2f} x cp, peak {result['peak_megabytes'][way]:.0f} MB"
-                    )
-                print(line)
-            print(
-                f"  {result['tensors_equal_after_the_way_back']} tensors equal after the way back, bit for bit",
-                flush=True,
-            )
+            for way in ("to-te", "to-hf"):
+                figures = result[way]
+                converted, copied = (
+                    " ".join(f"{seconds:.1f}" for seconds in figures[what]) for what in ("seconds", "copy_seconds")
+                )
+                print(f"  {way}: {converted} s; cp -r and sync: {copied} s; medians {figures['times_copy']:.2f} x")
+                print(f"         peak {figures['peak_megabytes']:.0f} MB")
+            equal = result["tensors_equal_after_the_way_back"]
+            print(f"  {equal} tensors equal after the way back, bit for bit", flush=True)
     if arguments.json is not None:
         report = {"machine": machine, "results": results}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
