@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .tensor_source import CheckpointError, TensorInfo
+from .tensor_source import CheckpointError, TensorInfo, read_exactly
 
 _MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -127,15 +126,8 @@ class GGUFSource:
         info, stored = self.tensors[name], self._stored[name]
         row_bytes = stored.nbytes // (info.rows if len(info.shape) > 1 else 1)
         raw = np.empty((stop - start, row_bytes), np.uint8)
-        view, offset, done = raw.reshape(-1).data, stored.offset + start * row_bytes, 0
-        while done < raw.nbytes:
-            try:
-                count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-            if count == 0:
-                raise CheckpointError(f"{self.path} ends within {name}: the file is not complete.")
-            done += count
+        offset = stored.offset + start * row_bytes
+        read_exactly(self._file.fileno(), raw.reshape(-1).data, offset, self.path, name)
         values = self._gguf.dequantize(raw, stored.quantization)
         return torch.from_numpy(np.ascontiguousarray(values)).view(stop - start, *info.shape[1:] or (-1,))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .tensor_source import CheckpointError, TensorInfo
+from .tensor_source import CheckpointError, TensorInfo, read_exactly
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -77,15 +77,7 @@ class SafetensorsFile:
             buffer = self._buffers.bytes = bytearray(count)
         view = memoryview(buffer)[:count]
         offset = self._offsets[name] + start * info.row_bytes
-        done = 0
-        while done < count:
-            try:
-                read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from error
-            if read == 0:
-                raise CheckpointError(f"{self.path} ends within {name}: the file is not complete.")
-            done += read
+        read_exactly(self._file.fileno(), view, offset, self.path, name)
         return torch.frombuffer(view, dtype=torch.uint8).view(info.dtype).view(shape)
 
     def close(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -85,6 +87,30 @@ class Checkpoint:
     def is_te(self) -> bool:
         """Whether it has the Transformer Engine layout."""
         return self.config.get("model_type") == TE_MODEL_TYPE
+
+
+def read_exactly(file: int, view: memoryview, offset: int, path: Path, name: str) -> None:
+    """Fill `view` with the bytes of an open file from `offset` on.
+
+    Args:
+        file: Its descriptor.
+        view: What to fill.
+        offset: Where the bytes are.
+        path: The file, for messages.
+        name: The tensor that they are of, likewise.
+
+    Raises:
+        CheckpointError: The file cannot be read, or ends before.
+    """
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(file, [view[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if count == 0:
+            raise CheckpointError(f"{path} ends within {name}: the file is not complete.")
+        done += count
 
 
 def parts(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:
