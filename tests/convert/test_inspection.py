@@ -1,6 +1,5 @@
 """Inspection of checkpoints, whole ones and broken ones."""
 
-import contextlib
 import json
 import math
 
@@ -23,7 +22,6 @@ from transformers import (
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.inspection import DtypeUse, ModelSizes, inspect
-from llama_te_convert.safetensors_format import SafetensorsFolder
 from llama_te_convert.tensor_source import Checkpoint, TensorInfo
 
 QKV = "model.layers.{}.self_attention.layernorm_qkv.weight"
@@ -72,18 +70,6 @@ def te():
 
 
 # --- whole ones -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def opened():
-    """Opens a folder, and closes it at the end."""
-    with contextlib.ExitStack() as stack:
-
-        def open_folder(folder):
-            source = stack.enter_context(contextlib.closing(SafetensorsFolder(folder)))
-            return Checkpoint(str(folder), json.loads((folder / "config.json").read_text()), source)
-
-        yield open_folder
 
 
 def test_a_hugging_face_folder(opened, tiny_llama, tmp_path):

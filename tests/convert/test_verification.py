@@ -1,6 +1,5 @@
 """Comparison of checkpoints: what differs is named with its place and size, and nothing else is."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -31,9 +30,9 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te, logits, verification
-from llama_te_convert.safetensors_format import SafetensorsFolder
+from llama_te_convert.logits import compare_logits
 from llama_te_convert.tensor_source import Checkpoint, CheckpointError, TensorInfo
-from llama_te_convert.verification import TOLERANCES, ConfigDifference, compare, compare_logits
+from llama_te_convert.verification import TOLERANCES, ConfigDifference, compare
 
 BITS = {2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,18 +62,6 @@ class MemorySource:
 
     def close(self):
         pass
-
-
-@pytest.fixture
-def opened():
-    """Opens a folder, and closes it at the end."""
-    with contextlib.ExitStack() as stack:
-
-        def open_folder(folder):
-            source = stack.enter_context(contextlib.closing(SafetensorsFolder(folder)))
-            return Checkpoint(str(folder), json.loads((folder / "config.json").read_text()), source)
-
-        yield open_folder
 
 
 def in_memory(model, path="somewhere", **fields):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .safetensors_format import INDEX, SINGLE, SafetensorsFolder
-from .tensor_source import Checkpoint, CheckpointError
+from .tensor_source import Checkpoint, CheckpointError, first_line
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,8 +38,9 @@ def find_checkpoint(location: str, *, allow_pickle: bool = False) -> Path:
     try:
         return Path(snapshot_download(location, allow_patterns=patterns))
     except Exception as error:  # whatever keeps it from coming, in one line
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{location} is no local path, and the hub does not give it: {reason}") from error
+        raise CheckpointError(
+            f"{location} is no local path, and the hub does not give it: {first_line(error)}"
+        ) from error
 
 
 def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:

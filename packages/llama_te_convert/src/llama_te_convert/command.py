@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from . import __version__
-from .tensor_source import CheckpointError
+from .tensor_source import Checkpoint, CheckpointError
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -115,9 +115,12 @@ def _convert(options: argparse.Namespace) -> int:
 
     from .converting import convert_checkpoint
 
-    changes = dict(options.changes)
-    if options.layer_precision is not None:
-        changes["layer_precision"] = _layer_precision(options.layer_precision, _layers(options))
+    def changes(checkpoint: Checkpoint) -> dict[str, Any]:
+        fields = dict(options.changes)
+        if options.layer_precision is not None:
+            fields["layer_precision"] = _layer_precision(options.layer_precision, _layers(checkpoint))
+        return fields
+
     with _Progress(options.folder.name) as bar:
         report = convert_checkpoint(
             options.source,
@@ -207,11 +210,7 @@ def _assignment(text: str) -> tuple[str, Any]:
         return field, value
 
 
-def _layers(options: argparse.Namespace) -> int:
-    from .checkpoint import find_checkpoint, open_checkpoint
-
-    checkpoint = open_checkpoint(find_checkpoint(options.source), allow_pickle=options.allow_pickle)
-    checkpoint.source.close()
+def _layers(checkpoint: Checkpoint) -> int:
     layers = checkpoint.config.get("num_hidden_layers")
     if not isinstance(layers, int):
         raise CheckpointError(f"the configuration of {checkpoint.path} does not say num_hidden_layers.")

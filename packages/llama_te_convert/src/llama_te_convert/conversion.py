@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, plan
+from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, is_computed, plan
 from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource, parts
 
 
@@ -91,25 +91,22 @@ def targets(
     Raises:
         CheckpointError: The tensors are not those of a checkpoint that the table knows, or do not fit the sizes.
     """
-    # Old checkpoints keep what transformers computes from the configuration.
-    names = [name for name in source.tensors if not name.endswith("rotary_emb.inv_freq")]
     try:
-        steps = plan(names, to_te=to_te, table=table)
+        steps = plan((name for name in source.tensors if not is_computed(name)), to_te=to_te, table=table)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     made = []
     for step in steps:
-        infos = [source.tensors[name] for name in (step.hf if to_te else (step.te,))]
+        names, made_names = (step.hf, (step.te,)) if to_te else ((step.te,), step.hf)
+        infos = [source.tensors[name] for name in names]
         try:
             pieces = _pieces(step, infos, sizes, to_te)
         except ValueError as error:
-            names = list(step.hf if to_te else (step.te,))
             described = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(names, infos, strict=True))
-            other = step.te if to_te else ", ".join(step.hf)
-            raise CheckpointError(f"{described}: cannot make {other} of them: {error}.") from error
+            raise CheckpointError(f"{described}: cannot make {', '.join(made_names)} of them: {error}.") from error
         first = infos[0]
         cast_dtype = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
-        taken: list[list[RowRange]] = [[]] if to_te else [[] for _ in step.hf]
+        taken: list[list[RowRange]] = [[] for _ in made_names]
         at = 0
         for part, start, stop in pieces:
             if to_te:
@@ -117,7 +114,7 @@ def targets(
             else:
                 taken[part].append(RowRange(step.te, at, at + stop - start))
             at += stop - start
-        for name, ranges in zip((step.te,) if to_te else step.hf, taken, strict=True):
+        for name, ranges in zip(made_names, taken, strict=True):
             rows = sum(each.stop - each.start for each in ranges)
             shape = (rows, *first.shape[1:]) if first.shape else ()
             made.append(Target(name, TensorInfo(cast_dtype, shape), tuple(ranges)))

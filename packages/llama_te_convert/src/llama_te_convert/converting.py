@@ -62,7 +62,7 @@ def convert_checkpoint(
     to_te: bool,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    config_changes: Mapping[str, Any] | None = None,
+    config_changes: Mapping[str, Any] | Callable[[Checkpoint], Mapping[str, Any]] | None = None,
     fp8: bool = False,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -76,7 +76,7 @@ def convert_checkpoint(
         to_te: To the Transformer Engine layout (else from it to Hugging Face's).
         dtype: What floating-point tensors become; as they are by default.
         max_shard_bytes: Most bytes of a file, where a tensor fits.
-        config_changes: Fields of the new configuration to set.
+        config_changes: Fields of the new configuration to set, or what makes them of the open checkpoint.
         fp8: Write the decoder's linear weights in FP8 with a scale for each, as serving engines read them.
         allow_pickle: Whether to read `pytorch_model.bin` files.
         progress: Called with the bytes done and those there are.
@@ -85,9 +85,6 @@ def convert_checkpoint(
         CheckpointError: In one line, what is wrong with the source, the target or the options.
     """
     begin = time.perf_counter()
-    changes = dict(config_changes or {})
-    if dtype is not None:
-        changes = {"dtype": str(dtype).removeprefix("torch."), **changes}
     path, folder = find_checkpoint(source, allow_pickle=allow_pickle), Path(folder)
     checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
     with contextlib.closing(checkpoint.source), ThreadPoolExecutor(1) as background:
@@ -97,6 +94,9 @@ def convert_checkpoint(
         if fp8 and to_te:
             raise CheckpointError("fp8 is a layout of Hugging Face checkpoints: it goes with a conversion to them.")
         refuse_quantized(checkpoint.config)
+        changes = dict((config_changes(checkpoint) if callable(config_changes) else config_changes) or {})
+        if dtype is not None:
+            changes = {"dtype": str(dtype).removeprefix("torch."), **changes}
         # transformers takes seconds to import; tensors are written in the meantime.
         new_config = background.submit(_new_config, checkpoint, changes, fp8)
         table = architecture_of(checkpoint.config).table

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .mapping import LLAMA, Row, Same, Step, plan
+from .mapping import LLAMA, Row, Same, Step, is_computed, plan
 from .tensor_source import Checkpoint, CheckpointError, TensorInfo
 
 # Fields that say how a checkpoint is stored or run, not what its model is.
@@ -250,11 +250,6 @@ def _has_rule(name: str, table: Sequence[Row], is_te: bool) -> bool:
     except ValueError:
         return False
     return True
-
-
-def is_computed(name: str) -> bool:
-    """Whether old checkpoints keep under this name what transformers computes from the configuration."""
-    return name.endswith("rotary_emb.inv_freq")
 
 
 def dtype_name(info: TensorInfo) -> str:

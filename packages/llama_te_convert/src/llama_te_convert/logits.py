@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .tensor_source import CheckpointError
+from .tensor_source import CheckpointError, first_line
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -121,7 +121,7 @@ def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
     try:
         ids = list(AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)(text)["input_ids"])
     except Exception as error:  # each kind of tokenizer has its own
-        raise CheckpointError(f"the tokenizer of {having[0]} cannot be used: {_first_line(error)}") from error
+        raise CheckpointError(f"the tokenizer of {having[0]} cannot be used: {first_line(error)}") from error
     if not ids:
         raise CheckpointError(f"the text {text!r} has no tokens: give a longer one.")
     return ids
@@ -143,7 +143,7 @@ def _logits(path: Path, ids: list[int], device: str) -> tuple[torch.Tensor, str]
         with torch.no_grad():
             logits_1SV = model.to(device)(torch.tensor([ids], device=device), use_cache=False).logits
     except RuntimeError as error:  # too little memory, say
-        raise CheckpointError(f"{path} cannot be run on {device}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be run on {device}: {first_line(error)}") from error
     dtype = str(model.dtype).removeprefix("torch.")
     logits_SV = logits_1SV[0].float().cpu()
     del model, logits_1SV
@@ -176,7 +176,7 @@ def _model(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # each format and version has its own
-        raise CheckpointError(f"{path} cannot be loaded as a model: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded as a model: {first_line(error)}") from error
     # transformers only warns of them, and fills them with random numbers.
     missing = sorted(info["missing_keys"])
     if missing:
@@ -184,8 +184,3 @@ def _model(path: Path) -> Any:
             f"{path} lacks {missing[0]} (and {len(missing) - 1} more): logits need a complete causal language model."
         )
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

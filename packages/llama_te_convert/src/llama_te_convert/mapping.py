@@ -248,6 +248,11 @@ def plan(source_names: Iterable[str], *, to_te: bool, table: Sequence[Row] = LLA
     return list(steps.values())
 
 
+def is_computed(name: str) -> bool:
+    """Whether old checkpoints keep under this name what transformers computes from the configuration."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
 def check_targets(made: Iterable[str], wanted: Iterable[str]) -> None:
     """Refuse a conversion whose results are not exactly the tensors that the target model has.
 

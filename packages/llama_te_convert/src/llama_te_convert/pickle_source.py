@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .safetensors_format import read_index
-from .tensor_source import CheckpointError, TensorInfo
+from .tensor_source import CheckpointError, TensorInfo, first_line
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -87,7 +87,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # what torch raises for a damaged file is not documented
         raise CheckpointError(
-            f"{path} cannot be read: {_first_line(error)}. It is damaged or not complete: get it again."
+            f"{path} cannot be read: {first_line(error).rstrip('.:')}. It is damaged or not complete: get it again."
         ) from error
     return _checked(loaded, path)
 
@@ -109,8 +109,3 @@ def _checked(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
             )
         tensors[name] = tensor.detach()
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -20,6 +20,12 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read, converted or written, and why. What commands report in one line."""
 
 
+def first_line(error: Exception) -> str:
+    """What another library's error says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor's dtype and shape."""

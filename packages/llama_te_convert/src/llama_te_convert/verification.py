@@ -10,22 +10,10 @@ from typing import Any
 
 import torch
 
-from .conversion import RowRange, Target, targets
-from .inspection import dtype_name, is_computed, model_fields, size_text, steps_of
-from .logits import LogitsComparison, compare_logits
-from .mapping import Row
+from .conversion import HeadSizes, RowRange, Target, targets
+from .inspection import dtype_name, model_fields, size_text, steps_of
+from .mapping import Row, is_computed
 from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource
-
-__all__ = [
-    "TOLERANCES",
-    "Comparison",
-    "ConfigDifference",
-    "Difference",
-    "LogitsComparison",
-    "ValueDifference",
-    "compare",
-    "compare_logits",
-]
 
 # Largest relative error of one rounding to each dtype: half of its last bit.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -223,13 +211,6 @@ def compare(
 # --- checkpoints under Hugging Face names -----------------------------------------------------------------------------
 
 
-@dataclass
-class _Sizes:
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-
-
 @dataclass(frozen=True)
 class _Known:
     """The tensors of a source that the mapping has rules for."""
@@ -269,7 +250,7 @@ class _View:
             self.targets[name] = Target(name, info, (RowRange(name, 0, info.rows),))
 
     def _split(self, known: Mapping[str, TensorInfo], table: tuple[Row, ...]) -> list[Target]:
-        sizes = _Sizes(*(self.fields[field.name] for field in dataclasses.fields(_Sizes)))
+        sizes = HeadSizes(*(self.fields[field.name] for field in dataclasses.fields(HeadSizes)))
         try:
             return targets(_Known(known, self.source), sizes, to_te=False, table=table) if known else []
         except CheckpointError as error:

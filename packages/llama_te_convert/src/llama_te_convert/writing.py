@@ -105,7 +105,6 @@ def write_checkpoint(
             is kept. Or another conversion's unfinished folder is in the way.
     """
     partial = folder.with_name(folder.name + ".partial")
-    kept = 0
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)

@@ -392,7 +392,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
                 "own caches. Leave it out, or pass a llama_te_infer.InferenceParams as past_key_values."
             )
         given = model_kwargs.get(_CACHE_FIELD)
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        rows = batch_size * _rows_of_a_prompt(generation_config)
         if given is None and generation_config.use_cache is not False:
             factory = default_cache_factory()
             if factory is None:
@@ -421,7 +421,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
         Each is computed once, and then goes on in as many rows of the cache.
         """
         cache = model_kwargs.get(_CACHE_FIELD)
-        copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        copies = _rows_of_a_prompt(generation_config)
         # A cache that holds something already may hold something else for each of the rows.
         if copies == 1 or cache is None or cache.get_seq_length() > 0:
             return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -436,6 +436,11 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(hidden.repeat_interleave(copies, 0) for hidden in outputs.hidden_states)
         return outputs
+
+
+def _rows_of_a_prompt(generation_config: Any) -> int:
+    """How many rows `generate` makes of each prompt."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
 
 
 class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):

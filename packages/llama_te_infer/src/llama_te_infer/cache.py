@@ -268,9 +268,8 @@ class InferenceParams:
             place_T = None
             if self._new != [width] * self.batch_size:
                 # The sum of the lengths is known here, so that nothing waits for the device.
-                token_T = torch.arange(sum(self._new), device=self.device)
-                row_T = torch.searchsorted(self.cu_seqlens_q[1 : self.batch_size], token_T, right=True)
-                place_T = row_T * width + token_T - self.cu_seqlens_q[row_T]
+                row_T, number_T = self._packed(sum(self._new))
+                place_T = row_T * width + number_T
             self._places[width] = place_T
         return self._places[width]
 
@@ -484,9 +483,14 @@ class InferenceParams:
         start_B = self.pre_step_seqlens[: self.batch_size]
         if qkv_format == "bshd":
             return start_B[:, None] + torch.arange(qkv.shape[1], device=self.device)
-        token_T = torch.arange(qkv.shape[0], device=self.device)
+        row_T, number_T = self._packed(qkv.shape[0])
+        return start_B[row_T] + number_T
+
+    def _packed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The row of each packed token of this step, and its number among the new ones there."""
+        token_T = torch.arange(tokens, device=self.device)
         row_T = torch.searchsorted(self.cu_seqlens_q[1 : self.batch_size], token_T, right=True)
-        return start_B[row_T] + token_T - self.cu_seqlens_q[row_T]
+        return row_T, token_T - self.cu_seqlens_q[row_T]
 
     def _find_slots(self, new_k: torch.Tensor, qkv_format: str) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Which of the flattened new tokens to store (None: the first), and where; for all layers of a step."""
