@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -21,13 +22,11 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-
+# torch is for processes of their own: a child begins with the peak of memory of the process that starts it.
 SHARD_BYTES = 1_200_000_000
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -67,13 +66,16 @@ def tensors(layers: int) -> dict[str, tuple[int, ...]]:
 
 def make_checkpoint(folder: Path, layers: int) -> int:
     """Write a checkpoint of random bits; returns the bytes of its largest tensor."""
+    import torch
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     shapes = tensors(layers)
     groups: list[list[str]] = [[]]
     size = largest = 0
     for name, shape in shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
+        nbytes = 2 * math.prod(shape)
         largest = max(largest, nbytes)
         if groups[-1] and size + nbytes > SHARD_BYTES:
             groups.append([])
@@ -109,6 +111,9 @@ def run(*command: str) -> tuple[float, float]:
 
 def equal_tensors(one: Path, other: Path) -> int:
     """How many tensors both folders have, with the same bits, which must be all; read by the safetensors package."""
+    import torch
+    from safetensors import safe_open
+
     maps = [json.loads((each / "model.safetensors.index.json").read_text())["weight_map"] for each in (one, other)]
     if maps[0].keys() != maps[1].keys():
         raise SystemExit("not the same tensors after the way back")
@@ -125,7 +130,6 @@ def equal_tensors(one: Path, other: Path) -> int:
 def measure(name: str, layers: int, folder: Path, rounds: int) -> dict[str, Any]:
     """Convert there and back, each in turns with a copy of the same folder, which has as much to write."""
     source, te, hf, copy = (folder / each for each in ("source", "te", "hf", "copy"))
-    # In processes of their own: a child begins with the peak of memory of the process that starts it.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         largest = pool.submit(make_checkpoint, source, layers).result()
@@ -170,7 +174,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     arguments = options.parse_args()
     results = []
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, "
     # Not imported here: transformers looks for a package `kernels`, and would find the benchmark beside this one.
     command = [sys.executable, "-m", "llama_te_convert", "--version"]
     machine += subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.dcp_source import METADATA, DCPSource
 from llama_te_convert.mapping import plan
-from llama_te_convert.tensor_source import CheckpointError, TensorInfo
+from llama_te_convert.tensor_source import CheckpointError
+from llama_te_convert.torch_tensors import info_of, read_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 EMBEDDING = "model.embed_tokens.weight"
@@ -32,12 +33,12 @@ def bits(tensor):
 
 def assert_same(folder, expected):
     source = DCPSource(folder)
-    assert source.tensors == {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in expected.items()}
+    assert source.tensors == {name: info_of(value) for name, value in expected.items()}
     for name, value in expected.items():
         rows = source.tensors[name].rows
         for start, stop in ((0, rows), (0, 1), (rows // 3, rows), (rows // 2, rows // 2), (1, rows - 1)):
             if start <= stop <= rows and (value.dim() or start < stop):
-                part = source.read(name, start, stop)
+                part = read_tensor(source, name, start, stop)
                 assert part.is_contiguous() and part.dtype == value.dtype and not part.requires_grad
                 assert torch.equal(bits(part), bits(value[start:stop] if value.dim() else value)), (name, start, stop)
     source.close()
@@ -130,11 +131,11 @@ def test_parts_are_held_no_longer_than_needed(tmp_path, monkeypatch):
     )
     for row in range(8):  # three tensors in turns, as query, key and value rows are read
         for name in "abc":
-            source.read(f"model.{name}.weight", row, row + 1)
+            read_tensor(source, f"model.{name}.weight", row, row + 1)
     assert len(loaded) == 3
-    source.read("model.d.weight", 0, 8)
+    read_tensor(source, "model.d.weight", 0, 8)
     assert len(source._held) == 3
-    source.read("model.a.weight", 0, 8)
+    read_tensor(source, "model.a.weight", 0, 8)
     assert len(loaded) == 5
     source.close()
     assert not source._held
@@ -251,7 +252,7 @@ def test_code_in_tensors_is_not_run(tmp_path):
 
     source = DCPSource(changed(folder, fit))
     with pytest.raises(CheckpointError, match="distcp: the part of .*embed_tokens.weight at byte 0 cannot be read"):
-        source.read(EMBEDDING, 0, 2)
+        read_tensor(source, EMBEDDING, 0, 2)
     assert not trace.exists()
 
 
@@ -262,17 +263,17 @@ def test_damaged_files(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="damaged, not complete, or holds something other"):
-        source.read(EMBEDDING, 0, 20)
+        read_tensor(source, EMBEDDING, 0, 20)
     torch.save(torch.zeros(3), file)
     fitted = changed(
         folder,
         lambda metadata: [vars(place).update(length=file.stat().st_size) for place in metadata.storage_data.values()],
     )
     with pytest.raises(CheckpointError, match="at byte 0 is not the tensor that it should be"):
-        DCPSource(fitted).read(EMBEDDING, 0, 20)
+        read_tensor(DCPSource(fitted), EMBEDDING, 0, 20)
     file.unlink()
     with pytest.raises(CheckpointError, match="distcp cannot be read: No such file"):
-        source.read(EMBEDDING, 0, 20)
+        read_tensor(source, EMBEDDING, 0, 20)
 
 
 def test_missing_metadata(tmp_path):

@@ -15,6 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama_te_convert.gguf_source import GGUFSource, gguf_config, save_gguf_tokenizer
 from llama_te_convert.tensor_source import CheckpointError
+from llama_te_convert.torch_tensors import read_tensor
 
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16"))
 Q8_0, Q4_1 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1
@@ -87,11 +88,11 @@ def assert_same_tensors(source, expected):
     assert source.tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         info = source.tensors[name]
-        assert (info.dtype, info.shape) == (torch.float32, tuple(tensor.shape)), name
-        assert torch.equal(source.read(name, 0, info.rows), tensor), name
+        assert (info.dtype, info.shape) == ("float32", tuple(tensor.shape)), name
+        assert torch.equal(read_tensor(source, name, 0, info.rows), tensor), name
         for start, stop in RANGES:
             if stop <= info.rows:
-                part = source.read(name, start, stop)
+                part = read_tensor(source, name, start, stop)
                 assert part.is_contiguous() and part.dtype == torch.float32
                 assert torch.equal(part, tensor[start:stop]), (name, start, stop)
 
@@ -118,8 +119,8 @@ def test_rows_are_read_without_the_rest(smollm2_file, smollm2, monkeypatch):
 
     source = GGUFSource(smollm2_file)
     monkeypatch.setattr(gguf, "dequantize", dequantize)
-    source.read("model.embed_tokens.weight", 40000, 40003)
-    source.read("model.layers.3.self_attn.q_proj.weight", 70, 130)  # in two heads of 64 rows
+    read_tensor(source, "model.embed_tokens.weight", 40000, 40003)
+    read_tensor(source, "model.layers.3.self_attn.q_proj.weight", 70, 130)  # in two heads of 64 rows
     source.close()
     assert dequantized[0] == 3
     assert dequantized[1] <= 128
@@ -142,10 +143,10 @@ def test_order_of_query_and_key_rows_is_undone(tmp_path):
         for name, key in (("q", "blk.0.attn_q.weight"), ("k", "blk.0.attn_k.weight"), ("v", "blk.0.attn_v.weight")):
             hf_name = f"model.layers.0.self_attn.{name}_proj.weight"
             rows = source.tensors[hf_name].rows
-            assert torch.equal(source.read(hf_name, 0, rows), original[key])
+            assert torch.equal(read_tensor(source, hf_name, 0, rows), original[key])
             for start in range(rows):
                 for stop in range(start, rows + 1, 7):
-                    assert torch.equal(source.read(hf_name, start, stop), original[key][start:stop])
+                    assert torch.equal(read_tensor(source, hf_name, start, stop), original[key][start:stop])
 
 
 def test_no_kv_heads_means_as_many_as_heads(tmp_path):
@@ -154,7 +155,7 @@ def test_no_kv_heads_means_as_many_as_heads(tmp_path):
     tensors["blk.0.attn_k.weight"] = (permuted(key, 4), F32)
     path = write(tmp_path / "tiny.gguf", tensors, kv_heads=None)
     with closing(GGUFSource(path)) as source:
-        rows = source.read("model.layers.0.self_attn.k_proj.weight", 0, 64)
+        rows = read_tensor(source, "model.layers.0.self_attn.k_proj.weight", 0, 64)
     assert torch.equal(rows, torch.from_numpy(key))
     assert gguf_config(path)["num_key_value_heads"] == 4
 
@@ -300,7 +301,7 @@ def test_file_that_loses_its_end(tmp_path):
     source = GGUFSource(path)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(CheckpointError, match="tiny.gguf ends within lm_head.weight: the file is not complete"):
-        source.read("lm_head.weight", 0, 64)
+        read_tensor(source, "lm_head.weight", 0, 64)
     source.close()
 
 
@@ -311,7 +312,7 @@ def test_file_that_cannot_be_read_any_more(tmp_path, monkeypatch):
     with closing(GGUFSource(write(tmp_path / "tiny.gguf", tiny_tensors()))) as source:
         monkeypatch.setattr(os, "preadv", preadv)
         with pytest.raises(CheckpointError, match="tiny.gguf cannot be read: Input/output error"):
-            source.read("model.norm.weight", 0, 1)
+            read_tensor(source, "model.norm.weight", 0, 1)
 
 
 def test_threads_read_at_the_same_time(tmp_path):
@@ -320,7 +321,7 @@ def test_threads_read_at_the_same_time(tmp_path):
     with closing(GGUFSource(path)) as source, ThreadPoolExecutor(4) as pool:
         assert source.concurrent
         for _ in range(5):
-            read = pool.map(lambda name: source.read(name, 0, source.tensors[name].rows), expected)
+            read = pool.map(lambda name: read_tensor(source, name, 0, source.tensors[name].rows), expected)
             for name, tensor in zip(expected, read, strict=True):
                 assert torch.equal(tensor, expected[name]), name
 

@@ -23,6 +23,7 @@ from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.inspection import DtypeUse, ModelSizes, inspect
 from llama_te_convert.tensor_source import Checkpoint, TensorInfo
+from llama_te_convert.torch_tensors import info_of
 
 QKV = "model.layers.{}.self_attention.layernorm_qkv.weight"
 
@@ -43,7 +44,7 @@ class Described:
 
 
 def described(model):
-    infos = {name: TensorInfo(each.dtype, tuple(each.shape)) for name, each in model.named_parameters()}
+    infos = {name: info_of(each) for name, each in model.named_parameters()}
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     return Checkpoint("somewhere", config, Described(infos))
 
@@ -55,7 +56,7 @@ def changed(checkpoint, tensors=None, without=(), **fields):
     return Checkpoint(checkpoint.path, {**checkpoint.config, **fields}, Described(kept))
 
 
-def info(*shape, dtype=torch.float32):
+def info(*shape, dtype="float32"):
     return TensorInfo(dtype, shape)
 
 
@@ -192,7 +193,7 @@ def test_many_layers_of_two_kinds_are_two_lines(te):
     for layer in range(126):
         for name in te.source.tensors:
             if name.startswith("model.layers.0."):
-                dtype = torch.bfloat16 if layer in (0, 7, 125) else torch.float32
+                dtype = "bfloat16" if layer in (0, 7, 125) else "float32"
                 names[name.replace("0", str(layer), 1)] = TensorInfo(dtype, te.source.tensors[name].shape)
     found = inspect(Checkpoint("p", {**te.config, "num_hidden_layers": 126}, Described(names)))
     assert found.problems == ()
@@ -263,7 +264,7 @@ def test_layers_that_the_configuration_does_not_agree_with(hf, te):
 
 
 def test_dtypes_that_cannot_become_one_tensor(hf):
-    half = {f"model.layers.{layer}.self_attn.v_proj.weight": info(32, 64, dtype=torch.float16) for layer in (0, 1)}
+    half = {f"model.layers.{layer}.self_attn.v_proj.weight": info(32, 64, dtype="float16") for layer in (0, 1)}
     assert inspect(changed(hf, half)).problems == (
         "model.layers.{0..1}.self_attn.q_proj.weight and the 2 that become one tensor with it must have one dtype, but "
         "have float32, float32, float16.",

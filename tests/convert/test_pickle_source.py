@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from llama_te_convert.pickle_source import INDEX, SINGLE, PickleSource
-from llama_te_convert.tensor_source import CheckpointError, TensorInfo
+from llama_te_convert.tensor_source import CheckpointError
+from llama_te_convert.torch_tensors import info_of, read_tensor
 
 
 def tensors():
@@ -35,12 +36,14 @@ def save_shards(folder, values, files):
 
 def assert_same(folder, expected):
     source = PickleSource(folder)
-    assert source.tensors == {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in expected.items()}
+    assert source.tensors == {name: info_of(value) for name, value in expected.items()}
     for name, value in expected.items():
         rows = source.tensors[name].rows
         for start, stop in ((0, rows), (0, 1), (1, rows), (rows // 2, rows // 2)):
+            if not start <= stop <= rows or not (value.dim() or start < stop):
+                continue
             wanted = value[start:stop] if value.dim() else value
-            part = source.read(name, start, stop)
+            part = read_tensor(source, name, start, stop)
             assert part.is_contiguous() and part.dtype == value.dtype and not part.requires_grad
             assert torch.equal(part, wanted), (name, start, stop)
     source.close()
@@ -65,7 +68,7 @@ def test_file_is_mapped_and_read_when_rows_are(tmp_path):
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(torch.ones(10).numpy().tobytes())
-    assert source.read("a", 0, 1000).count_nonzero() >= 9
+    assert read_tensor(source, "a", 0, 1000).count_nonzero() >= 9
     source.close()
 
 

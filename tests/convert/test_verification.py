@@ -31,7 +31,8 @@ from transformers import (
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te, logits, verification
 from llama_te_convert.logits import compare_logits
-from llama_te_convert.tensor_source import Checkpoint, CheckpointError, TensorInfo
+from llama_te_convert.tensor_source import Checkpoint, CheckpointError
+from llama_te_convert.torch_tensors import as_bytes, info_of
 from llama_te_convert.verification import TOLERANCES, ConfigDifference, compare
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -47,7 +48,7 @@ class MemorySource:
 
     def __init__(self, tensors):
         self.held = tensors
-        self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.tensors = {name: info_of(tensor) for name, tensor in tensors.items()}
         self.most = 0
         self._given = None
 
@@ -58,7 +59,7 @@ class MemorySource:
         part = (tensor[start:stop] if tensor.dim() else tensor).clone()
         self.most = max(self.most, part.numel())
         self._given = part.reshape(-1)
-        return part
+        return as_bytes(part)
 
     def close(self):
         pass

@@ -6,13 +6,15 @@ cannot compute. A converted configuration remembers the entry in `source_model_t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .core_format import checkpoint_format
 from .mapping import LLAMA, MISTRAL, Row
-from .tensor_source import TE_MODEL_TYPE, CheckpointError
+from .tensor_source import CheckpointError
 
 # transformers takes seconds to import, and knowing an architecture's tensors does without it.
 if TYPE_CHECKING:
@@ -55,6 +57,11 @@ class Architecture:
     classes: Mapping[str, str]
     only: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def te_classes(self) -> dict[str, str]:
+        """Names of the models of `llama_te_core` by those in transformers."""
+        return {self.classes[head]: name for head, name in TE_CLASSES.items()}
+
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse a configuration that the layers cannot compute.
 
@@ -90,7 +97,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises:
         CheckpointError: It is of none that converts.
     """
-    is_te = config.get("model_type") == TE_MODEL_TYPE
+    is_te = config.get("model_type") == checkpoint_format.MODEL_TYPE
     name = "source_model_type" if is_te else "model_type"
     found = config.get(name, "llama" if is_te else None)
     if not isinstance(found, str) or found not in ARCHITECTURES:
@@ -117,14 +124,13 @@ def te_config(config_hf: Mapping[str, Any], **changes: Any) -> NVLlamaConfig:
 
     from llama_te_core import NVLlamaConfig
 
-    if config_hf.get("model_type") == TE_MODEL_TYPE:
+    if config_hf.get("model_type") == checkpoint_format.MODEL_TYPE:
         raise CheckpointError("the configuration has the Transformer Engine layout already: there is nothing to do.")
     architecture = architecture_of(config_hf)
     # Its own class knows the defaults of what the file leaves out, and the names that older files use.
     source = _construct(getattr(transformers, architecture.config_class), _fields(config_hf))
     fields = _fields(source.to_dict())
-    names = {architecture.classes[head]: name for head, name in TE_CLASSES.items()}
-    fields["architectures"] = _renamed(source.architectures, names)
+    fields["architectures"] = renamed(source.architectures, architecture.te_classes)
     fields |= {**changes, "source_model_type": architecture.model_type}
     architecture.check(fields)
     return _construct(NVLlamaConfig, fields)
@@ -148,10 +154,10 @@ def hf_config(config_te: Mapping[str, Any], **changes: Any) -> PreTrainedConfig:
 
     from llama_te_core import NVLlamaConfig
 
-    if config_te.get("model_type") != TE_MODEL_TYPE:
+    if config_te.get("model_type") != checkpoint_format.MODEL_TYPE:
         raise CheckpointError(
             f"model_type={config_te.get('model_type')!r} is no configuration of the Transformer Engine layout "
-            f"({TE_MODEL_TYPE!r})."
+            f"({checkpoint_format.MODEL_TYPE!r})."
         )
     architecture = architecture_of(config_te)
     config_class = getattr(transformers, architecture.config_class)
@@ -159,8 +165,8 @@ def hf_config(config_te: Mapping[str, Any], **changes: Any) -> PreTrainedConfig:
     fields = _fields(source.to_dict())
     for name in _foreign_fields(config_class, fields):
         fields.pop(name, None)
-    names = {name: architecture.classes[head] for head, name in TE_CLASSES.items()}
-    fields["architectures"] = _renamed(source.architectures, names)
+    names = {te: hf for hf, te in architecture.te_classes.items()}
+    fields["architectures"] = renamed(source.architectures, names)
     return _construct(config_class, {**fields, **architecture.only, **changes})
 
 
@@ -220,10 +226,10 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's fields as constructor arguments."""
+    """A configuration's fields as constructor arguments: copies, since transformers completes rope's in place."""
     refuse_quantized(config)
     left = ("model_type", "transformers_version", "quantization_config")
-    return {name: value for name, value in config.items() if name not in left}
+    return {name: copy.deepcopy(value) for name, value in config.items() if name not in left}
 
 
 def _foreign_fields(config_class: Any, fields: Mapping[str, Any]) -> list[str]:
@@ -243,7 +249,8 @@ def _foreign_fields(config_class: Any, fields: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _renamed(architectures: list[str] | None, names: Mapping[str, str]) -> list[str] | None:
+def renamed(architectures: list[str] | None, names: Mapping[str, str]) -> list[str] | None:
+    """The field `architectures` with other names for classes; what has none stays."""
     return None if architectures is None else [names.get(name, name) for name in architectures]
 
 

@@ -111,8 +111,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    import torch
-
     from .converting import convert_checkpoint
 
     def changes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -121,12 +119,17 @@ def _convert(options: argparse.Namespace) -> int:
             fields["layer_precision"] = _layer_precision(options.layer_precision, _layers(checkpoint))
         return fields
 
+    dtype = None
+    if options.dtype is not None:
+        from .torch_tensors import torch_dtype
+
+        dtype = torch_dtype(options.dtype)
     with _Progress(options.folder.name) as bar:
         report = convert_checkpoint(
             options.source,
             options.folder,
             to_te=options.to_te,
-            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            dtype=dtype,
             max_shard_bytes=options.max_shard_size,
             config_changes=changes,
             fp8=options.fp8,

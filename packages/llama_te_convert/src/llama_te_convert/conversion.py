@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, is_computed, plan
 from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource, parts
 
@@ -76,7 +74,7 @@ def targets(
     sizes: Sizes,
     *,
     to_te: bool,
-    dtype: torch.dtype | None = None,
+    dtype: str | None = None,
     table: tuple[Row, ...] = LLAMA,
 ) -> list[Target]:
     """All tensors of the other layout.
@@ -105,7 +103,7 @@ def targets(
             described = ", ".join(f"{name} {list(info.shape)}" for name, info in zip(names, infos, strict=True))
             raise CheckpointError(f"{described}: cannot make {', '.join(made_names)} of them: {error}.") from error
         first = infos[0]
-        cast_dtype = dtype if dtype is not None and first.dtype.is_floating_point else first.dtype
+        cast_dtype = dtype if dtype is not None and first.is_floating_point else first.dtype
         taken: list[list[RowRange]] = [[] for _ in made_names]
         at = 0
         for part, start, stop in pieces:
@@ -130,15 +128,21 @@ def _pieces(step: Step, infos: list[TensorInfo], sizes: Sizes, to_te: bool) -> l
     return pieces
 
 
-def read(target: Target, source: TensorSource) -> Iterator[torch.Tensor]:
-    """The rows of a target in parts, in its dtype; a part may be overwritten when the next one is asked for.
+def read(target: Target, source: TensorSource) -> Iterator[memoryview]:
+    """The bytes of a target in parts, in its dtype; a part may be overwritten when the next one is asked for.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
     for rows in target.ranges:
-        for start, stop in parts(source.tensors[rows.name], rows.start, rows.stop):
-            yield source.read(rows.name, start, stop).to(target.info.dtype)
+        info = source.tensors[rows.name]
+        for start, stop in parts(info, rows.start, rows.stop):
+            data = source.read(rows.name, start, stop)
+            if info.dtype != target.info.dtype:
+                from .torch_tensors import cast  # torch takes seconds to import: only for those who cast
+
+                data = cast(data, info.dtype, target.info.dtype)
+            yield data
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,13 @@ class Output:
     Attributes:
         name: Its name.
         info: Its dtype and shape.
-        parts: Begins to give its rows in parts, in that dtype, contiguous and on the CPU; a part may be overwritten
-            when the next one is asked for. Raises `CheckpointError` if they cannot be read.
+        parts: Begins to give its bytes in parts; a part may be overwritten when the next one is asked for. Raises
+            `CheckpointError` if they cannot be read.
     """
 
     name: str
     info: TensorInfo
-    parts: Callable[[], Iterator[torch.Tensor]]
+    parts: Callable[[], Iterator[memoryview]]
 
 
 def outputs(targets: list[Target], source: TensorSource) -> list[Output]:

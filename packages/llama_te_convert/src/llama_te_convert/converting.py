@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .architectures import architecture_of, refuse_quantized
+from .architectures import architecture_of, hf_config, refuse_quantized, te_config
 from .checkpoint import find_checkpoint, open_checkpoint
 from .conversion import HeadSizes, outputs, targets
+from .inspection import inspect, tensor_problems
+from .plain_config import plain_fields, write_plain_config
 from .tensor_source import Checkpoint, CheckpointError
 from .writing import RECORD, is_finished, shards, write_checkpoint
+
+# torch takes seconds to import, and most conversions do without it.
+if TYPE_CHECKING:
+    import torch
 
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers has it
 _WORKERS = 2  # writing is the kernel copying to its page cache: more than one core of it keeps a fast disk busy
@@ -95,12 +100,13 @@ def convert_checkpoint(
             raise CheckpointError("fp8 is a layout of Hugging Face checkpoints: it goes with a conversion to them.")
         refuse_quantized(checkpoint.config)
         changes = dict((config_changes(checkpoint) if callable(config_changes) else config_changes) or {})
-        if dtype is not None:
-            changes = {"dtype": str(dtype).removeprefix("torch."), **changes}
-        # transformers takes seconds to import; tensors are written in the meantime.
-        new_config = background.submit(_new_config, checkpoint, changes, fp8)
+        dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
+        if dtype_name is not None:
+            changes = {"dtype": dtype_name, **changes}
+        # transformers, which a plain Llama does without, takes seconds to import; tensors are written in the meantime.
+        write_config = background.submit(_config_writer, checkpoint, changes, fp8)
         table = architecture_of(checkpoint.config).table
-        made = targets(checkpoint.source, HeadSizes.of(checkpoint), to_te=to_te, dtype=dtype, table=table)
+        made = targets(checkpoint.source, HeadSizes.of(checkpoint), to_te=to_te, dtype=dtype_name, table=table)
         planned = outputs(made, checkpoint.source)
         if fp8:
             from .fp8_export import fp8_outputs
@@ -123,14 +129,14 @@ def convert_checkpoint(
 
         def count(written: int) -> None:
             nonlocal done
-            if new_config.done():
-                new_config.result()  # if it cannot be made there is no use in going on
+            if write_config.done():
+                write_config.result()  # if it cannot be made there is no use in going on
             done += written
             progress(done, total)
 
         def write_rest(target: Path) -> None:
             _carry_along(path, target)
-            new_config.result().save_pretrained(target)
+            write_config.result()(target)
 
         kept = total
         if not is_finished(folder, record):
@@ -145,24 +151,29 @@ def convert_checkpoint(
     return Report(str(folder), len(planned), total, kept, time.perf_counter() - begin)
 
 
-def _new_config(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -> Any:
-    """The new configuration, if the old one is valid and the checkpoint has the tensors that it asks for."""
-    from .architectures import hf_config, te_config
-    from .inspection import inspect
+def _config_writer(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -> Callable[[Path], None]:
+    """What writes the new configuration, if the old one is valid and the checkpoint has the tensors that it says."""
+    fields = None if changes or fp8 else plain_fields(checkpoint.config)
+    if fields is not None:
+        _refuse(checkpoint, tensor_problems(checkpoint, fields))
+        return functools.partial(write_plain_config, fields, to_te=not checkpoint.is_te)
 
     try:
         config = (hf_config if checkpoint.is_te else te_config)(checkpoint.config, **changes)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"the configuration of {checkpoint.path}: {error}") from error
-    problems = inspect(checkpoint).problems
-    if problems:
-        more = f" And {len(problems) - 1} more: llama-te-convert inspect tells them." if len(problems) > 1 else ""
-        raise CheckpointError(f"{checkpoint.path}: {problems[0]}{more}")
+    _refuse(checkpoint, inspect(checkpoint).problems)
     if fp8:
         from .fp8_export import fp8_quantization_config
 
         config.quantization_config = fp8_quantization_config()
-    return config
+    return config.save_pretrained
+
+
+def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
+    if problems:
+        more = f" And {len(problems) - 1} more: llama-te-convert inspect tells them." if len(problems) > 1 else ""
+        raise CheckpointError(f"{checkpoint.path}: {problems[0]}{more}")
 
 
 def _carry_along(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from typing import IO, Any, cast
 import torch
 
 from .tensor_source import CheckpointError, TensorInfo
+from .torch_tensors import as_bytes, dtype_name, info_of, torch_dtype
 
 METADATA = ".metadata"
 # The most tensors that make one tensor of the other layout: query, key and value rows are read in turns.
@@ -62,10 +63,10 @@ class DCPSource:
         self._folder = folder
         self._held: dict[str, dict[_Chunk, torch.Tensor]] = {}
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Rows of a tensor: see `TensorSource`."""
         info = self.tensors[name]
-        rows = torch.empty((stop - start, *info.shape[1:]), dtype=info.dtype)
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=torch_dtype(info.dtype))
         held = self._held.pop(name, {})
         used: dict[_Chunk, torch.Tensor] = {}
         for chunk in self._chunks[name]:
@@ -81,7 +82,7 @@ class DCPSource:
         self._held[name] = used  # rows are mostly read in order: the next ones begin in these parts
         if len(self._held) > _HELD_TENSORS:
             del self._held[next(iter(self._held))]
-        return rows if info.shape else rows.view(())
+        return as_bytes(rows)
 
     def _load(self, name: str, chunk: _Chunk) -> torch.Tensor:
         path = self._folder / chunk.file
@@ -96,8 +97,8 @@ class DCPSource:
                 f"{path}: the part of {name} at byte {chunk.begin} cannot be read ({type(error).__name__}): the file "
                 "is damaged, not complete, or holds something other than tensors."
             ) from error
-        expected = (self.tensors[name].dtype, chunk.sizes)
-        if not isinstance(loaded, torch.Tensor) or (loaded.dtype, tuple(loaded.shape)) != expected:
+        expected = TensorInfo(self.tensors[name].dtype, chunk.sizes)
+        if not isinstance(loaded, torch.Tensor) or info_of(loaded) != expected:
             raise CheckpointError(
                 f"{path}: the part of {name} at byte {chunk.begin} is not the tensor that it should be."
             )
@@ -292,7 +293,7 @@ def _info(state: dict[str, Any]) -> TensorInfo:
     dtype = state["properties"].state[0]
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{dtype!r} is no dtype")
-    return TensorInfo(dtype, _numbers(state["size"]))
+    return TensorInfo(dtype_name(dtype), _numbers(state["size"]))
 
 
 def _numbers(values: Any) -> tuple[int, ...]:

@@ -27,12 +27,13 @@ import torch
 
 from .conversion import Output, Target, outputs, read
 from .tensor_source import CheckpointError, TensorInfo, TensorSource
+from .torch_tensors import as_bytes, as_tensor, dtype_name, torch_dtype
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_FP8).max
 _MAGNITUDES = torch.arange(1, 127, dtype=torch.uint8).view(_FP8).float()  # all that it has but zero, ascending
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
-_SCALE = TensorInfo(torch.float32, (1,))
+_SCALE = TensorInfo("float32", (1,))
 
 _LINEAR = re.compile(
     r"(?P<layer>(?:.*\.)?layers\.\d+\.)"
@@ -44,7 +45,7 @@ _HEADS = ("lm_head", "score", "qa_outputs")
 _SMALLEST_SCALE = 0x00800000  # the least normal number
 _INFINITY = 0x7F800000
 _MANTISSA = 0x007FFFFF
-_CHUNK = 2**20  # numbers looked at in one go: what is made of a part takes several times its memory
+_CHUNK = 2**20  # numbers looked at in one go
 
 
 def fp8_quantization_config(ignore: Sequence[str] = _HEADS) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def fp8_outputs(targets: list[Target], source: TensorSource) -> list[Output]:
     groups: dict[str, list[Target]] = defaultdict(list)
     for target in targets:
         if match := _LINEAR.fullmatch(target.name):
-            if not target.info.dtype.is_floating_point or target.info.dtype.itemsize < 2 or len(target.info.shape) != 2:
+            if not target.info.is_floating_point or target.info.itemsize < 2 or len(target.info.shape) != 2:
                 raise CheckpointError(
                     f"{target.name} is {target.info.dtype} {list(target.info.shape)}: only matrices of floating-point "
                     "numbers of 16 bits or more are put into FP8."
@@ -110,22 +111,25 @@ def fp8_outputs(targets: list[Target], source: TensorSource) -> list[Output]:
             continue
         weight = functools.partial(_quantized, target, source, scales)
         scale = functools.partial(_scale, target, scales)
-        made.append(Output(target.name, TensorInfo(_FP8, target.info.shape), weight))
+        made.append(Output(target.name, TensorInfo(dtype_name(_FP8), target.info.shape), weight))
         made.append(Output(f"{target.name}_scale", _SCALE, scale))
     return made
 
 
-def _quantized(target: Target, source: TensorSource, scales: _Scales) -> Iterator[torch.Tensor]:
+def _quantized(target: Target, source: TensorSource, scales: _Scales) -> Iterator[memoryview]:
     scale = scales.of(target)
+    for numbers in _numbers(target, source):
+        yield as_bytes(quantize(numbers, scale))
+
+
+def _scale(target: Target, scales: _Scales) -> Iterator[memoryview]:
+    yield as_bytes(torch.tensor([scales.of(target)], dtype=torch.float32))
+
+
+def _numbers(target: Target, source: TensorSource) -> Iterator[torch.Tensor]:
+    """A weight's elements in order, a few at a time: what is made of them takes several times their memory."""
     for part in read(target, source):
-        quantized = torch.empty(part.shape, dtype=_FP8)
-        for numbers, chunk in zip(part.view(-1).split(_CHUNK), quantized.view(-1).split(_CHUNK), strict=True):
-            chunk.copy_(quantize(numbers, scale))
-        yield quantized
-
-
-def _scale(target: Target, scales: _Scales) -> Iterator[torch.Tensor]:
-    yield torch.tensor([scales.of(target)], dtype=torch.float32)
+        yield from as_tensor(part, target.info.dtype).split(_CHUNK)
 
 
 class _Scales:
@@ -150,7 +154,7 @@ class _Scales:
 
     def _find(self) -> dict[str, float]:
         names = [target.name for target in self._targets]
-        dtypes = [_computed(target.info.dtype) for target in self._targets]
+        dtypes = [_computed(torch_dtype(target.info.dtype)) for target in self._targets]
         looked_at = [_look(target, self._source) for target in self._targets]
         largest = max(most for most, _ in looked_at)
         each = [magnitudes for _, magnitudes in looked_at]
@@ -176,17 +180,18 @@ def _look(target: Target, source: TensorSource) -> tuple[float, torch.Tensor | N
     """The largest magnitude, and all magnitudes but zero in float32 unless there are more than FP8 has."""
     largest = 0.0
     magnitudes: torch.Tensor | None = torch.empty(0)
-    for part in read(target, source):
-        for numbers in part.view(-1).split(_CHUNK) if part.numel() else ():
-            low, high = (float(end) for end in numbers.aminmax())
-            if not max(-low, high) <= _LARGEST_FLOAT:  # nor is NaN
-                raise CheckpointError(f"{target.name} has numbers that are not finite, which FP8 cannot hold.")
-            largest = max(largest, -low, high)
-            if magnitudes is not None:
-                magnitudes = torch.cat([magnitudes, _distinct(numbers)]).unique()
-                magnitudes = magnitudes[magnitudes > 0]
-                if len(magnitudes) > len(_MAGNITUDES):
-                    magnitudes = None
+    for numbers in _numbers(target, source):
+        if numbers.numel() == 0:
+            continue
+        low, high = (float(end) for end in numbers.aminmax())
+        if not max(-low, high) <= _LARGEST_FLOAT:  # nor is NaN
+            raise CheckpointError(f"{target.name} has numbers that are not finite, which FP8 cannot hold.")
+        largest = max(largest, -low, high)
+        if magnitudes is not None:
+            magnitudes = torch.cat([magnitudes, _distinct(numbers)]).unique()
+            magnitudes = magnitudes[magnitudes > 0]
+            if len(magnitudes) > len(_MAGNITUDES):
+                magnitudes = None
     return largest, magnitudes
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .tensor_source import CheckpointError, TensorInfo, read_exactly
 
@@ -104,32 +103,34 @@ class GGUFSource:
                 raise CheckpointError(
                     f"{self.path}: {tensor.name} {list(shape)} does not have the rows of {heads} heads."
                 )
-        self.tensors[name] = TensorInfo(torch.float32, shape)
+        self.tensors[name] = TensorInfo("float32", shape)
         self._stored[name] = _Stored(int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, heads)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Rows of a tensor: see `TensorSource`."""
+        return np.ascontiguousarray(self._rows(name, start, stop)).reshape(-1).view(np.uint8).data
+
+    def _rows(self, name: str, start: int, stop: int) -> Any:
         info, stored = self.tensors[name], self._stored[name]
         if start >= stop:
-            return torch.empty((0, *info.shape[1:]), dtype=info.dtype)
+            return np.empty(0, np.float32)
         if len(info.shape) == 1:
-            return self._dequantized(name, 0, 1).view(info.shape)[start:stop]
+            return self._dequantized(name, 0, 1).reshape(-1)[start:stop]
         if not stored.permuted_heads:
             return self._dequantized(name, start, stop)
         wanted = _rows_in_file(np.arange(start, stop), info.rows // stored.permuted_heads)
         first = int(wanted.min())
         rows = self._dequantized(name, first, int(wanted.max()) + 1)
-        return rows[torch.from_numpy(wanted - first)]
+        return rows[wanted - first]
 
-    def _dequantized(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def _dequantized(self, name: str, start: int, stop: int) -> Any:
         """Rows in the file's order; those of a tensor with one dimension are one row."""
         info, stored = self.tensors[name], self._stored[name]
         row_bytes = stored.nbytes // (info.rows if len(info.shape) > 1 else 1)
         raw = np.empty((stop - start, row_bytes), np.uint8)
         offset = stored.offset + start * row_bytes
         read_exactly(self._file.fileno(), raw.reshape(-1).data, offset, self.path, name)
-        values = self._gguf.dequantize(raw, stored.quantization)
-        return torch.from_numpy(np.ascontiguousarray(values)).view(stop - start, *info.shape[1:] or (-1,))
+        return self._gguf.dequantize(raw, stored.quantization)
 
     def close(self) -> None:
         """Close the file."""

@@ -167,9 +167,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     steps = steps_of(infos, table, is_te=checkpoint.is_te)
     mapping = {step.te: step.hf for step in steps.values()}
     problems += _config_problems(checkpoint)
-    problems += _name_problems(checkpoint, steps, table)
-    problems += _Expectation(checkpoint, fields, sizes, table).problems()
-    problems += _dtype_problems(infos, mapping.values())
+    problems += tensor_problems(checkpoint, fields)
     return Inspection(
         path=checkpoint.path,
         layout="Transformer Engine" if checkpoint.is_te else "Hugging Face",
@@ -179,12 +177,28 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
         parameters=sum(math.prod(info.shape) for info in infos.values()),
         bytes=sum(info.nbytes for info in infos.values()),
         tensors=tuple(
-            TensorEntry(name, dtype_name(info), info.shape, _others(steps.get(name), checkpoint.is_te))
+            TensorEntry(name, info.dtype, info.shape, _others(steps.get(name), checkpoint.is_te))
             for name, info in infos.items()
         ),
         mapping=mapping,
         problems=tuple(problems),
     )
+
+
+def tensor_problems(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a checkpoint's tensors, a sentence each: their names, shapes and dtypes.
+
+    Args:
+        checkpoint: An open checkpoint, of either layout.
+        fields: What its configuration says, with all fields of the model.
+    """
+    table = _table(checkpoint)
+    steps = steps_of(checkpoint.source.tensors, table, is_te=checkpoint.is_te)
+    return [
+        *_name_problems(checkpoint, steps, table),
+        *_Expectation(checkpoint, fields, _sizes(fields), table).problems(),
+        *_dtype_problems(checkpoint.source.tensors, {step.te: step.hf for step in steps.values()}.values()),
+    ]
 
 
 # --- what verification needs as well ----------------------------------------------------------------------------------
@@ -250,11 +264,6 @@ def _has_rule(name: str, table: Sequence[Row], is_te: bool) -> bool:
     except ValueError:
         return False
     return True
-
-
-def dtype_name(info: TensorInfo) -> str:
-    """A dtype as in "bfloat16"."""
-    return str(info.dtype).removeprefix("torch.")
 
 
 def size_text(count: int) -> str:
@@ -488,7 +497,7 @@ def _dtype_problems(infos: Mapping[str, TensorInfo], rows: Iterable[tuple[str, .
     """Tensors that make one tensor of the other layout must have one dtype."""
     mixed = []
     for names in rows:
-        dtypes = [dtype_name(infos[name]) for name in names if name in infos]
+        dtypes = [infos[name].dtype for name in names if name in infos]
         if len(set(dtypes)) > 1:
             mixed.append((names[0], (len(names), tuple(dtypes))))
     return [
@@ -500,10 +509,8 @@ def _dtype_problems(infos: Mapping[str, TensorInfo], rows: Iterable[tuple[str, .
 def _dtypes(infos: Iterable[TensorInfo]) -> dict[str, DtypeUse]:
     uses: dict[str, DtypeUse] = {}
     for info in infos:
-        use = uses.get(dtype_name(info), DtypeUse(0, 0, 0))
-        uses[dtype_name(info)] = DtypeUse(
-            use.tensors + 1, use.parameters + math.prod(info.shape), use.bytes + info.nbytes
-        )
+        use = uses.get(info.dtype, DtypeUse(0, 0, 0))
+        uses[info.dtype] = DtypeUse(use.tensors + 1, use.parameters + math.prod(info.shape), use.bytes + info.nbytes)
     return uses
 
 

@@ -12,9 +12,11 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
+# torch takes seconds to import, and knowing which rows go where does without it.
+if TYPE_CHECKING:
+    import torch
 
 
 class Sizes(Protocol):
@@ -61,6 +63,8 @@ class Layout:
         Raises:
             ValueError: They do not have the numbers of rows that the layout needs.
         """
+        import torch
+
         pieces = self.pieces(sum(len(tensor) for tensor in tensors), sizes)
         check_rows(pieces, [len(tensor) for tensor in tensors])
         if len(pieces) == 1:
@@ -69,6 +73,8 @@ class Layout:
 
     def split(self, tensor: torch.Tensor, sizes: Sizes) -> list[torch.Tensor]:
         """The reverse of `merge`."""
+        import torch
+
         pieces = self.pieces(len(tensor), sizes)
         if len(pieces) == 1:
             return [tensor]
@@ -276,6 +282,8 @@ def convert_tensors(
     Raises:
         ValueError: A tensor cannot be taken apart as its rule says; with its name and shape.
     """
+    import torch
+
     result = {}
     for step in steps:
         inputs = [source[name] for name in (step.hf if to_te else (step.te,))]

@@ -15,6 +15,7 @@ import torch
 
 from .safetensors_format import read_index
 from .tensor_source import CheckpointError, TensorInfo, first_line
+from .torch_tensors import as_bytes, info_of
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -52,12 +53,12 @@ class PickleSource:
                 raise CheckpointError(f"{path} does not have the tensor {name!r}, which the index says it has.")
             tensor = mapped[name]
             self._mapped[name] = tensor
-            self.tensors[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
+            self.tensors[name] = info_of(tensor)
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Rows of a tensor: see `TensorSource`."""
         tensor = self._mapped[name]
-        return (tensor[start:stop] if tensor.dim() else tensor).contiguous()
+        return as_bytes(tensor[start:stop] if tensor.dim() else tensor)
 
     def close(self) -> None:
         """Let go of the files."""

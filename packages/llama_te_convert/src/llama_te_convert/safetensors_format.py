@@ -8,7 +8,6 @@ what a process takes grows with the checkpoint; this one reads with `pread` into
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -16,23 +15,21 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .tensor_source import CheckpointError, TensorInfo, read_exactly
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES: dict[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MOST_HEADER_BYTES = 100_000_000  # as the safetensors package has it
@@ -65,20 +62,16 @@ class SafetensorsFile:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
             raise
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Rows of a tensor: see `TensorSource`."""
-        info = self.tensors[name]
-        count = (stop - start) * info.row_bytes
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
-        if count == 0:
-            return torch.empty(shape, dtype=info.dtype)
+        row_bytes = self.tensors[name].row_bytes
+        count = (stop - start) * row_bytes
         buffer = getattr(self._buffers, "bytes", bytearray())
         if len(buffer) < count:
             buffer = self._buffers.bytes = bytearray(count)
         view = memoryview(buffer)[:count]
-        offset = self._offsets[name] + start * info.row_bytes
-        read_exactly(self._file.fileno(), view, offset, self.path, name)
-        return torch.frombuffer(view, dtype=torch.uint8).view(info.dtype).view(shape)
+        read_exactly(self._file.fileno(), view, self._offsets[name] + start * row_bytes, self.path, name)
+        return view
 
     def close(self) -> None:
         """Close the file."""
@@ -107,7 +100,7 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError(f"{numbers} are not all numbers from 0")
             info = TensorInfo(dtype, tuple(shape))
-            if end > data_bytes or math.prod(shape) * dtype.itemsize != end - begin:
+            if end > data_bytes or info.nbytes != end - begin:
                 raise ValueError(f"{entry['dtype']} {shape} at [{begin}, {end}) of {data_bytes} bytes")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the entry of tensor {name!r} is not valid: {error}.") from error
@@ -134,11 +127,6 @@ def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 class SafetensorsFolder:
@@ -181,7 +169,7 @@ class SafetensorsFolder:
             self.tensors[name] = file.tensors[name]
             self._file_of[name] = file
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         """Rows of a tensor: see `TensorSource`."""
         return self._file_of[name].read(name, start, stop)
 

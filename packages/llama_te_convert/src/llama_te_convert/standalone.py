@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_te_core import NVLlamaConfig, NVLlamaPreTrainedModel
-from llama_te_core.remote_code import LOADER, STANDALONE, auto_map, write_standalone_code
+from llama_te_core.checkpoint_format import LOADER, STANDALONE, auto_map
+from llama_te_core.remote_code import write_standalone_code
 
 from .tensor_source import CheckpointError
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
+from .core_format import checkpoint_format
 
-# Rows are handed on in parts of at most this size, so that memory does not grow with a checkpoint's tensors.
-PART_BYTES = 32 * 2**20
-TE_MODEL_TYPE = "nv_llama"  # of llama_te_core's configuration
+# Rows are handed on in parts of at most this size, so that memory does not grow with a checkpoint's tensors, and that
+# what was just read is still in the processor's cache when it is written.
+PART_BYTES = 2**20
 
 
 class CheckpointError(ValueError):
@@ -28,10 +29,21 @@ def first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's dtype and shape."""
+    """A tensor's dtype, by its name in torch as in "bfloat16", and its shape."""
 
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        bits = re.search(r"\d+", self.dtype)  # the first number in a name, which bool has none of
+        return 1 if bits is None else max(1, int(bits[0]) // 8)
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether elements are floating-point numbers."""
+        return self.dtype.startswith(("float", "bfloat"))
 
     @property
     def rows(self) -> int:
@@ -41,7 +53,7 @@ class TensorInfo:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.itemsize
 
     @property
     def nbytes(self) -> int:
@@ -62,8 +74,8 @@ class TensorSource(Protocol):
         """Whether several threads may read at the same time."""
         ...
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, contiguous, on the CPU; a thread's next call may overwrite them.
+    def read(self, name: str, start: int, stop: int) -> memoryview:
+        """The bytes of rows [start, stop) of a tensor; a thread's next call may overwrite them.
 
         Raises:
             CheckpointError: The file cannot be read.
@@ -92,7 +104,7 @@ class Checkpoint:
     @property
     def is_te(self) -> bool:
         """Whether it has the Transformer Engine layout."""
-        return self.config.get("model_type") == TE_MODEL_TYPE
+        return self.config.get("model_type") == checkpoint_format.MODEL_TYPE
 
 
 def read_exactly(file: int, view: memoryview, offset: int, path: Path, name: str) -> None:

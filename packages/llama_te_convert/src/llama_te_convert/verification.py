@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from .conversion import HeadSizes, RowRange, Target, targets
-from .inspection import dtype_name, model_fields, size_text, steps_of
+from .inspection import model_fields, size_text, steps_of
 from .mapping import Row, is_computed
 from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource
+from .torch_tensors import as_tensor, torch_dtype
 
 # Largest relative error of one rounding to each dtype: half of its last bit.
 TOLERANCES: Mapping[torch.dtype, float] = {
@@ -219,7 +220,7 @@ class _Known:
     source: TensorSource
     concurrent: bool = False
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read(self, name: str, start: int, stop: int) -> memoryview:
         return self.source.read(name, start, stop)
 
     def close(self) -> None:
@@ -316,30 +317,28 @@ def _compare_tensor(
         return Difference(name, "only in b" if a is None else "only in a", _described(a), _described(b))
     if a.info.shape != b.info.shape:
         return Difference(name, "shape", _described(a), _described(b))
-    dtypes = (a.info.dtype, b.info.dtype)
-    floating = all(dtype.is_floating_point for dtype in dtypes)
-    if dtypes[0] != dtypes[1] and (tolerances is None or not floating):
+    floating = a.info.is_floating_point and b.info.is_floating_point
+    if a.info.dtype != b.info.dtype and (tolerances is None or not floating):
         return Difference(name, "dtype", _described(a), _described(b))
     pair = _Pair(left.source, a, right.source, b)
     if tolerances is None or not floating:
         values = _scan(pair, None, count.add)
     else:
-        values = _scan_with_tolerance(pair, _tolerance(dtypes, tolerances), count.add)
+        values = _scan_with_tolerance(pair, _tolerance((a.info.dtype, b.info.dtype), tolerances), count.add)
     return None if values is None else Difference(name, "values", _described(a), _described(b), values)
 
 
 def _described(target: Target | None) -> str | None:
-    return None if target is None else f"{dtype_name(target.info)} {list(target.info.shape)}"
+    return None if target is None else f"{target.info.dtype} {list(target.info.shape)}"
 
 
-def _tolerance(dtypes: tuple[torch.dtype, torch.dtype], tolerances: Mapping[torch.dtype, float]) -> float:
-    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    tolerance = tolerances.get(coarser)
+def _tolerance(dtypes: tuple[str, str], tolerances: Mapping[torch.dtype, float]) -> float:
+    coarser = max(dtypes, key=lambda dtype: torch.finfo(torch_dtype(dtype)).eps)
+    tolerance = tolerances.get(torch_dtype(coarser))
     if tolerance is None or not 0 <= tolerance < math.inf:
-        name = str(coarser).removeprefix("torch.")
         raise CheckpointError(
-            f"the tolerance for {name} is {tolerance}, but must be a number from 0: give one for each dtype that the "
-            "checkpoints have."
+            f"the tolerance for {coarser} is {tolerance}, but must be a number from 0: give one for each dtype that "
+            "the checkpoints have."
         )
     return tolerance
 
@@ -358,11 +357,11 @@ class _Pair:
         row = math.prod(self.a.info.shape[1:])
         at = 0
         for a, b in _aligned(self.a.ranges, self.b.ranges, max(1, _BLOCK // max(1, row))):
-            a_rows = self.a_source.read(a.name, a.start, a.stop)
+            a_rows = as_tensor(self.a_source.read(a.name, a.start, a.stop), self.a.info.dtype)
             if self.a_source is self.b_source:
                 a_rows = a_rows.clone()  # the next read may take its memory
-            b_rows = self.b_source.read(b.name, b.start, b.stop)
-            yield at * row, a_rows.reshape(-1), b_rows.reshape(-1)
+            b_rows = as_tensor(self.b_source.read(b.name, b.start, b.stop), self.b.info.dtype)
+            yield at * row, a_rows, b_rows
             at += a.stop - a.start
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .conversion import Output
-from .safetensors_format import INDEX, SINGLE, as_bytes, header_bytes
+from .safetensors_format import INDEX, SINGLE, header_bytes
 from .tensor_source import CheckpointError
 
 RECORD = "conversion.json"
@@ -162,7 +162,7 @@ def _write_shard(path: Path, shard: Shard, progress: Callable[[int], None]) -> N
             for output in shard.outputs:
                 written = 0
                 for part in output.parts():
-                    _write(file, as_bytes(part))
+                    _write(file, part)
                     written += part.nbytes
                     progress(part.nbytes)
                 assert written == output.info.nbytes, output.name

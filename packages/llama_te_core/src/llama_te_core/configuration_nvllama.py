@@ -9,21 +9,13 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from .checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, config_fields, config_text
 from .precision import check_layer_precision
-from .remote_code import AUTO_MAP, write_remote_code
+from .remote_code import write_remote_code
 
 ATTENTION_FORMATS = ("thd", "bshd")
 MASK_TYPES = ("padding_causal", "causal")
 LAYER_IMPLEMENTATIONS = ("auto", "transformer_engine", "reference")
-
-# Written to config.json in the place of an integer that a plain Llama no longer reads, so that loading the folder as
-# one stops with this text: both have a `model_type`, but transformers only warns about that and would go on to fill
-# every layer with random numbers.
-_NOT_A_PLAIN_LLAMA = (
-    "these weights have the Transformer Engine layout: load them with llama_te_core.NVLlamaForCausalLM, "
-    "or convert them with llama_te_convert.convert_llama_te_to_hf"
-)
-_PRETRAINING_TP = "llama_pretraining_tp"  # where the file keeps the integer
 
 
 class NVLlamaConfig(LlamaConfig):
@@ -49,14 +41,14 @@ class NVLlamaConfig(LlamaConfig):
         ValueError: A field has a value that Llama on Transformer Engine does not know.
     """
 
-    model_type = "nv_llama"
+    model_type = MODEL_TYPE
 
-    attn_input_format: str = "thd"
-    self_attn_mask_type: str = "padding_causal"
-    layer_precision: list[str | None] | None = None
-    use_quantized_model_init: bool = False
+    attn_input_format: str = FIELDS["attn_input_format"]
+    self_attn_mask_type: str = FIELDS["self_attn_mask_type"]
+    layer_precision: list[str | None] | None = FIELDS["layer_precision"]
+    use_quantized_model_init: bool = FIELDS["use_quantized_model_init"]
     layer_implementation: str = "auto"
-    source_model_type: str = "llama"
+    source_model_type: str = FIELDS["source_model_type"]
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -112,10 +104,7 @@ class NVLlamaConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from the content of a `config.json`."""
-        if config_dict.get("pretraining_tp") == _NOT_A_PLAIN_LLAMA:
-            config_dict = dict(config_dict)
-            config_dict["pretraining_tp"] = config_dict.pop(_PRETRAINING_TP, 1)
-        loaded = super().from_dict(config_dict, **kwargs)
+        loaded = super().from_dict(config_fields(config_dict), **kwargs)
         # transformers sets fields that are given here after construction.
         (loaded[0] if isinstance(loaded, tuple) else loaded).check()
         return loaded
@@ -128,9 +117,8 @@ class NVLlamaConfig(LlamaConfig):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
         """Write the file that `from_pretrained` reads, with the text that keeps plain Llama classes off."""
-        config_dict = json.loads(self.to_json_string(use_diff=use_diff))
-        config_dict |= {"pretraining_tp": _NOT_A_PLAIN_LLAMA, _PRETRAINING_TP: self.pretraining_tp}
-        Path(json_file_path).write_text(json.dumps(config_dict, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        text = config_text(json.loads(self.to_json_string(use_diff=use_diff)))
+        Path(json_file_path).write_text(text, encoding="utf-8")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `config.json` and the file that `trust_remote_code=True` loads the classes through."""
