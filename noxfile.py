@@ -180,13 +180,9 @@ def tests_blackwell(session: nox.Session) -> None:
 def sanitize_hopper(session: nox.Session) -> None:
     """Run the operators' GPU tests under compute-sanitizer's memcheck, racecheck and synccheck."""
     env = gpu_environment(session, "Hopper", {"9"})
+    files = [f"tests/gpu/test_{name}.py" for name in ("operators", "step_operators", "decode_attention")]
     # What torch.compile makes is not ours to check, and takes its processes minutes here.
-    tests = [
-        "-m",
-        "pytest",
-        "tests/gpu/test_operators.py",
-        "--deselect=tests/gpu/test_operators.py::test_compiled_by_torch",
-    ]
+    tests = ["-m", "pytest", *files, *[f"--deselect={file}::test_compiled_by_torch" for file in files]]
     for tool in ("memcheck", "racecheck", "synccheck"):
         sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable]
         session.run(*sanitizer, *tests, *session.posargs, env=env, external=True)

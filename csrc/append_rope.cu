@@ -5,11 +5,9 @@
 // no thread needs another's. With enough tokens to fill the GPU it does that for 4 heads of one token: their loads are
 // all in flight before the first is used, and the cosines and sines, twice a vector's bytes, are fetched once for them.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "kernels.h"
 #include "launch.cuh"
+#include "rotation.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #error "llama_te needs compute capability 9.0 or later"
@@ -25,102 +23,6 @@ constexpr int kPromptHeads = 4;  // of one thread
 constexpr int kPromptThreads = 256;
 // A step of generation is over sooner when its few tokens are spread over more multiprocessors.
 constexpr int kStepThreads = 128;
-
-template <ElementType kElement>
-struct Vector;
-
-template <>
-struct Vector<ElementType::kBFloat16> {
-    static constexpr int kElements = 8;
-
-    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
-        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            values[2 * i] = __uint_as_float(words[i] << 16);
-            values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
-        }
-    }
-
-    static __device__ uint4 pack(const float (&values)[kElements]) {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-            words[i] = *reinterpret_cast<const unsigned *>(&pair);
-        }
-        return make_uint4(words[0], words[1], words[2], words[3]);
-    }
-};
-
-template <>
-struct Vector<ElementType::kFloat16> {
-    static constexpr int kElements = 8;
-
-    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
-        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
-            values[2 * i] = pair.x;
-            values[2 * i + 1] = pair.y;
-        }
-    }
-
-    static __device__ uint4 pack(const float (&values)[kElements]) {
-        unsigned words[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-            words[i] = *reinterpret_cast<const unsigned *>(&pair);
-        }
-        return make_uint4(words[0], words[1], words[2], words[3]);
-    }
-};
-
-template <>
-struct Vector<ElementType::kFloat32> {
-    static constexpr int kElements = 4;
-
-    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
-        values[0] = __uint_as_float(packed.x);
-        values[1] = __uint_as_float(packed.y);
-        values[2] = __uint_as_float(packed.z);
-        values[3] = __uint_as_float(packed.w);
-    }
-
-    static __device__ uint4 pack(const float (&values)[kElements]) {
-        return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
-                          __float_as_uint(values[3]));
-    }
-};
-
-template <int kElements>
-__device__ void load_floats(const char *from, float (&values)[kElements]) {
-#pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-        const float4 four = *reinterpret_cast<const float4 *>(from + i * sizeof(float));
-        values[i] = four.x;
-        values[i + 1] = four.y;
-        values[i + 2] = four.z;
-        values[i + 3] = four.w;
-    }
-}
-
-// a * b - c * d and a * b + c * d in float32, at most 1.5 units in the last place off: what the rounding of c * d
-// loses is computed exactly and put back (Kahan). Without that a result near 0 would have few right bits. The
-// arithmetic is free here, memory is not. The intrinsics keep the compiler from contracting it to something else.
-__device__ float difference_of_products(float a, float b, float c, float d) {
-    const float product = __fmul_rn(c, d);
-    const float lost = __fmaf_rn(c, d, -product);
-    return __fsub_rn(__fmaf_rn(a, b, -product), lost);
-}
-
-__device__ float sum_of_products(float a, float b, float c, float d) {
-    const float product = __fmul_rn(c, d);
-    const float lost = __fmaf_rn(c, d, -product);
-    return __fadd_rn(__fmaf_rn(a, b, product), lost);
-}
 
 // Exact for dividend * divisor < 2^32, which heads and threads of a block are far below.
 struct Divisor {
@@ -195,8 +97,7 @@ __device__ TokenPlace find_padded(const AppendArguments &a, int token) {
 template <ElementType kElement, int kHeads>
 __global__ void __launch_bounds__(kPromptThreads)
     append_rope_kernel(const __grid_constant__ AppendArguments a, const __grid_constant__ Shape shape) {
-    using Packed = Vector<kElement>;
-    constexpr int kElements = Packed::kElements;
+    constexpr int kElements = Vector<kElement>::kElements;
     const int token = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);
     const int head_of_block = shape.vectors.divide(threadIdx.x);
     const int vector_bytes_in = (threadIdx.x - head_of_block * static_cast<int>(shape.vectors.value)) * kVectorBytes;
@@ -272,19 +173,7 @@ __global__ void __launch_bounds__(kPromptThreads)
             held[i][0] = make_uint4(0, 0, 0, 0);
             held[i][1] = make_uint4(0, 0, 0, 0);
         } else if (head_of_group <= a.group) {
-            float first[kElements];
-            float second[kElements];
-            Packed::unpack(held[i][0], first);
-            Packed::unpack(held[i][1], second);
-#pragma unroll
-            for (int d = 0; d < kElements; ++d) {
-                const float x = first[d];
-                const float y = second[d];
-                first[d] = difference_of_products(x, cosine[d], y, sine[d]);
-                second[d] = sum_of_products(y, cosine[d], x, sine[d]);
-            }
-            held[i][0] = Packed::pack(first);
-            held[i][1] = Packed::pack(second);
+            rotate<kElement>(held[i][0], held[i][1], cosine, sine);
             if (head_of_group == a.group) {
                 to = key + kv_head * a.key.head_stride;
             }

@@ -15,6 +15,9 @@
 
 namespace py = pybind11;
 
+void bind_attention(py::module_ &module);  // attention_bindings.cpp
+void bind_decode(py::module_ &module);     // decode_bindings.cpp
+
 namespace {
 
 // MSVC keeps __cplusplus at 199711 and tells the standard here instead.
@@ -133,39 +136,14 @@ auto on_gpu(Arguments (*make)(Parameters...), void (*run)(const Arguments &, int
 
 }  // namespace
 
-#ifndef LLAMA_TE_CUDA_ARCHITECTURES
-namespace llama_te {
-
-namespace {
-
-[[noreturn]] void without_cuda() {
-    throw std::runtime_error(
-        "llama_te_infer's extension was built without CUDA, so its operators take CPU tensors only: reinstall "
-        "llama-te-infer where nvcc is on PATH (`python -m llama_te_infer.info` tells what was built)");
-}
-
-}  // namespace
-
-void append_rope_cuda(const AppendArguments &, int, std::uintptr_t) {
-    without_cuda();
-}
-
-void reorder_rows_cuda(const ReorderArguments &, int, std::uintptr_t) {
-    without_cuda();
-}
-
-void reorder_pages_cuda(const ReorderArguments &, int, std::uintptr_t) {
-    without_cuda();
-}
-
-}  // namespace llama_te
-#endif
-
 PYBIND11_MODULE(_extension, module) {
     module.doc() = "Compiled part of llama_te_infer.";
     module.def("build_info", &build_info, "What this extension was compiled with.");
     module.def("cuda_problem", &cuda_problem,
                "Run an empty kernel on the current GPU: None where that works, else why it does not.");
+
+    bind_attention(module);
+    bind_decode(module);
 
     const auto define = [&module](const char *name, auto function, auto... names) {
         module.def(name, function, py::arg(names)...);
@@ -183,10 +161,12 @@ PYBIND11_MODULE(_extension, module) {
     };
     define_append("append_rope_check", on_host<AppendArguments>(append_arguments, llama_te::check_values));
     define_append("append_rope_cpu", on_host<AppendArguments>(append_arguments, llama_te::append_rope_cpu));
-    define_append("append_rope_cuda", on_gpu(append_arguments, llama_te::append_rope_cuda), "device", "stream");
     define_reorder("reorder_check", on_host<ReorderArguments>(reorder_arguments, llama_te::check_values));
     define_reorder("reorder_rows_cpu", on_host(reorder_arguments, llama_te::reorder_rows_cpu));
-    define_reorder("reorder_rows_cuda", on_gpu(reorder_arguments, llama_te::reorder_rows_cuda), "device", "stream");
     define_reorder("reorder_pages_cpu", on_host(reorder_arguments, llama_te::reorder_pages_cpu));
+#ifdef LLAMA_TE_CUDA_ARCHITECTURES
+    define_append("append_rope_cuda", on_gpu(append_arguments, llama_te::append_rope_cuda), "device", "stream");
+    define_reorder("reorder_rows_cuda", on_gpu(reorder_arguments, llama_te::reorder_rows_cuda), "device", "stream");
     define_reorder("reorder_pages_cuda", on_gpu(reorder_arguments, llama_te::reorder_pages_cuda), "device", "stream");
+#endif
 }

@@ -196,7 +196,7 @@ void reorder_rows_cpu(const ReorderArguments &arguments);
 void reorder_pages_cpu(const ReorderArguments &arguments);
 
 // These check the layout alone and do not wait for the GPU. `stream` is a cudaStream_t of `device`. A launch that
-// fails throws std::runtime_error.
+// fails throws std::runtime_error. A build without CUDA does not have them.
 void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream);
 void reorder_rows_cuda(const ReorderArguments &arguments, int device, std::uintptr_t stream);
 void reorder_pages_cuda(const ReorderArguments &arguments, int device, std::uintptr_t stream);

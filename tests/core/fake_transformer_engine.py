@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import sys
 import types
 
@@ -44,6 +45,20 @@ class QuantizedTensor(torch.Tensor):
 
     def dequantize(self):
         return self.detach().as_subclass(torch.Tensor).clone()
+
+
+class DType(enum.IntEnum):
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+
+
+class Float8Tensor(QuantizedTensor):
+    """With one scale: see TE's class."""
+
+    def __new__(cls, values, scale, fp8_dtype=DType.kFloat8E4M3):
+        tensor = torch.Tensor._make_subclass(cls, torch.empty(values.shape))
+        tensor._data, tensor._scale_inv, tensor._fp8_dtype = values.view(torch.uint8), scale, fp8_dtype
+        return tensor
 
 
 class LayerNormLinear(reference_layer.LayerNormLinear):
@@ -157,6 +172,7 @@ class FakeTransformerEngine:
         for name in ("autocast", "quantized_model_init", "checkpoint", "get_default_recipe"):
             setattr(pytorch, name, getattr(self, name))
         pytorch.QuantizedTensor = QuantizedTensor
+        pytorch.Float8Tensor = Float8Tensor
         package.pytorch = pytorch
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from conftest import TINY
 from core.fake_transformer_engine import (
     DelayedScaling,
+    DType,
     FakeTransformerEngine,
     Float8BlockScaling,
     Float8CurrentScaling,
+    Float8Tensor,
     MXFP8BlockScaling,
     NVFP4BlockScaling,
     QuantizedTensor,
@@ -279,6 +281,18 @@ class TestContexts:
         config = config_of(layer_precision=["fp8"] * 3, use_quantized_model_init=True)
         with pytest.raises(RuntimeError, match=r"use_quantized_model_init=True needs.*default device is cpu"):
             NVLlamaModel(config)
+
+    def test_parts_of_a_weight_in_fp8(self, te):
+        from llama_te_core.transformer_engine_layer import fp8_parts
+
+        values = torch.arange(256, dtype=torch.uint8).view(16, 16)
+        scale = torch.tensor([0.5])
+        found, found_scale = fp8_parts(Float8Tensor(values, scale))
+        assert found.dtype == torch.float8_e4m3fn and found.data_ptr() == values.data_ptr()
+        assert torch.equal(found_scale, scale)
+        assert fp8_parts(Float8Tensor(values, scale, DType.kFloat8E5M2)) is None
+        assert fp8_parts(Float8Tensor(values, torch.ones(16))) is None
+        assert fp8_parts(QuantizedTensor(torch.ones(2, 2))) is None
 
     def test_quantized_weights_are_saved_in_an_ordinary_dtype(self, te, tmp_path, monkeypatch):
         monkeypatch.setattr(QuantizedTensor, "dequantize", lambda self: 2 * self.detach().as_subclass(torch.Tensor))

@@ -162,7 +162,8 @@ def lay_out(
         _check_positions(position_ids, mask_BS, width)
     longest = width if cache is None else cache.longest()
     if attn_input_format == "thd":
-        return _packed_here(input_BS, mask_BS, longest, token_multiple, cache)
+        tokens = None if lengths is None else sum(lengths)
+        return _packed_here(input_BS, mask_BS, tokens, longest, token_multiple, cache)
     return _tokens_first(input_BS, mask_BS, longest, self_attn_mask_type, cache)
 
 
@@ -221,7 +222,12 @@ def _check_offsets(cu_seqlens: torch.Tensor, padded: torch.Tensor | None, tokens
 
 
 def _packed_here(
-    input_BS: torch.Tensor, mask_BS: torch.Tensor | None, longest: int, token_multiple: int, cache: KVCache | None
+    input_BS: torch.Tensor,
+    mask_BS: torch.Tensor | None,
+    tokens: int | None,
+    longest: int,
+    token_multiple: int,
+    cache: KVCache | None,
 ) -> SequenceLayout:
     rows, width = input_BS.shape[:2]
     device = input_BS.device
@@ -230,10 +236,17 @@ def _packed_here(
         cu_seqlens = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=device)
         tokens = rows * width
     else:
-        # How many tokens there are decides every shape from here on: the one wait for the device that packing needs.
-        source_N = mask_BS.flatten().nonzero().flatten()
-        tokens = len(source_N)
-        target = (mask_BS.flatten().cumsum(0) - 1).clamp_(min=0)
+        mask_N = mask_BS.flatten()
+        target = (mask_N.cumsum(0) - 1).clamp_(min=0)
+        if tokens is None:
+            # How many tokens there are decides every shape from here on: the one wait for the device that packing
+            # needs, where no cache has counted them.
+            source_N = mask_N.nonzero().flatten()
+            tokens = len(source_N)
+        else:
+            source_N = target.new_empty(tokens + 1)  # padding goes behind the tokens
+            source_N.scatter_(0, target.where(mask_N, tokens), torch.arange(rows * width, device=device))
+            source_N = source_N[:tokens]
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         cu_seqlens[1:] = mask_BS.sum(1).cumsum(0)
     # At least one token, so that a batch of nothing but padding runs like any other.

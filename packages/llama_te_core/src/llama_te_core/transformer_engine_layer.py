@@ -181,6 +181,20 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if is_quantized(tensor) else tensor
 
 
+def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a parameter in FP8 (E4M3) with one scale is made of; `None` for other formats.
+
+    Returns:
+        Its values, float8_e4m3fn of its shape, and the float32 [1] that they are multiplied by; not copies.
+    """
+    if not isinstance(parameter, te.Float8Tensor) or parameter._fp8_dtype.name != "kFloat8E4M3":
+        return None
+    values, scale = parameter._data, parameter._scale_inv
+    if values is None or scale is None or scale.numel() != 1:
+        return None
+    return values.view(torch.float8_e4m3fn), scale.view(1)
+
+
 def quantize_loaded_weights(model: nn.Module) -> None:
     """Quantize the weights of layers that were built under `te.quantized_model_init`, from the values they hold.
 

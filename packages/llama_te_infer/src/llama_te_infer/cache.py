@@ -165,11 +165,7 @@ class InferenceParams:
         self.cache_manager.assign_rows(
             [rows.get(key) for key in step_dict], list(before.values()), list(after.values())
         )
-        self.sequences_pre_step, self.sequences = before, after
-        self.batch_size = len(step_dict)
-        self._new = list(step_dict.values())
-        self._slots, self._stored, self._places = {}, set(), {}
-        self._write_books()
+        self._open_step(before, after)
 
     def get_seqlens_pre_step(self) -> torch.Tensor:
         """int32 [max_batch_size]: tokens that each row had before this step."""
@@ -425,6 +421,14 @@ class InferenceParams:
 
     # --- books ------------------------------------------------------------------------------------------------------
 
+    def _open_step(self, before: OrderedDict[int, int], after: OrderedDict[int, int]) -> None:
+        """Take note of a step that has its memory, from the rows' tokens before and after it."""
+        self.sequences_pre_step, self.sequences = before, after
+        self.batch_size = len(after)
+        self._new = [after[key] - before[key] for key in after]
+        self._slots, self._stored, self._places = {}, set(), {}
+        self._write_books()
+
     def _write_books(self) -> None:
         idle = self.max_batch_size - self.batch_size
         books = []
@@ -461,7 +465,7 @@ class InferenceParams:
         query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
         operators.append_rope(
             qkv_NKGD,
-            self._cos_sin(angles),
+            self.cos_sin(angles),
             self.cu_seqlens_q[: self.batch_size + 1],
             self.pre_step_seqlens,
             self.cache_manager.page_table if isinstance(self.cache_manager, PagedKVCacheManager) else None,
@@ -471,7 +475,7 @@ class InferenceParams:
         )
         return query_NHD if width == 0 else query_NHD.unflatten(0, (-1, width))
 
-    def _cos_sin(self, angles: torch.Tensor) -> torch.Tensor:
+    def cos_sin(self, angles: torch.Tensor) -> torch.Tensor:
         """Cosines and sines [P, D] of angles whose halves are equal, computed once for each table of angles."""
         if self._angles is not angles:
             half_PD = angles[:, 0, 0, : angles.shape[-1] // 2]

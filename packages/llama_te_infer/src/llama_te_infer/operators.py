@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from math import prod
 from types import ModuleType
@@ -134,10 +134,10 @@ def reorder_pages(
 def available(device_type: str) -> bool:
     """Whether the extension is there and has kernels for "cpu" tensors, or for "cuda" ones on the current GPU."""
     try:
-        extension = _extension()
+        compiled = extension()
     except RuntimeError:
         return False
-    return device_type == "cpu" or (device_type == "cuda" and extension.cuda_problem() is None)
+    return device_type == "cpu" or (device_type == "cuda" and compiled.cuda_problem() is None)
 
 
 def takes_heads(dtype: torch.dtype, head_dim: int) -> bool:
@@ -159,7 +159,7 @@ def takes_reorder(caches: Sequence[torch.Tensor], rows: int) -> bool:
 def _append_rope_cpu(*tensors: Any) -> None:
     arguments = _append_arguments(*tensors)
     if arguments is not None:
-        _extension().append_rope_cpu(**arguments)
+        extension().append_rope_cpu(**arguments)
 
 
 @torch.library.impl("llama_te::append_rope", "cuda")
@@ -168,16 +168,16 @@ def _append_rope_cuda(*tensors: Any) -> None:
     if arguments is None:
         return
     qkv, _, cu_new, start, page_table = tensors[:5]
-    if _checks_values():
-        _check_on_host(_extension().append_rope_check, arguments, page_table, cu_new=cu_new, start=start)
-    _extension().append_rope_cuda(**_launch(qkv), **arguments)
+    if checks_values():
+        check_on_host(extension().append_rope_check, arguments, page_table, cu_new=cu_new, start=start)
+    cuda_function("append_rope_cuda")(**launch_arguments(qkv), **arguments)
 
 
 @torch.library.impl("llama_te::reorder_rows", "cpu")
 def _reorder_rows_cpu(caches: list[torch.Tensor], source_rows: torch.Tensor, lengths: torch.Tensor) -> None:
     arguments = _reorder_arguments(caches, source_rows, lengths)
     if arguments is not None:
-        _extension().reorder_rows_cpu(**arguments)
+        extension().reorder_rows_cpu(**arguments)
 
 
 @torch.library.impl("llama_te::reorder_rows", "cuda")
@@ -185,9 +185,9 @@ def _reorder_rows_cuda(caches: list[torch.Tensor], source_rows: torch.Tensor, le
     arguments = _reorder_arguments(caches, source_rows, lengths)
     if arguments is None:
         return
-    if _checks_values():
-        _check_on_host(_extension().reorder_check, arguments, None, source_rows=source_rows, lengths=lengths)
-    _extension().reorder_rows_cuda(**_launch(source_rows), **arguments)
+    if checks_values():
+        check_on_host(extension().reorder_check, arguments, None, source_rows=source_rows, lengths=lengths)
+    cuda_function("reorder_rows_cuda")(**launch_arguments(source_rows), **arguments)
 
 
 @torch.library.impl("llama_te::reorder_pages", "cpu")
@@ -201,7 +201,7 @@ def _reorder_pages_cpu(
 ) -> None:
     arguments = _reorder_arguments(caches, source_rows, lengths, page_table, page_size, ticket)
     if arguments is not None:
-        _extension().reorder_pages_cpu(**arguments)
+        extension().reorder_pages_cpu(**arguments)
 
 
 @torch.library.impl("llama_te::reorder_pages", "cuda")
@@ -216,9 +216,9 @@ def _reorder_pages_cuda(
     arguments = _reorder_arguments(caches, source_rows, lengths, page_table, page_size, ticket)
     if arguments is None:
         return
-    if _checks_values():
-        _check_on_host(_extension().reorder_check, arguments, page_table, source_rows=source_rows, lengths=lengths)
-    _extension().reorder_pages_cuda(**_launch(source_rows), **arguments)
+    if checks_values():
+        check_on_host(extension().reorder_check, arguments, page_table, source_rows=source_rows, lengths=lengths)
+    cuda_function("reorder_pages_cuda")(**launch_arguments(source_rows), **arguments)
 
 
 @torch.library.register_fake("llama_te::append_rope")
@@ -226,43 +226,6 @@ def _reorder_pages_cuda(
 @torch.library.register_fake("llama_te::reorder_pages")
 def _fake(*arguments: Any) -> None:
     """Nothing comes back, and what is mutated keeps its shape."""
-
-
-def _extension() -> ModuleType:
-    try:
-        from . import _extension as extension
-    except ImportError as error:
-        raise RuntimeError(
-            f"llama_te_infer's compiled extension does not import ({error}): install the package with pip, which "
-            "builds it, instead of using its source folder."
-        ) from error
-    return extension
-
-
-def _launch(tensor: torch.Tensor) -> dict[str, int]:
-    """Where a kernel runs."""
-    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
-
-
-def _checks_values() -> bool:
-    if os.environ.get("LLAMA_TE_CHECK", "0") in ("", "0"):
-        return False
-    if torch.cuda.is_current_stream_capturing():
-        warnings.warn("LLAMA_TE_CHECK: values are not checked while a CUDA graph is captured.", stacklevel=3)
-        return False
-    return True
-
-
-def _check_on_host(
-    check: Any, arguments: dict[str, Any], page_table: torch.Tensor | None, **arrays: torch.Tensor
-) -> None:
-    """Run the CPU's check on copies of the arrays: nothing is launched when it raises."""
-    copies = {name: array.cpu() for name, array in arrays.items()}
-    replaced: dict[str, Any] = {name: copy.data_ptr() for name, copy in copies.items()}
-    if page_table is not None:
-        table = page_table.cpu().contiguous()
-        replaced["page_table"] = (table.data_ptr(), table.stride(0) * table.itemsize)
-    check(**(arguments | replaced))
 
 
 # --- what the host can check ------------------------------------------------------------------------------------------
@@ -281,7 +244,7 @@ def _append_arguments(
 ) -> dict[str, Any] | None:
     """What the kernel takes; None if there is no token. Alignment and overlap are checked by the extension."""
     if qkv.dtype not in _ELEMENTS:
-        raise ValueError(f"qkv is {_name(qkv.dtype)}: allowed are {', '.join(map(_name, _ELEMENTS))}.")
+        raise ValueError(f"qkv is {name_of(qkv.dtype)}: allowed are {', '.join(map(name_of, _ELEMENTS))}.")
     if qkv.dim() != 4 or qkv.shape[2] < 3:
         raise ValueError(f"qkv has the shape {_shape(qkv)}; it must be [N, K, G + 2, D] with G of at least 1.")
     if torch.is_grad_enabled() and qkv.requires_grad:
@@ -293,12 +256,12 @@ def _append_arguments(
     if tokens >= 2**31:
         raise ValueError(f"qkv has N={tokens} tokens: allowed are less than 2**31.")
     device = qkv.device
-    _check("cos_sin", cos_sin, torch.float32, device, (None, head_dim), "[P, D]")
-    _check("cu_new", cu_new, torch.int32, device, (None,), "[B + 1]")
-    _check("start", start, torch.int32, device, (None,), "[at least B]")
-    _check("query", query, qkv.dtype, device, (tokens, kv_heads * group, head_dim), "[N, K * G, D]")
-    _check("key_cache", key_cache, qkv.dtype, device, (None, None, kv_heads, head_dim), "[R, L, K, D]")
-    _check("value_cache", value_cache, qkv.dtype, device, tuple(key_cache.shape), "that of key_cache")
+    check_tensor("cos_sin", cos_sin, torch.float32, device, (None, head_dim), "[P, D]")
+    check_tensor("cu_new", cu_new, torch.int32, device, (None,), "[B + 1]")
+    check_tensor("start", start, torch.int32, device, (None,), "[at least B]")
+    check_tensor("query", query, qkv.dtype, device, (tokens, kv_heads * group, head_dim), "[N, K * G, D]")
+    check_tensor("key_cache", key_cache, qkv.dtype, device, (None, None, kv_heads, head_dim), "[R, L, K, D]")
+    check_tensor("value_cache", value_cache, qkv.dtype, device, tuple(key_cache.shape), "that of key_cache")
     if not query.is_contiguous():
         raise ValueError(f"query has the strides {query.stride()}: it must be contiguous.")
     if width < 0 or (width > 0 and tokens % width != 0):
@@ -318,7 +281,7 @@ def _append_arguments(
     blocks, block_places = key_cache.shape[:2]
     cached_rows, capacity = blocks, block_places
     if page_table is not None:
-        _check("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
+        check_tensor("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
         cached_rows, capacity = page_table.shape[0], page_table.shape[1] * block_places
     for name, room in (
         ("start", start.shape[0]),
@@ -334,25 +297,25 @@ def _append_arguments(
     return {
         "element": _ELEMENTS[qkv.dtype],
         "qkv": qkv.data_ptr(),
-        "qkv_token_stride": _strides(qkv)[0] * itemsize,
+        "qkv_token_stride": strides_of(qkv)[0] * itemsize,
         "tokens": tokens,
         "width": width,
         "kv_heads": kv_heads,
         "group": group,
         "head_dim": head_dim,
         "cos_sin": cos_sin.data_ptr(),
-        "cos_sin_stride": _strides(cos_sin)[0] * cos_sin.itemsize,
+        "cos_sin_stride": strides_of(cos_sin)[0] * cos_sin.itemsize,
         "positions": cos_sin.shape[0],
         "cu_new": cu_new.data_ptr(),
         "start": start.data_ptr(),
         "rows": rows,
-        "page_table": _table(page_table),
+        "page_table": table_of(page_table),
         "capacity": capacity,
         "blocks": blocks,
         "block_places": block_places,
         "query": query.data_ptr(),
-        "key": (key_cache.data_ptr(), *(stride * itemsize for stride in _strides(key_cache)[:3])),
-        "value": (value_cache.data_ptr(), *(stride * itemsize for stride in _strides(value_cache)[:3])),
+        "key": (key_cache.data_ptr(), *(stride * itemsize for stride in strides_of(key_cache)[:3])),
+        "value": (value_cache.data_ptr(), *(stride * itemsize for stride in strides_of(value_cache)[:3])),
     }
 
 
@@ -380,8 +343,8 @@ def _reorder_arguments(
     for i, cache in enumerate(caches):
         if cache.shape != shape or cache.dtype != dtype or cache.device != device:
             raise ValueError(
-                f"caches[{i}] is {_name(cache.dtype)} {_shape(cache)} on {cache.device}, but caches[0] is "
-                f"{_name(dtype)} {_shape(first)} on {device}: all must be alike."
+                f"caches[{i}] is {name_of(cache.dtype)} {_shape(cache)} on {cache.device}, but caches[0] is "
+                f"{name_of(dtype)} {_shape(first)} on {device}: all must be alike."
             )
         if not cache.is_contiguous():
             raise ValueError(f"caches[{i}] has the strides {cache.stride()}: it must be contiguous.")
@@ -393,18 +356,18 @@ def _reorder_arguments(
         if addresses[lower] + extent > addresses[upper]:
             raise ValueError(f"caches[{lower}] and caches[{upper}] share memory: a reorder would move it twice.")
     if source_rows.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"source_rows is {_name(source_rows.dtype)}: allowed are int32 and int64.")
-    _check("source_rows", source_rows, source_rows.dtype, device, (None,), "[B]")
+        raise ValueError(f"source_rows is {name_of(source_rows.dtype)}: allowed are int32 and int64.")
+    check_tensor("source_rows", source_rows, source_rows.dtype, device, (None,), "[B]")
     rows = source_rows.shape[0]
-    _check("lengths", lengths, torch.int32, device, (rows,), "[B]")
+    check_tensor("lengths", lengths, torch.int32, device, (rows,), "[B]")
     if rows > MAX_REORDER_ROWS:
         raise ValueError(f"source_rows has B={rows} rows: allowed are up to {MAX_REORDER_ROWS}.")
     blocks, block_places = shape[:2]
     cached_rows, capacity = blocks, block_places
     if page_table is not None:
-        _check("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
+        check_tensor("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
         assert ticket is not None
-        _check("ticket", ticket, torch.int32, device, (1,), "[1]")
+        check_tensor("ticket", ticket, torch.int32, device, (1,), "[1]")
         if page_size != block_places:
             raise ValueError(
                 f"page_size={page_size}, but the pages of caches[0], {_shape(first)}, have {block_places}."
@@ -423,7 +386,7 @@ def _reorder_arguments(
         "lengths": lengths.data_ptr(),
         "block_bytes": block_places * place_bytes,
         "place_bytes": place_bytes,
-        "page_table": _table(page_table),
+        "page_table": table_of(page_table),
         "capacity": capacity,
         "blocks": blocks,
         "block_places": block_places,
@@ -431,7 +394,68 @@ def _reorder_arguments(
     }
 
 
-def _check(
+# --- what all operators share ----------------------------------------------------------------------------------------
+
+
+def extension() -> ModuleType:
+    """The compiled extension.
+
+    Raises:
+        RuntimeError: It is missing.
+    """
+    try:
+        from . import _extension
+    except ImportError as error:
+        raise RuntimeError(
+            f"llama_te_infer's compiled extension does not import ({error}): install the package with pip, which "
+            "builds it, instead of using its source folder."
+        ) from error
+    return _extension
+
+
+def cuda_function(name: str) -> Callable[..., Any]:
+    """A function of the extension that only a build with CUDA has.
+
+    Raises:
+        RuntimeError: The extension is missing, or was built without CUDA.
+    """
+    function: Callable[..., Any] | None = getattr(extension(), name, None)
+    if function is None:
+        raise RuntimeError(
+            "llama_te_infer's extension was built without CUDA, so its operators take CPU tensors only: reinstall "
+            "llama-te-infer where nvcc is on PATH (`python -m llama_te_infer.info` tells what was built)."
+        )
+    return function
+
+
+def launch_arguments(tensor: torch.Tensor) -> dict[str, int]:
+    """Where a kernel runs."""
+    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+
+
+def checks_values() -> bool:
+    """Whether LLAMA_TE_CHECK asks for a look at the values of CUDA tensors, and nothing is being captured."""
+    if os.environ.get("LLAMA_TE_CHECK", "0") in ("", "0"):
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        warnings.warn("LLAMA_TE_CHECK: values are not checked while a CUDA graph is captured.", stacklevel=3)
+        return False
+    return True
+
+
+def check_on_host(
+    check: Any, arguments: dict[str, Any], page_table: torch.Tensor | None, **arrays: torch.Tensor
+) -> None:
+    """Run the CPU's check on copies of the arrays: nothing is launched when it raises."""
+    copies = {name: array.cpu() for name, array in arrays.items()}
+    replaced: dict[str, Any] = {name: copy.data_ptr() for name, copy in copies.items()}
+    if page_table is not None:
+        table = page_table.cpu().contiguous()
+        replaced["page_table"] = (table.data_ptr(), table.stride(0) * table.itemsize)
+    check(**(arguments | replaced))
+
+
+def check_tensor(
     name: str,
     tensor: torch.Tensor,
     dtype: torch.dtype,
@@ -441,7 +465,7 @@ def _check(
 ) -> None:
     """Refuse a tensor of another dtype, device or shape (None: any size), or whose last dimension has gaps."""
     if tensor.dtype != dtype:
-        raise ValueError(f"{name} is {_name(tensor.dtype)}; it must be {_name(dtype)}.")
+        raise ValueError(f"{name} is {name_of(tensor.dtype)}; it must be {name_of(dtype)}.")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, as the other tensors.")
     if len(tensor.shape) != len(shape) or any(
@@ -453,7 +477,7 @@ def _check(
         raise ValueError(f"{name} has the strides {tensor.stride()}: its last dimension must be contiguous.")
 
 
-def _strides(tensor: torch.Tensor) -> list[int]:
+def strides_of(tensor: torch.Tensor) -> list[int]:
     """Strides in elements, with those of dimensions of size 1, which torch leaves open, as in a contiguous tensor."""
     strides = list(tensor.stride())
     following = 1
@@ -464,11 +488,24 @@ def _strides(tensor: torch.Tensor) -> list[int]:
     return strides
 
 
-def _table(page_table: torch.Tensor | None) -> tuple[int, int]:
-    return (0, 0) if page_table is None else (page_table.data_ptr(), _strides(page_table)[0] * page_table.itemsize)
+def table_of(page_table: torch.Tensor | None) -> tuple[int, int]:
+    """A page table's address and its stride in bytes; zeros where there is none."""
+    return (0, 0) if page_table is None else (page_table.data_ptr(), strides_of(page_table)[0] * page_table.itemsize)
 
 
-def _name(dtype: torch.dtype) -> str:
+def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the ranges from their first to their last elements have addresses in common."""
+
+    def end(tensor: torch.Tensor) -> int:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+    empty = one.numel() == 0 or other.numel() == 0
+    return not empty and one.data_ptr() < end(other) and other.data_ptr() < end(one)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype without its module."""
     return str(dtype).removeprefix("torch.")
 
 

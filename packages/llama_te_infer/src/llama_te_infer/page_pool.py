@@ -47,6 +47,31 @@ class PagePool:
         """Pages that a row of so many tokens has."""
         return -(-tokens // self.page_size)
 
+    def take(self, count: int) -> list[int]:
+        """Free pages, which then have one holder each.
+
+        Raises:
+            ValueError: Fewer are free; nothing has changed then.
+        """
+        if count > len(self.free):
+            raise ValueError(
+                f"{count} pages are asked for, and {len(self.free)} of {self.total_num_pages} are free: make "
+                "total_num_pages larger, or end some of the sequences first."
+            )
+        return [self._take() for _ in range(count)]
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Let each of the pages, which are held already, have one holder more."""
+        for page in pages:
+            assert self.holders[page] > 0, f"page {page} is free"
+            self.holders[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Let each of the pages have one holder less; those without any are free again."""
+        for page in pages:
+            assert self.holders[page] > 0, f"page {page} is free already"
+            self._change(Counter({page: -1}))
+
     def assign(
         self, rows: list[list[int]], sources: Sequence[int | None], starts: Sequence[int], lengths: Sequence[int]
     ) -> Assignment:

@@ -1,0 +1,528 @@
+"""Time the engine from token to token, beside the memory's limit and other ways to run the same model, on one GPU.
+
+Models have Llama 3's shapes and random weights. A step's time is that of the whole loop: launch, kernels, what comes
+back to the host, scheduling. The limit of a step is the bytes that it must read (weights, and keys and values of the
+texts so far) at the bandwidth of a large copy, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+VOCABULARY = 128256
+CONTEXT = 128
+STEPS, REPEATS = 64, 5
+BATCHES = ["bf16, batch 1", "bf16, batch 32"]
+LONGER = ["bf16, 4 beams", "bf16, batch 32 at 8192", "bf16, prefill of 8192", "bf16, 256 requests of 512 + 256"]
+FP8 = ["8B FP8, batch 1", "8B FP8, batch 32", "8B FP8, prefill of 8192"]
+BF16_ROWS = {"1B": [f"1B {row}" for row in BATCHES], "8B": [f"8B {row}" for row in BATCHES + LONGER]}
+ORDER = [*BF16_ROWS["1B"], *BF16_ROWS["8B"][:2], "8B bf16, batch 4", *BF16_ROWS["8B"][2:], *FP8]
+
+
+@dataclass
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        what: Model, precision and load.
+        who: What ran it.
+        value: In `unit`.
+        unit: "ms a step", "TFLOP/s" or "tok/s".
+        limit: What the machine allows, in the same unit.
+    """
+
+    what: str
+    who: str
+    value: float
+    unit: str
+    limit: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Of the limit that is reached."""
+        if self.limit is None:
+            return None
+        return self.limit / self.value if self.unit == "ms a step" else self.value / self.limit
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written in a second, of a copy of 4 GB."""
+    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(10):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return 2 * source.numel() / statistics.median(times)
+
+
+def make_model(size: str, fp8: bool = False, positions: int = 16384) -> Any:
+    """A model with random weights on the GPU, with TE's layers."""
+    from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+
+    recipe: dict[str, Any] = {}
+    fields = SHAPES[size] | {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": positions,
+        "eos_token_id": None,
+        "tie_word_embeddings": size == "1B",
+    }
+    if fp8:
+        from transformer_engine.common.recipe import Float8CurrentScaling
+
+        fields |= {"layer_precision": ["fp8"] * fields["num_hidden_layers"], "use_quantized_model_init": True}
+        recipe = {"fp8_recipe": Float8CurrentScaling()}
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return NVLlamaForCausalLM(NVLlamaConfig(**fields), **recipe).eval()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def read_bytes(model: Any, fp8: bool) -> int:
+    """Of the weights that a step reads: all but the embedding, unless the head has the same."""
+    layer_bytes = sum(p.numel() for n, p in model.model.layers.named_parameters() if not n.endswith("norm_weight"))
+    return layer_bytes * (1 if fp8 else 2) + model.lm_head.weight.numel() * 2
+
+
+def cache_bytes(model: Any, rows: int, length: int) -> int:
+    """Of keys and values that a step reads."""
+    config = model.config
+    return rows * length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    """Of random tokens, so that none begins like another."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for _ in range(count)]
+
+
+def clear() -> None:
+    """Give the memory of what is no more needed back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
+    """Milliseconds from one token to the next, the host's loop included, with all requests running."""
+    from llama_te_infer import Engine, SamplingParams
+
+    new = STEPS * REPEATS + 32
+    length = context + new
+    engine = Engine(
+        model,
+        max_batch_size=count * beams,
+        max_sequence_length=-(-length // 64) * 64,
+        prefill_budget=8192,
+        prefix_caching=False,
+    )
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, num_beams=beams)
+    for prompt in prompts(count, context):
+        engine.submit(prompt, params)
+    while len(engine.scheduler.rows) < count * beams:
+        engine.step()
+    for _ in range(8):
+        engine.step()
+    times = []
+    for _ in range(REPEATS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(STEPS):
+            engine.step()
+        times.append((time.perf_counter() - begin) / STEPS)
+    while engine.has_unfinished:
+        engine.step()
+    del engine
+    clear()
+    return statistics.median(times) * 1e3
+
+
+def prefill_rate(model: Any, tokens: int = 8192) -> float:
+    """TFLOP/s of reading one prompt; the head's product, over one token only, is left out."""
+    from llama_te_infer import Engine, SamplingParams
+
+    config = model.config
+    engine = Engine(
+        model,
+        max_batch_size=1,
+        max_sequence_length=tokens + 64,
+        prefill_budget=tokens,
+        prefix_caching=False,
+    )
+    params = SamplingParams(max_tokens=1, temperature=0)
+    times = []
+    for prompt in prompts(5, tokens):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        engine.generate([prompt], params)
+        times.append(time.perf_counter() - begin)
+    weights = sum(p.numel() for n, p in model.model.layers.named_parameters() if not n.endswith("norm_weight"))
+    # Each weight is multiplied and added once for a token; a token attends to half of the others on average.
+    attention = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2 / 2
+    del engine
+    clear()
+    return (2 * weights * tokens + attention) / min(times) / 1e12
+
+
+def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) -> float:
+    """Output tokens in a second, of requests that are all there at the beginning."""
+    from llama_te_infer import Engine, SamplingParams
+
+    engine = Engine(
+        model,
+        max_batch_size=count,
+        max_sequence_length=length + new,
+        prefill_budget=8192,
+        prefix_caching=False,
+    )
+    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
+    engine.generate(prompts(count, 16)[:count], SamplingParams(max_tokens=4, temperature=0))  # graphs are captured
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    engine.generate(prompts(count, length), params)
+    seconds = time.perf_counter() - begin
+    del engine
+    clear()
+    return count * new / seconds
+
+
+# --- the others ------------------------------------------------------------------------------------------------------
+
+
+def replayed(step: Callable[[], object]) -> float:
+    """Milliseconds of a step inside a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        graph.replay()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
+
+
+@torch.no_grad()
+def te_in_a_graph(model: Any, rows: int, context: int) -> float:
+    """TE's layers with TE's own cache object in one CUDA graph: a step of one token, without a loop around it."""
+    from transformer_engine.pytorch import InferenceParams
+
+    config = model.config
+    capacity = context + 64
+    cache = InferenceParams(
+        max_batch_size=rows,
+        max_sequence_length=capacity,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim_k=config.head_dim,
+        dtype=torch.bfloat16,
+    )
+    angles = model.model.rotary_angles(capacity, model.device)
+    for layer in range(config.num_hidden_layers):
+        cache.allocate_memory(layer + 1)
+    token_B1 = torch.randint(3, VOCABULARY, (rows, 1), device="cuda")
+    from collections import OrderedDict
+
+    cache.pre_step(OrderedDict((row, context) for row in range(rows)))
+    cache.pre_step(OrderedDict((row, 1) for row in range(rows)))
+
+    def step() -> torch.Tensor:
+        hidden = model.model.embed_tokens(token_B1)
+        for layer in model.model.layers:
+            hidden = layer(
+                hidden,
+                self_attn_mask_type="padding_causal",
+                rotary_pos_emb=angles,
+                inference_params=cache,
+                cu_seqlens_q=cache.cu_seqlens_q[: rows + 1],
+                cu_seqlens_kv=cache.cu_seqlens_kv[: rows + 1],
+                max_seqlen_q=1,
+                max_seqlen_kv=capacity,
+            )
+        return model.lm_head(model.model.norm(hidden)).argmax(-1)
+
+    return replayed(step)
+
+
+def transformers_compiled(size: str, rows: int, context: int) -> float:
+    """The Llama of transformers, with a static cache and `torch.compile(mode="reduce-overhead")`, greedy."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+    torch.manual_seed(0)
+    fields = SHAPES[size] | {"vocab_size": VOCABULARY, "max_position_embeddings": 16384}
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**fields, attn_implementation="sdpa")).eval()
+    torch.set_default_dtype(default)
+    cache = StaticCache(config=model.config, max_cache_len=context + 256)
+    ids = torch.tensor(prompts(rows, context), device="cuda")
+
+    def one(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        logits = model(token, past_key_values=cache, cache_position=position, position_ids=position[None]).logits
+        return logits[:, -1:].argmax(-1)
+
+    compiled = torch.compile(one, mode="reduce-overhead", fullgraph=True)
+    with torch.no_grad():
+        token = one(ids, torch.arange(context, device="cuda"))
+        position = torch.tensor([context], device="cuda")
+        times = []
+        for i in range(160):
+            if i % 32 == 0:
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+            token = compiled(token, position).clone()
+            position = position + 1
+            if i % 32 == 31:
+                torch.cuda.synchronize()
+                times.append((time.perf_counter() - begin) / 32)
+    return statistics.median(times[1:]) * 1e3
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """Prints figures as they come, and keeps them."""
+
+    def __init__(self, bandwidth: float) -> None:
+        self.bandwidth = bandwidth
+        self.figures: list[Figure] = []
+
+    def add(
+        self, what: str, who: str, unit: str, measure: Callable[[], float], limit: float | None = None
+    ) -> Figure | None:
+        """Measure, unless it cannot be done here, which is said."""
+        try:
+            figure = Figure(what, who, measure(), unit, limit)
+        except Exception as error:  # one that fails must not take the others' figures along
+            print(f"{what:<38} {who:<26} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            clear()
+            return None
+        self.figures.append(figure)
+        print(self.line(figure), flush=True)
+        return figure
+
+    @staticmethod
+    def line(figure: Figure) -> str:
+        """One line of text."""
+        share = "" if figure.limit is None else f"limit {figure.limit:9.2f}  {figure.share:5.0%}"
+        return f"{figure.what:<38} {figure.who:<26} {figure.value:10.3f} {figure.unit:<10} {share}"
+
+    def step(
+        self, model: Any, what: str, rows: int, *, context: int = CONTEXT, beams: int = 1, fp8: bool = False
+    ) -> None:
+        """The engine's step."""
+        total = read_bytes(model, fp8) + cache_bytes(model, rows * beams, context)
+        limit = total / self.bandwidth * 1e3
+        self.add(what, "engine", "ms a step", functools.partial(step_time, model, rows, context, beams=beams), limit)
+
+
+def run(table: Table, rows: set[str], peers: set[str]) -> None:
+    """All rows whose names begin with one of `rows`; all if there are none."""
+
+    def wanted(what: str) -> bool:
+        return not rows or any(what.startswith(name) for name in rows)
+
+    for size in ("1B", "8B"):
+        if any(map(wanted, BF16_ROWS[size])):
+            model = make_model(size)
+            for batch in (1, 32):
+                if wanted(what := f"{size} bf16, batch {batch}"):
+                    table.step(model, what, batch)
+                    if "te" in peers:
+                        table.add(
+                            what,
+                            "TE layers in a CUDA graph",
+                            "ms a step",
+                            functools.partial(te_in_a_graph, model, batch, CONTEXT),
+                        )
+                        clear()
+            if size == "8B":
+                if wanted(what := "8B bf16, 4 beams"):
+                    table.step(model, "8B bf16, batch 4", 4)
+                    table.step(model, what, 1, beams=4)
+                if wanted(what := "8B bf16, batch 32 at 8192"):
+                    table.step(model, what, 32, context=8192)
+                if wanted(what := "8B bf16, prefill of 8192"):
+                    table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
+                if wanted(what := "8B bf16, 256 requests of 512 + 256"):
+                    table.add(what, "engine", "tok/s", functools.partial(throughput, model))
+            del model
+            clear()
+        if size == "8B" and wanted("8B FP8"):
+            model = make_model(size, fp8=True)
+            for batch in (1, 32):
+                if wanted(what := f"8B FP8, batch {batch}"):
+                    table.step(model, what, batch, fp8=True)
+            if wanted(what := "8B FP8, prefill of 8192"):
+                table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
+            del model
+            clear()
+        if "transformers" in peers:
+            for batch in (1, 32):
+                if wanted(what := f"{size} bf16, batch {batch}"):
+                    table.add(
+                        what,
+                        "transformers, compiled",
+                        "ms a step",
+                        functools.partial(transformers_compiled, size, batch, CONTEXT),
+                    )
+                    torch._dynamo.reset()
+                    clear()
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Figures of two runs on the same kind of machine; of rows that both have, the new ones."""
+    same = all(old.get(name) == new[name] for name in ("gpu", "torch", "transformers", "transformer_engine"))
+    if not same:
+        raise SystemExit("the file has figures of another machine or other versions: give another --json file.")
+    known = {(figure["what"], figure["who"]) for figure in new["figures"]}
+    kept = [figure for figure in old["figures"] if (figure["what"], figure["who"]) not in known]
+    return {**new, "figures": sorted(kept + new["figures"], key=lambda f: ORDER.index(f["what"]))}
+
+
+def write_page(record: dict[str, Any], page: Path) -> None:
+    """The documentation page of the figures, and its plot beside it."""
+    figures = [Figure(**figure) for figure in record["figures"]]
+    plot = page.with_suffix(".svg")
+    draw(figures, plot)
+    lines = [
+        "# Performance",
+        "",
+        f"Written by `python benchmarks/decode.py --json {record['file']} --page {page.as_posix()}` on one "
+        f"{record['gpu']}: torch {record['torch']}, Transformer Engine {record['transformer_engine']}, transformers "
+        f"{record['transformers']}. Llama 3's shapes with random weights, {CONTEXT} tokens of context where nothing "
+        "else is said, greedy. A step is the time from one token to the next, the host's loop included. The limit of a "
+        "step is what it must read (weights, keys and values) at the bandwidth of a large copy in the same run, "
+        f"{record['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        "",
+        f"![Share of the memory's limit that a step reaches]({plot.name})",
+        "",
+        "| what | who | measured | limit | reached |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for figure in figures:
+        limit = "" if figure.limit is None else f"{figure.limit:.2f}"
+        share = "" if figure.share is None else f"{figure.share:.0%}"
+        lines.append(f"| {figure.what} | {figure.who} | {figure.value:,.2f} {figure.unit} | {limit} | {share} |")
+    notes = page.with_name("performance-notes.md")
+    if notes.exists():
+        lines += ["", notes.read_text().rstrip()]
+    page.write_text("\n".join(lines) + "\n")
+
+
+def draw(figures: list[Figure], path: Path) -> None:
+    """Bars of the steps' shares of their limits."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
+    from matplotlib import pyplot
+
+    steps = [figure for figure in figures if figure.share is not None][::-1]
+    colours = {"engine": "#2a6f97", "TE layers in a CUDA graph": "#a9a9a9", "transformers, compiled": "#d4a373"}
+    axes = pyplot.figure(figsize=(8, 0.32 * len(steps) + 1)).add_subplot()
+    axes.barh(range(len(steps)), [100 * (f.share or 0) for f in steps], color=[colours.get(f.who, "k") for f in steps])
+    axes.set_yticks(range(len(steps)), [f"{f.what}, {f.who}" for f in steps], fontsize=8)
+    axes.set_xlabel("% of the limit")
+    axes.set_xlim(0, 100)
+    axes.figure.tight_layout()
+    axes.figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Parse arguments, measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="*", default=[], metavar="ROW", help='rows that begin so, such as "1B" "8B FP8"'
+    )
+    parser.add_argument("--peers", nargs="*", default=["te", "transformers"], choices=["te", "transformers"])
+    parser.add_argument("--json", type=Path, help="keep the figures in this file, beside those that it has")
+    parser.add_argument("--page", type=Path, help="write a page in Markdown with all figures of the --json file")
+    parser.add_argument("--no-runs", action="store_true", help="measure nothing: write the page again")
+    arguments = parser.parse_args()
+    if arguments.page and not arguments.json:
+        parser.error("--page needs --json FILE")
+    if not arguments.no_runs:
+        measure(arguments)
+    if arguments.page:
+        write_page(json.loads(arguments.json.read_text()) | {"file": arguments.json.as_posix()}, arguments.page)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Run, print and keep."""
+    bandwidth = copy_bandwidth()
+    clear()
+    import transformers
+
+    about = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "copy_bandwidth": bandwidth,
+    }
+    try:
+        from importlib.metadata import version
+
+        about["transformer_engine"] = version("transformer-engine")
+    except Exception:
+        about["transformer_engine"] = "not installed"
+    print(f"{about['gpu']}, torch {about['torch']}; copies at {bandwidth / 1e12:.3f} TB/s", flush=True)
+    table = Table(bandwidth)
+    run(table, set(arguments.rows), set(arguments.peers))
+    if arguments.json:
+        record = {**about, "figures": [asdict(figure) for figure in table.figures]}
+        if arguments.json.exists():
+            record = merge(json.loads(arguments.json.read_text()), record)
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Time decode attention on a GPU, against the copy bandwidth and against `append_rope` with PyTorch's attention.
+
+Every figure is the median over replays of a CUDA graph of many launches, which go round enough caches that the L2 has
+none of them any more. "of copy" is the rate at which keys and values are read, against that of a large copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from kernels import DTYPE, Figure, Run, as_text, copy_bandwidth, int32, microseconds, random
+
+from llama_te_infer import operators
+from llama_te_infer.decode_attention import decode_attention, workspace_size
+
+KV_HEADS, GROUP = 8, 4
+MODELS = {"1B": 64, "8B": 128}  # size of a head
+CONTEXTS = ((1, 128), (1, 1024), (1, 8192), (1, 32768), (32, 128), (32, 1024), (32, 8192))
+PAGE_SIZE = 64
+L2_BYTES = 256 * 2**20  # more than any GPU's
+
+
+def arguments_of_layers(rows: int, tokens: int, head_dim: int, page_size: int) -> list[dict[str, Any]]:
+    """Arguments for rows of `tokens`, the new one included, with caches of their own and all else in common."""
+    capacity = -(-(tokens + 1) // 256) * 256
+    blocks, page_table = (rows, capacity), None
+    if page_size:
+        pages = rows * capacity // page_size
+        blocks, page_table = (pages, page_size), torch.randperm(pages, device="cuda").int().view(rows, -1)
+    angle = torch.rand(capacity, head_dim // 2, device="cuda") * 6.3
+    size = workspace_size(rows, KV_HEADS, GROUP, head_dim, capacity)
+    shared: dict[str, Any] = {
+        "qkv": random(rows, KV_HEADS, GROUP + 2, head_dim),
+        "cos_sin": torch.cat((angle.cos(), angle.sin()), dim=1),
+        "start": int32([tokens - 1] * rows),
+        "page_table": page_table,
+        "scale": head_dim**-0.5,
+        "output": random(rows, KV_HEADS * GROUP, head_dim),
+        "workspace": torch.zeros(size, dtype=torch.int32, device="cuda"),
+    }
+    layers = max(2, int(L2_BYTES // (cached_megabytes(rows, tokens, head_dim) * 1e6)))
+    return [
+        shared | {name: random(*blocks, KV_HEADS, head_dim) for name in ("key_cache", "value_cache")}
+        for _ in range(min(layers, 512))
+    ]
+
+
+def cached_megabytes(rows: int, tokens: int, head_dim: int) -> float:
+    return rows * tokens * 2 * KV_HEADS * head_dim * DTYPE.itemsize / 1e6
+
+
+def torch_run(arguments: dict[str, Any], rows: int, tokens: int) -> Run:
+    """`append_rope` and PyTorch's attention to a contiguous cache, all of whose rows are as long."""
+    query = torch.empty_like(arguments["output"])
+    cu_new = int32(range(rows + 1))
+    key, value = (arguments[name][:rows, :tokens].transpose(1, 2) for name in ("key_cache", "value_cache"))
+
+    def run() -> None:
+        operators.append_rope(
+            arguments["qkv"],
+            arguments["cos_sin"],
+            cu_new,
+            arguments["start"],
+            None,
+            1,
+            query,
+            arguments["key_cache"],
+            arguments["value_cache"],
+        )
+        torch.nn.functional.scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True)
+
+    return run
+
+
+def figure(model: str, rows: int, tokens: int, page_size: int, with_baseline: bool) -> Figure:
+    layers = arguments_of_layers(rows, tokens, MODELS[model], page_size)
+    runs = [lambda arguments=arguments: decode_attention(**arguments) for arguments in layers]
+    time = microseconds(runs)
+    baseline = None
+    if with_baseline and not page_size:
+        baseline = microseconds([torch_run(arguments, rows, tokens) for arguments in layers])
+    what = f"{model} heads, {rows} x {tokens} tokens, {f'pages of {page_size}' if page_size else 'rows'}"
+    against = "append_rope + PyTorch" if baseline is not None else ""
+    return Figure(what, time, cached_megabytes(rows, tokens, MODELS[model]), against, baseline)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--baseline", action="store_true", help="also time append_rope with PyTorch's attention")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    torch.manual_seed(0)
+    figures = []
+    with torch.no_grad():
+        copy = copy_bandwidth()
+        torch.cuda.empty_cache()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copies at {copy:.3f} TB/s", flush=True)
+        for model in MODELS:
+            for rows, tokens in CONTEXTS:
+                for page_size in (0, PAGE_SIZE):
+                    figures.append(figure(model, rows, tokens, page_size, arguments.baseline))
+                    torch.cuda.empty_cache()
+    print(as_text(figures, copy))
+    if arguments.json is not None:
+        report = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "copy_terabytes_per_second": copy,
+            "figures": [asdict(one) | {"bandwidth": one.bandwidth} for one in figures],
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+// Rotary embedding on the GPU: 16 bytes of a head at a time, in float32.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace llama_te {
+
+template <ElementType kElement>
+struct Vector;
+
+template <>
+struct Vector<ElementType::kBFloat16> {
+    static constexpr int kElements = 8;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            values[2 * i] = __uint_as_float(words[i] << 16);
+            values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
+        }
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+            words[i] = *reinterpret_cast<const unsigned *>(&pair);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+template <>
+struct Vector<ElementType::kFloat16> {
+    static constexpr int kElements = 8;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        const unsigned words[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2 *>(&words[i]));
+            values[2 * i] = pair.x;
+            values[2 * i + 1] = pair.y;
+        }
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        unsigned words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
+            words[i] = *reinterpret_cast<const unsigned *>(&pair);
+        }
+        return make_uint4(words[0], words[1], words[2], words[3]);
+    }
+};
+
+template <>
+struct Vector<ElementType::kFloat32> {
+    static constexpr int kElements = 4;
+
+    static __device__ void unpack(const uint4 &packed, float (&values)[kElements]) {
+        values[0] = __uint_as_float(packed.x);
+        values[1] = __uint_as_float(packed.y);
+        values[2] = __uint_as_float(packed.z);
+        values[3] = __uint_as_float(packed.w);
+    }
+
+    static __device__ uint4 pack(const float (&values)[kElements]) {
+        return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                          __float_as_uint(values[3]));
+    }
+};
+
+template <int kElements>
+__device__ void load_floats(const char *from, float (&values)[kElements]) {
+#pragma unroll
+    for (int i = 0; i < kElements; i += 4) {
+        const float4 four = *reinterpret_cast<const float4 *>(from + i * sizeof(float));
+        values[i] = four.x;
+        values[i + 1] = four.y;
+        values[i + 2] = four.z;
+        values[i + 3] = four.w;
+    }
+}
+
+// a * b - c * d and a * b + c * d in float32, at most 1.5 units in the last place off: what the rounding of c * d
+// loses is computed exactly and put back (Kahan). Without that a result near 0 would have few right bits. The
+// arithmetic is free here, memory is not. The intrinsics keep the compiler from contracting it to something else.
+inline __device__ float difference_of_products(float a, float b, float c, float d) {
+    const float product = __fmul_rn(c, d);
+    const float lost = __fmaf_rn(c, d, -product);
+    return __fsub_rn(__fmaf_rn(a, b, -product), lost);
+}
+
+inline __device__ float sum_of_products(float a, float b, float c, float d) {
+    const float product = __fmul_rn(c, d);
+    const float lost = __fmaf_rn(c, d, -product);
+    return __fadd_rn(__fmaf_rn(a, b, product), lost);
+}
+
+// The elements of `first` lie in the first half of a head, those of `second` at the same places in the second half.
+template <ElementType kElement>
+__device__ void rotate(uint4 &first, uint4 &second, const float (&cosine)[Vector<kElement>::kElements],
+                       const float (&sine)[Vector<kElement>::kElements]) {
+    using Packed = Vector<kElement>;
+    float x[Packed::kElements];
+    float y[Packed::kElements];
+    Packed::unpack(first, x);
+    Packed::unpack(second, y);
+#pragma unroll
+    for (int i = 0; i < Packed::kElements; ++i) {
+        const float before = x[i];
+        x[i] = difference_of_products(before, cosine[i], y[i], sine[i]);
+        y[i] = sum_of_products(y[i], cosine[i], before, sine[i]);
+    }
+    first = Packed::pack(x);
+    second = Packed::pack(y);
+}
+
+}  // namespace llama_te

@@ -1,0 +1,232 @@
+"""A step of decoding by kernels made for few tokens, over the model's own weights, replayed from CUDA graphs.
+
+It computes what the model's layers compute, in the same order and with the same roundings, except for one: RMSNorm's
+factor of a row multiplies the product behind it. What changes from step to step (tokens, lengths, pages) is read from
+the device's memory, so a step is one launch of a graph, and needs nothing from the host.
+
+Shapes: B rows, R rows there may be, E hidden size, V vocabulary, Q features of the fused projection, F size of the MLP,
+H query heads, K key/value heads, G a key/value head's share of the fused projection, D size of a head, P positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from . import operators
+from .decode_attention import MAX_ROWS, decode_attention, takes_decode_attention, workspace_size
+from .sampler import take_likeliest
+from .step_operators import MAX_LINEAR_ROWS, LinearWorkspace, embed, linear, takes_linear
+
+if TYPE_CHECKING:
+    from .engine_cache import EngineCache
+    from .model_runner import DecodeState
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+
+
+class Weight(NamedTuple):
+    """A weight as the kernels take it.
+
+    Attributes:
+        values: [N, K], bfloat16 or float8_e4m3fn.
+        scale: float32 [1], what FP8 values are multiplied by.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor | None = None
+
+
+class LayerWeights(NamedTuple):
+    """What a decoder layer has."""
+
+    attention_norm_E: torch.Tensor
+    qkv_QE: Weight
+    proj_EX: Weight
+    mlp_norm_E: torch.Tensor
+    fc1_FE: Weight
+    fc2_EF: Weight
+
+
+def takes_fused_decode(model: Any, rows: int, page_size: int) -> bool:
+    """Whether the kernels can run this model.
+
+    Args:
+        model: An `NVLlamaForCausalLM`.
+        rows: Most rows of a step.
+        page_size: Of the cache.
+    """
+    config, dtype = model.config, model.get_input_embeddings().weight.dtype
+    group = config.num_attention_heads // config.num_key_value_heads
+    if dtype != torch.bfloat16 or rows > MAX_ROWS or not operators.available(model.device.type):
+        return False
+    if not takes_decode_attention(dtype, group, config.head_dim, page_size):
+        return False
+    layers = [weights_of(layer) for layer in model.model.layers]
+    return all(
+        weights is not None
+        and all(takes_linear(part.values) for part in weights if isinstance(part, Weight))
+        and weights.attention_norm_E.dtype == weights.mlp_norm_E.dtype == dtype
+        for weights in layers
+    ) and (takes_linear(model.lm_head.weight) and model.model.norm.weight.dtype == dtype)
+
+
+def weights_of(layer: Any) -> LayerWeights | None:
+    """The weights of a decoder layer of either kind; `None` where one is in a format that the kernels do not take."""
+    attention, mlp = layer.self_attention, layer.layernorm_mlp
+    products = [
+        _weight(parameter)
+        for parameter in (attention.layernorm_qkv.weight, attention.proj.weight, mlp.fc1_weight, mlp.fc2_weight)
+    ]
+    qkv, proj, fc1, fc2 = products
+    if qkv is None or proj is None or fc1 is None or fc2 is None:
+        return None
+    return LayerWeights(
+        attention.layernorm_qkv.layer_norm_weight.detach(), qkv, proj, mlp.layer_norm_weight.detach(), fc1, fc2
+    )
+
+
+def _weight(parameter: torch.Tensor) -> Weight | None:
+    if type(parameter) in (torch.Tensor, torch.nn.Parameter):
+        return Weight(parameter.detach())
+    # One of Transformer Engine's, which is there then.
+    from llama_te_core.transformer_engine_layer import fp8_parts
+
+    parts = fp8_parts(parameter)
+    return None if parts is None else Weight(*parts)
+
+
+class FusedDecode:
+    """A step of decoding in a few kernels per layer. An implementation of `DecodeStep`.
+
+    Weights are multiplied in the format in which the model holds them, activations in bfloat16: layers that
+    `layer_precision` computes in FP8 from bfloat16 weights decode in bfloat16.
+
+    Args:
+        model: An `NVLlamaForCausalLM` that `takes_fused_decode`.
+        cache: The engine's.
+        rows: R.
+    """
+
+    def __init__(self, model: Any, cache: EngineCache, rows: int) -> None:
+        config, device = model.config, cache.device
+        self.cache = cache
+        self.layers: list[LayerWeights] = [weights for layer in model.model.layers if (weights := weights_of(layer))]
+        self.table_VE = model.model.embed_tokens.weight.detach()
+        self.head = Weight(model.lm_head.weight.detach())
+        self.norm_E = model.model.norm.weight.detach()
+        self.epsilon = float(config.rms_norm_eps)
+        self.scale = float(model.model.rotary_angles.softmax_scale)
+        self.cos_sin_PD = cache.cos_sin(model.model.rotary_angles(cache.max_sequence_length, device))
+        kv_heads = config.num_key_value_heads
+        heads_of_group = config.num_attention_heads // kv_heads + 2
+        self.shape_KGD = (kv_heads, heads_of_group, config.head_dim)
+
+        def memory(*shape: int) -> torch.Tensor:
+            return torch.zeros(rows, *shape, dtype=cache.dtype, device=device)
+
+        self.hidden_RE = memory(config.hidden_size)
+        self.qkv_RQ = memory(kv_heads * heads_of_group * config.head_dim)
+        self.context_RHD = memory(config.num_attention_heads, config.head_dim)
+        self.activation_RF = memory(config.intermediate_size)
+        self.logits_RV = memory(model.lm_head.out_features)
+        size = 0
+        if device.type == "cuda":
+            size = workspace_size(rows, kv_heads, heads_of_group - 2, config.head_dim, cache.max_sequence_length)
+        self.attention_workspace = torch.zeros(size, dtype=torch.int32, device=device)
+        self.linear_workspace = LinearWorkspace(device)
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # of the one state that there is
+
+    def __call__(self, state: DecodeState, rows: int) -> torch.Tensor:
+        """See `DecodeStep`. The logits are good until the next step."""
+        self._run(self._compute, state, rows)
+        return self.logits_RV[:rows]
+
+    def advance(self, state: DecodeState, rows: int) -> None:
+        """See `DecodeStep`."""
+        self._run(self._advance, state, rows)
+
+    def _run(self, step: Callable[[DecodeState, int], None], state: DecodeState, rows: int) -> None:
+        """Run a step for as many rows, or a few more: those behind have no tokens."""
+        rows = min(next(size for size in (*BUCKETS, rows) if size >= rows), len(self.hidden_RE))
+        if self.cache.device.type != "cuda":
+            step(state, rows)
+            return
+        key = (step.__name__, rows)
+        if key not in self._graphs:
+            # Ahead of it, what libraries do once: a product of no step. It stores nothing that the step will not.
+            self._compute(state, rows)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                step(state, rows)
+            self._graphs[key] = graph
+        self._graphs[key].replay()
+
+    def _compute(self, state: DecodeState, rows: int) -> None:
+        hidden_BE, qkv_BQ = self.hidden_RE[:rows], self.qkv_RQ[:rows]
+        context_BHD, activation_BF = self.context_RHD[:rows], self.activation_RF[:rows]
+        qkv_BKGD, context_BX = qkv_BQ.unflatten(1, self.shape_KGD), context_BHD.flatten(1)
+        embed(state.token_R[:rows], self.table_VE, hidden_BE)
+        for number, layer in enumerate(self.layers, 1):
+            self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
+            decode_attention(
+                qkv_BKGD,
+                self.cos_sin_PD,
+                state.length_R,
+                state.page_table_RP,
+                self.scale,
+                *self.cache.cache_manager.cache[number],
+                context_BHD,
+                self.attention_workspace,
+            )
+            self._product(context_BX, layer.proj_EX, hidden_BE, residual=hidden_BE)
+            self._product(hidden_BE, layer.fc1_FE, activation_BF, norm_weight=layer.mlp_norm_E, swiglu=True)
+            self._product(activation_BF, layer.fc2_EF, hidden_BE, residual=hidden_BE)
+        self._product(hidden_BE, self.head, self.logits_RV[:rows], norm_weight=self.norm_E)
+
+    def _advance(self, state: DecodeState, rows: int) -> None:
+        self._compute(state, rows)
+        take_likeliest(self.logits_RV[:rows], state.token_R[:rows], state.sampling, state.length_R[:rows])
+
+    def _product(
+        self,
+        input_BK: torch.Tensor,
+        weight: Weight,
+        output_BN: torch.Tensor,
+        *,
+        norm_weight: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+        swiglu: bool = False,
+    ) -> None:
+        if len(input_BK) <= MAX_LINEAR_ROWS or weight.scale is not None:
+            # FP8 weights are read again for each so many rows, which takes less than widening them would.
+            for first in range(0, len(input_BK), MAX_LINEAR_ROWS):
+                rows = slice(first, first + MAX_LINEAR_ROWS)
+                linear(
+                    input_BK[rows],
+                    weight.values,
+                    output_BN[rows],
+                    self.linear_workspace,
+                    scale=weight.scale,
+                    norm_weight=norm_weight,
+                    epsilon=self.epsilon,
+                    residual=None if residual is None else residual[rows],
+                    swiglu=swiglu,
+                )
+            return
+        # For more rows the product is bound by arithmetic, and cuBLAS is at the limit of that.
+        if norm_weight is not None:
+            input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], norm_weight, self.epsilon)
+        values = weight.values
+        if residual is not None:
+            # As a layer of single operations: the product is rounded before the addition.
+            torch.add(F.linear(input_BK, values), residual, out=output_BN)
+        elif swiglu:
+            gate_BF, up_BF = F.linear(input_BK, values).chunk(2, dim=-1)
+            torch.mul(F.silu(gate_BF.float()), up_BF, out=output_BN)  # rounded once
+        else:
+            torch.mm(input_BK, values.T, out=output_BN)

@@ -1,0 +1,180 @@
+"""What a request asks of generation: how long, how random, when to stop, and what to report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-6  # below, logits over temperature would come close to float32's range
+MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    Logits are changed in transformers' order: repetition penalty, the ban on ending before `min_tokens`, temperature,
+    top-k, top-p, min-p.
+
+    With `num_beams > 1` the continuation is searched for, not drawn: it is the same each time, whether `temperature` is
+    0 or left at 1.0, and what would change the scores, or is not known of a beam, is refused.
+
+    Attributes:
+        max_tokens: Most tokens to write, at least 1.
+        min_tokens: Tokens to write before the sequence may end; until then EOS and stop tokens have no probability.
+        temperature: Logits are divided by it; 0 takes the most likely token each time (the lowest id of several).
+        top_k: Only tokens at least as likely as the k-th one may be drawn; 0 for all.
+        top_p: Only the most likely tokens that together reach this probability may be drawn.
+        min_p: Only tokens at least this times as likely as the most likely one may be drawn.
+        repetition_penalty: Divides the positive logits of tokens that the prompt or the output has, and multiplies
+            their negative ones.
+        stop: Strings that end a sequence where they appear in its text; one string or several. A tuple afterwards.
+        stop_token_ids: Tokens that end a sequence as EOS does. A tuple afterwards.
+        ignore_eos: Go on after an EOS token.
+        seed: Makes drawn tokens a function of the seed and the logits alone; `None` for a new seed each time.
+        logprobs: `None`, or how many of the most likely tokens to report at each place, with their log-probabilities;
+            the one of the token written is reported too, so 0 has a meaning. At most 20. They are those of the model,
+            before anything above changes them.
+        prompt_logprobs: Report the log-probability of each token of the prompt but the first.
+        n: Continuations to return: independent draws, or the n best ones of beam search.
+        num_beams: Width of beam search; 1 for none.
+        length_penalty: Beam search divides a sequence's log-probability by its new tokens to this power. From -5 to 5.
+        early_stopping: When beam search has `num_beams` finished sequences, `True` ends it, `False` ends it where a
+            running beam of the present length would not be better, `"never"` where one could not become better.
+
+    Raises:
+        ValueError: A value is out of range, or values contradict each other.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    n: int = 1
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        self._need("stop", isinstance(self.stop, Iterable), "give a string or several")
+        self._need("stop_token_ids", isinstance(self.stop_token_ids, Iterable), "give a list of token ids")
+        # A frozen dataclass changes its own fields only so.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_values()
+        if self.num_beams > 1:
+            self._check_beam_search()
+        else:
+            self._check_no_beam_search()
+
+    def ending_tokens(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end a sequence: stop tokens and, unless ignored, the model's EOS tokens; each once."""
+        return tuple(dict.fromkeys([*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)]))
+
+    def _check_values(self) -> None:
+        self._need("max_tokens", _is_integer(self.max_tokens, 1), "give an integer of at least 1")
+        self._need(
+            "min_tokens",
+            _is_integer(self.min_tokens, 0, self.max_tokens),
+            f"give an integer from 0 to max_tokens={self.max_tokens}",
+        )
+        self._need(
+            "temperature",
+            _is_number(self.temperature, 0) and not 0 < self.temperature < MIN_TEMPERATURE,
+            f"give 0 for the most likely token each time, or a number of at least {MIN_TEMPERATURE:g}",
+        )
+        self._need("top_k", _is_integer(self.top_k, 0), "give a number of tokens, or 0 for all")
+        self._need(
+            "top_p", _is_number(self.top_p, 0, 1) and self.top_p > 0, "give a number above 0 and at most 1, 1 for all"
+        )
+        self._need("min_p", _is_number(self.min_p, 0, 1), "give a number from 0, for all, to 1")
+        self._need(
+            "repetition_penalty",
+            _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0,
+            "give a number above 0; 1 changes nothing, more discourages repetition",
+        )
+        self._need("stop", all(isinstance(text, str) and text for text in self.stop), "give strings that are not empty")
+        self._need(
+            "stop_token_ids", all(_is_integer(token, 0) for token in self.stop_token_ids), "give token ids from 0 on"
+        )
+        self._need("ignore_eos", isinstance(self.ignore_eos, bool), "give True or False")
+        self._need(
+            "seed",
+            self.seed is None or _is_integer(self.seed, 0, 2**63 - 1),
+            "give an integer from 0 to 2**63 - 1, or None for a new one each time",
+        )
+        self._need(
+            "logprobs",
+            self.logprobs is None or _is_integer(self.logprobs, 0, MAX_LOGPROBS),
+            f"give a number of tokens from 0 to {MAX_LOGPROBS}, or None to report nothing",
+        )
+        self._need("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "give True or False")
+        self._need("n", _is_integer(self.n, 1), "give an integer of at least 1")
+        self._need("num_beams", _is_integer(self.num_beams, 1), "give an integer of at least 1, 1 for no beam search")
+        self._need(
+            "length_penalty",
+            _is_number(self.length_penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY),
+            f"give a number from {-MAX_LENGTH_PENALTY:g} to {MAX_LENGTH_PENALTY:g}",
+        )
+        self._need(
+            "early_stopping",
+            isinstance(self.early_stopping, bool) or self.early_stopping == "never",
+            'give True, False or "never"',
+        )
+
+    def _check_beam_search(self) -> None:
+        beams = f"num_beams={self.num_beams}"
+        self._need(
+            "temperature", self.temperature in (0, 1), f"beam search draws nothing, so leave it out with {beams}"
+        )
+        for name, neutral in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
+            self._need(name, getattr(self, name) == neutral, f"beam search draws nothing, so leave it out with {beams}")
+        self._need(
+            "repetition_penalty",
+            self.repetition_penalty == 1,
+            f"beams do not keep which tokens they have, so leave it out with {beams}, or take num_beams=1",
+        )
+        self._need(
+            "stop",
+            not self.stop,
+            f"beams are not turned into text while they are searched; use stop_token_ids with {beams}, or num_beams=1",
+        )
+        self._need("logprobs", self.logprobs is None, f"beams have scores only, so leave it out with {beams}")
+        self._need("n", self.n <= self.num_beams, f"beam search has no more results than beams; {beams}")
+
+    def _check_no_beam_search(self) -> None:
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            self._need(
+                name, getattr(self, name) == neutral, "it is for beam search; leave it out, or give num_beams above 1"
+            )
+        self._need(
+            "n",
+            self.n == 1 or self.temperature > 0,
+            "with temperature=0 all continuations are equal; give n=1, temperature above 0, or num_beams of at least n",
+        )
+
+    def _need(self, name: str, condition: bool, what_to_do: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}={getattr(self, name)!r} is not possible: {what_to_do}.")
+
+
+def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object, least: float, most: float = math.inf) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and least <= value <= most

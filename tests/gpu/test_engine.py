@@ -1,0 +1,174 @@
+"""The engine on Transformer Engine layers: what its steps compute, against the model's forward pass without a cache.
+
+Two bfloat16 runs of one text may part where two tokens are almost equally likely. So texts are scored: with the
+log-probabilities that a run over the whole text gives, and with those of a float32 run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformer_engine.common.recipe import Float8CurrentScaling
+
+from gpu.small_llama import MODEL
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_core import NVLlamaForCausalLM
+from llama_te_infer import Engine, SamplingParams
+from llama_te_infer.fused_decode import FusedDecode
+from llama_te_infer.model_runner import ModelDecode
+
+pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
+NEW = 40
+Logprobs = list[torch.Tensor]
+
+
+def prompts(count: int, seed: int = 2) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 8192, (17 + 13 * i % 90,), generator=generator).tolist() for i in range(count)]
+
+
+def written(outputs: list[Any]) -> tuple[list[list[int]], Logprobs]:
+    """Whole texts, and the engine's log-probabilities of their tokens from the second on."""
+    texts, logprobs = [], []
+    for output in outputs:
+        (completion,) = output.outputs
+        texts.append(output.prompt_token_ids + completion.token_ids)
+        logprobs.append(torch.tensor(output.prompt_logprobs[1:] + [step.logprob for step in completion.logprobs]))
+    return texts, logprobs
+
+
+@torch.no_grad()
+def scored(model: NVLlamaForCausalLM, texts: list[list[int]]) -> Logprobs:
+    """What a run over the whole texts gives, as in training."""
+    logprobs = []
+    for text in texts:
+        filled = text + [0] * (-len(text) % 16)  # FP8's multiple; what comes behind changes nothing before it
+        ids_1S = torch.tensor([filled], device="cuda")
+        logprob_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float().log_softmax(-1)
+        logprobs.append(logprob_SV[:-1].gather(1, ids_1S[0, 1:, None])[: len(text) - 1, 0].cpu())
+    return logprobs
+
+
+def rms(first: Logprobs, second: Logprobs) -> float:
+    return float((torch.cat(first) - torch.cat(second)).square().mean().sqrt())
+
+
+def check_near(measured: Callable[..., None], what: str, found: Logprobs, trained: Logprobs, exact: Logprobs) -> None:
+    """The engine may be as far from float32 as the training pass is."""
+    difference = (torch.cat(found) - torch.cat(trained)).abs()
+    usual = rms(trained, exact)
+    measured(f"{what}: rms distance from float32 ({usual:.3g} in training)", rms(found, exact), 1.25 * usual)
+    measured(f"{what}: mean difference from training", float(difference.mean()), 1.5 * usual)
+    measured(f"{what}: greatest difference from training", float(difference.max()), 12 * usual)
+    measured(f"{what}: share of places that differ in any bit", float((difference > 0).float().mean()), 1.0)
+
+
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("rows", [1, 4, 9, 32, 40])
+def test_log_probabilities_are_those_of_training(
+    rows: int, attn_input_format: str, make_llama: Any, measured: Any, fused_attention: None
+) -> None:
+    hf = make_llama(eos_token_id=None)
+    exact_model = convert_llama_hf_to_te(hf, layer_implementation="reference").eval()
+    model = convert_llama_hf_to_te(hf.bfloat16(), attn_input_format=attn_input_format).eval()
+    engine = Engine(model, max_batch_size=rows, max_sequence_length=256, page_size=16, prefill_budget=128)
+    assert isinstance(engine._runner.decode, FusedDecode)
+    params = SamplingParams(max_tokens=NEW, temperature=0.8, seed=1, logprobs=0, prompt_logprobs=True)
+    texts, found = written(engine.generate(prompts(rows), params))
+    trained, exact = scored(model, texts), scored(exact_model, texts)
+    lengths = [len(prompt) - 1 for prompt in prompts(rows)]
+    for what, part in (("prefill", slice(0, 1)), ("decode", slice(1, 2))):
+        parts = [
+            [each.split([length, NEW])[part][0] for each, length in zip(logprobs, lengths, strict=True)]
+            for logprobs in (found, trained, exact)
+        ]
+        check_near(measured, what, *parts)
+
+
+@pytest.mark.hopper
+def test_fp8_weights(make_llama: Any, measured: Any, tmp_path: Path) -> None:
+    """Decoding multiplies with the FP8 weights and activations in bfloat16: nearer to float32 than training in FP8."""
+    hf = make_llama(eos_token_id=None)
+    exact_model = convert_llama_hf_to_te(hf, layer_implementation="reference").eval()
+    plain = convert_llama_hf_to_te(hf.bfloat16())
+    plain.save_pretrained(tmp_path)
+    model = NVLlamaForCausalLM.from_pretrained(
+        tmp_path,
+        layer_precision=["fp8"] * 6,
+        use_quantized_model_init=True,
+        fp8_recipe=Float8CurrentScaling(),
+        dtype=torch.bfloat16,
+        device_map="cuda",
+    ).eval()
+    for rows in (1, 3, 40):
+        engine = Engine(model, max_batch_size=rows, max_sequence_length=256, page_size=16)
+        assert isinstance(engine._runner.decode, FusedDecode)
+        assert engine._runner.decode.layers[0].fc1_FE.values.dtype == torch.float8_e4m3fn
+        params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, prompt_logprobs=True)
+        texts, found = written(engine.generate(prompts(rows), params))
+        check_near(measured, f"{rows} rows", found, scored(model, texts), scored(exact_model, texts))
+
+
+def test_greedy_is_the_best_token(make_llama: Any, measured: Any) -> None:
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    engine = Engine(model, max_batch_size=8, max_sequence_length=256)
+    outputs = engine.generate(prompts(20), SamplingParams(max_tokens=NEW, temperature=0))
+    worst = 0.0
+    with torch.no_grad():
+        for output in outputs:
+            text = torch.tensor([output.prompt_token_ids + output.outputs[0].token_ids], device="cuda")
+            logits_SV = model(input_ids=text, use_cache=False).logits[0, -NEW - 1 : -1].float()
+            chosen_S = logits_SV.gather(1, text[0, -NEW:, None])[:, 0]
+            worst = max(worst, float(((logits_SV.amax(-1) - chosen_S) / logits_SV.std(-1)).max()))
+    measured("shortfall of greedy tokens", worst, 0.1)
+
+
+def test_beams(make_llama: Any, measured: Any) -> None:
+    """Scores are what a run over the beams' text gives, and no worse than those of `generate`."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    engine = Engine(model, max_batch_size=12, max_sequence_length=256, page_size=16)
+    texts = prompts(3)
+    outputs = engine.generate(texts, SamplingParams(max_tokens=NEW, num_beams=4, n=2))
+    for prompt, output in zip(texts, outputs, strict=True):
+        for completion in output.outputs:
+            (logprob_S,) = scored(model, [prompt + completion.token_ids])
+            measured("difference of a score", abs(float(logprob_S[-NEW:].mean()) - completion.score), 0.05)
+        ids = torch.tensor([prompt], device="cuda")
+        best = model.generate(ids, max_new_tokens=NEW, num_beams=4, do_sample=False)[0].tolist()
+        (logprob_S,) = scored(model, [best])
+        measured("how much better generate's beam is", float(logprob_S[-NEW:].mean()) - output.outputs[0].score, 0.1)
+
+
+def test_many_requests_come_and_go(make_llama: Any) -> None:
+    """Few pages, long and short requests, beams and drawn texts: all end, and every page comes back."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    engine = Engine(
+        model, max_batch_size=24, max_sequence_length=256, page_size=16, total_num_pages=120, prefill_budget=100
+    )
+    kinds = [
+        SamplingParams(max_tokens=50, temperature=0),
+        SamplingParams(max_tokens=9, temperature=0.7, top_p=0.9, seed=3, n=3),
+        SamplingParams(max_tokens=20, num_beams=4),
+        SamplingParams(max_tokens=30, temperature=1.0, repetition_penalty=1.2, logprobs=2),
+    ]
+    params = [kinds[i % 4] for i in range(100)]
+    outputs = engine.generate(prompts(100), params)
+    for output, asked in zip(outputs, params, strict=True):
+        assert len(output.outputs) == asked.n
+        assert all(len(completion.token_ids) == asked.max_tokens for completion in output.outputs)
+    pages = engine.scheduler.pages
+    assert not engine.has_unfinished and pages.pool.used == len(pages.remembered)
+
+
+def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
+    """Float16 goes through the model itself."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half()).eval()
+    engine = Engine(model, max_batch_size=3, max_sequence_length=128)
+    assert isinstance(engine._runner.decode, ModelDecode)
+    outputs = engine.generate(prompts(5), SamplingParams(max_tokens=8, temperature=0))
+    assert all(len(output.outputs[0].token_ids) == 8 for output in outputs)
+    assert MODEL["vocab_size"] > max(token for output in outputs for token in output.outputs[0].token_ids)

@@ -1,0 +1,473 @@
+"""`linear`, `embed` and `greedy` on the GPU: against float64 PyTorch, overlapping, in CUDA graphs, with bad input."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from infer.step_oracle import (
+    FP8,
+    NAN_BITS,
+    LinearCase,
+    assert_linear,
+    before_nan,
+    expected_greedy,
+    expected_whole_numbers,
+    kinds,
+    make_linear,
+    run_linear,
+)
+from llama_te_infer.step_operators import MAX_LINEAR_ROWS, LinearWorkspace, embed, greedy, linear
+
+pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
+
+# About the borders of what a warp's product takes, 8 and 16, and all.
+ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 32)
+# [N, K]: projections of models of 135M, 1B and 8B parameters, and one with tiles and stages that are mostly empty.
+SHAPES = (
+    (960, 576),
+    (576, 576),
+    (3072, 576),
+    (576, 1536),
+    (3072, 2048),
+    (2048, 8192),
+    (6144, 4096),
+    (4096, 14336),
+    (28672, 4096),
+    (1040, 64),
+)
+SHAPES_FP8 = tuple((out_features, in_features) for out_features, in_features in SHAPES if in_features % 128 == 0)
+SHAPES_AND_FORMATS = [(*shape, False) for shape in SHAPES] + [(*shape, True) for shape in SHAPES_FP8]
+
+
+@pytest.fixture
+def workspace() -> LinearWorkspace:
+    return LinearWorkspace(torch.device("cuda"))
+
+
+def assert_nothing_is_left(workspace: LinearWorkspace) -> None:
+    assert int(workspace.tickets.count_nonzero()) == 0
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "fp8"), SHAPES_AND_FORMATS)
+def test_linear(
+    out_features: int, in_features: int, fp8: bool, workspace: LinearWorkspace, measured: Callable[..., None]
+) -> None:
+    worst = 0.0
+    for rows in ROWS:
+        for seed, kind in enumerate(kinds(fp8)):
+            case = LinearCase(rows, in_features, out_features, seed=seed, **kind)
+            worst = max(worst, assert_linear(case, "cuda", workspace))
+    assert_nothing_is_left(workspace)
+    measured("error, as a part of what roundings allow", worst, 1.0)
+
+
+@pytest.mark.parametrize(("out_features", "in_features", "fp8"), SHAPES_AND_FORMATS)
+def test_linear_rounds_where_single_operations_would(
+    out_features: int, in_features: int, fp8: bool, workspace: LinearWorkspace
+) -> None:
+    """Sums of whole numbers are exact, so every bit is known; a product that is left out or taken twice shows."""
+    for rows in ROWS:
+        for residual, in_place in ((False, False), (True, False), (True, True)):
+            case = LinearCase(rows, in_features, out_features, fp8, False, residual, in_place, whole_numbers=True)
+            assert_linear(case, "cuda", workspace)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_number_of_features(fp8: bool, workspace: LinearWorkspace) -> None:
+    """Tiles that are not whole, stages that are not whole, and every way to divide columns."""
+    draw = random.Random(0)
+    box = 128 if fp8 else 64
+    for out_features in [*range(16, 600, 16), 2096, 2128, 4240, 8464]:
+        rows, in_features = draw.randint(1, MAX_LINEAR_ROWS), box * draw.randint(1, 40)
+        case = LinearCase(rows, in_features, out_features, fp8, whole_numbers=True, residual=draw.random() < 0.5)
+        assert_linear(case, "cuda", workspace)
+        assert_linear(LinearCase(rows, in_features, out_features, fp8, norm=True, swiglu=True), "cuda", workspace)
+    assert_nothing_is_left(workspace)
+
+
+@pytest.mark.parametrize("rows", [1, 9, 32])
+def test_every_fp8_value(rows: int, workspace: LinearWorkspace) -> None:
+    """Rows with a single 1 read out single weights: each but NaN, subnormal ones and both zeros too."""
+    bits = torch.tensor([i for i in range(256) if i & NAN_BITS != NAN_BITS] + [0, 0], dtype=torch.uint8, device="cuda")
+    weight_NK = bits[:, None].repeat(1, 128)
+    weight_NK[-1] = torch.arange(128, device="cuda") - torch.arange(128, device="cuda") // 127  # no NaN
+    column_B = torch.randperm(128, device="cuda")[:rows]
+    arguments = make_linear(LinearCase(rows, 128, len(bits), fp8=True), "cuda") | {
+        "input": before_nan(torch.nn.functional.one_hot(column_B, 128).bfloat16()),
+        "weight": before_nan(weight_NK.view(FP8)),
+        "scale": torch.tensor([0.5], device="cuda"),
+    }
+    output = run_linear(arguments, workspace)
+    assert torch.equal(output.double(), 0.5 * weight_NK.view(FP8).double()[:, column_B].T)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_large_and_small_rows(fp8: bool, workspace: LinearWorkspace) -> None:
+    """A power of two that all of a row is multiplied by comes out, bit by bit, and the norm takes it away."""
+    arguments = make_linear(LinearCase(9, 1024, 64, fp8, whole_numbers=True), "cuda")
+    exact = expected_whole_numbers(arguments)
+    norm = {"norm_weight": torch.ones(1024, device="cuda").bfloat16(), "epsilon": 0.0}
+    normed = run_linear(arguments | norm, workspace)
+    for power in (-40, -3, 3, 40):
+        scaled = arguments | {"input": arguments["input"] * 2.0**power}
+        assert torch.equal(run_linear(scaled, workspace), exact * 2.0**power)
+        assert torch.equal(run_linear(scaled | norm, workspace), normed)
+
+
+# --- launches that overlap -------------------------------------------------------------------------------------------
+
+
+def run(products: list[dict[str, Any]], workspace: LinearWorkspace) -> None:
+    for product in products:
+        linear(workspace=workspace, **product)
+
+
+def run_one_by_one(products: list[dict[str, Any]], workspace: LinearWorkspace) -> None:
+    for product in products:
+        linear(workspace=workspace, **product)
+        torch.cuda.synchronize()
+
+
+class Chain:
+    """Dependent products of changing sizes, each of which reads what the one before it wrote.
+
+    Two memories for each size take turns, so that a product soon writes what the ones before it have read; residuals
+    are in place.
+    """
+
+    def __init__(self, rows: int, fp8: bool, length: int, seed: int) -> None:
+        draw = random.Random(seed)
+        sizes = [128, 256, 640, 1536, 2048, 4096, 8192] if fp8 else [128, 256, 576, 960, 2048, 3072, 8192]
+        self.memories: dict[tuple[int, int], torch.Tensor] = {}
+        self.products: list[dict[str, Any]] = []
+        in_features = draw.choice(sizes)
+        self.first = self.last = self.memory(rows, in_features, 0)
+        for step in range(length):
+            kind = draw.choice(kinds(fp8))
+            features = draw.choice(sizes)
+            out_features = 2 * features if kind.get("swiglu") else features
+            product = make_linear(LinearCase(1, in_features, out_features, seed=step, **kind), "cuda")
+            product["input"] = self.last
+            self.last = product["output"] = self.memory(rows, features, (step + 1) % 2)
+            if product["residual"] is not None:
+                product["residual"] = product["output"]
+            if product["norm_weight"] is None:  # so that nothing grows over the chain
+                product |= {"norm_weight": torch.ones(in_features, device="cuda").bfloat16(), "epsilon": 1e-5}
+            self.products.append(product)
+            in_features = features
+
+    def memory(self, rows: int, features: int, which: int) -> torch.Tensor:
+        if (features, which) not in self.memories:
+            self.memories[features, which] = torch.zeros(rows, features, device="cuda").bfloat16()
+        return self.memories[features, which]
+
+    def begin(self, seed: int) -> None:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        for memory in self.memories.values():
+            memory.normal_(generator=generator)
+
+    def contents(self) -> list[torch.Tensor]:
+        return [memory.clone() for memory in self.memories.values()]
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of `run`, after one run that loads the kernels."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def assert_same(contents: list[torch.Tensor], expected: list[torch.Tensor], what: object) -> None:
+    for one, other in zip(contents, expected, strict=True):
+        assert bool(other.isfinite().all())
+        assert torch.equal(one, other), what
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 13, 32])
+def test_a_chain_in_a_graph(rows: int, fp8: bool, workspace: LinearWorkspace) -> None:
+    """Forty products, each launched before the one ahead of it ends, are the same as one by one."""
+    chain = Chain(rows, fp8, 40, seed=rows)
+    graph = captured(lambda: run(chain.products, workspace))
+    for seed in range(50):
+        chain.begin(seed)
+        run_one_by_one(chain.products, workspace)
+        expected = chain.contents()
+        chain.begin(seed)
+        graph.replay()
+        assert_same(chain.contents(), expected, seed)
+    assert_nothing_is_left(workspace)
+
+
+def test_chains_of_different_rows_without_a_graph(workspace: LinearWorkspace) -> None:
+    """Products of all kinds right behind one another, with one workspace; the host is ahead of the GPU."""
+    chains = [Chain(rows, fp8, 12, seed=rows) for rows in (1, 5, 12, 20, 32) for fp8 in (False, True)]
+    for seed in range(5):
+        for chain in chains:
+            chain.begin(seed)
+            run_one_by_one(chain.products, workspace)
+        expected = [chain.contents() for chain in chains]
+        for chain in chains:
+            chain.begin(seed)
+        torch.cuda._sleep(40_000_000)
+        for chain in chains:
+            run(chain.products, workspace)
+        for chain, contents in zip(chains, expected, strict=True):
+            assert_same(chain.contents(), contents, seed)
+    assert_nothing_is_left(workspace)
+
+
+def large_products() -> list[dict[str, Any]]:
+    """Two that have more tiles than there are blocks, and take long enough to overlap."""
+    product = make_linear(LinearCase(rows=1, in_features=8192, out_features=28672), "cuda")
+    return [product | {"output": torch.empty(1, 28672, device="cuda").bfloat16()} for _ in range(2)]
+
+
+def small_products(count: int) -> list[dict[str, Any]]:
+    """Each of a single tile."""
+    product = make_linear(LinearCase(rows=1, in_features=64, out_features=16), "cuda")
+    return [product | {"output": torch.empty(1, 16, device="cuda").bfloat16()} for _ in range(count)]
+
+
+@pytest.mark.parametrize("between", [0, 1, 62, 63, 64, 127])
+def test_small_products_between_large_ones(between: int, workspace: LinearWorkspace) -> None:
+    """The small ones leave room on the GPU, so the second large one may begin while the first has much to do."""
+    first, second = large_products()
+    products = [first, *small_products(between), second]
+    run_one_by_one(products, workspace)
+    expected = [product["output"].clone() for product in products]
+    graph = captured(lambda: run(products, workspace))
+    for _ in range(20):
+        for product in products:
+            product["output"].fill_(torch.nan)
+        graph.replay()
+        assert_same([product["output"] for product in products], expected, between)
+        assert_nothing_is_left(workspace)
+
+
+@pytest.mark.parametrize("between", [0, 1, 62, 63, 64])
+def test_workspaces_of_two_streams(between: int, workspace: LinearWorkspace) -> None:
+    """What is launched on another stream meanwhile, with a workspace of its own, does not matter."""
+    products, small = large_products(), small_products(between)
+    others, stream = LinearWorkspace(torch.device("cuda")), torch.cuda.Stream()
+    run_one_by_one(products, workspace)
+    expected = [product["output"].clone() for product in products]
+    for _ in range(5):
+        for product in products:
+            product["output"].fill_(torch.nan)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(40_000_000)  # until all has been launched
+        run(products[:1], workspace)
+        with torch.cuda.stream(stream):
+            run(small, others)
+        run(products[1:], workspace)
+        torch.cuda.synchronize()
+        assert_same([product["output"] for product in products], expected, between)
+        assert_nothing_is_left(workspace)
+
+
+@pytest.mark.parametrize("rows", [1, 11, 32])
+def test_steps_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
+    """Steps whose tokens are those that the step before took: embedding, a chain, the head, the likeliest token."""
+    vocabulary = 4096
+    chain = Chain(rows, False, 10, seed=rows)
+    logits = torch.empty(rows, vocabulary, device="cuda").bfloat16()
+    head = make_linear(LinearCase(1, chain.last.shape[1], vocabulary, norm=True), "cuda")
+    head |= {"input": chain.last, "output": logits}
+    table = torch.randn(vocabulary, chain.first.shape[1], device="cuda").bfloat16()
+    take = Greedy(rows)
+
+    def step(products: Callable[[list[dict[str, Any]], LinearWorkspace], None] = run) -> None:
+        embed(take.tokens, table, chain.first)
+        products([*chain.products, head], workspace)
+        greedy(logits, take.tokens, take.lengths, take.best, take.tickets)
+
+    def begin() -> None:
+        chain.begin(0)
+        take.tokens.copy_(torch.arange(rows))
+        take.lengths.copy_(torch.arange(rows))  # the first row fills up the batch
+
+    graph = captured(step)
+    begin()
+    expected = []
+    for _ in range(50):
+        step(run_one_by_one)
+        expected.append((logits.clone(), take.tokens.clone()))
+    assert len({tuple(tokens.tolist()) for _, tokens in expected}) > 5, "the tokens hardly change"
+    begin()
+    for number, wanted in enumerate(expected, start=1):
+        graph.replay()
+        assert_same([logits], [wanted[0]], number)
+        assert torch.equal(take.tokens, wanted[1])
+        assert take.lengths.tolist() == [0, *range(number + 1, number + rows)]
+    assert_nothing_is_left(workspace)
+
+
+def test_other_work_between(workspace: LinearWorkspace) -> None:
+    """PyTorch's kernels write what a product reads, and read what it wrote, on the same stream."""
+    product = make_linear(LinearCase(4, 2048, 2048, norm=True), "cuda")
+    product["output"] = torch.empty(4, 2048, device="cuda").bfloat16()
+    start = product["input"].clone()
+
+    def steps(products: Callable[[list[dict[str, Any]], LinearWorkspace], None] = run) -> None:
+        product["input"].copy_(start)
+        for _ in range(20):
+            products([product], workspace)
+            product["input"].copy_(product["output"].roll(1, 1) + start)
+
+    steps(run_one_by_one)
+    expected = product["input"].clone()
+    for replay in (steps, captured(steps).replay):
+        for _ in range(10):
+            product["output"].fill_(torch.nan)
+            replay()
+            assert_same([product["input"]], [expected], replay)
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [8, 64, 576, 4096, 8200])
+def test_embed(size: int, dtype: torch.dtype) -> None:
+    """Tokens that the table does not have give zeros, and nothing is read or written where it should not be."""
+    table = before_nan(torch.randn(100, size, device="cuda").to(dtype))
+    known = [99, 0, 1, 57, 57]
+    unknown = [-1, 100, 101, 2**31, 2**40, -(2**40), 2**63 - 1, -(2**63)]
+    tokens = torch.tensor([*known, *unknown], device="cuda")
+    whole = torch.full((len(tokens) + 2, size), torch.nan, device="cuda", dtype=dtype)
+    embed(tokens, table, whole[: len(tokens)])
+    assert torch.equal(whole[: len(known)], table[tokens[: len(known)]])
+    assert int(whole[len(known) : len(tokens)].count_nonzero()) == 0
+    assert bool(whole[len(tokens) :].isnan().all())
+    embed(tokens[:0], table, whole[:0])
+
+
+class Greedy:
+    """`greedy` with its workspace, which is looked at after each call."""
+
+    def __init__(self, rows: int) -> None:
+        self.tokens = torch.full((rows,), -1, device="cuda")
+        self.lengths = torch.arange(rows, dtype=torch.int32, device="cuda")
+        self.best = torch.zeros(rows, dtype=torch.int64, device="cuda")
+        self.tickets = torch.zeros(rows, dtype=torch.int32, device="cuda")
+
+    def __call__(self, logits: torch.Tensor, counted: bool = True) -> torch.Tensor:
+        before = self.lengths.clone()
+        greedy(logits, self.tokens, self.lengths if counted else None, self.best, self.tickets)
+        assert torch.equal(self.lengths, before + (before > 0) if counted else before)
+        assert int(self.best.count_nonzero()) == 0 and int(self.tickets.count_nonzero()) == 0
+        return self.tokens
+
+
+@pytest.mark.parametrize("vocabulary", [8, 16, 1024, 32000, 49152, 128256])
+def test_greedy(vocabulary: int) -> None:
+    """Few values, so that there are many ties, some of them of zeros of both signs; rows with gaps between them."""
+    generator = torch.Generator("cuda").manual_seed(vocabulary)
+    for rows in (1, 3, 32):
+        whole = torch.randint(-3, 4, (rows, vocabulary + 16), generator=generator, device="cuda").bfloat16()
+        whole[torch.rand(whole.shape, generator=generator, device="cuda") < 0.3] = -0.0
+        whole[:, vocabulary:] = torch.inf
+        logits, take = whole[:, :vocabulary], Greedy(rows)
+        for _ in range(5):
+            expected = expected_greedy(logits)
+            assert take(logits).tolist() == expected
+            assert take(logits, counted=False).tolist() == expected
+            # Next time it is a token with the next lower logit.
+            greatest = logits.gather(1, take.tokens[:, None])
+            logits.masked_fill_(logits == greatest, torch.nan)
+
+
+def test_greedy_finds_every_token() -> None:
+    vocabulary = 8192
+    for fill in (-torch.inf, torch.nan, -1.0):
+        logits = torch.full((vocabulary, vocabulary), fill, device="cuda").bfloat16()
+        logits.fill_diagonal_(-0.5)
+        assert torch.equal(Greedy(vocabulary)(logits), torch.arange(vocabulary, device="cuda"))
+
+
+def test_greedy_of_what_has_no_best() -> None:
+    nan, inf = torch.nan, torch.inf
+    rows = [[nan] * 8, [-inf] * 8, [inf] * 8, [nan, -inf] * 4, [nan, inf] * 4, [nan] * 7 + [-3.4e38], [-0.0, 0.0] * 4]
+    logits = torch.tensor(rows, device="cuda").bfloat16()
+    assert Greedy(len(rows))(logits).tolist() == [0, 0, 0, 1, 1, 7, 0] == expected_greedy(logits.cpu())
+    assert Greedy(0)(logits[:0]).tolist() == []
+
+
+# --- bad input, torch.compile ----------------------------------------------------------------------------------------
+
+
+def test_bad_linears(workspace: LinearWorkspace) -> None:
+    case = LinearCase(rows=3, in_features=64, out_features=32, norm=True, residual=True)
+    arguments = make_linear(case, "cuda") | {"output": torch.empty(3, 32, device="cuda").bfloat16()}
+    arguments["workspace"] = workspace
+    many, wide = torch.zeros(33, 64, device="cuda"), torch.zeros(4, 64, device="cuda")
+    uneven = torch.zeros(25 * 64, device="cuda").bfloat16()
+    changes: list[tuple[dict[str, Any], str]] = [
+        (
+            {name: arguments[name].half() for name in ("input", "weight", "norm_weight", "residual", "output")},
+            "input is float16: on a GPU it must be bfloat16",
+        ),
+        (
+            {"input": many.bfloat16(), "output": many[:, :32].bfloat16().contiguous(), "residual": None},
+            "input has B=33 rows: on a GPU allowed are up to 32. Call it for so many at a time",
+        ),
+        (
+            {"weight": uneven.view(25, 64)[:24], "output": wide[:3, :24].bfloat16().contiguous(), "residual": None},
+            r"weight is bfloat16 \[24, 64\]: on a GPU allowed are .*N a multiple of 16",
+        ),
+        (
+            {"weight": arguments["weight"].to(FP8), "scale": torch.ones(1, device="cuda")},
+            r"weight is float8_e4m3fn \[32, 64\]: on a GPU allowed are .*rows of a multiple of 128 bytes",
+        ),
+        ({"norm_weight": uneven[1:65]}, r"norm_weight starts at address \d+: on a GPU it must be a multiple of 16"),
+        ({"input": uneven[4:196].view(3, 64)}, r"input starts at address \d+: on a GPU it must be a multiple of 16"),
+        ({"residual": uneven[2:98].view(3, 32)}, r"residual starts at address \d+: on a GPU it must be"),
+        ({"workspace": LinearWorkspace(torch.device("cpu"))}, r"workspace.partials is on cpu: make a LinearWorkspace"),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            linear(**(arguments | change))
+    for name in ("weight", "norm_weight", "residual", "output"):
+        with pytest.raises(ValueError, match=f"{name} is on cpu; it must be on cuda:0, as the other tensors"):
+            linear(**(arguments | {name: arguments[name].cpu()}))
+
+
+def test_bad_embeds_and_greedies() -> None:
+    tokens, table = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.zeros(5, 12, device="cuda").bfloat16()
+    with pytest.raises(ValueError, match="table has rows of 24 bytes: on a GPU allowed are multiples of 16"):
+        embed(tokens, table, table[:3].clone())
+    with pytest.raises(ValueError, match="tokens is on cpu; it must be on cuda:0"):
+        embed(tokens.cpu(), table, table[:3].clone())
+    with pytest.raises(ValueError, match=r"output starts at address \d+: on a GPU it must be a multiple of 16"):
+        embed(tokens, torch.zeros(5, 8, device="cuda"), torch.zeros(25, device="cuda")[1:].view(3, 8))
+    arguments = {"tokens": tokens, "lengths": None, "best": tokens.clone(), "tickets": tokens.int()}
+    logits = torch.zeros(3, 32, device="cuda").bfloat16()
+    for bad in (logits.float(), logits[:, :12], torch.zeros(3, 36, device="cuda").bfloat16()[:, :32]):
+        with pytest.raises(ValueError, match=r"logits is .* V and the rows' stride multiples of 8"):
+            greedy(bad, **arguments)
+    with pytest.raises(ValueError, match=r"logits starts at address \d+: on a GPU it must be a multiple of 16"):
+        greedy(logits[:, 4:12], **arguments)
+    with pytest.raises(ValueError, match="tickets is on cpu; it must be on cuda:0"):
+        greedy(logits, **(arguments | {"tickets": tokens.int().cpu()}))
+
+
+def test_compiled_by_torch(workspace: LinearWorkspace) -> None:
+    arguments = make_linear(LinearCase(3, 64, 32, norm=True, residual=True), "cuda")
+    output = torch.empty(3, 32, device="cuda").bfloat16()
+
+    @torch.compile(fullgraph=True)
+    def step(input: torch.Tensor) -> torch.Tensor:
+        linear(output=output, workspace=workspace, **(arguments | {"input": input * 2}))
+        return output + 0
+
+    doubled = run_linear(arguments | {"input": arguments["input"] * 2})
+    assert torch.equal(step(arguments["input"]), doubled)

@@ -1,0 +1,173 @@
+"""Inputs for the operators of a decoding step on any device, and what must come out by float64 PyTorch.
+
+Shapes: B rows, K input features, N output features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llama_te_infer.step_operators import LinearWorkspace, linear
+
+FP8 = torch.float8_e4m3fn
+NAN_BITS = 0x7F  # of FP8, with either sign
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """What `linear` is given."""
+
+    rows: int
+    in_features: int
+    out_features: int
+    fp8: bool = False
+    norm: bool = False
+    residual: bool = False
+    in_place: bool = False  # the residual is the output
+    swiglu: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    whole_numbers: bool = False  # small ones, so that every sum is exact in float32
+    seed: int = 0
+
+
+def kinds(fp8: bool) -> list[dict[str, Any]]:
+    """What a decoder layer asks of `linear`, and the rest of what can be combined."""
+    return [
+        {"fp8": fp8},
+        {"fp8": fp8, "norm": True},
+        {"fp8": fp8, "residual": True},
+        {"fp8": fp8, "norm": True, "residual": True, "in_place": True},
+        {"fp8": fp8, "norm": True, "swiglu": True},
+        {"fp8": fp8, "swiglu": True},
+    ]
+
+
+def make_linear(case: LinearCase, device: str = "cpu") -> dict[str, Any]:
+    """All arguments of `linear` but its output and its workspace. NaN lies behind the rows of its matrices."""
+    generator = torch.Generator(device).manual_seed(case.seed)
+    rows, in_features, out_features = case.rows, case.in_features, case.out_features
+
+    def normal(*shape: int) -> torch.Tensor:
+        if case.whole_numbers:
+            numbers = torch.randint(-4, 5, shape, generator=generator, device=device)
+            return numbers.to(case.dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=case.dtype)
+
+    input_BK = normal(rows, in_features)
+    scale = None
+    if case.fp8 and not case.whole_numbers:  # all there are, subnormal ones and both zeros among them
+        bits = torch.randint(0, 256, (out_features, in_features), generator=generator, device=device)
+        weight_NK = torch.where(bits & NAN_BITS == NAN_BITS, bits - 1, bits).byte().view(FP8)
+    else:
+        weight_NK = normal(out_features, in_features)
+        if not case.whole_numbers:
+            weight_NK *= in_features**-0.5
+        weight_NK = weight_NK.to(FP8) if case.fp8 else weight_NK
+    if case.fp8:
+        size = 0.25 if case.whole_numbers else in_features**-0.5 / 128
+        scale = torch.full((1,), size, device=device)
+    if not case.whole_numbers:
+        input_BK *= torch.logspace(-1, 1, rows, 2, device=device, dtype=case.dtype)[:, None]
+    features = out_features // 2 if case.swiglu else out_features
+    return {
+        "input": before_nan(input_BK),
+        "weight": before_nan(weight_NK),
+        "scale": scale,
+        "norm_weight": normal(in_features).abs() + 0.25 if case.norm else None,
+        "epsilon": 1e-5 if case.norm else 0.0,
+        "residual": normal(rows, features) if case.residual else None,
+        "swiglu": case.swiglu,
+    }
+
+
+def before_nan(matrix: torch.Tensor) -> torch.Tensor:
+    """The same rows with eight of NaN behind them in memory."""
+    size = matrix.itemsize
+    whole = torch.full((len(matrix) + 8, matrix.shape[1] * size), 0xFF, dtype=torch.uint8, device=matrix.device)
+    whole[: len(matrix)] = matrix.view(torch.uint8)
+    return whole.view(matrix.dtype)[: len(matrix)]
+
+
+def run_linear(
+    arguments: dict[str, Any], workspace: LinearWorkspace | None = None, in_place: bool = False
+) -> torch.Tensor:
+    """The output, for which there was NaN, or the residual; nothing behind it may be written."""
+    input_BK, weight_NK, residual = (arguments[name] for name in ("input", "weight", "residual"))
+    features = len(weight_NK) // 2 if arguments["swiglu"] else len(weight_NK)
+    whole = input_BK.new_full((len(input_BK) + 2, features), torch.nan)
+    output = whole[: len(input_BK)]
+    if in_place:
+        residual = output.copy_(residual)
+    if workspace is None:
+        workspace = LinearWorkspace(input_BK.device)
+    workspace.partials.fill_(torch.nan)
+    linear(output=output, workspace=workspace, **(arguments | {"residual": residual}))
+    assert bool(whole[len(input_BK) :].isnan().all()), "something was written behind the output"
+    return output
+
+
+def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What comes out in float64, and how far `linear` may be from it.
+
+    A result is rounded before the activation or the addition and after it, each time by half a unit in the last place,
+    `u`. Sums in float32 of up to 14,336 products are off by less than 2^-18 of the sum of the products' absolute values
+    (a CPU: 2^-23), and RMSNorm's factor and the activation by less than 2^-16.
+    """
+    input_BK, scale, norm_weight = arguments["input"], arguments["scale"], arguments["norm_weight"]
+    u = torch.finfo(input_BK.dtype).eps / 2
+    factor_B1 = torch.ones_like(input_BK[:, :1], dtype=torch.float64)
+    if norm_weight is not None:
+        factor_B1 = torch.rsqrt(input_BK.double().square().mean(1, keepdim=True) + arguments["epsilon"])
+        input_BK = input_BK * norm_weight
+    if scale is not None:
+        factor_B1 = factor_B1 * scale.double()
+    weight_KN = arguments["weight"].double().T
+    product = input_BK.double() @ weight_KN * factor_B1
+    size = input_BK.double().abs() @ weight_KN.abs() * factor_B1
+    error = u * product.abs() + 2**-16 * product.abs() + 2**-18 * size
+    if arguments["swiglu"]:
+        (gate, up), (gate_error, up_error) = product.chunk(2, dim=1), error.chunk(2, dim=1)
+        activation = gate * gate.sigmoid()
+        # Nowhere is the activation steeper than 1.1.
+        activation_error = 1.1 * gate_error + 2**-16 * activation.abs()
+        product = activation * up
+        error = activation_error * (up.abs() + up_error) + activation.abs() * up_error
+    elif arguments["residual"] is not None:
+        product = product + arguments["residual"].double()
+    else:
+        return product, error
+    return product, error + u * (product.abs() + error)
+
+
+def expected_whole_numbers(arguments: dict[str, Any]) -> torch.Tensor:
+    """Bit by bit what comes out of a product of whole numbers, with or without a residual."""
+    factor = 1.0 if arguments["scale"] is None else float(arguments["scale"])
+    dtype = arguments["input"].dtype
+    product = (arguments["input"].double() @ arguments["weight"].double().T * factor).to(dtype)
+    return product if arguments["residual"] is None else product + arguments["residual"]
+
+
+def assert_linear(case: LinearCase, device: str = "cpu", workspace: LinearWorkspace | None = None) -> float:
+    """Whether `linear` is right, and the same once more; returns the greatest error as a part of what it may be."""
+    arguments = make_linear(case, device)
+    output = run_linear(arguments, workspace, case.in_place)
+    assert torch.equal(run_linear(arguments, workspace, case.in_place), output), f"{case} is not the same twice"
+    if case.whole_numbers:
+        assert torch.equal(output, expected_whole_numbers(arguments)), case
+        return 0.0
+    expected, bound = expected_linear(arguments)
+    worst = float(((output.double() - expected).abs() / bound.clamp(min=1e-30)).max())
+    assert worst <= 1, f"{case} is {worst:.3g} times as far off as it may be"
+    return worst
+
+
+def expected_greedy(logits: torch.Tensor) -> list[int]:
+    """The lowest of the tokens with each row's greatest number; 0 where there is no number."""
+    vocabulary = logits.shape[1]
+    greatest = logits.double().nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1, keepdim=True)
+    token_V = torch.arange(vocabulary, device=logits.device)
+    lowest_B = torch.where(logits.double() == greatest, token_V, vocabulary).amin(1)
+    return (lowest_B % vocabulary).tolist()

@@ -1,0 +1,120 @@
+"""`decode_attention` on the CPU: against `append_rope` and float64 PyTorch, with bad input, and as torch sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer.decode_attention_oracle import DecodeCase, assert_decoded, make_decode, same_bits
+from infer.operator_oracle import DTYPES, HEAD_DIMS
+from llama_te_infer.decode_attention import decode_attention, takes_decode_attention, workspace_size
+
+pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
+
+
+@st.composite
+def decode_cases(draw: st.DrawFn) -> DecodeCase:
+    before = st.one_of(st.integers(0, 40), st.integers(0, 700))
+    return DecodeCase(
+        before=tuple(draw(st.lists(before, min_size=1, max_size=5))),
+        page_size=draw(st.sampled_from([0, 0, 16, 17, 64, 256])),
+        kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 5)),
+        head_dim=draw(st.sampled_from([16, *HEAD_DIMS])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        room=draw(st.integers(0, 40)),
+        gap=draw(st.integers(0, 2)),
+        extra_rows=draw(st.integers(0, 2)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=decode_cases())
+def test_decode_attention(case: DecodeCase) -> None:
+    assert_decoded(make_decode(case))
+
+
+def test_no_rows() -> None:
+    arguments = make_decode(DecodeCase(before=(3, 4)))
+    arguments |= {"qkv": arguments["qkv"][:0], "output": arguments["output"][:0]}
+    before = arguments["key_cache"].clone()
+    decode_attention(**arguments)
+    assert same_bits(arguments["key_cache"], before)
+
+
+def test_what_the_kernel_takes() -> None:
+    assert takes_decode_attention(torch.bfloat16, 4, 128, None)
+    assert takes_decode_attention(torch.float16, 16, 64, 16)
+    for dtype, group, head_dim, page_size in (
+        (torch.float32, 4, 128, None),
+        (torch.bfloat16, 17, 128, None),
+        (torch.bfloat16, 0, 128, None),
+        (torch.bfloat16, 4, 112, None),
+        (torch.bfloat16, 4, 128, 24),
+    ):
+        assert not takes_decode_attention(dtype, group, head_dim, page_size)
+
+
+def test_workspace_grows_with_what_must_be_merged() -> None:
+    sizes = [workspace_size(2, 8, 4, 128, capacity) for capacity in (1, 256, 257, 512, 8192, 131072)]
+    assert sizes == sorted(sizes)
+    part = 2 * 8 * 4 * 132
+    assert [(size - sizes[0]) // part for size in sizes] == [0, 0, 1, 1, 31, 31]
+
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def replace(**values: Any) -> Change:
+    return lambda arguments: {
+        name: value(arguments[name]) if callable(value) else value for name, value in values.items()
+    }
+
+
+BAD: list[tuple[Change, str]] = [
+    (replace(qkv=lambda x: x[0]), r"qkv has the shape \[2, 4, 64\]; it must be \[B, K, G \+ 2, D\]"),
+    (replace(qkv=lambda x: x[:, :, :2]), r"qkv has the shape \[3, 2, 2, 64\]"),
+    (replace(qkv=lambda x: x.clone().requires_grad_()), r"qkv requires a gradient, which decode_attention does not"),
+    (replace(qkv=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), r"qkv has the strides .*all but the first"),
+    (replace(cos_sin=lambda x: x.bfloat16()), r"cos_sin is bfloat16; it must be float32"),
+    (replace(cos_sin=lambda x: x[:, :32]), r"cos_sin has the shape \[\d+, 32\]; it must be \[any, 64\]"),
+    (replace(cos_sin=lambda x: x[:5]), r"start\[2\]=5 and 1 new tokens make row 2 6 tokens long, but cos_sin has 5"),
+    (replace(start=lambda x: x.long()), r"start is int64; it must be int32"),
+    (replace(start=lambda x: x[:2]), r"start has 2 rows, but qkv has B=3"),
+    (replace(start=lambda x: x - 1), r"start\[1\]=-1: a row cannot have had fewer than 0 tokens"),
+    (replace(start=lambda x: x + 80, cos_sin=torch.ones(99, 64)), r"row 0 84 tokens long, but a row of the cache has"),
+    (replace(page_table=lambda x: x.long()), r"page_table is int64; it must be int32"),
+    (replace(page_table=lambda x: x[:2]), r"page_table has 2 rows, but qkv has B=3"),
+    (replace(page_table=lambda x: x * 0 + 99), r"page_table\[0, 0\]=99, but the cache has pages 0 to 2"),
+    (replace(page_table=None, key_cache=lambda x: x[:2], value_cache=lambda x: x[:2]), r"key_cache has 2 rows, but"),
+    (replace(key_cache=lambda x: x[:, :, :1]), r"key_cache has the shape \[3, 16, 1, 64\]"),
+    (replace(value_cache=lambda x: x[:, :8]), r"value_cache has the shape \[3, 8, 2, 64\]; it must be \[3, 16, 2, 64"),
+    (replace(key_cache=lambda x: x.bfloat16()), r"key_cache is bfloat16; it must be float32"),
+    (replace(output=lambda x: x[:2]), r"output has the shape \[2, 4, 64\]; it must be \[3, 4, 64\]"),
+    (replace(output=lambda x: x.half()), r"output is float16; it must be float32"),
+    (replace(output=lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)), r"output has the strides .*contiguous"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input(change: Change, message: str) -> None:
+    arguments = make_decode(DecodeCase(before=(3, 0, 5), page_size=16))
+    arguments |= change(arguments)
+    before = {name: arguments[name].clone() for name in ("output", "key_cache", "value_cache")}
+    with pytest.raises(ValueError, match=message):
+        decode_attention(**arguments)
+    for name, tensor in before.items():
+        assert same_bits(arguments[name], tensor), f"{name} was written"
+
+
+def test_torch_agrees_with_the_schema() -> None:
+    arguments = make_decode(DecodeCase(before=(3, 0, 17), page_size=16))
+    for name in ("output", "key_cache", "value_cache"):
+        arguments[name].nan_to_num_()
+    torch.library.opcheck(torch.ops.llama_te.decode_attention.default, tuple(arguments.values()))

@@ -1,0 +1,135 @@
+"""The fused decoding step against the model's own forward pass, on the CPU, where its kernels are PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_infer import fused_decode
+from llama_te_infer.engine_cache import EngineCache
+from llama_te_infer.fused_decode import FusedDecode, Weight, takes_fused_decode
+from llama_te_infer.model_runner import DecodeState, ModelDecode
+
+ROWS, STEPS, PAGE_SIZE = 5, 20, 16
+
+
+def make_model(**fields: Any) -> NVLlamaForCausalLM:
+    torch.manual_seed(0)
+    config = NVLlamaConfig(
+        **{
+            "vocab_size": 320,
+            "hidden_size": 128,
+            "intermediate_size": 192,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.1,
+            "layer_implementation": "reference",
+            **fields,
+        }
+    )
+    model = NVLlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def make_cache(model: NVLlamaForCausalLM) -> EngineCache:
+    return EngineCache(model, rows=ROWS, max_sequence_length=64, total_num_pages=4 * ROWS, page_size=PAGE_SIZE)
+
+
+def logits_of(model: NVLlamaForCausalLM, fused: bool) -> torch.Tensor:
+    """Logits [STEPS, ROWS, V] of rows that begin at different steps, whose pages lie in no order."""
+    cache = make_cache(model)
+    decode = FusedDecode(model, cache, ROWS) if fused else ModelDecode(model, cache)
+    state = DecodeState(ROWS, cache, model.config.vocab_size)
+    generator = torch.Generator().manual_seed(3)
+    pages = torch.randperm(4 * ROWS, generator=generator).view(ROWS, 4).int()
+    logits = []
+    rows = 0
+    for step in range(STEPS):
+        if step % 3 == 0 and rows < ROWS:
+            state.page_table_RP[rows] = pages[rows]
+            state.length_R[rows] = 0
+            state.lengths.append(0)
+            rows += 1
+        state.token_R[:rows] = torch.randint(0, 320, (rows,), generator=generator)
+        logits.append(torch.nn.functional.pad(decode(state, rows).float(), (0, 0, 0, ROWS - rows)))
+        state.length_R[:rows] += 1
+        state.lengths = [length + 1 for length in state.lengths]
+    return torch.stack(logits)
+
+
+def distances(logits_SRV: torch.Tensor, exact_SRV: torch.Tensor) -> torch.Tensor:
+    """Of each row of each step. Some are large: random layers take small differences for large ones here and there."""
+    distance_SR = (logits_SRV - exact_SRV).norm(dim=-1) / exact_SRV.norm(dim=-1)
+    return distance_SR[exact_SRV.any(dim=-1)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}])
+def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"attn_input_format": attn_input_format}
+    if rope:
+        fields["rope_parameters"] = {"rope_theta": 10000.0, **rope}
+    exact = logits_of(make_model(**fields), fused=False)
+    model = make_model(**fields).to(torch.bfloat16)
+    fused, plain = logits_of(model, fused=True), logits_of(model, fused=False)
+    distance, usual = distances(fused, exact), distances(plain, exact)
+    assert distance.median() < 1.1 * usual.median() < 0.01
+    assert (distance < 0.05).float().mean() > 0.9
+
+
+@torch.inference_mode()
+def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FP8 values with a scale compute what the widened weights do."""
+    model = make_model().to(torch.bfloat16)
+    values = {}
+
+    def quantized(parameter: torch.Tensor) -> Weight:
+        scale = parameter.detach().abs().max().float().view(1) / 448
+        weight = Weight((parameter.detach().float() / scale).to(torch.float8_e4m3fn), scale)
+        values[parameter.data_ptr()] = weight
+        return weight
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_decode, "_weight", quantized)
+        from_fp8 = logits_of(model, fused=True)
+    for parameter in model.parameters():
+        if (weight := values.get(parameter.data_ptr())) is not None:
+            assert weight.scale is not None
+            parameter.data = (weight.values.float() * weight.scale).to(torch.bfloat16)
+    widened = logits_of(model, fused=True)
+    # Widening rounds: the products differ by as much as bfloat16 weights do.
+    distance = distances(from_fp8, widened)
+    assert distance.median() < 0.01
+    assert (distance < 0.05).float().mean() > 0.9
+
+
+@torch.inference_mode()
+def test_tells_what_it_takes() -> None:
+    model = make_model().to(torch.bfloat16)
+    assert takes_fused_decode(model, ROWS, PAGE_SIZE)
+    assert not takes_fused_decode(model, 257, PAGE_SIZE)
+    assert not takes_fused_decode(model, ROWS, 24)
+    assert not takes_fused_decode(make_model(), ROWS, PAGE_SIZE)  # float32
+    assert not takes_fused_decode(make_model(head_dim=32).to(torch.bfloat16), ROWS, PAGE_SIZE)
+    assert not takes_fused_decode(make_model(hidden_size=96).to(torch.bfloat16), ROWS, PAGE_SIZE)
+
+
+@torch.inference_mode()
+def test_weights_are_the_model_s_own() -> None:
+    model = make_model().to(torch.bfloat16)
+    decode = FusedDecode(model, make_cache(model), ROWS)
+    layer = model.model.layers[1]
+    assert decode.layers[1].fc1_FE.values.data_ptr() == layer.layernorm_mlp.fc1_weight.data_ptr()
+    assert decode.layers[1].qkv_QE.values.data_ptr() == layer.self_attention.layernorm_qkv.weight.data_ptr()
+    assert decode.head.values.data_ptr() == model.lm_head.weight.data_ptr()

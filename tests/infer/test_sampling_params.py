@@ -1,0 +1,101 @@
+"""What sampling parameters take, what they refuse, and what they say then."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from llama_te_infer.sampling_params import SamplingParams
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"max_tokens": 0}, "max_tokens=0 is not possible: give an integer of at least 1."),
+    ({"max_tokens": 2.0}, "max_tokens=2.0 is not possible: give an integer of at least 1."),
+    ({"max_tokens": True}, "max_tokens=True is not possible: give an integer of at least 1."),
+    ({"min_tokens": -1}, "min_tokens=-1 is not possible: give an integer from 0 to max_tokens=128."),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is not possible: give an integer from 0 to max_tokens=4."),
+    ({"temperature": -0.5}, "temperature=-0.5 is not possible: give 0 for the most likely token each time"),
+    ({"temperature": 1e-9}, "temperature=1e-09 is not possible: .* or a number of at least 1e-06."),
+    ({"temperature": float("inf")}, "temperature=inf is not possible"),
+    ({"temperature": float("nan")}, "temperature=nan is not possible"),
+    ({"temperature": "hot"}, "temperature='hot' is not possible"),
+    ({"top_k": -1}, "top_k=-1 is not possible: give a number of tokens, or 0 for all."),
+    ({"top_p": 0.0}, "top_p=0.0 is not possible: give a number above 0 and at most 1, 1 for all."),
+    ({"top_p": 1.1}, "top_p=1.1 is not possible"),
+    ({"min_p": -0.1}, "min_p=-0.1 is not possible: give a number from 0, for all, to 1."),
+    ({"min_p": 1.1}, "min_p=1.1 is not possible"),
+    ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 is not possible: give a number above 0; 1 changes nothing"),
+    ({"stop": ""}, "stop=\\(''\\,\\) is not possible: give strings that are not empty."),
+    ({"stop": ["a", 7]}, "stop=\\('a', 7\\) is not possible: give strings that are not empty."),
+    ({"stop": 7}, "stop=7 is not possible: give a string or several."),
+    ({"stop_token_ids": 7}, "stop_token_ids=7 is not possible: give a list of token ids."),
+    ({"stop_token_ids": [3, -1]}, "stop_token_ids=\\(3, -1\\) is not possible: give token ids from 0 on."),
+    ({"stop_token_ids": "end"}, "stop_token_ids=\\('e', 'n', 'd'\\) is not possible: give token ids from 0 on."),
+    ({"ignore_eos": 1}, "ignore_eos=1 is not possible: give True or False."),
+    (
+        {"seed": -1},
+        "seed=-1 is not possible: give an integer from 0 to 2\\*\\*63 - 1, or None for a new one each time.",
+    ),
+    ({"seed": 2**63}, "seed=9223372036854775808 is not possible"),
+    ({"logprobs": 21}, "logprobs=21 is not possible: give a number of tokens from 0 to 20, or None to report nothing."),
+    ({"logprobs": True}, "logprobs=True is not possible"),
+    ({"prompt_logprobs": 1}, "prompt_logprobs=1 is not possible: give True or False."),
+    ({"n": 0}, "n=0 is not possible: give an integer of at least 1."),
+    ({"n": 2, "temperature": 0}, "n=2 is not possible: with temperature=0 all continuations are equal"),
+    ({"num_beams": 0}, "num_beams=0 is not possible: give an integer of at least 1, 1 for no beam search."),
+    ({"num_beams": 2, "length_penalty": 5.5}, "length_penalty=5.5 is not possible: give a number from -5 to 5."),
+    ({"num_beams": 2, "early_stopping": "always"}, "early_stopping='always' is not possible: give True, False or"),
+    ({"length_penalty": 2.0}, "length_penalty=2.0 is not possible: it is for beam search; leave it out, or give num_b"),
+    ({"early_stopping": "never"}, "early_stopping='never' is not possible: it is for beam search; leave it out"),
+    ({"num_beams": 3, "temperature": 0.7}, "temperature=0.7 is not possible: beam search draws nothing, so leave it"),
+    ({"num_beams": 3, "top_k": 5}, "top_k=5 is not possible: .* leave it out with num_beams=3."),
+    ({"num_beams": 3, "top_p": 0.9}, "top_p=0.9 is not possible: .* leave it out with num_beams=3."),
+    ({"num_beams": 3, "min_p": 0.1}, "min_p=0.1 is not possible: .* leave it out with num_beams=3."),
+    ({"num_beams": 3, "repetition_penalty": 1.2}, "repetition_penalty=1.2 is not possible: beams do not keep which"),
+    ({"num_beams": 3, "stop": "x"}, "stop=\\('x',\\) is not possible: .*; use stop_token_ids with num_beams=3"),
+    ({"num_beams": 3, "logprobs": 0}, "logprobs=0 is not possible: beams have scores only, so leave it out with num_"),
+    ({"num_beams": 3, "n": 4}, "n=4 is not possible: beam search has no more results than beams; num_beams=3."),
+]
+
+TAKEN: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0},
+    {"temperature": 0, "top_p": 0.5, "seed": 3},
+    {"max_tokens": 1, "min_tokens": 1},
+    {"top_k": 1, "top_p": 1, "min_p": 1, "repetition_penalty": 0.5, "seed": 2**63 - 1, "logprobs": 20},
+    {"n": 5, "stop": ["a", "b"], "stop_token_ids": range(3), "ignore_eos": True, "prompt_logprobs": True},
+    {"num_beams": 4, "n": 4, "length_penalty": -5, "early_stopping": "never", "min_tokens": 3},
+    {"num_beams": 4, "temperature": 0, "early_stopping": True, "stop_token_ids": [4], "seed": 1},
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[str(fields) for fields, _ in REFUSED])
+def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SamplingParams(**fields)
+
+
+@pytest.mark.parametrize("fields", TAKEN, ids=str)
+def test_what_is_taken(fields: dict[str, Any]) -> None:
+    params = SamplingParams(**fields)
+    assert {name: getattr(params, name) for name in fields} == {
+        name: tuple(value) if name.startswith("stop") else value for name, value in fields.items()
+    }
+    assert SamplingParams(**fields) == params and hash(SamplingParams(**fields)) == hash(params)
+
+
+def test_values_are_fixed() -> None:
+    params = SamplingParams(stop="end")
+    assert params.stop == ("end",)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.top_k = 3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="top_k=-3"):
+        dataclasses.replace(params, top_k=-3)
+
+
+def test_tokens_that_end_a_sequence() -> None:
+    assert SamplingParams().ending_tokens([2, 3]) == (2, 3)
+    assert SamplingParams().ending_tokens([]) == ()
+    assert SamplingParams(stop_token_ids=[7, 2]).ending_tokens([2, 3, 2]) == (7, 2, 3)
+    assert SamplingParams(stop_token_ids=[7, 2], ignore_eos=True).ending_tokens([2, 3]) == (7, 2)
