@@ -525,4 +525,5 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     main()

