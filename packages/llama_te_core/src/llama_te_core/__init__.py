@@ -17,6 +17,8 @@ from transformers import (
 
 from .collators import DataCollatorWithFlattening
 from .configuration_nvllama import NVLlamaConfig
+from .labels import next_token_labels
+from .linear_cross_entropy import linear_cross_entropy
 from .modeling_nvllama import (
     NVLlamaForCausalLM,
     NVLlamaForQuestionAnswering,
@@ -42,6 +44,8 @@ __all__ = [
     "NVLlamaModel",
     "NVLlamaPreTrainedModel",
     "TokenPackingDataset",
+    "linear_cross_entropy",
+    "next_token_labels",
 ]
 
 AutoConfig.register(NVLlamaConfig.model_type, NVLlamaConfig, exist_ok=True)

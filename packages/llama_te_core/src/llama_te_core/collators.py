@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForTokenClassification
 
-IGNORED_LABEL = -100
+from .labels import IGNORED_LABEL
 
 
 @dataclass

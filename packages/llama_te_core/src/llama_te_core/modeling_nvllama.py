@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nvllama import NVLlamaConfig
 from .kv_cache import check_cache, default_cache_factory
+from .labels import next_token_labels
 from .layers import build_layers, is_transformer_engine
 from .precision import PrecisionPlan
 from .rope import RotaryAngles
@@ -350,10 +351,9 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, columns])
         loss = None
-        if labels is not None or shift_labels is not None:
-            if labels is not None and attention_mask is not None and attention_mask.shape == labels.shape:
-                after_padding_BS = nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0))
-                labels = labels.masked_fill(after_padding_BS.to(labels.device), -100)
+        if labels is not None and shift_labels is None:
+            shift_labels = next_token_labels(labels, attention_mask)
+        if shift_labels is not None:
             loss = self.loss_function(
                 logits=logits_BSV,
                 labels=labels,

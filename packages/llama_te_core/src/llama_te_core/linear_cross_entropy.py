@@ -1,0 +1,252 @@
+"""Cross entropy behind a language-model head, without the logits of all tokens at once.
+
+Shapes: T tokens, C tokens of a chunk, E hidden size, V vocabulary (of a sharded one, this process's part), P processes
+that share the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .labels import IGNORED_LABEL
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    ignore_index: int = IGNORED_LABEL,
+    z_loss: float = 0.0,
+    num_items: int | torch.Tensor | None = None,
+    chunk_tokens: int = 2048,
+    vocabulary_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy of `hidden @ weight.T` against labels: the head and its loss in one.
+
+    Logits are made for `chunk_tokens` tokens at a time, and gradients with them, so that the product with the head is
+    computed once. Logits are rounded to the dtype that the head computes in, as `lm_head` would round them: the dtype
+    of `hidden` and `weight`, or autocast's. All behind them is float32 (float64 where that is their dtype).
+
+    **Memory.** About 6 bytes times chunk_tokens x V while a chunk is computed in 16 bits. From the forward to the
+    backward pass: hidden's gradient, [..., E] in its dtype, and weight's, [V, E] in float32, summed over the chunks;
+    each chunk's share of the latter is another [V, E] in the head's dtype for a moment. Autocast's copy of the head is
+    there during the forward pass. A tensor that requires no gradient costs nothing, and without gradients nothing
+    stays.
+
+    **Sharded vocabulary.** With `vocabulary_group` each process holds some rows of the head, in the order of the
+    group's ranks, and calls this with the same hidden and labels. The loss is the same in all of them. Gradients of
+    hidden are summed over the group here, so nothing behind must sum them again; those of weight are of the own rows.
+    All processes must agree on which tensors require gradients.
+
+    Args:
+        hidden: Floating point [..., E], what the head would be given.
+        weight: [V, E] in the same dtype, unless autocast casts both; a plain tensor: of a `DTensor`, its `to_local()`.
+        labels: int64 [...]; each token's own label, shifted already (see `next_token_labels`).
+        ignore_index: Label of tokens that are left out.
+        z_loss: Adds this times the mean of logsumexp(logits)², which keeps logits from drifting.
+        num_items: Divides the sums in place of the number of labels that are not left out, as transformers'
+            `num_items_in_batch` does where a step has several batches or processes.
+        chunk_tokens: Tokens of a chunk.
+        vocabulary_group: Processes that share the vocabulary; shards may differ in size.
+
+    Returns:
+        The loss, float32 (or float64) []. It can be differentiated once. Where all labels are left out it is NaN with
+        gradients of zero, or 0 with `num_items`, as in transformers.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together, an argument is out of its range, or a label is no token (for
+            labels on a GPU a device-side assertion tells, since looking would wait for it).
+        RuntimeError: In the backward pass: a second derivative is asked for.
+    """
+    _check(hidden, weight, labels, z_loss, chunk_tokens)
+    labels_T = labels.reshape(-1).to(hidden.device)
+    counted_T = labels_T != ignore_index
+    total = _LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        *_targets(labels_T, counted_T, weight.shape[0], vocabulary_group),
+        counted_T,
+        z_loss,
+        chunk_tokens,
+        _head_dtype(hidden, weight),
+        vocabulary_group,
+        torch.is_grad_enabled(),
+    )
+    if num_items is not None:
+        return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
+    count = counted_T.sum()
+    # Not by dividing 0 by 0: its gradient would be NaN as well.
+    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses. Dividing it is left to autograd, so that gradients are kept at a size that float16 has."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TE: torch.Tensor,
+        weight_VE: torch.Tensor,
+        target_T: torch.Tensor,
+        owned_T: torch.Tensor,
+        counted_T: torch.Tensor,
+        z_loss: float,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+        group: dist.ProcessGroup | None,
+        grad_enabled: bool,
+    ) -> torch.Tensor:
+        hidden_needs_grad, weight_needs_grad = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        precise = torch.promote_types(dtype, torch.float32)
+        total = torch.zeros((), dtype=precise, device=hidden_TE.device)
+        grad_hidden_TE = hidden_TE.new_empty(hidden_TE.shape) if hidden_needs_grad else None
+        grad_weight_VE = torch.zeros_like(weight_VE, dtype=precise) if weight_needs_grad else None
+        with torch.autocast(hidden_TE.device.type, enabled=False):
+            head_VE = weight_VE.to(dtype)
+            for start in range(0, hidden_TE.shape[0], chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                total += _chunk_loss(
+                    hidden_TE[chunk].to(dtype),
+                    head_VE,
+                    target_T[chunk],
+                    owned_T[chunk],
+                    counted_T[chunk],
+                    z_loss,
+                    group,
+                    None if grad_hidden_TE is None else grad_hidden_TE[chunk],
+                    grad_weight_VE,
+                )
+        if grad_hidden_TE is not None:
+            _all_reduce(grad_hidden_TE, dist.ReduceOp.SUM, group)
+        ctx.weight_dtype = weight_VE.dtype
+        ctx.save_for_backward(grad_hidden_TE, grad_weight_VE)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Not torch's `once_differentiable`, which lets this pass and takes the gradients for constants.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy was differentiated with create_graph=True: it has no second derivative. Take "
+                "torch.nn.functional.cross_entropy of the logits for that."
+            )
+        grad_hidden_TE, grad_weight_VE = ctx.saved_tensors
+        if grad_hidden_TE is not None:
+            grad_hidden_TE = _scaled(grad_hidden_TE, grad_total, grad_hidden_TE.dtype)
+        if grad_weight_VE is not None:
+            grad_weight_VE = _scaled(grad_weight_VE, grad_total, ctx.weight_dtype)
+        return grad_hidden_TE, grad_weight_VE, *(None,) * 8
+
+
+def _chunk_loss(
+    hidden_CE: torch.Tensor,
+    head_VE: torch.Tensor,
+    target_C: torch.Tensor,
+    owned_C: torch.Tensor,
+    counted_C: torch.Tensor,
+    z_loss: float,
+    group: dist.ProcessGroup | None,
+    grad_hidden_CE: torch.Tensor | None,
+    grad_weight_VE: torch.Tensor | None,
+) -> torch.Tensor:
+    """The sum of the chunk's losses; its gradients are written to one tensor and added to the other.
+
+    A function of its own, so that nothing of a chunk is left when the next one begins.
+    """
+    dtype = head_VE.dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    target_C1, owned_C1, counted_C1 = target_C[:, None], owned_C[:, None], counted_C[:, None]
+    logits_CV = (hidden_CE @ head_VE.T).to(precise)
+    peak_C1 = _all_reduce(logits_CV.amax(1, keepdim=True), dist.ReduceOp.MAX, group)
+    logits_CV -= peak_C1
+    target_logit_C1 = logits_CV.gather(1, target_C1).masked_fill(~owned_C1, 0)
+    odds_CV = logits_CV.exp_()
+    sums_C2 = torch.cat((odds_CV.sum(1, keepdim=True), target_logit_C1), 1)
+    sum_C1, target_logit_C1 = _all_reduce(sums_C2, dist.ReduceOp.SUM, group).split(1, 1)
+    log_sum_C1 = sum_C1.log()
+    logsumexp_C1 = peak_C1 + log_sum_C1
+    loss_C1 = log_sum_C1 - target_logit_C1 + z_loss * logsumexp_C1.square()
+    if grad_hidden_CE is not None or grad_weight_VE is not None:
+        scale_C1 = (1 + 2 * z_loss * logsumexp_C1) / sum_C1
+        grad_CV = odds_CV.mul_(scale_C1.masked_fill(~counted_C1, 0))
+        # Before rounding, which would make one of a probability close to it.
+        grad_CV.scatter_(1, target_C1, grad_CV.gather(1, target_C1) - owned_C1.to(precise))
+        rounded_CV = grad_CV.to(dtype)
+        if grad_hidden_CE is not None:
+            grad_hidden_CE.copy_(rounded_CV @ head_VE)
+        if grad_weight_VE is not None:
+            grad_weight_VE += rounded_CV.T @ hidden_CE
+    return loss_C1.masked_fill(~counted_C1, 0).sum()
+
+
+def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    # With a dimension, since a scale without any would be rounded to the gradient's dtype, where a loss scale of
+    # float16 training is infinite. Into a tensor of the result's dtype, since the product could be twice its size.
+    return torch.mul(gradient, scale[None], out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _targets(
+    labels_T: torch.Tensor, counted_T: torch.Tensor, rows: int, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of each token's label in the own shard, int64 [T], and whether it lies there, bool [T]; else 0."""
+    rows_P = labels_T.new_zeros(dist.get_world_size(group) if group else 1, dtype=torch.int64)
+    rank = dist.get_rank(group) if group else 0
+    rows_P[rank] = rows
+    _all_reduce(rows_P, dist.ReduceOp.SUM, group)
+    column_T = labels_T - rows_P[:rank].sum()
+    owned_T = counted_T & (column_T >= 0) & (column_T < rows)
+    wrong_T = counted_T & ((labels_T < 0) | (labels_T >= rows_P.sum()))
+    if labels_T.device.type == "cpu" and bool(wrong_T.any()):
+        raise ValueError(
+            f"labels contain {int(labels_T[wrong_T][0])}, but the vocabulary has {int(rows_P.sum())} tokens: a label "
+            "must be one of them, or ignore_index."
+        )
+    # On a GPU a column outside makes the loss's own look-up fail.
+    return column_T.masked_fill(~owned_T, 0).masked_fill(wrong_T, rows), owned_T
+
+
+def _all_reduce(tensor: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The tensor, reduced in place over the group."""
+    if group is not None:
+        dist.all_reduce(tensor, op, group)
+    return tensor
+
+
+def _head_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would compute."""
+    device = hidden.device.type
+    # Autocast lets float64 alone.
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, but weight is {weight.dtype}: they must be the same. Cast one of them, or use "
+            "torch.autocast."
+        )
+    return weight.dtype
+
+
+def _check(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, z_loss: float, chunk_tokens: int) -> None:
+    if weight.dim() != 2 or weight.shape[0] < 1:
+        raise ValueError(f"weight has shape {list(weight.shape)}: it must be [vocabulary, hidden size], with a row.")
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {list(hidden.shape)}: its last dimension must be {weight.shape[1]}, as in weight "
+            f"{list(weight.shape)}."
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels have shape {list(labels.shape)}: they must be {list(hidden.shape[:-1])}, one for each token of "
+            f"hidden {list(hidden.shape)}."
+        )
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}: they must be torch.int64, numbers of tokens.")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss={z_loss!r} must be 0 or more; 1e-4 is usual.")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens!r} must be at least 1.")

@@ -1,0 +1,45 @@
+"""One of several processes that share a vocabulary; started by test_linear_cross_entropy.py.
+
+Arguments: the folder where the problem is and the results go, this process's rank.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama_te_core import linear_cross_entropy
+
+
+def main(folder: Path, rank: int) -> None:
+    problem = torch.load(folder / "problem.pt")
+    rendezvous = (folder / "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=problem["world_size"])
+    results = {}
+    for name, case in problem["cases"].items():
+        group = dist.new_group(case["ranks"])  # every process has to take part
+        if rank in case["ranks"]:
+            results[name] = loss_and_gradients(case, group)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def loss_and_gradients(case: dict[str, Any], group: dist.ProcessGroup) -> dict[str, torch.Tensor | None] | str:
+    """By name; or the error's message."""
+    hidden_TE = case["hidden_TE"].T.contiguous().T.requires_grad_(case["hidden_requires_grad"])
+    weight_VE = case["weight_VE"].split(case["rows"])[dist.get_rank(group)].clone()
+    weight_VE.requires_grad_(case["weight_requires_grad"])
+    try:
+        loss = linear_cross_entropy(
+            hidden_TE, weight_VE, case["labels_T"], vocabulary_group=group, chunk_tokens=5, **case["options"]
+        )
+    except ValueError as error:
+        return str(error)
+    loss.backward()
+    return {"loss": loss.detach(), "hidden": hidden_TE.grad, "weight": weight_VE.grad}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
