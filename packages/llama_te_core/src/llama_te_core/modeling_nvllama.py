@@ -167,6 +167,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.layers = build_layers(config, self.precision, self.rotary_angles.softmax_scale)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.context_ranks = 1  # over which `train.parallel` shares out the tokens of each sequence
         self._precision_checked = False
         if self.precision.explicit or config.use_quantized_model_init:
             self._check_precision()
@@ -248,7 +249,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         if input_ids is not None:
             hidden = self.embed_tokens(hidden)
         arguments = layout.layer_arguments()
-        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest, hidden.device)
+        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest * self.context_ranks, hidden.device)
         arguments["inference_params"] = cache
 
         if output_hidden_states is None:

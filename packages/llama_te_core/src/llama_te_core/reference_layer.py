@@ -3,6 +3,9 @@
 It is what runs without Transformer Engine, and what the other implementation is tested against, so it is written to be
 read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` gives.
 
+`train.parallel` splits a layer over processes: it shards the weights and sets `tensor_mesh` (heads, and features of the
+MLP, are shared out) and `context_mesh` (tokens of each sequence are shared out). Without them there is one process.
+
 Shapes: B sequences, S positions of a padded batch, T packed tokens, P positions, L keys of a cache, E hidden size, F
 size of the MLP, H query heads, K key/value heads, G a key/value head's share of the fused projection (its query heads,
 its key and its value), D size of a head. `x_bE` stands for either `[B, S, E]` or `[T, E]`.
@@ -16,11 +19,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .collectives import gathered, local, shared, summed
 from .rope import rotate
+from .sequence_layout import token_places, whole_places
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .configuration_nvllama import NVLlamaConfig
     from .kv_cache import KVCache
+
+_BEHIND_ALL = torch.iinfo(torch.int64).max
 
 
 class LayerNormLinear(nn.Module):
@@ -29,12 +38,14 @@ class LayerNormLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.tensor_mesh: DeviceMesh | None = None
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
-        return F.linear(normed_bE, self.weight)
+        mesh = self.tensor_mesh
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], local(self.layer_norm_weight, mesh), self.eps)
+        return F.linear(shared(normed_bE, mesh), local(self.weight, mesh))
 
 
 class LayerNormMLP(nn.Module):
@@ -43,14 +54,16 @@ class LayerNormMLP(nn.Module):
     def __init__(self, hidden_size: int, ffn_hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.tensor_mesh: DeviceMesh | None = None
         self.layer_norm_weight = nn.Parameter(torch.ones(hidden_size))
         self.fc1_weight = nn.Parameter(torch.empty(2 * ffn_hidden_size, hidden_size))
         self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn_hidden_size))
 
     def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
-        gate_bF, up_bF = F.linear(normed_bE, self.fc1_weight).chunk(2, dim=-1)
-        return F.linear(F.silu(gate_bF) * up_bF, self.fc2_weight)
+        mesh = self.tensor_mesh
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], local(self.layer_norm_weight, mesh), self.eps)
+        gate_bF, up_bF = F.linear(shared(normed_bE, mesh), local(self.fc1_weight, mesh)).chunk(2, dim=-1)
+        return summed(F.linear(F.silu(gate_bF) * up_bF, local(self.fc2_weight, mesh)), mesh)
 
 
 class MultiheadAttention(nn.Module):
@@ -60,10 +73,10 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.head_dim: int = config.head_dim
-        self.kv_heads: int = config.num_key_value_heads
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.dropout = float(config.attention_dropout or 0.0)
         self.softmax_scale = softmax_scale
+        self.context_mesh: DeviceMesh | None = None
         qkv_features = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.layernorm_qkv = LayerNormLinear(config.hidden_size, qkv_features, config.rms_norm_eps)
         self.proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
@@ -79,7 +92,12 @@ class MultiheadAttention(nn.Module):
         max_seqlen_q: int | None,
     ) -> torch.Tensor:
         """Run attention and its output projection; arguments are those of `ReferenceLayer.forward`."""
-        qkv_bKGD = self.layernorm_qkv(hidden_bE).unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
+        if inference_params is not None and not (self.context_mesh is None and self.layernorm_qkv.tensor_mesh is None):
+            raise ValueError(
+                "past_key_values is given, but the model is split over tensor or context ranks, where layers take no "
+                "cache: pass use_cache=False, or run the model unsplit."
+            )
+        qkv_bKGD = self.layernorm_qkv(hidden_bE).unflatten(-1, (-1, self.group + 2, self.head_dim))
         if hidden_bE.dim() == 3:
             context_bHD = self._attend_padded(qkv_bKGD, rotary_pos_emb, inference_params)
         else:
@@ -99,7 +117,9 @@ class MultiheadAttention(nn.Module):
     def _attend_padded(self, qkv_BSKGD: torch.Tensor, angle_P11D: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         rows, width = qkv_BSKGD.shape[:2]
         if cache is None:
-            return self._attend(*self._rotated(qkv_BSKGD, angle_P11D[:width, 0, 0]))
+            length_B = torch.full((rows,), width, device=qkv_BSKGD.device)
+            place_S = self._whole_places(torch.arange(width, device=qkv_BSKGD.device), width)
+            return self._attend_uncached(*self._rotated(qkv_BSKGD, angle_P11D[place_S, 0, 0]), length_B)
         query_BSHD = cache.append_rope(self.layer_number, qkv_BSKGD, angle_P11D, "bshd")
         place_S = torch.arange(width, device=query_BSHD.device)
         position_BS = cache.get_seqlens_pre_step()[:rows, None] + place_S
@@ -114,7 +134,7 @@ class MultiheadAttention(nn.Module):
         width: int,
     ) -> torch.Tensor:
         rows = len(offsets) - 1
-        row_T, place_T = _token_places(offsets, qkv_TKGD.shape[0])
+        row_T, place_T = token_places(offsets, qkv_TKGD.shape[0])
 
         def spread(packed_Tx: torch.Tensor) -> torch.Tensor:
             """[T, ...] as a padded batch [B, S, ...] with zeros behind each row's tokens."""
@@ -122,13 +142,39 @@ class MultiheadAttention(nn.Module):
             return padded_BSx.index_put((row_T, place_T), packed_Tx)
 
         if cache is None:
-            qkv_THKD = self._rotated(qkv_TKGD, angle_P11D[place_T, 0, 0])
-            context_BSHD = self._attend(*(spread(part) for part in qkv_THKD))
+            length_B = offsets.diff()
+            angle_TD = angle_P11D[self._whole_places(place_T, length_B[row_T]), 0, 0]
+            query_BSHD, key_BSKD, value_BSKD = map(spread, self._rotated(qkv_TKGD, angle_TD))
+            context_BSHD = self._attend_uncached(query_BSHD, key_BSKD, value_BSKD, length_B)
         else:
             query_THD = cache.append_rope(self.layer_number, qkv_TKGD, angle_P11D, "thd")
             position_BS = spread(cache.get_seqlens_pre_step()[row_T] + place_T)
             context_BSHD = self._attend(spread(query_THD), *cache.keys_and_values(self.layer_number), position_BS)
         return context_BSHD[row_T, place_T]
+
+    def _whole_places(self, place: torch.Tensor, length: torch.Tensor | int) -> torch.Tensor:
+        """Places in the whole sequences of tokens at `place` in this rank's part, which is `length` long."""
+        mesh = self.context_mesh
+        return place if mesh is None else whole_places(place, length, mesh.get_local_rank(), mesh.size())
+
+    def _attend_uncached(
+        self, query_BSHD: torch.Tensor, key_BSKD: torch.Tensor, value_BSKD: torch.Tensor, length_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention within a batch whose rows begin with `length_B` tokens, here and on every context rank."""
+        mesh = self.context_mesh
+        if mesh is None:
+            return self._attend(query_BSHD, key_BSKD, value_BSKD)
+        place_S, length_B1 = torch.arange(key_BSKD.shape[1], device=key_BSKD.device), length_B[:, None]
+        # One after the other as they are gathered. Padding counts as behind all queries.
+        place_BL = torch.cat(
+            [
+                whole_places(place_S, length_B1, rank, mesh.size()).masked_fill(place_S >= length_B1, _BEHIND_ALL)
+                for rank in range(mesh.size())
+            ],
+            dim=1,
+        )
+        position_BS = self._whole_places(place_S, length_B1)
+        return self._attend(query_BSHD, gathered(key_BSKD, mesh), gathered(value_BSKD, mesh), position_BS, place_BL)
 
     def _attend(
         self,
@@ -136,16 +182,18 @@ class MultiheadAttention(nn.Module):
         key_BLKD: torch.Tensor,
         value_BLKD: torch.Tensor,
         position_BS: torch.Tensor | None = None,
+        place_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of each query to the keys at its own position and before; without positions, to its own column.
 
-        The keys of a sequence are those of its tokens in order, so "not after the query" also leaves out what padding
-        or other sequences left behind in the row.
+        The keys of a sequence are those of its tokens, in order or at the places given, so "not after the query" also
+        leaves out what padding or other sequences left behind in the row.
         """
         mask_B1SL = None
         if position_BS is not None:
-            place_L = torch.arange(key_BLKD.shape[1], device=key_BLKD.device)
-            mask_B1SL = place_L <= position_BS[:, None, :, None]
+            if place_BL is None:
+                place_BL = torch.arange(key_BLKD.shape[1], device=key_BLKD.device)[None]
+            mask_B1SL = place_BL[:, None, None, :] <= position_BS[:, None, :, None]
         context_BHSD = F.scaled_dot_product_attention(
             query_BSHD.transpose(1, 2),
             key_BLKD.transpose(1, 2),
@@ -219,16 +267,6 @@ class ReferenceLayer(nn.Module):
             max_seqlen_q=max_seqlen_q,
         )
         return hidden_bE + self.layernorm_mlp(hidden_bE)
-
-
-def _token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of `tokens` packed tokens, its sequence and its place there, from the sequences' offsets [B + 1].
-
-    Tokens behind the last sequence count as its continuation.
-    """
-    token_T = torch.arange(tokens, device=offsets.device)
-    row_T = torch.searchsorted(offsets[1:-1], token_T, right=True)
-    return row_T, token_T - offsets[row_T]
 
 
 def split_qkv(qkv_bKGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

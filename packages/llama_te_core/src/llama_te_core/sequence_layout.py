@@ -342,3 +342,32 @@ def _check_positions(
             "position_ids do not go up by one from token to token: positions follow from attention_mask or "
             "cu_seq_lens_q here, so leave position_ids out, or pack the sequences."
         )
+
+
+def token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each of `tokens` packed tokens, its sequence and its place there, from the sequences' offsets [B + 1].
+
+    Tokens behind the last sequence count as its continuation.
+    """
+    token_T = torch.arange(tokens, device=offsets.device)
+    row_T = torch.searchsorted(offsets[1:-1], token_T, right=True)
+    return row_T, token_T - offsets[row_T]
+
+
+def whole_places(place: torch.Tensor, length: torch.Tensor | int, rank: int, ranks: int) -> torch.Tensor:
+    """Where tokens of a part of a sequence stand in the whole, when sequences are shared out over context ranks.
+
+    A sequence is cut into 2 x `ranks` equal chunks, and rank i has the i-th from either end. Late tokens attend to many
+    keys and early ones to few, so that all ranks have the same work. This is the order of Transformer Engine.
+
+    Args:
+        place: Integers of any shape, the tokens' places in the rank's part.
+        length: Length of the rank's part, even; broadcasts with `place`.
+        rank: The rank, from 0.
+        ranks: How many there are; with one, nothing changes.
+
+    Returns:
+        The places in the whole sequence, shaped as the arguments broadcast.
+    """
+    chunk = length // 2
+    return place + chunk * torch.where(place < chunk, rank, 2 * (ranks - 1) - rank)

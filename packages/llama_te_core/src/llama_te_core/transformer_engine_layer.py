@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .precision import transformer_engine
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .configuration_nvllama import NVLlamaConfig
     from .kv_cache import KVCache
 
@@ -163,6 +166,36 @@ def _pad(
         return nn.functional.pad(output_Tx, (0, 0, 0, filling)) if filling else output_Tx
 
     return query_BWHD.unflatten(0, (rows, width)), unpad
+
+
+def split_context(layer: nn.Module, mesh: DeviceMesh) -> None:
+    """Share the tokens of each sequence out over the ranks of a mesh of one dimension; keys and values go round a ring.
+
+    Written after TE's documentation. It has never run so far.
+
+    Args:
+        layer: A `te.TransformerLayer`; its input is a rank's part of each sequence from now on, as
+            `train.context_parallel.shard_context` cuts it.
+        mesh: The context ranks.
+    """
+    ranks = mesh.size()
+
+    def describe_whole_sequences(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        whole = {
+            name: kwargs[name] * ranks
+            for name in ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
+            if kwargs.get(name) is not None
+        }
+        for name in ("cu_seqlens_q", "cu_seqlens_kv"):
+            if name in whole:
+                whole[f"{name}_padded"] = whole[name]
+        return args, {**kwargs, **whole}
+
+    module: Any = layer
+    module.set_context_parallel_group(
+        mesh.get_group(), dist.get_process_group_ranks(mesh.get_group()), torch.cuda.Stream()
+    )
+    layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
 
 
 def checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:

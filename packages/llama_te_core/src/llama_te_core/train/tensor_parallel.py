@@ -1,0 +1,140 @@
+"""Tensor parallelism for a model of reference layers: each process computes some heads, features and tokens' logits.
+
+Rows of whole key/value heads of the QKV weight, and the same rows of `fc1_weight`'s two halves, belong to one process,
+and so do the columns of the next weight that meet them. Activations between the layers are whole in all processes.
+
+Shapes: V the vocabulary, V' this process's part, E hidden size; `id_b` stands for ids of any shape.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils import _pytree as pytree
+
+from ..collectives import local, summed
+from ..modeling_nvllama import NVLlamaForCausalLM
+from ..reference_layer import ReferenceLayer
+
+# Of each of two halves, the process's share.
+_INTERLEAVED = _StridedShard(0, split_factor=2)
+
+
+def apply_tensor_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh) -> None:
+    """Share a model's weights out, as `DTensor`s; rank 0 of the mesh decides their values.
+
+    Args:
+        model: With reference layers; it is changed.
+        mesh: The processes, of one dimension.
+    """
+    for layer in model.model.layers:
+        assert isinstance(layer, ReferenceLayer)
+        attention, mlp = layer.self_attention, layer.layernorm_mlp
+        _distribute(attention.layernorm_qkv, mesh, layer_norm_weight=Replicate(), weight=Shard(0))
+        parallelize_module(attention.proj, mesh, RowwiseParallel())
+        _distribute(mlp, mesh, layer_norm_weight=Replicate(), fc1_weight=_INTERLEAVED, fc2_weight=Shard(1))
+        attention.layernorm_qkv.tensor_mesh = mlp.tensor_mesh = mesh
+    output_fn: Any = _local_output  # torch declares that it returns nothing
+    distribute_module(model.model.norm, mesh, input_fn=_replicate_input, output_fn=output_fn)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    _distribute(model.model.embed_tokens, mesh, weight=Shard(0))
+    model.model.embed_tokens = VocabularyParallelEmbedding(model.model.embed_tokens, mesh)
+    parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+class VocabularyParallelEmbedding(nn.Embedding):
+    """An embedding of which each process has some of the tokens.
+
+    Args:
+        embedding: With its weight, [V, E], sharded by rows.
+        mesh: The processes, of one dimension.
+    """
+
+    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
+        self.weight = embedding.weight
+        self.tensor_mesh = mesh
+
+    def forward(self, id_b: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        weight_VE = local(self.weight, self.tensor_mesh)
+        size = weight_VE.shape[0]
+        first = min(
+            self.tensor_mesh.get_local_rank() * -(-self.num_embeddings // self.tensor_mesh.size()), self.num_embeddings
+        )
+        row_b = id_b - first
+        elsewhere_b = (row_b < 0) | (row_b >= size)
+        padding = None if self.padding_idx is None else self.padding_idx - first
+        hidden_bE = nn.functional.embedding(
+            row_b.masked_fill(elsewhere_b, 0),
+            weight_VE,
+            padding if padding is not None and 0 <= padding < size else None,
+        )
+        return summed(hidden_bE.masked_fill(elsewhere_b[..., None], 0), self.tensor_mesh)
+
+
+def is_interleaved(tensor: Any) -> bool:
+    """Whether processes have rows of both halves of a tensor, as they have of `fc1_weight` and what belongs to it."""
+    return isinstance(tensor, DTensor) and tensor.placements[-1] == _INTERLEAVED
+
+
+def gather_halves(state: Any) -> Any:
+    """A state dict that torch.distributed.checkpoint can save and load, whatever mesh it is of.
+
+    A process's rows of `fc1_weight`, and of its optimizer state, are no single range of the whole, and the checkpoint
+    format knows ranges only. These tensors are gathered over the tensor ranks; all others are passed on as they are.
+    Save the result; to load, let torch load into the result and then call `scatter_halves`. All processes must call it.
+
+    Args:
+        state: Nested dicts and lists with tensors, of a model, of an optimizer, or both.
+
+    Returns:
+        The same with other tensors in those places.
+    """
+
+    def gather(value: Any) -> Any:
+        if not is_interleaved(value):
+            return value
+        return value.detach().redistribute(placements=[*value.placements[:-1], Replicate()])
+
+    return pytree.tree_map(gather, state)
+
+
+def scatter_halves(state: Any, like: Any) -> Any:
+    """The way back from `gather_halves`, after loading.
+
+    Args:
+        state: What `gather_halves(like)` returned, with other values now.
+        like: What it was given.
+
+    Returns:
+        `state` with the tensors placed as those of `like` are.
+    """
+
+    def scatter(value: Any, original: Any) -> Any:
+        return value.redistribute(placements=original.placements) if is_interleaved(original) else value
+
+    return pytree.tree_map(scatter, state, like)
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
+    for name, placement in placements.items():
+        weight = getattr(module, name)
+        sharded = distribute_tensor(weight.detach(), mesh, [placement])
+        setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
+
+
+def _replicate_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+    return tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs)
+
+
+def _local_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:
+    local_output: torch.Tensor = output.to_local()
+    return local_output

@@ -1,0 +1,328 @@
+"""What each process of `test_parallel` does: train on a mesh for a step, and compare with one process alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from conftest import TINY
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core.train.context_parallel import shard_context
+from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize
+from llama_te_core.train.tensor_parallel import gather_halves, scatter_halves
+
+PAD = 200  # occurs as a token too: its embedding gets no gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+    tensor: int = 1
+    batch: str = "packed"  # "packed", "packed with padding", "packed long", "padded left", "padded right"
+    tied: bool = False
+    format: str = "thd"
+    dtype: torch.dtype = torch.float64
+    checkpointing: bool = False
+    from_meta: bool = False
+    through_checkpoint: bool = False
+    vocab_size: int = 257
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return ParallelSizes(self.replicate, self.shard, self.context, self.tensor)
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return ", ".join(changed)
+
+
+CASES = {
+    2: [
+        Case(shard=2),
+        Case(shard=2, tied=True, batch="padded left", dtype=torch.float32),
+        Case(shard=2, from_meta=True),
+        Case(replicate=2, batch="padded right", tied=True),
+        Case(replicate=2),
+        Case(tensor=2, from_meta=True),
+        Case(tensor=2, tied=True, batch="padded left", through_checkpoint=True),
+        Case(tensor=2, batch="padded right", format="bshd", checkpointing=True),
+        Case(tensor=2, dtype=torch.float32),
+        Case(context=2),
+        Case(context=2, batch="packed with padding", tied=True),
+        Case(context=2, batch="padded left"),
+        Case(context=2, batch="packed long"),  # longer than the smallest table of rotary angles
+        Case(context=2, batch="padded right", format="bshd", checkpointing=True),
+        Case(context=2, dtype=torch.float32),
+    ],
+    4: [
+        Case(shard=4, batch="padded right"),
+        Case(replicate=2, shard=2, tied=True),
+        Case(shard=2, tensor=2, through_checkpoint=True),
+        Case(shard=2, tensor=2, tied=True, batch="padded left", dtype=torch.float32),
+        # torch loads a whole state dict only where rows divide equally.
+        Case(shard=2, tensor=2, from_meta=True, vocab_size=256),
+        Case(shard=2, context=2, batch="packed with padding"),
+        Case(shard=2, context=2, batch="padded left", tied=True),
+        Case(context=2, tensor=2, checkpointing=True),
+        Case(context=2, tensor=2, batch="padded right", tied=True, through_checkpoint=True),
+        Case(context=4, batch="padded left"),
+        Case(replicate=2, context=2),
+        Case(replicate=2, tensor=2, batch="padded right", through_checkpoint=True),
+    ],
+}
+
+
+def new_model(case: Case) -> NVLlamaForCausalLM:
+    """With an odd vocabulary, so that tensor ranks have parts of different sizes, and a padding token on the last."""
+    torch.manual_seed(0)
+    config = NVLlamaConfig(
+        **{**TINY, "num_hidden_layers": 2, "vocab_size": case.vocab_size, "pad_token_id": PAD},
+        tie_word_embeddings=case.tied,
+        attn_input_format=case.format,
+        layer_implementation="reference",
+    )
+    model = NVLlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+        # transformers makes it 0, where RMSNorm multiplies rounding errors by a thousand.
+        model.model.embed_tokens.weight[PAD].normal_()
+    model = model.to(case.dtype)
+    if case.dtype == torch.float64:
+        model.loss_function = _float64_loss  # transformers' own computes in float32
+    if case.checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def new_batch(case: Case, index: int) -> dict[str, Any]:
+    """Sequences of different lengths; the number of labels differs from batch to batch."""
+    torch.manual_seed(100 + index)
+    lengths = [264, 8] if case.batch == "packed long" else [16, 8, 24 + 8 * index]
+    if case.batch.startswith("packed"):
+        real = [15, 3, 20] if case.batch == "packed with padding" else lengths
+        offsets = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(torch.int32)
+        ids = torch.randint(0, case.vocab_size, (1, sum(lengths)))
+        labels = ids.clone()
+        labels[0, offsets[:-1].long()] = -100
+        labels[0, 5:9] = -100
+        ids[0, 3] = PAD
+        batch = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": max(lengths)}
+        if case.batch == "packed with padding":
+            for start, length, slot in zip(offsets.tolist(), real, lengths, strict=False):
+                labels[0, start + length : start + slot] = -100
+            counts = F.pad(torch.tensor(real).cumsum(0), (1, 0)).to(torch.int32)
+            batch |= {"cu_seq_lens_q": counts, "cu_seq_lens_k": counts, "cu_seq_lens_q_padded": offsets}
+            batch |= {"cu_seq_lens_k_padded": offsets, "pad_between_seqs": True}
+        return {"input_ids": ids, "labels": labels, **batch}
+    lengths = [13, 6 + index, 1]  # no multiple of anything
+    mask = torch.arange(13) < torch.tensor(lengths)[:, None]
+    if case.batch == "padded left":
+        mask = mask.flip(1)
+    ids = torch.randint(0, case.vocab_size, mask.shape)
+    ids = ids.masked_fill(~mask, PAD)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
+
+
+def _float64_loss(
+    logits: torch.Tensor,
+    labels: Any,
+    vocab_size: int,
+    shift_labels: torch.Tensor,
+    num_items_in_batch: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    total = F.cross_entropy(logits.view(-1, vocab_size), shift_labels.reshape(-1), reduction="sum")
+    return total / num_items_in_batch
+
+
+def train_alone(case: Case) -> dict[str, Any]:
+    """One process, the batches of the whole mesh one after the other."""
+    model = new_model(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batches = [new_batch(case, index) for index in range(case.replicate * case.shard)]
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+    if case.batch == "padded left":  # nothing predicts the first token of a row
+        labels -= sum(int((batch["attention_mask"].diff() == 1).sum()) for batch in batches)
+    loss = sum(model(**batch, num_items_in_batch=torch.tensor(labels)).loss for batch in batches)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    optimizer.step()
+    return {"loss": loss.detach(), "gradients": gradients, "norm": norm, "weights": dict(model.state_dict())}
+
+
+def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
+    mesh = make_mesh(case.sizes, "cpu")
+    if case.from_meta:
+        whole = get_model_state_dict(new_model(case))
+        with torch.device("meta"):
+            model = new_model(case)
+        model = parallelize(model, mesh)
+        model.init_empty_weights("cpu")
+        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
+    else:
+        model = parallelize(new_model(case), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    index = mesh.get_local_rank("replicate") * case.shard + mesh.get_local_rank("shard")
+    loss = model(**shard_context(new_batch(case, index), mesh)).loss
+    loss.backward()
+    loss = loss.detach().clone()
+    for name in ("replicate", "shard", "context"):
+        dist.all_reduce(loss, group=mesh.get_group(name))
+    gradients = {
+        name.removeprefix("module."): _whole(parameter.grad).clone() for name, parameter in model.named_parameters()
+    }
+    norm = clip_gradients(model, 0.1)
+    optimizer.step()
+    result = {
+        "loss": loss / (case.replicate * case.shard * case.context),
+        "gradients": gradients,
+        "norm": norm,
+        "weights": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)),
+    }
+    if case.through_checkpoint:
+        result["checkpoint"] = go_through_checkpoint(case, mesh, model, optimizer, folder)
+    return result
+
+
+def go_through_checkpoint(case: Case, mesh: Any, model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
+    """Save, load the whole in one piece, and load into a fresh model and optimizer on the mesh."""
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    saved = folder / str(case).replace(" ", "")
+    dcp.save(gather_halves(state), checkpoint_id=saved)
+    flat = {f"model.{name}": torch.zeros(value.shape, dtype=value.dtype) for name, value in state["model"].items()}
+    dcp.load(flat, checkpoint_id=saved)
+
+    again = parallelize(new_model(case), mesh)
+    new_optimizer = torch.optim.AdamW(again.parameters(), lr=0.5)
+    like = {"model": get_model_state_dict(again), "optimizer": get_optimizer_state_dict(again, new_optimizer)}
+    loaded = gather_halves(like)
+    dcp.load(loaded, checkpoint_id=saved)
+    loaded = scatter_halves(loaded, like)
+    set_model_state_dict(again, loaded["model"])
+    set_optimizer_state_dict(again, new_optimizer, loaded["optimizer"])
+    differences = [
+        name
+        for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True)
+        if not torch.equal(_whole(parameter), _whole(other))
+        or parameter.placements != other.placements
+        or any(
+            not torch.equal(_whole(value), _whole(new_optimizer.state[other][key]))
+            or getattr(value, "placements", None) != getattr(new_optimizer.state[other][key], "placements", None)
+            for key, value in optimizer.state[parameter].items()
+        )
+    ]
+    return {
+        "weights": {name.removeprefix("model."): value for name, value in flat.items()},
+        "differences": differences,
+        "learning_rate": new_optimizer.param_groups[0]["lr"],
+    }
+
+
+def compute_in_bfloat16() -> float:
+    """How far the loss of a float32 model that computes in bfloat16 is from that of the model in bfloat16."""
+    case = Case(shard=2, dtype=torch.float32)
+    mesh = make_mesh(case.sizes, "cpu")
+    batch = new_batch(case, mesh.get_local_rank("shard"))
+    expected = new_model(case).to(torch.bfloat16)(**batch).loss
+    model = parallelize(new_model(case), mesh, compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    loss = model(**batch).loss
+    loss.backward()
+    kept = all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+    return float((loss - expected).abs()) if kept else float("inf")
+
+
+def refusals() -> dict[str, str]:
+    """What users hear who ask for what a mesh cannot do."""
+    heard: dict[str, str] = {}
+
+    def hear(name: str, ask: Any) -> None:
+        try:
+            ask()
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            heard[name] = str(error)
+
+    config = {**TINY, "layer_implementation": "reference"}
+    if dist.get_world_size() == 4:
+        width = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "hidden_size": 65, "head_dim": 16}))
+        hear("width", lambda: parallelize(width, make_mesh(ParallelSizes(tensor=2), "cpu")))
+        return heard
+    hear("processes", lambda: make_mesh(ParallelSizes(tensor=4), "cpu"))
+    mesh = make_mesh(ParallelSizes(tensor=2), "cpu")
+    heads = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "num_key_value_heads": 1}))
+    hear("heads", lambda: parallelize(heads, mesh))
+    features = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "intermediate_size": 97}))
+    hear("features", lambda: parallelize(features, mesh))
+    foreign = NVLlamaForCausalLM(NVLlamaConfig(**config))
+    foreign.model.layers[0] = torch.nn.Identity()
+    hear("transformer engine", lambda: parallelize(foreign, mesh))
+    return heard
+
+
+def errors_of(case: Case, folder: Path) -> dict[str, Any]:
+    """The largest differences between the mesh and the single process, relative to each tensor's largest value."""
+    alone, mesh = train_alone(case), train_on_mesh(case, folder)
+    errors: dict[str, Any] = {"loss": _error(mesh["loss"], alone["loss"]), "norm": _error(mesh["norm"], alone["norm"])}
+    for kind in ("gradients", "weights"):
+        errors[f"missing {kind}"] = sorted(alone[kind].keys() ^ mesh[kind].keys())
+        errors[kind] = {name: _error(mesh[kind][name], alone[kind][name]) for name in alone[kind]}
+    if case.through_checkpoint:
+        checkpoint = mesh["checkpoint"]
+        errors["checkpoint"] = checkpoint["differences"]
+        errors["learning rate"] = checkpoint["learning_rate"] - 0.01
+        errors["checkpoint weights"] = {
+            name: _error(checkpoint["weights"][name], alone["weights"][name]) for name in checkpoint["weights"]
+        }
+    return errors
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    if value.shape != expected.shape or value.dtype != expected.dtype:
+        return float("inf")
+    return float((value - expected).abs().max() / expected.abs().max())
+
+
+def run(rank: int, world_size: int, folder: Path) -> None:
+    """The whole life of one process: its findings go to a file."""
+    torch.set_num_threads(1)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    findings: dict[str, Any] = {}
+    try:
+        for case in CASES[world_size]:
+            findings[str(case)] = errors_of(case, folder)
+        if world_size == 2:
+            findings["bfloat16"] = compute_in_bfloat16()
+        findings["refusals"] = refusals()
+    except Exception:
+        findings["stopped by"] = traceback.format_exc()
+    torch.save(findings, folder / f"findings-{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,231 @@
+"""Training on a mesh of processes equals training in one: losses, gradients, clipping, weights after a step.
+
+The processes are started once for each number of them (`parallel_cases`); the tests look at what they found.
+"""
+
+import multiprocessing
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.fake_transformer_engine import FakeTransformerEngine
+from distributed import parallel_cases
+from distributed.parallel_cases import CASES, Case
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core.sequence_layout import whole_places
+from llama_te_core.train.context_parallel import shard_context
+from llama_te_core.train.parallel import ParallelSizes, make_mesh
+
+# Relative to the largest value of each tensor. Measured: 8e-15 and 2e-6, since sums are in another order.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+# AdamW divides by a gradient's size, so that rounding errors of small gradients come out larger: 7e-13 and 2e-4.
+TOLERANCE_AFTER_STEP = {torch.float64: 1e-10, torch.float32: 1e-3}
+
+
+class Processes:
+    """Starts processes when they are first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.findings: dict[int, list[dict]] = {}
+
+    def of(self, world_size: int) -> list[dict]:
+        """What each of so many processes found."""
+        if world_size not in self.findings:
+            folder = self.folder / str(world_size)
+            folder.mkdir()
+            # The server imports once, and each process is a copy of it.
+            multiprocessing.set_forkserver_preload(["llama_te_core.train.parallel", "torch.distributed.checkpoint"])
+            torch.multiprocessing.start_processes(
+                parallel_cases.run, (world_size, folder), nprocs=world_size, start_method="forkserver"
+            )
+            self.findings[world_size] = [torch.load(folder / f"findings-{rank}.pt") for rank in range(world_size)]
+        return self.findings[world_size]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return Processes(tmp_path_factory.mktemp("processes"))
+
+
+def with_world_size(case: Case) -> int:
+    return case.replicate * case.shard * case.context * case.tensor
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
+def test_a_mesh_trains_as_one_process_does(processes, case):
+    for rank, findings in enumerate(processes.of(with_world_size(case))):
+        assert str(case) in findings, findings.get("stopped by")
+        found = findings[str(case)]
+        assert found["missing gradients"] == []
+        errors = {"loss": found["loss"], "norm": found["norm"]} | found["gradients"]
+        too_large = {name: error for name, error in errors.items() if not error <= TOLERANCE[case.dtype]}
+        assert too_large == {}, f"rank {rank}"
+
+
+@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
+def test_the_state_dict_of_a_mesh_is_that_of_one_process(processes, case):
+    found = processes.of(with_world_size(case))[0][str(case)]  # torch gives whole state dicts to rank 0
+    assert found["missing weights"] == []
+    tolerance = TOLERANCE_AFTER_STEP[case.dtype]
+    assert {name: error for name, error in found["weights"].items() if not error <= tolerance} == {}
+
+
+@pytest.mark.parametrize(
+    "case", [case for cases in CASES.values() for case in cases if case.through_checkpoint], ids=str
+)
+def test_a_checkpoint_fits_any_mesh_and_gives_everything_back(processes, case):
+    for findings in processes.of(with_world_size(case)):
+        found = findings[str(case)]
+        assert found["checkpoint"] == []
+        assert found["learning rate"] == 0
+        assert found["checkpoint weights"].keys() == found["weights"].keys()
+        assert max(found["checkpoint weights"].values()) <= TOLERANCE_AFTER_STEP[case.dtype]
+
+
+def test_computing_in_bfloat16_is_the_model_in_bfloat16(processes):
+    # The same products in the same order; angles stay float32.
+    assert [findings["bfloat16"] for findings in processes.of(2)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name", "message"),
+    [
+        (4, "width", "shard x context=2, which does not divide hidden_size=65"),
+        (2, "processes", "replicate=1, shard=-1, context=1, tensor=4 need a multiple of 4 processes, but there are 2"),
+        (2, "heads", "tensor=2, which does not divide num_key_value_heads=1"),
+        (2, "features", "tensor=2, which does not divide intermediate_size=97"),
+        (2, "transformer engine", "tensor=2, but the layers are Transformer Engine's.*use tensor=1"),
+    ],
+)
+def test_what_a_mesh_cannot_do_is_refused(processes, world_size, name, message):
+    for findings in processes.of(world_size):
+        assert re.match(message, findings["refusals"][name])
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 0}, {"context": -1}, {"shard": 0}, {"replicate": 2.0}, {"tensor": True}])
+def test_sizes_are_checked(sizes):
+    ((name, value),) = sizes.items()
+    with pytest.raises(ValueError, match=f"{name}={value!r}: it must be an integer of at least 1"):
+        ParallelSizes(**sizes)
+
+
+def test_sizes_fill_up_with_shards():
+    assert ParallelSizes(replicate=2, tensor=4).resolve(24) == ParallelSizes(2, 3, 1, 4)
+    with pytest.raises(ValueError, match="shard=2, context=3, tensor=1 need 6 processes, but there are 8"):
+        ParallelSizes(shard=2, context=3).resolve(8)
+    with pytest.raises(ValueError, match="need a multiple of 3 processes, but there are 2"):
+        ParallelSizes(context=3).resolve(2)
+
+
+def test_a_mesh_needs_a_process_group():
+    with pytest.raises(RuntimeError, match="no process group: start the processes with torchrun"):
+        make_mesh(ParallelSizes(), "cpu")
+
+
+@given(chunk=st.integers(1, 7), ranks=st.integers(1, 6))
+def test_the_parts_of_a_sequence_are_all_of_it_with_equal_work(chunk, ranks):
+    places = [whole_places(torch.arange(2 * chunk), 2 * chunk, rank, ranks) for rank in range(ranks)]
+    assert torch.cat(places).sort().values.tolist() == list(range(2 * chunk * ranks))
+    assert len({int(place.sum()) for place in places}) == 1  # a token attends to as many keys as its place says
+    assert all(bool((place.diff() > 0).all()) for place in places)
+
+
+class Mesh:
+    """As much of a mesh as cutting a batch without labels needs."""
+
+    device_type = "cpu"
+
+    def __init__(self, context: int, rank: int = 0) -> None:
+        self.context, self.rank = context, rank
+
+    def __getitem__(self, dimension):
+        return types.SimpleNamespace(size=lambda: self.context if dimension == "context" else 1)
+
+    def get_local_rank(self, dimension):
+        return self.rank
+
+
+def test_packed_sequences_are_cut_each_by_itself():
+    offsets = torch.tensor([0, 4, 12], dtype=torch.int32)
+    batch = {"input_ids": torch.arange(12)[None], "cu_seq_lens_q": offsets, "max_length_q": 8}
+    first, second = (shard_context(batch, Mesh(2, rank)) for rank in range(2))
+    assert first["input_ids"].tolist() == [[0, 3, 4, 5, 10, 11]]
+    assert second["input_ids"].tolist() == [[1, 2, 6, 7, 8, 9]]
+    assert first["cu_seq_lens_q"].tolist() == second["cu_seq_lens_k"].tolist() == [0, 2, 6]
+    assert first["cu_seq_lens_q"].dtype == torch.int32
+    assert first["max_length_q"] == first["max_length_k"] == 4
+
+
+def test_padding_goes_behind_the_tokens_and_fields_stay_together():
+    ids, mask = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 0]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "weights": ids[..., None] * 10.0}
+    parts = [shard_context(batch, Mesh(2, rank)) for rank in range(2)]
+    assert [part["input_ids"].tolist() for part in parts] == [
+        [[5, 6, 0, 0], [1, 2, 0, 0]],
+        [[7, 0, 0, 0], [3, 4, 0, 0]],
+    ]
+    assert all(torch.equal(part["weights"][..., 0], part["input_ids"] * 10.0) for part in parts)
+    assert all("attention_mask" not in part for part in parts)
+
+
+def test_sequences_that_cannot_be_shared_out_equally_are_refused():
+    batch = {"input_ids": torch.zeros(1, 10), "cu_seq_lens_q": torch.tensor([0, 4, 10], dtype=torch.int32)}
+    with pytest.raises(
+        ValueError, match=r"sequences of \[4, 6\] tokens.*context=2.*pad_sequences_to_be_divisible_by=4"
+    ):
+        shard_context(batch, Mesh(2))
+
+
+def test_positions_that_may_hide_sequences_are_refused():
+    batch = {"input_ids": torch.zeros(1, 8), "position_ids": torch.arange(8)[None]}
+    with pytest.raises(ValueError, match="position_ids may mean that the row is packed.*cu_seq_lens_q"):
+        shard_context(batch, Mesh(2))
+
+
+def test_a_split_model_takes_no_cache():
+    config = NVLlamaConfig(**parallel_cases.TINY, layer_implementation="reference")
+    attention = NVLlamaForCausalLM(config).model.layers[0].self_attention
+    attention.context_mesh = Mesh(2)
+    with pytest.raises(ValueError, match="past_key_values is given, but the model is split.*use_cache=False"):
+        attention(
+            torch.zeros(1, 2, config.hidden_size),
+            rotary_pos_emb=None,
+            inference_params=object(),
+            cu_seqlens_q=None,
+            cu_seqlens_q_padded=None,
+            max_seqlen_q=None,
+        )
+
+
+def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
+    FakeTransformerEngine().install(monkeypatch)
+    from llama_te_core import transformer_engine_layer
+
+    class Layer(torch.nn.Module):
+        def set_context_parallel_group(self, *arguments):
+            self.group = arguments
+
+        def forward(self, hidden, **arguments):
+            return arguments
+
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [4, 6])
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
+    layer = Layer()
+    transformer_engine_layer.split_context(layer, types.SimpleNamespace(size=lambda: 2, get_group=lambda: "group"))
+    assert layer.group == ("group", [4, 6], "stream")
+    told = layer(
+        torch.zeros(1),
+        cu_seqlens_q=torch.tensor([0, 3]),
+        max_seqlen_q=3,
+        cu_seqlens_q_padded=None,
+        inference_params=None,
+    )
+    assert told["cu_seqlens_q"].tolist() == told["cu_seqlens_q_padded"].tolist() == [0, 6]
+    assert told["max_seqlen_q"] == 6
