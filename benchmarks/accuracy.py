@@ -10,6 +10,7 @@ Shapes: W windows, S tokens of each, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import importlib.util
 import json
@@ -24,6 +25,12 @@ import torch
 from tqdm import tqdm
 
 PAGE_SIZE = 64
+CALIBRATION = 8  # windows
+FP8 = {
+    "FP8, current scaling": "Float8CurrentScaling",
+    "FP8, delayed scaling": "DelayedScaling",
+    "FP8, delayed scaling, calibrated": "DelayedScaling",
+}
 
 
 @dataclass
@@ -104,18 +111,42 @@ def python_reference() -> str:
 def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
     """Print and yield figures of each precision that runs here."""
     from llama_te_convert import convert_llama_hf_to_te
+    from llama_te_core import calibrate
 
     fields: dict[str, dict[str, Any]] = {"float32, reference": {"layer_implementation": "reference"}, "bfloat16": {}}
     if ids_WS.is_cuda:
-        layers = hf.config.num_hidden_layers
-        fields["FP8 weights"] = {"layer_precision": ["fp8"] * layers, "use_quantized_model_init": True}
+        fields |= {name: {"layer_precision": ["fp8"] * hf.config.num_hidden_layers} for name in FP8}
     for precision, changes in fields.items():
         dtype = torch.float32 if "float32" in precision else torch.bfloat16
         model = convert_llama_hf_to_te(hf.to(device=ids_WS.device, dtype=dtype), **changes).eval()
+        if precision in FP8:
+            model = quantized(model, FP8[precision])
+        if "calibrated" in precision:
+            # With texts that the measurement does not see: the same tokens backwards.
+            calibrate(model, ({"input_ids": ids_S[None].flip(1)} for ids_S in ids_WS[:CALIBRATION]))
         with torch.inference_mode():
             trained = training_pass(model, ids_WS)
             yield report(f"{precision}, training pass", trained, trained)
             yield report(f"{precision}, decoding steps", decoding_steps(model, ids_WS, precision), trained)
+
+
+def quantized(model: Any, recipe: str) -> Any:
+    """A model with the same weights, quantized once, and a recipe of Transformer Engine."""
+    from transformer_engine.common import recipe as recipes
+
+    from llama_te_core import NVLlamaForCausalLM
+
+    config = copy.deepcopy(model.config)
+    config.use_quantized_model_init = True
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(model.dtype)
+    try:
+        with model.device:
+            result = NVLlamaForCausalLM(config, fp8_recipe=getattr(recipes, recipe)())
+    finally:
+        torch.set_default_dtype(default)
+    result.load_state_dict(model.state_dict())
+    return result.eval()
 
 
 def report(what: str, logprob_WS: torch.Tensor, trained_WS: torch.Tensor) -> Figure:

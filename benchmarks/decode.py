@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 VOCABULARY = 128256
 CONTEXT = 128
-STEPS, REPEATS = 64, 5
+STEPS, REPEATS = 16, 5
 BATCHES = ["bf16, batch 1", "bf16, batch 32"]
 LONGER = ["bf16, 4 beams", "bf16, batch 32 at 8192", "bf16, prefill of 8192", "bf16, 256 requests of 512 + 256"]
 FP8 = ["8B FP8, batch 1", "8B FP8, batch 32", "8B FP8, prefill of 8192"]
@@ -147,8 +147,9 @@ def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
     """Milliseconds from one token to the next, the host's loop included, with all requests running."""
     from llama_te_infer import Engine, SamplingParams
 
-    new = STEPS * REPEATS + 32
-    length = context + new
+    ahead = 8 + STEPS * REPEATS // 2
+    new, start = 2 * ahead + 16, context - ahead  # so that texts have `context` tokens in the middle repeat
+    length = start + new
     engine = Engine(
         model,
         max_batch_size=count * beams,
@@ -157,7 +158,7 @@ def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
         prefix_caching=False,
     )
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, num_beams=beams)
-    for prompt in prompts(count, context):
+    for prompt in prompts(count, start):
         engine.submit(prompt, params)
     while len(engine.scheduler.rows) < count * beams:
         engine.step()

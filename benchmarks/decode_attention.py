@@ -22,10 +22,14 @@ KV_HEADS, GROUP = 8, 4
 MODELS = {"1B": 64, "8B": 128}  # size of a head
 CONTEXTS = ((1, 128), (1, 1024), (1, 8192), (1, 32768), (32, 128), (32, 1024), (32, 8192))
 PAGE_SIZE = 64
+# How a row's tokens lie: page size, 0 for none; and whether each head's tokens of a page lie together.
+LAYOUTS = {"rows": (0, False), f"pages of {PAGE_SIZE}": (PAGE_SIZE, False), "pages, heads apart": (PAGE_SIZE, True)}
 L2_BYTES = 256 * 2**20  # more than any GPU's
 
 
-def arguments_of_layers(rows: int, tokens: int, head_dim: int, page_size: int) -> list[dict[str, Any]]:
+def arguments_of_layers(
+    rows: int, tokens: int, head_dim: int, page_size: int, heads_apart: bool
+) -> list[dict[str, Any]]:
     """Arguments for rows of `tokens`, the new one included, with caches of their own and all else in common."""
     capacity = -(-(tokens + 1) // 256) * 256
     blocks, page_table = (rows, capacity), None
@@ -44,10 +48,13 @@ def arguments_of_layers(rows: int, tokens: int, head_dim: int, page_size: int) -
         "workspace": torch.zeros(size, dtype=torch.int32, device="cuda"),
     }
     layers = max(2, int(L2_BYTES // (cached_megabytes(rows, tokens, head_dim) * 1e6)))
-    return [
-        shared | {name: random(*blocks, KV_HEADS, head_dim) for name in ("key_cache", "value_cache")}
-        for _ in range(min(layers, 512))
-    ]
+
+    def cache() -> torch.Tensor:
+        if heads_apart:
+            return random(blocks[0], KV_HEADS, blocks[1], head_dim).transpose(1, 2)
+        return random(*blocks, KV_HEADS, head_dim)
+
+    return [shared | {"key_cache": cache(), "value_cache": cache()} for _ in range(min(layers, 512))]
 
 
 def cached_megabytes(rows: int, tokens: int, head_dim: int) -> float:
@@ -77,14 +84,15 @@ def torch_run(arguments: dict[str, Any], rows: int, tokens: int) -> Run:
     return run
 
 
-def figure(model: str, rows: int, tokens: int, page_size: int, with_baseline: bool) -> Figure:
-    layers = arguments_of_layers(rows, tokens, MODELS[model], page_size)
+def figure(model: str, rows: int, tokens: int, layout: str, with_baseline: bool) -> Figure:
+    page_size, heads_apart = LAYOUTS[layout]
+    layers = arguments_of_layers(rows, tokens, MODELS[model], page_size, heads_apart)
     runs = [lambda arguments=arguments: decode_attention(**arguments) for arguments in layers]
     time = microseconds(runs)
     baseline = None
     if with_baseline and not page_size:
         baseline = microseconds([torch_run(arguments, rows, tokens) for arguments in layers])
-    what = f"{model} heads, {rows} x {tokens} tokens, {f'pages of {page_size}' if page_size else 'rows'}"
+    what = f"{model} heads, {rows} x {tokens} tokens, {layout}"
     against = "append_rope + PyTorch" if baseline is not None else ""
     return Figure(what, time, cached_megabytes(rows, tokens, MODELS[model]), against, baseline)
 
@@ -104,8 +112,8 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copies at {copy:.3f} TB/s", flush=True)
         for model in MODELS:
             for rows, tokens in CONTEXTS:
-                for page_size in (0, PAGE_SIZE):
-                    figures.append(figure(model, rows, tokens, page_size, arguments.baseline))
+                for layout in LAYOUTS:
+                    figures.append(figure(model, rows, tokens, layout, arguments.baseline))
                     torch.cuda.empty_cache()
     print(as_text(figures, copy))
     if arguments.json is not None:

@@ -626,6 +626,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
     const float scale = a.scale * kLog2E;
+    cudaTriggerProgrammaticLaunchCompletion();  // the next one, if it need not wait itself, finds room at once
     char *const ring = shared.rings[warp];
 
     // Columns of fragments without a query head count nowhere, but should not be whatever lay here.
@@ -660,11 +661,9 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 
         // Until here the kernel ahead on the stream may still be running, and nothing that it writes has been read, nor
         // has anything been written. `start`, the page table and the keys and values of earlier tokens, which have been
-        // read, are an earlier step's. That step is over: this kernel lets its successor start only after its own wait,
-        // so all that came before the attention of the layer before has ended, and what the first layer's may expect
-        // is said in decode_attention.py. From the second item on the wait is over at once.
+        // read, are an earlier step's, which is over: see decode_attention.py. From the second item on the wait is over
+        // at once.
         cudaGridDependencySynchronize();
-        cudaTriggerProgrammaticLaunchCompletion();
 
         take_token<kElement>(a, item, shared);
         __syncthreads();

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace llama_te {
 
@@ -12,6 +13,9 @@ enum class WeightType : int { kBFloat16 = 0, kFloat8E4M3 = 1 };
 
 // Rows of activations that `linear_cuda` takes.
 constexpr int kMaxLinearRows = 32;
+
+// Products that one launch of it does.
+constexpr int kMaxProducts = 4;
 
 struct LinearArguments {
     const char *input;        // bfloat16 [B, K]
@@ -34,6 +38,8 @@ struct LinearArguments {
 std::int64_t linear_partials(int device);
 std::int64_t linear_tickets(int device);
 
-void linear_cuda(const LinearArguments &arguments, int device, std::uintptr_t stream);
+// Does the products one after the other; each may read what those before it have written. They have as many rows and
+// weights of one type, and share `partials` and `tickets`.
+void linear_cuda(const std::vector<LinearArguments> &products, int device, std::uintptr_t stream);
 
 }  // namespace llama_te

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from llama_te_core import layers
+
+pytest_plugins = ["verification"]
 
 TINY: dict[str, Any] = {
     "vocab_size": 257,
@@ -25,6 +29,13 @@ TINY: dict[str, Any] = {
     # Large enough that layers matter: with the usual 0.02 a tiny model is almost its embeddings alone.
     "initializer_range": 0.15,
 }
+
+
+@pytest.fixture(autouse=True)
+def _transformer_engine_is_looked_for_anew() -> Iterator[None]:
+    """What a test with a fake Transformer Engine has found is forgotten with it."""
+    yield
+    layers.transformer_engine_problem.cache_clear()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The Python blocks of README.md and docs/ run as written, page by page, in a folder with a checkpoint `./llama`.
 
-So do blocks of `llama-te-convert` commands. Blocks marked `python gpu` need one and are only compiled.
+So do `llama-te-convert` and `llama-te-train` commands. Blocks marked `python gpu` need one and are only compiled.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.command import main
+from llama_te_convert.command import main as convert
+from llama_te_core.train.command import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|python gpu|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND = "llama-te-convert "
+COMMANDS = {"llama-te-convert": convert, "llama-te-train": train}
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 WORDS = ["The", "sky", "is", "blue", "because", "Two", "and", "two", "make", "four", "Yes", "No", "then", "?"]
 
@@ -49,8 +50,9 @@ def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.Mon
     for block in BLOCK.finditer(text):
         if block[1] == "bash":
             for command in block[2].splitlines():
-                if command.startswith(COMMAND):
-                    assert main(shlex.split(command)[1:]) == 0, command
+                name = command.split(" ")[0]
+                if name in COMMANDS:
+                    assert COMMANDS[name](shlex.split(command)[1:]) == 0, command
             continue
         line = text[: block.start(2)].count("\n")
         code = compile("\n" * line + block[2], str(page), "exec")  # so that a traceback shows the page's line

@@ -66,6 +66,22 @@ def test_transformer_engine_comes_by_an_extra_that_names_its_cuda(cuda: str) -> 
         assert (core.name, core.extras) == ("llama-te-core", {cuda})
 
 
+def test_what_training_needs_comes_by_an_extra() -> None:
+    needed = {"datasets", "jsonargparse", "tensorboard", "torchdata"}
+    assert names(dependencies("llama-te-core", extra="train")) == needed
+
+
+def test_peft_comes_by_an_extra() -> None:
+    assert names(dependencies("llama-te-core", extra="lora")) == {"peft"}
+
+
+def test_the_training_command_is_installed_with_its_presets() -> None:
+    (command,) = metadata.entry_points(group="console_scripts", name="llama-te-train")
+    assert command.load() is import_module("llama_te_core.train.command").main
+    presets = files("llama_te_core.train") / "presets"
+    assert {"tiny.yaml", "llama-3.1-8b.yaml"} <= {file.name for file in presets.iterdir()}
+
+
 def test_the_report_is_json_or_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["info", "--json"])
     info.main()

@@ -27,7 +27,11 @@ class Hidden:
 sys.meta_path.insert(0, Hidden())
 import importlib.metadata
 found = importlib.metadata.entry_points
-importlib.metadata.entry_points = lambda **which: [each for each in found(**which) if "llama_te" not in each.value]
+def entry_points(**which):
+    points = found(**which)
+    points = getattr(points, "_all", points)  # up to Python 3.11 all of them are a dict of groups
+    return importlib.metadata.EntryPoints(each for each in points if "llama_te" not in each.value)
+importlib.metadata.entry_points = entry_points
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 for name in ("llama_te_core", "llama_te_convert", "llama_te_infer"):

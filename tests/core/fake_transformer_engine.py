@@ -8,6 +8,7 @@ import sys
 import types
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
@@ -61,19 +62,79 @@ class Float8Tensor(QuantizedTensor):
         return tensor
 
 
+class TensorGroup:
+    """What TE's products exchange with the other processes of a tensor group; nothing without one."""
+
+    def __init__(self, group, sequence_parallel):
+        self.group, self.sequence_parallel = group, sequence_parallel
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    def enter(self, x):
+        """Before a product whose rows are shared out: all tokens, if each process has some."""
+        if self.group is None:
+            return x
+        return Exchange.apply(x, *((self.gather, self.scatter) if self.sequence_parallel else (Keep(), self.add)))
+
+    def leave(self, x):
+        """Behind a product whose columns are shared out: the sum, or its part for this process's tokens."""
+        if self.group is None:
+            return x
+        return Exchange.apply(x, *((self.scatter, self.gather) if self.sequence_parallel else (self.add, Keep())))
+
+    def add(self, x):
+        total = x.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, x):
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts)
+
+    def scatter(self, x):
+        return self.add(x).chunk(self.size)[dist.get_rank(self.group)].clone()
+
+
+class Keep:
+    def __call__(self, x):
+        return x.view_as(x)
+
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad), None, None
+
+
 class LayerNormLinear(reference_layer.LayerNormLinear):
     __module__ = "transformer_engine.pytorch.module.layernorm_linear"
+
+    def forward(self, hidden_bE):
+        normed_bE = nn.functional.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
+        return nn.functional.linear(self.tensor_group.enter(normed_bE), self.weight)
 
 
 class LayerNormMLP(reference_layer.LayerNormMLP):
     __module__ = "transformer_engine.pytorch.module.layernorm_mlp"
+
+    def forward(self, hidden_bE):
+        normed_bE = nn.functional.rms_norm(hidden_bE, hidden_bE.shape[-1:], self.layer_norm_weight, self.eps)
+        features_bF = nn.functional.linear(self.tensor_group.enter(normed_bE), self.fc1_weight)
+        gate_bF, up_bF = features_bF.chunk(2, dim=-1)
+        features_bF = nn.functional.silu(gate_bF) * up_bF
+        return self.tensor_group.leave(nn.functional.linear(features_bF, self.fc2_weight))
 
 
 class Linear(nn.Module):
     __module__ = "transformer_engine.pytorch.module.linear"
 
     def forward(self, input_bE):
-        return nn.functional.linear(input_bE, self.weight)
+        return self.tensor_group.leave(nn.functional.linear(input_bE, self.weight))
 
 
 class FakeTransformerEngine:
@@ -121,11 +182,13 @@ class FakeTransformerEngine:
                 self.arguments = arguments
                 self.init_context = fake.inits[-1] if fake.inits else None
                 self.calls = []
+                group = TensorGroup(arguments["tp_group"], arguments["sequence_parallel"])
+                ranks = group.size if arguments["set_parallel_mode"] else 1
                 sizes = types.SimpleNamespace(
                     hidden_size=arguments["hidden_size"],
-                    intermediate_size=arguments["ffn_hidden_size"],
-                    num_attention_heads=arguments["num_attention_heads"],
-                    num_key_value_heads=arguments["num_gqa_groups"],
+                    intermediate_size=arguments["ffn_hidden_size"] // ranks,
+                    num_attention_heads=arguments["num_attention_heads"] // ranks,
+                    num_key_value_heads=arguments["num_gqa_groups"] // ranks,
                     head_dim=arguments["kv_channels"],
                     rms_norm_eps=arguments["layernorm_epsilon"],
                     attention_dropout=arguments["attention_dropout"],
@@ -135,6 +198,8 @@ class FakeTransformerEngine:
                 self.self_attention.layernorm_qkv.__class__ = LayerNormLinear
                 self.self_attention.proj.__class__ = Linear
                 self.layernorm_mlp.__class__ = LayerNormMLP
+                for module in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
+                    module.tensor_group = group
                 self.self_attention.core_attention = CoreAttention(arguments["kv_channels"] ** -0.5)
                 for module in self.modules():
                     for name, parameter in module.named_parameters(recurse=False):

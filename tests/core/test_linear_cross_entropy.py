@@ -5,7 +5,10 @@ Shapes: T tokens, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+import warnings
 from typing import Any
 
 import pytest
@@ -261,13 +264,25 @@ def test_the_logits_of_all_tokens_are_never_there(dtype):
     assert plain.most_elements == tokens * vocabulary
     assert fused.most_elements == chunk_tokens * vocabulary
     assert backward.most_elements == vocabulary * size
-    # As the docstring says: logits, and in 16 bits a copy of them; the head's gradient and a chunk's share of it; the
-    # gradient of hidden. Beside these, a few numbers for each token.
+    # As the docstring says: logits and 4 bytes for each; the head's gradient and, in 16 bits, a chunk's share of it;
+    # the gradient of hidden. Beside these, a few numbers for each token.
     width = dtype.itemsize
-    logits = (4 if width == 4 else 6) * chunk_tokens * vocabulary
-    head, hidden = (4 + width) * vocabulary * size, width * tokens * size
+    logits = (width + 4) * chunk_tokens * vocabulary
+    head, hidden = (4 if width == 4 else 6) * vocabulary * size, width * tokens * size
     assert fused.most_bytes <= logits + head + hidden + 50 * tokens
     assert plain.most_bytes > 5 * fused.most_bytes
+
+
+def test_a_gpu_without_triton_warns_once(monkeypatch):
+    module = sys.modules["llama_te_core.linear_cross_entropy"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    module._triton_is_installed.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch on this GPU.* Install the version of triton"):
+        passes = module._passes(torch.device("cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert module._passes(torch.device("cuda")) == passes == (module._statistics, module._write_gradient)
+    module._triton_is_installed.cache_clear()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from core.fake_transformer_engine import (
     QuantizedTensor,
 )
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaModel, layers
-from llama_te_core.precision import PrecisionPlan, check_recipe, recipe_name
+from llama_te_core.precision import PrecisionPlan, calibrate, check_recipe, recipe_name
 
 RECIPES = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
 # What each GPU runs; anything else is refused with the last recipe, or none, as the nearest.
@@ -177,6 +177,14 @@ class TestTokens:
             with pytest.raises(ValueError, match=f"^{tokens} tokens.*multiples of {multiple}: pad to {padded} "):
                 plan.check_tokens(tokens, grad)
 
+    def test_each_tensor_rank_has_a_multiple(self):
+        plan = PrecisionPlan(["fp8", None], DelayedScaling(), None, 2)
+        plan.check_tokens(32, grad=True, ranks=2)
+        with pytest.raises(
+            ValueError, match="^16 tokens.*fp8 layers on 2 tensor ranks take multiples of 32: pad to 32 "
+        ):
+            plan.check_tokens(16, grad=True, ranks=2)
+
     def test_the_recipe_of_no_layer_does_not_count(self):
         plan = PrecisionPlan(["fp8", None], DelayedScaling(), NVFP4BlockScaling(), 2)
         assert plan.token_multiple() == 16
@@ -251,6 +259,28 @@ class TestContexts:
         recipes = [layer.calls[0]["autocast"][-1][1] for layer in te.layers]
         assert isinstance(recipes[0], DelayedScaling)
         assert recipes[1:] == [None, None]
+
+    @pytest.mark.parametrize("recipe", [DelayedScaling(), None])
+    def test_calibration_runs_all_batches_where_transformer_engine_looks_at_them(self, te, recipe):
+        model = NVLlamaForCausalLM(config_of(layer_precision=["fp8"] * 3), fp8_recipe=recipe).eval()
+        seen = []
+        model.model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+        with torch.no_grad():
+            calibrate(model, ({"input_ids": torch.ones(1, 16, dtype=torch.long)} for _ in range(4)))
+        assert seen == [True] * 4
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_calibration_of_nothing_is_refused(self, te):
+        batch = {"input_ids": torch.ones(1, 16, dtype=torch.long)}
+        for model in (
+            NVLlamaForCausalLM(config_of()),
+            NVLlamaForCausalLM(config_of(layer_precision=["fp8", None, None]), fp8_recipe=Float8CurrentScaling()),
+            torch.nn.Linear(3, 4),
+        ):
+            with pytest.raises(ValueError, match="no layer of the model has delayed scaling"):
+                calibrate(model, [batch])
+        with pytest.raises(ValueError, match="batches is empty"):
+            calibrate(NVLlamaForCausalLM(config_of(layer_precision=["fp8"] * 3), fp8_recipe=DelayedScaling()), [])
 
     def test_without_quantized_layers_there_is_no_context(self, te):
         NVLlamaForCausalLM(config_of())(torch.ones(1, 5, dtype=torch.long))
@@ -380,8 +410,16 @@ class TestTransformerEngineLayer:
                 "fuse_qkv_params": True,
                 "qkv_weight_interleaved": True,
                 "params_dtype": torch.float32,
-                "device": torch.device("cpu"),
+                "device": "cpu",
+                "tp_group": None,
+                "set_parallel_mode": False,
+                "sequence_parallel": False,
             }
+
+    def test_it_knows_the_meta_device_by_name(self, te):
+        with torch.device("meta"):
+            NVLlamaModel(config_of())
+        assert {layer.arguments["device"] for layer in te.layers} == {"meta"}
 
     def test_dtype_is_the_default_one(self, te, tmp_path):
         NVLlamaModel(config_of()).to(torch.bfloat16).save_pretrained(tmp_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from conftest import TINY
+from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.context_parallel import shard_context
 from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize
@@ -86,6 +86,7 @@ CASES = {
         Case(shard=2, context=2, batch="packed with padding"),
         Case(shard=2, context=2, batch="padded left", tied=True),
         Case(context=2, tensor=2, checkpointing=True),
+        Case(context=2, tensor=2, batch="packed with padding", dtype=torch.float32),
         Case(context=2, tensor=2, batch="padded right", tied=True, through_checkpoint=True),
         Case(context=4, batch="padded left"),
         Case(replicate=2, context=2),
@@ -176,13 +177,14 @@ def train_alone(case: Case) -> dict[str, Any]:
 
 
 def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
-    mesh = make_mesh(case.sizes, "cpu")
+    device = torch.get_default_device()
+    mesh = make_mesh(case.sizes, device.type)
     if case.from_meta:
         whole = get_model_state_dict(new_model(case))
         with torch.device("meta"):
             model = new_model(case)
         model = parallelize(model, mesh)
-        model.init_empty_weights("cpu")
+        model.init_empty_weights(device)
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
     else:
         model = parallelize(new_model(case), mesh)
@@ -246,7 +248,7 @@ def go_through_checkpoint(case: Case, mesh: Any, model: Any, optimizer: Any, fol
 def compute_in_bfloat16() -> float:
     """How far the loss of a float32 model that computes in bfloat16 is from that of the model in bfloat16."""
     case = Case(shard=2, dtype=torch.float32)
-    mesh = make_mesh(case.sizes, "cpu")
+    mesh = make_mesh(case.sizes, torch.get_default_device().type)
     batch = new_batch(case, mesh.get_local_rank("shard"))
     expected = new_model(case).to(torch.bfloat16)(**batch).loss
     model = parallelize(new_model(case), mesh, compute_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -256,6 +258,36 @@ def compute_in_bfloat16() -> float:
     return float((loss - expected).abs()) if kept else float("inf")
 
 
+def between_the_layers() -> dict[str, Any]:
+    """Embeddings that go in, hidden states that come out and what the layers see, of a model on tensor ranks."""
+    case = Case(tensor=2)
+    batch = new_batch(case, 0)
+    labels = batch.pop("labels")
+    model = new_model(case)
+    embeds_BSE = model.model.embed_tokens(batch.pop("input_ids")).detach()
+
+    def run(model: NVLlamaForCausalLM) -> tuple[Any, torch.Tensor]:
+        own_BSE = embeds_BSE.clone().requires_grad_()
+        count = torch.tensor(7)
+        outputs = model(
+            inputs_embeds=own_BSE, labels=labels, num_items_in_batch=count, output_hidden_states=True, **batch
+        )
+        outputs.loss.backward()
+        return outputs.hidden_states, own_BSE.grad
+
+    expected, expected_gradient = run(model)
+    split = parallelize(new_model(case), make_mesh(case.sizes, torch.get_default_device().type))
+    seen: list[int] = []
+    for layer in split.model.layers:
+        layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0].shape[0]))
+    states, gradient = run(split)
+    return {
+        "tokens": [embeds_BSE.shape[1], *seen],
+        "hidden states": max(_error(*pair) for pair in zip(states, expected, strict=True)),
+        "gradient": _error(gradient, expected_gradient),
+    }
+
+
 def refusals() -> dict[str, str]:
     """What users hear who ask for what a mesh cannot do."""
     heard: dict[str, str] = {}
@@ -263,23 +295,24 @@ def refusals() -> dict[str, str]:
     def hear(name: str, ask: Any) -> None:
         try:
             ask()
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError) as error:
             heard[name] = str(error)
 
     config = {**TINY, "layer_implementation": "reference"}
+    device = torch.get_default_device().type
     if dist.get_world_size() == 4:
         width = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "hidden_size": 65, "head_dim": 16}))
-        hear("width", lambda: parallelize(width, make_mesh(ParallelSizes(tensor=2), "cpu")))
+        hear("width", lambda: parallelize(width, make_mesh(ParallelSizes(tensor=2), device)))
         return heard
-    hear("processes", lambda: make_mesh(ParallelSizes(tensor=4), "cpu"))
-    mesh = make_mesh(ParallelSizes(tensor=2), "cpu")
+    hear("processes", lambda: make_mesh(ParallelSizes(tensor=4), device))
+    mesh = make_mesh(ParallelSizes(tensor=2), device)
     heads = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "num_key_value_heads": 1}))
     hear("heads", lambda: parallelize(heads, mesh))
     features = NVLlamaForCausalLM(NVLlamaConfig(**{**config, "intermediate_size": 97}))
     hear("features", lambda: parallelize(features, mesh))
-    foreign = NVLlamaForCausalLM(NVLlamaConfig(**config))
-    foreign.model.layers[0] = torch.nn.Identity()
-    hear("transformer engine", lambda: parallelize(foreign, mesh))
+    split = parallelize(NVLlamaForCausalLM(NVLlamaConfig(**config)), mesh)
+    odd = {"input_ids": torch.ones(1, 5, dtype=torch.long), "cu_seq_lens_q": torch.tensor([0, 5], dtype=torch.int32)}
+    hear("tokens", lambda: split(**odd))
     return heard
 
 
@@ -310,17 +343,16 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return float((value - expected).abs().max() / expected.abs().max())
 
 
-def run(rank: int, world_size: int, folder: Path) -> None:
+def run(rank: int, world_size: int, device: str, folder: Path) -> None:
     """The whole life of one process: its findings go to a file."""
-    torch.set_num_threads(1)
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    join(rank, world_size, device, folder / "store")
     findings: dict[str, Any] = {}
     try:
         for case in CASES[world_size]:
             findings[str(case)] = errors_of(case, folder)
         if world_size == 2:
             findings["bfloat16"] = compute_in_bfloat16()
+            findings["between the layers"] = between_the_layers()
         findings["refusals"] = refusals()
     except Exception:
         findings["stopped by"] = traceback.format_exc()

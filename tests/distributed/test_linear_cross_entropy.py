@@ -5,6 +5,7 @@ Shapes: T tokens, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def case(ranks: list[int], rows: list[int], **changes: Any) -> dict[str, Any]:
         "hidden_requires_grad": True,
         "weight_requires_grad": True,
         "options": {"z_loss": 1e-3},
+        "kernels": False,
     } | changes
 
 
@@ -45,13 +47,17 @@ CASES = {
     "frozen decoder": case([0, 1, 2], [5, 1, 7], hidden_requires_grad=False),
     "no token": case([0, 1, 2], [4, 4, 4], labels_T=torch.full((17,), 12)),
 }
+if sys.platform == "linux":  # Triton is built for it alone
+    CASES["three, uneven, kernels"] = case([0, 1, 2], [5, 1, 7], kernels=True)
+    CASES["two, kernels"] = case([0, 1], [6, 6], kernels=True, options={"num_items": 9})
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("shards")
     torch.save({"world_size": WORLD_SIZE, "cases": CASES}, folder / "problem.pt")
-    processes = [subprocess.Popen([sys.executable, SHARD, folder, str(rank)]) for rank in range(WORLD_SIZE)]
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    processes = [subprocess.Popen([sys.executable, SHARD, folder, str(rank)], env=env) for rank in range(WORLD_SIZE)]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0] * WORLD_SIZE
     finally:

@@ -3,24 +3,23 @@
 The processes are started once for each number of them (`parallel_cases`); the tests look at what they found.
 """
 
-import multiprocessing
 import re
 import types
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.fake_transformer_engine import FakeTransformerEngine
 from distributed import parallel_cases
 from distributed.parallel_cases import CASES, Case
+from distributed.processes import start
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.sequence_layout import whole_places
 from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.parallel import ParallelSizes, make_mesh
+from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
 
 # Relative to the largest value of each tensor. Measured: 8e-15 and 2e-6, since sums are in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -31,8 +30,8 @@ TOLERANCE_AFTER_STEP = {torch.float64: 1e-10, torch.float32: 1e-3}
 class Processes:
     """Starts processes when they are first asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = folder, device
         self.findings: dict[int, list[dict]] = {}
 
     def of(self, world_size: int) -> list[dict]:
@@ -40,25 +39,28 @@ class Processes:
         if world_size not in self.findings:
             folder = self.folder / str(world_size)
             folder.mkdir()
-            # The server imports once, and each process is a copy of it.
-            multiprocessing.set_forkserver_preload(["llama_te_core.train.parallel", "torch.distributed.checkpoint"])
-            torch.multiprocessing.start_processes(
-                parallel_cases.run, (world_size, folder), nprocs=world_size, start_method="forkserver"
-            )
+            start(parallel_cases.run, world_size, self.device, folder)
             self.findings[world_size] = [torch.load(folder / f"findings-{rank}.pt") for rank in range(world_size)]
         return self.findings[world_size]
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    return Processes(tmp_path_factory.mktemp("processes"))
+def processes(tmp_path_factory, device):
+    return Processes(tmp_path_factory.mktemp("processes"), device)
 
 
 def with_world_size(case: Case) -> int:
     return case.replicate * case.shard * case.context * case.tensor
 
 
-@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
+ALL = [case for cases in CASES.values() for case in cases]
+
+
+def marked(cases):
+    return [pytest.param(case, id=str(case), marks=pytest.mark.processes(with_world_size(case))) for case in cases]
+
+
+@pytest.mark.parametrize("case", marked(ALL))
 def test_a_mesh_trains_as_one_process_does(processes, case):
     for rank, findings in enumerate(processes.of(with_world_size(case))):
         assert str(case) in findings, findings.get("stopped by")
@@ -69,7 +71,7 @@ def test_a_mesh_trains_as_one_process_does(processes, case):
         assert too_large == {}, f"rank {rank}"
 
 
-@pytest.mark.parametrize("case", [case for cases in CASES.values() for case in cases], ids=str)
+@pytest.mark.parametrize("case", marked(ALL))
 def test_the_state_dict_of_a_mesh_is_that_of_one_process(processes, case):
     found = processes.of(with_world_size(case))[0][str(case)]  # torch gives whole state dicts to rank 0
     assert found["missing weights"] == []
@@ -77,9 +79,7 @@ def test_the_state_dict_of_a_mesh_is_that_of_one_process(processes, case):
     assert {name: error for name, error in found["weights"].items() if not error <= tolerance} == {}
 
 
-@pytest.mark.parametrize(
-    "case", [case for cases in CASES.values() for case in cases if case.through_checkpoint], ids=str
-)
+@pytest.mark.parametrize("case", marked([case for case in ALL if case.through_checkpoint]))
 def test_a_checkpoint_fits_any_mesh_and_gives_everything_back(processes, case):
     for findings in processes.of(with_world_size(case)):
         found = findings[str(case)]
@@ -89,20 +89,34 @@ def test_a_checkpoint_fits_any_mesh_and_gives_everything_back(processes, case):
         assert max(found["checkpoint weights"].values()) <= TOLERANCE_AFTER_STEP[case.dtype]
 
 
+@pytest.mark.processes(2)
 def test_computing_in_bfloat16_is_the_model_in_bfloat16(processes):
     # The same products in the same order; angles stay float32.
     assert [findings["bfloat16"] for findings in processes.of(2)] == [0.0, 0.0]
 
 
+@pytest.mark.processes(2)
+def test_tensor_ranks_share_the_tokens_between_the_layers(processes):
+    for findings in processes.of(2):
+        found = findings["between the layers"]
+        whole, *seen = found["tokens"]
+        assert seen == [whole // 2] * 2
+        assert found["hidden states"] <= TOLERANCE[torch.float64]
+        assert found["gradient"] <= TOLERANCE[torch.float64]
+
+
+REFUSED = [
+    (4, "width", "shard x context=2, which does not divide hidden_size=65"),
+    (2, "processes", "replicate=1, shard=-1, context=1, tensor=4 need a multiple of 4 processes, but there are 2"),
+    (2, "heads", "tensor=2, which does not divide num_key_value_heads=1"),
+    (2, "features", "tensor=2, which does not divide intermediate_size=97"),
+    (2, "tokens", "5 tokens in this forward pass, but layers on 2 tensor ranks take multiples of 2: pad to 6"),
+]
+
+
 @pytest.mark.parametrize(
     ("world_size", "name", "message"),
-    [
-        (4, "width", "shard x context=2, which does not divide hidden_size=65"),
-        (2, "processes", "replicate=1, shard=-1, context=1, tensor=4 need a multiple of 4 processes, but there are 2"),
-        (2, "heads", "tensor=2, which does not divide num_key_value_heads=1"),
-        (2, "features", "tensor=2, which does not divide intermediate_size=97"),
-        (2, "transformer engine", "tensor=2, but the layers are Transformer Engine's.*use tensor=1"),
-    ],
+    [pytest.param(*each, marks=pytest.mark.processes(each[0])) for each in REFUSED],
 )
 def test_what_a_mesh_cannot_do_is_refused(processes, world_size, name, message):
     for findings in processes.of(world_size):
@@ -144,6 +158,7 @@ class Mesh:
 
     def __init__(self, context: int, rank: int = 0) -> None:
         self.context, self.rank = context, rank
+        self.shape = (1, 1, context, 1)
 
     def __getitem__(self, dimension):
         return types.SimpleNamespace(size=lambda: self.context if dimension == "context" else 1)
@@ -204,6 +219,16 @@ def test_a_split_model_takes_no_cache():
         )
 
 
+def test_heads_that_cannot_be_exchanged_for_tokens_are_refused(monkeypatch):
+    FakeTransformerEngine().install(monkeypatch)
+    sizes = {**parallel_cases.TINY, "layer_implementation": "transformer_engine"}
+    model = NVLlamaForCausalLM(NVLlamaConfig(**sizes))
+    with pytest.raises(
+        ValueError, match="context_kind='a2a' with context=4, which does not divide .*heads.*=2: choose"
+    ):
+        parallelize(model, Mesh(4), context_kind="a2a")
+
+
 def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
     FakeTransformerEngine().install(monkeypatch)
     from llama_te_core import transformer_engine_layer
@@ -217,9 +242,10 @@ def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [4, 6])
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
-    layer = Layer()
-    transformer_engine_layer.split_context(layer, types.SimpleNamespace(size=lambda: 2, get_group=lambda: "group"))
-    assert layer.group == ("group", [4, 6], "stream")
+    layer, another = Layer(), Layer()
+    mesh = types.SimpleNamespace(size=lambda: 2, get_group=lambda: "group")
+    transformer_engine_layer.split_context([layer, another], mesh, "all_gather")
+    assert layer.group == another.group == ("group", [4, 6], "stream", "all_gather")
     told = layer(
         torch.zeros(1),
         cu_seqlens_q=torch.tensor([0, 3]),

@@ -164,6 +164,36 @@ def test_many_requests_come_and_go(make_llama: Any) -> None:
     assert not engine.has_unfinished and pages.pool.used == len(pages.remembered)
 
 
+def test_two_engines_at_once(make_llama: Any) -> None:
+    """Steps of two engines on streams of their own, launched in turn: both end, and with what each gets alone."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
+
+    def engine_of(seed: int) -> Engine:
+        engine = Engine(model, max_batch_size=4, max_sequence_length=256, prefix_caching=False)
+        assert isinstance(engine._runner.decode, FusedDecode)
+        for prompt in prompts(8, seed):
+            engine.submit(prompt, params)
+        return engine
+
+    expected = []
+    for seed in (1, 2):
+        engine = engine_of(seed)
+        tokens: list[list[int]] = []
+        while engine.has_unfinished:
+            tokens += [output.outputs[0].token_ids for output in engine.step()]
+        expected.append(tokens)
+    engines, streams = [engine_of(seed) for seed in (1, 2)], [torch.cuda.Stream() for _ in range(2)]
+    found: list[list[list[int]]] = [[], []]
+    while any(engine.has_unfinished for engine in engines):
+        for index, (engine, stream) in enumerate(zip(engines, streams, strict=True)):
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream):
+                if engine.has_unfinished:
+                    found[index] += [output.outputs[0].token_ids for output in engine.step()]
+    assert found == expected
+
+
 def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
     """Float16 goes through the model itself."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half()).eval()

@@ -14,7 +14,7 @@ from transformer_engine.common import recipe as recipes
 
 from gpu.small_llama import MODEL, batch, relative
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, calibrate
 
 hopper, blackwell = pytest.mark.hopper, pytest.mark.blackwell
 LOGITS, GRADIENTS = 16, 32
@@ -173,6 +173,37 @@ def test_quantized_model_init(tied, name, measured, fused_attention):
     hf = convert_llama_te_to_hf(model)
     dequantized = model.model.layers[0].layernorm_mlp.fc2_weight.dequantize()
     assert torch.equal(hf.model.layers[0].mlp.down_proj.weight, dequantized)
+
+
+@hopper
+@blackwell
+def test_calibration(make_llama, measured, fused_attention):
+    """Small activations, which a scale of 1 puts among e4m3's coarsest numbers, are seen. Weights stay.
+
+    What the norms take away the products behind them give back, so that the model computes what it did.
+    """
+    hf = make_llama().bfloat16()
+    for layer in hf.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data.mul_(2**-9)
+        attention, mlp = layer.self_attn, layer.mlp
+        for product in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj):
+            product.weight.data.mul_(2**9)
+    ids_BS, mask_BS = batch()
+    plain = convert_llama_hf_to_te(hf)
+    model = build(
+        convert_llama_hf_to_te(hf, layer_precision=["fp8"] * 6), fp8_recipe=recipes.DelayedScaling(amax_history_len=4)
+    ).eval()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    errors = []
+    with torch.no_grad():
+        expected = plain(ids_BS, attention_mask=mask_BS).logits[mask_BS.bool()]
+        for _ in range(2):
+            errors.append(relative(model(ids_BS, attention_mask=mask_BS).logits[mask_BS.bool()], expected))
+            calibrate(model, [{"input_ids": ids_BS, "attention_mask": mask_BS}] * 4)
+    measured("error with learned scales, as a part of that without", errors[1] / errors[0], 0.5)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
 
 
 @hopper

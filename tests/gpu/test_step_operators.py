@@ -21,7 +21,16 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
-from llama_te_infer.step_operators import MAX_LINEAR_ROWS, LinearWorkspace, embed, greedy, linear
+from llama_te_infer.step_operators import (
+    MAX_LINEAR_ROWS,
+    MAX_PRODUCTS,
+    LinearWorkspace,
+    Product,
+    embed,
+    greedy,
+    linear,
+    linear_chain,
+)
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
@@ -127,6 +136,15 @@ def run(products: list[dict[str, Any]], workspace: LinearWorkspace) -> None:
         linear(workspace=workspace, **product)
 
 
+def run_chained(products: list[dict[str, Any]], workspace: LinearWorkspace) -> None:
+    """Launches of one to four products."""
+    left = [Product(**product) for product in products]
+    while left:
+        size = len(left) % MAX_PRODUCTS + 1
+        linear_chain(left[:size], workspace)
+        left = left[size:]
+
+
 def run_one_by_one(products: list[dict[str, Any]], workspace: LinearWorkspace) -> None:
     for product in products:
         linear(workspace=workspace, **product)
@@ -193,10 +211,13 @@ def assert_same(contents: list[torch.Tensor], expected: list[torch.Tensor], what
 
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 13, 32])
-def test_a_chain_in_a_graph(rows: int, fp8: bool, workspace: LinearWorkspace) -> None:
-    """Forty products, each launched before the one ahead of it ends, are the same as one by one."""
+@pytest.mark.parametrize("launch", [run, run_chained])
+def test_a_chain_in_a_graph(
+    launch: Callable[[list[dict[str, Any]], LinearWorkspace], None], rows: int, fp8: bool, workspace: LinearWorkspace
+) -> None:
+    """Forty products, each launched before the one ahead of it ends or with it, are the same as one by one."""
     chain = Chain(rows, fp8, 40, seed=rows)
-    graph = captured(lambda: run(chain.products, workspace))
+    graph = captured(lambda: launch(chain.products, workspace))
     for seed in range(50):
         chain.begin(seed)
         run_one_by_one(chain.products, workspace)
@@ -223,6 +244,28 @@ def test_chains_of_different_rows_without_a_graph(workspace: LinearWorkspace) ->
         for chain, contents in zip(chains, expected, strict=True):
             assert_same(chain.contents(), contents, seed)
     assert_nothing_is_left(workspace)
+
+
+def test_chains_on_two_streams(workspace: LinearWorkspace) -> None:
+    """Launches whose blocks wait for each other end, and end right, though the host gives them to two streams."""
+    chains = [Chain(32, False, 12, seed=seed) for seed in (1, 2)]
+    workspaces, streams = [workspace, LinearWorkspace(torch.device("cuda"))], [torch.cuda.Stream() for _ in range(2)]
+    for chain in chains:
+        chain.begin(0)
+        run_one_by_one(chain.products, workspace)
+    expected = [chain.contents() for chain in chains]
+    for _ in range(20):
+        for chain in chains:
+            chain.begin(0)
+        torch.cuda.synchronize()
+        first, second = chains
+        for index in range(0, len(first.products), MAX_PRODUCTS):
+            for chain, own, stream in zip((first, second), workspaces, streams, strict=True):
+                with torch.cuda.stream(stream):
+                    linear_chain([Product(**product) for product in chain.products[index : index + MAX_PRODUCTS]], own)
+        torch.cuda.synchronize()
+        for chain, contents in zip(chains, expected, strict=True):
+            assert_same(chain.contents(), contents, "two streams")
 
 
 def large_products() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_infer import fused_decode
@@ -123,6 +124,9 @@ def test_tells_what_it_takes() -> None:
     assert not takes_fused_decode(make_model(), ROWS, PAGE_SIZE)  # float32
     assert not takes_fused_decode(make_model(head_dim=32).to(torch.bfloat16), ROWS, PAGE_SIZE)
     assert not takes_fused_decode(make_model(hidden_size=96).to(torch.bfloat16), ROWS, PAGE_SIZE)
+    adapted = get_peft_model(model, LoraConfig(target_parameters=["self_attention.proj.weight"]))
+    assert not takes_fused_decode(model, ROWS, PAGE_SIZE)  # the weights are not all there is to its products
+    assert takes_fused_decode(adapted.merge_and_unload(), ROWS, PAGE_SIZE)
 
 
 @torch.inference_mode()

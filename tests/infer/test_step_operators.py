@@ -20,7 +20,15 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
-from llama_te_infer.step_operators import LinearWorkspace, embed, greedy, linear, takes_linear
+from llama_te_infer.step_operators import (
+    LinearWorkspace,
+    Product,
+    embed,
+    greedy,
+    linear,
+    linear_chain,
+    takes_linear,
+)
 
 CPU = torch.device("cpu")
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -61,6 +69,40 @@ def test_every_fp8_value() -> None:
     one_hot = torch.nn.functional.one_hot(torch.tensor([0, 77, 127]), 128).bfloat16()
     output = run_linear(arguments | {"input": one_hot, "weight": weight_NK, "scale": torch.tensor([0.5])})
     assert torch.equal(output.double(), 0.5 * weight_NK[:, :3].double().T)
+
+
+def test_a_chain_is_its_products_one_after_the_other() -> None:
+    """Each reads what the one before wrote, and the last adds to what the first wrote."""
+    torch.manual_seed(0)
+    first, second = (make_linear(LinearCase(3, 128, 128, seed=seed)) for seed in (1, 2))
+    chained, alone = (torch.zeros(2, 3, 128).bfloat16() for _ in range(2))
+
+    def products(memory: torch.Tensor) -> list[Product]:
+        return [
+            Product(**(first | {"output": memory[0]})),
+            Product(**(second | {"input": memory[0], "output": memory[1]})),
+            Product(**(first | {"input": memory[1], "output": memory[0], "residual": memory[0]})),
+        ]
+
+    linear_chain(products(chained), LinearWorkspace(CPU))
+    for product in products(alone):
+        linear(workspace=LinearWorkspace(CPU), **product._asdict())
+    assert torch.equal(chained, alone)
+    assert bool((chained != 0).any())
+
+
+def test_bad_chains() -> None:
+    product = Product(**make_linear(LinearCase(3, 128, 32)), output=torch.empty(3, 32).bfloat16())
+    other_rows = product._replace(input=product.input[:2], output=product.output[:2])
+    fp8 = Product(**make_linear(LinearCase(3, 128, 32, fp8=True)), output=product.output)
+    for products, message in (
+        ([], "products has 0 entries: allowed are 1 to 4"),
+        ([product] * 5, "products has 5 entries"),
+        ([product, other_rows], r"products\[1\] has 2 rows and a weight of bfloat16, products\[0\] 3"),
+        ([product, fp8], r"products\[1\] has 3 rows and a weight of float8_e4m3fn"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_chain(products, LinearWorkspace(CPU))
 
 
 def test_linear_of_no_rows() -> None:

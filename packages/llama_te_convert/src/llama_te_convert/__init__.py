@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter import convert_adapter
     from .converting import Report, convert_checkpoint
     from .models import convert_llama_hf_to_te, convert_llama_te_to_hf
     from .standalone import export_te_checkpoint
@@ -19,6 +20,7 @@ except PackageNotFoundError:  # used from a source folder
 _MODULES = {
     "CheckpointError": "tensor_source",
     "Report": "converting",
+    "convert_adapter": "adapter",
     "convert_checkpoint": "converting",
     "convert_llama_hf_to_te": "models",
     "convert_llama_te_to_hf": "models",
@@ -27,6 +29,7 @@ _MODULES = {
 __all__ = [
     "CheckpointError",
     "Report",
+    "convert_adapter",
     "convert_checkpoint",
     "convert_llama_hf_to_te",
     "convert_llama_te_to_hf",

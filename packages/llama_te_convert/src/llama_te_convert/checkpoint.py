@@ -82,13 +82,13 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `config.json`.
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The content of a folder's `config.json`, or of another file of this kind.
 
     Raises:
         CheckpointError: It is missing or no JSON object.
     """
-    path = folder / "config.json"
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -24,6 +24,7 @@ examples:
   llama-te-convert to-te ./Llama-3.1-8B ./llama-te --layer-precision "1:-1=fp8" --set attn_input_format=bshd
   llama-te-convert to-hf ./llama-te ./llama-hf
   llama-te-convert to-hf ./llama-te ./llama-fp8 --fp8
+  llama-te-convert adapter-to-hf ./adapter ./adapter-hf --base ./Llama-3.1-8B
   llama-te-convert verify ./Llama-3.2-1B ./llama-te
   llama-te-convert inspect ./llama-te
 
@@ -86,6 +87,16 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print the report as JSON")
         command.set_defaults(run=_convert, to_te=to_te, layer_precision=None, fp8=False)
+    text = "convert a LoRA adapter of PEFT for the Transformer Engine layout to one for the Hugging Face model"
+    adapter = commands.add_parser("adapter-to-hf", help=text, description=text[0].upper() + text[1:] + ".")
+    adapter.add_argument("source", metavar="SRC", help="the folder that PEFT saved it to")
+    adapter.add_argument("folder", metavar="DST", type=Path, help="the new folder")
+    adapter.add_argument(
+        "--base", metavar="MODEL",
+        help="the Hugging Face model that it is for, a folder or an id on the hub (default: sizes are taken from the "
+        "model that the adapter names)",
+    )  # fmt: skip
+    adapter.set_defaults(run=_convert_adapter)
     text = "compare two checkpoints, of either layout, tensor by tensor"
     verify = commands.add_parser(
         "verify", help=text, description=text[0].upper() + text[1:] + "; status 1 if they differ."
@@ -148,6 +159,14 @@ def _convert(options: argparse.Namespace) -> int:
             f"{report.folder}: {report.tensors} tensors, {report.bytes / 1e9:.2f} GB{kept}, in {report.seconds:.1f} s, "
             f"{report.megabytes_per_second:.0f} MB/s."
         )
+    return 0
+
+
+def _convert_adapter(options: argparse.Namespace) -> int:
+    from .adapter import convert_adapter
+
+    adapted = convert_adapter(options.source, options.folder, base=options.base)
+    print(f"{options.folder}: an adapter of {len(adapted)} weights, of rank {max(each.rank for each in adapted)}.")
     return 0
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from .mapping import LLAMA, Piece, Row, Sizes, Step, check_rows, is_computed, plan
-from .tensor_source import Checkpoint, CheckpointError, TensorInfo, TensorSource, parts
+from .tensor_source import CheckpointError, TensorInfo, TensorSource, parts
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,16 @@ class HeadSizes:
     head_dim: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> HeadSizes:
-        """From a `config.json`, with the defaults that transformers has.
+    def of(cls, config: Mapping[str, Any], path: str) -> HeadSizes:
+        """From the content of a `config.json`, with the defaults that transformers has.
+
+        Args:
+            config: The content.
+            path: Of the checkpoint, for messages.
 
         Raises:
             CheckpointError: They are missing, or no sizes.
         """
-        config = checkpoint.config
         heads: Any = config.get("num_attention_heads")
         groups: Any = config.get("num_key_value_heads") or heads
         size: Any = config.get("head_dim")
@@ -59,7 +62,7 @@ class HeadSizes:
             size = hidden // heads
         if not all(map(_is_size, (heads, groups, size))) or heads % groups:
             raise CheckpointError(
-                f"the configuration of {checkpoint.path} has num_attention_heads={heads!r}, "
+                f"the configuration of {path} has num_attention_heads={heads!r}, "
                 f"num_key_value_heads={groups!r} and head_dim={size!r}: these are no sizes of a Llama."
             )
         return cls(heads, groups, size)

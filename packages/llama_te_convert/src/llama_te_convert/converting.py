@@ -106,7 +106,8 @@ def convert_checkpoint(
         # transformers, which a plain Llama does without, takes seconds to import; tensors are written in the meantime.
         write_config = background.submit(_config_writer, checkpoint, changes, fp8)
         table = architecture_of(checkpoint.config).table
-        made = targets(checkpoint.source, HeadSizes.of(checkpoint), to_te=to_te, dtype=dtype_name, table=table)
+        sizes = HeadSizes.of(checkpoint.config, checkpoint.path)
+        made = targets(checkpoint.source, sizes, to_te=to_te, dtype=dtype_name, table=table)
         planned = outputs(made, checkpoint.source)
         if fp8:
             from .fp8_export import fp8_outputs

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .collators import DataCollatorWithFlattening
 from .configuration_nvllama import NVLlamaConfig
@@ -28,6 +29,7 @@ from .modeling_nvllama import (
     NVLlamaPreTrainedModel,
 )
 from .packing import TokenPackingDataset
+from .precision import calibrate
 
 try:
     __version__ = version("llama-te-core")
@@ -44,6 +46,7 @@ __all__ = [
     "NVLlamaModel",
     "NVLlamaPreTrainedModel",
     "TokenPackingDataset",
+    "calibrate",
     "linear_cross_entropy",
     "next_token_labels",
 ]
@@ -54,3 +57,5 @@ AutoModelForCausalLM.register(NVLlamaConfig, NVLlamaForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(NVLlamaConfig, NVLlamaForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(NVLlamaConfig, NVLlamaForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(NVLlamaConfig, NVLlamaForQuestionAnswering, exist_ok=True)
+# By this list of names Trainer knows whose labels to shift when it computes the loss itself, as label smoothing does.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NVLlamaConfig.model_type] = NVLlamaForCausalLM.__name__

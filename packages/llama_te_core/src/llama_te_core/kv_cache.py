@@ -42,6 +42,22 @@ class KVCache(Protocol):
         """
         ...
 
+    def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Compute the whole step of one new column itself, where it has a faster way than the model's layers.
+
+        Called without gradients, when nothing of the step is wanted but its logits.
+
+        Args:
+            model: The `NVLlamaForCausalLM`, in evaluation mode.
+            input_ids: int64 [batch_size, 1].
+            attention_mask: As of `begin_step`.
+
+        Returns:
+            Logits [batch_size, 1, V], and the step has begun and ended; `None` where it is left to the layers, and
+            nothing has begun.
+        """
+        ...
+
     def longest(self) -> int:
         """Tokens that the longest row has, those of the current step included."""
         ...

@@ -7,11 +7,13 @@ B = 1.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -23,13 +25,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from .collectives import gathered, scattered
 from .configuration_nvllama import NVLlamaConfig
 from .kv_cache import check_cache, default_cache_factory
 from .labels import next_token_labels
 from .layers import build_layers, is_transformer_engine
 from .precision import PrecisionPlan
 from .rope import RotaryAngles
-from .sequence_layout import PackedSequences, lay_out
+from .sequence_layout import PackedSequences, check_mask, lay_out
 
 # transformers is renaming the argument and the output field: `past_key_values` up to 5.2x, `cache` after. Both names
 # are taken; outputs have the field of the installed version.
@@ -76,8 +79,8 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
             own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
             if not any(tensor.is_meta for tensor in own):
                 continue
-            if hasattr(module, "param_init_meta"):
-                module.reset_parameters()  # TE's own: also quantizes the weights it was told to
+            if getattr(module, "primary_weights_in_fp8", False):
+                module.reset_parameters()  # TE's own, which quantizes them
             else:
                 module.to_empty(device=device, recurse=False)
                 self._init_weights(module)
@@ -168,6 +171,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.context_ranks = 1  # over which `train.parallel` shares out the tokens of each sequence
+        self.sequence_mesh: DeviceMesh | None = None  # over which it shares out what goes from layer to layer
         self._precision_checked = False
         if self.precision.explicit or config.use_quantized_model_init:
             self._check_precision()
@@ -205,7 +209,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             `last_hidden_state` [B, S, E]. What it holds at padding is unspecified.
 
         Raises:
-            ValueError: Arguments do not fit together, or FP8 cannot take this number of tokens.
+            ValueError: Arguments do not fit together, or FP8 or tensor ranks cannot take this number of tokens.
             RuntimeError: The layers' precision is not to be had on this machine.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -232,6 +236,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
                 self.config.head_dim,
                 self.embed_tokens.weight.dtype,
             )
+        ranks = 1 if self.sequence_mesh is None else self.sequence_mesh.size()
         layout = lay_out(
             inputs,
             attn_input_format=self.config.attn_input_format,
@@ -240,14 +245,13 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             position_ids=position_ids,
             packed=PackedSequences.from_arguments(kwargs),
             cache=cache,
-            token_multiple=self.precision.token_multiple(),
+            # What is filled up is a sequence, and context ranks have two pieces of each.
+            token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if self.context_ranks > 1 else 1),
         )
-        if self.precision.quantized:
-            self.precision.check_tokens(layout.tokens, torch.is_grad_enabled())
+        self.precision.check_tokens(layout.tokens, torch.is_grad_enabled(), ranks)
 
         hidden = layout.arrange(inputs)
-        if input_ids is not None:
-            hidden = self.embed_tokens(hidden)
+        hidden = scattered(hidden, self.sequence_mesh) if input_ids is None else self.embed_tokens(hidden)
         arguments = layout.layer_arguments()
         arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest * self.context_ranks, hidden.device)
         arguments["inference_params"] = cache
@@ -258,10 +262,10 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         with self.precision.model_context():
             for index, layer in enumerate(self.layers):
                 if output_hidden_states:
-                    all_hidden.append(layout.restore(hidden))
+                    all_hidden.append(layout.restore(gathered(hidden, self.sequence_mesh)))
                 with self.precision.forward_context(index):
                     hidden = self._run_layer(layer, hidden, arguments)
-        hidden_BSE = layout.restore(self.norm(hidden))
+        hidden_BSE = layout.restore(gathered(self.norm(hidden), self.sequence_mesh))
         if output_hidden_states:
             all_hidden.append(hidden_BSE)
         return BaseModelOutputWithPast(
@@ -312,12 +316,14 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        shift_labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         cache: Any | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with labels, the loss.
+
+        One more token for each row of a cache, of which nothing but logits is wanted, may be the cache's own business:
+        see `KVCache.decode`.
 
         Args:
             input_ids: See `NVLlamaModel.forward`, as for all arguments not named here.
@@ -328,25 +334,35 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
             labels: int64 [B, S]; the logits at a position are trained on the next label, -100 is left out. So is a
                 label whose predecessor is padding in `attention_mask`: nothing predicts a sequence's first token.
             use_cache: See there.
-            shift_labels: int64 [B, S], labels that are shifted already, in place of `labels`.
             logits_to_keep: Compute the logits of the last so many columns only (0: all), or of these columns.
             cache: See there.
-            **kwargs: See there; `num_items_in_batch` divides the loss.
+            **kwargs: See there; `shift_labels`, int64 [B, S], are labels that are shifted already, in place of
+                `labels`; `num_items_in_batch` divides the loss.
 
         Returns:
             `loss` (if labels were given) and `logits` [B, S, V].
         """
         # Taken apart here, since the loss is given the rest.
         packed = {name: kwargs.pop(name) for name in list(kwargs) if name in _PACKED_ARGUMENTS}
+        # No argument by name: Trainer would expect every batch to have it, and evaluate those without no loss.
+        shift_labels = kwargs.pop("shift_labels", None)
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values if cache is None else cache
+        more_than_logits = output_hidden_states or labels is not None or shift_labels is not None
+        if not (more_than_logits or use_cache is False or inputs_embeds is not None or packed):
+            decoded_B1V = self._decode(input_ids, attention_mask, cache, logits_to_keep)
+            if decoded_B1V is not None:
+                return CausalLMOutputWithPast(logits=decoded_B1V, **{_CACHE_FIELD: cache})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hidden_states=kwargs.pop("output_hidden_states", None),
-            cache=cache,
+            output_hidden_states=output_hidden_states,
             **packed,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -368,6 +384,27 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             **{_CACHE_FIELD: outputs.get(_CACHE_FIELD)},
         )
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: Any | None,
+        logits_to_keep: int | torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Logits [B, 1, V] of a step that the cache computes; `None` where it is the layers' business."""
+        is_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        is_one_column = input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        if not (is_inference and is_one_column and isinstance(logits_to_keep, int)) or cache is None:
+            return None
+        assert input_ids is not None
+        rows, config = len(input_ids), self.config
+        cache = check_cache(
+            cache, rows, config.num_key_value_heads, config.head_dim, self.model.embed_tokens.weight.dtype
+        )
+        if attention_mask is not None:
+            check_mask(attention_mask, rows, 1, cache)
+        return cache.decode(self, input_ids, attention_mask)
 
     def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
         """Generate text: transformers' own method, taking the cache by either of its names in any version."""
@@ -450,6 +487,9 @@ class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
     Args: see `NVLlamaModel`.
     """
 
+    # Its loss is a mean over a batch: Trainer is to take the mean over the batches of a step.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: NVLlamaConfig, fp8_recipe: Any | None = None, fp4_recipe: Any | None = None) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -524,14 +564,17 @@ class NVLlamaForTokenClassification(NVLlamaPreTrainedModel):
             input_ids: See `NVLlamaModel.forward`, as for all arguments not named here.
             attention_mask: See there.
             labels: int64 [B, S], -100 is left out.
-            **kwargs: See there.
+            **kwargs: See there; `num_items_in_batch` divides the loss.
 
         Returns:
             `loss` (if labels were given) and `logits` [B, S, C].
         """
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits_BSC = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits_BSC, labels, self.config)
+        loss = None
+        if labels is not None:
+            num_items_in_batch = kwargs.get("num_items_in_batch")
+            loss = self.loss_function(logits_BSC, labels, self.config, num_items_in_batch=num_items_in_batch)
         return TokenClassifierOutput(loss=loss, logits=logits_BSC, hidden_states=outputs.hidden_states)
 
 

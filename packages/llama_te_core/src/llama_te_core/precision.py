@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,36 @@ def check_recipe(recipe: Any, capability: tuple[int, int] | None, device_name: s
     )
 
 
+def calibrate(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
+    """Let layers with delayed scaling learn their scales from examples, for inference.
+
+    Delayed scaling scales activations by the greatest ones of earlier passes. Training remembers them on the way;
+    inference only uses them, and a model that was never trained in FP8 has scales of 1. Here every batch runs through
+    the model with gradients in view, which is when TE looks at activations. The last ones of the recipe's
+    `amax_history_len` count. Weights stay as they are.
+
+    Args:
+        model: A model of this package on a GPU.
+        batches: Arguments of the model's forward pass, of texts like those to come.
+
+    Raises:
+        ValueError: No layer has delayed scaling, or there is no batch.
+    """
+    plan = next((module.precision for module in model.modules() if hasattr(module, "precision")), None)
+    if plan is None or not plan.has_delayed_scaling():
+        raise ValueError(
+            "no layer of the model has delayed scaling, the only one with scales to learn: set layer_precision and "
+            "pass fp8_recipe=DelayedScaling(), or leave calibrate out."
+        )
+    count = 0
+    with torch.enable_grad():
+        for batch in batches:
+            model(**batch)
+            count += 1
+    if count == 0:
+        raise ValueError("batches is empty: pass one batch at least, better as many as amax_history_len.")
+
+
 class PrecisionPlan:
     """The precision of every layer of one model.
 
@@ -149,6 +179,14 @@ class PrecisionPlan:
         self.explicit = fp8_recipe is not None or fp4_recipe is not None
         self.quantized = any(entry is not None for entry in self.layers)
 
+    def has_delayed_scaling(self) -> bool:
+        """Whether any layer scales by what it saw before."""
+        used = [precision for precision in self._recipes if precision in self.layers]
+        recipes = [self._recipes[precision] for precision in used]
+        if None in recipes:
+            recipes.append(transformer_engine().get_default_recipe())
+        return any(recipe_name(recipe) == "DelayedScaling" for recipe in recipes)
+
     def check(self, on_transformer_engine: bool, device: torch.device | None = None) -> None:
         """Refuse, before any kernel runs, what the layers' device cannot compute.
 
@@ -179,12 +217,13 @@ class PrecisionPlan:
         used = [recipe for precision, recipe in self._recipes.items() if precision in self.layers]
         return max(_TOKEN_MULTIPLE.get(recipe_name(recipe), _FP8_TOKEN_MULTIPLE) for recipe in used)
 
-    def check_tokens(self, tokens: int, grad: bool) -> None:
-        """Refuse a number of tokens that the quantized products cannot take.
+    def check_tokens(self, tokens: int, grad: bool, ranks: int = 1) -> None:
+        """Refuse a number of tokens that the quantized products cannot take, or processes cannot share out.
 
         Args:
             tokens: Tokens in this forward pass, padding included.
             grad: Whether a backward pass may follow.
+            ranks: Tensor ranks that share the tokens between the layers.
 
         Raises:
             ValueError: With the number to pad to.
@@ -192,10 +231,12 @@ class PrecisionPlan:
         multiple = self.token_multiple()
         if multiple == _FP8_TOKEN_MULTIPLE and not grad:
             multiple = _FP8_FORWARD_MULTIPLE
+        multiple *= ranks
         if tokens % multiple:
-            formats = "/".join(sorted({entry for entry in self.layers if entry}))
+            layers = " ".join(["/".join(sorted({entry for entry in self.layers if entry})), "layers"]).strip()
+            split = f" on {ranks} tensor ranks" if ranks > 1 else ""
             raise ValueError(
-                f"{tokens} tokens in this forward pass, but {formats} layers take multiples of {multiple}: pad to "
+                f"{tokens} tokens in this forward pass, but {layers}{split} take multiples of {multiple}: pad to "
                 f"{-(-tokens // multiple) * multiple} (DataCollatorWithFlattening(pad_to_multiple_of={multiple})). "
                 "With attn_input_format='thd', padded batches and generation need no padding."
             )

@@ -5,6 +5,7 @@ read. It takes the keyword arguments of `te.TransformerLayer.forward` that `Sequ
 
 `train.parallel` splits a layer over processes: it shards the weights and sets `tensor_mesh` (heads, and features of the
 MLP, are shared out) and `context_mesh` (tokens of each sequence are shared out). Without them there is one process.
+`token_placement` tells what a tensor rank has of the tokens that come into the layer and leave it: all, or its part.
 
 Shapes: B sequences, S positions of a padded batch, T packed tokens, P positions, L keys of a cache, E hidden size, F
 size of the MLP, H query heads, K key/value heads, G a key/value head's share of the fused projection (its query heads,
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.nn import functional as F
 
-from .collectives import gathered, local, shared, summed
+from .collectives import local, local_norm, shared, summed
 from .rope import rotate
 from .sequence_layout import token_places, whole_places
 
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 _BEHIND_ALL = torch.iinfo(torch.int64).max
 
+CACHE_OF_SPLIT_MODEL = (
+    "past_key_values is given, but the model is split over tensor or context ranks, where layers take no cache: pass "
+    "use_cache=False, or run the model unsplit."
+)
+
 
 class LayerNormLinear(nn.Module):
     """RMSNorm followed by a product without bias, with TE's parameter names."""
@@ -39,13 +46,15 @@ class LayerNormLinear(nn.Module):
         super().__init__()
         self.eps = eps
         self.tensor_mesh: DeviceMesh | None = None
+        self.token_placement: Placement = Replicate()
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        mesh = self.tensor_mesh
-        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], local(self.layer_norm_weight, mesh), self.eps)
-        return F.linear(shared(normed_bE, mesh), local(self.weight, mesh))
+        mesh, placement = self.tensor_mesh, self.token_placement
+        norm_weight_E = local_norm(self.layer_norm_weight, mesh, placement)
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], norm_weight_E, self.eps)
+        return F.linear(shared(normed_bE, mesh, placement), local(self.weight, mesh))
 
 
 class LayerNormMLP(nn.Module):
@@ -55,15 +64,17 @@ class LayerNormMLP(nn.Module):
         super().__init__()
         self.eps = eps
         self.tensor_mesh: DeviceMesh | None = None
+        self.token_placement: Placement = Replicate()
         self.layer_norm_weight = nn.Parameter(torch.ones(hidden_size))
         self.fc1_weight = nn.Parameter(torch.empty(2 * ffn_hidden_size, hidden_size))
         self.fc2_weight = nn.Parameter(torch.empty(hidden_size, ffn_hidden_size))
 
     def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        mesh = self.tensor_mesh
-        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], local(self.layer_norm_weight, mesh), self.eps)
-        gate_bF, up_bF = F.linear(shared(normed_bE, mesh), local(self.fc1_weight, mesh)).chunk(2, dim=-1)
-        return summed(F.linear(F.silu(gate_bF) * up_bF, local(self.fc2_weight, mesh)), mesh)
+        mesh, placement = self.tensor_mesh, self.token_placement
+        norm_weight_E = local_norm(self.layer_norm_weight, mesh, placement)
+        normed_bE = F.rms_norm(hidden_bE, hidden_bE.shape[-1:], norm_weight_E, self.eps)
+        gate_bF, up_bF = F.linear(shared(normed_bE, mesh, placement), local(self.fc1_weight, mesh)).chunk(2, dim=-1)
+        return summed(F.linear(F.silu(gate_bF) * up_bF, local(self.fc2_weight, mesh)), mesh, placement)
 
 
 class MultiheadAttention(nn.Module):
@@ -92,11 +103,10 @@ class MultiheadAttention(nn.Module):
         max_seqlen_q: int | None,
     ) -> torch.Tensor:
         """Run attention and its output projection; arguments are those of `ReferenceLayer.forward`."""
-        if inference_params is not None and not (self.context_mesh is None and self.layernorm_qkv.tensor_mesh is None):
-            raise ValueError(
-                "past_key_values is given, but the model is split over tensor or context ranks, where layers take no "
-                "cache: pass use_cache=False, or run the model unsplit."
-            )
+        # An adapter around the projection, such as PEFT's, has no mesh.
+        tensor_mesh = getattr(self.layernorm_qkv, "tensor_mesh", None)
+        if inference_params is not None and not (self.context_mesh is None and tensor_mesh is None):
+            raise ValueError(CACHE_OF_SPLIT_MODEL)
         qkv_bKGD = self.layernorm_qkv(hidden_bE).unflatten(-1, (-1, self.group + 2, self.head_dim))
         if hidden_bE.dim() == 3:
             context_bHD = self._attend_padded(qkv_bKGD, rotary_pos_emb, inference_params)
@@ -174,7 +184,8 @@ class MultiheadAttention(nn.Module):
             dim=1,
         )
         position_BS = self._whole_places(place_S, length_B1)
-        return self._attend(query_BSHD, gathered(key_BSKD, mesh), gathered(value_BSKD, mesh), position_BS, place_BL)
+        key_BLKD, value_BLKD = (shared(each, mesh, Shard(1)) for each in (key_BSKD, value_BSKD))
+        return self._attend(query_BSHD, key_BLKD, value_BLKD, position_BS, place_BL)
 
     def _attend(
         self,

@@ -63,6 +63,10 @@ class RotaryAngles:
             self._tables[device, regime] = table_P11D
         return table_P11D
 
+    def are_fixed(self, length: int) -> bool:
+        """Whether all sequences of at most `length` tokens have the same angles."""
+        return self._regime(length) == self._regime(1)
+
     def _regime(self, length: int) -> int:
         """Lengths with the same regime have the same frequencies."""
         if self.rope_type == "dynamic":

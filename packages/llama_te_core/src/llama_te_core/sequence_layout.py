@@ -132,7 +132,7 @@ def lay_out(
     """
     rows, width = input_BS.shape[:2]
     if attention_mask is not None:
-        _check_mask(attention_mask, rows, width, cache)
+        check_mask(attention_mask, rows, width, cache)
     if packed is not None:
         if attn_input_format != "thd":
             raise ValueError(
@@ -165,6 +165,23 @@ def lay_out(
         tokens = None if lengths is None else sum(lengths)
         return _packed_here(input_BS, mask_BS, tokens, longest, token_multiple, cache)
     return _tokens_first(input_BS, mask_BS, longest, self_attn_mask_type, cache)
+
+
+def check_mask(attention_mask: torch.Tensor, rows: int, width: int, cache: KVCache | None) -> None:
+    """Refuse a mask that does not fit a batch of [rows, width].
+
+    Raises:
+        ValueError: Its shape is another one.
+    """
+    shape = list(attention_mask.shape)
+    allowed = attention_mask.dim() == 2 and shape[0] == rows
+    allowed = allowed and (shape[1] == width or (cache is not None and shape[1] > width))
+    if not allowed:
+        columns = f"{width}" if cache is None else f"{width}, or the cached columns and {width}"
+        raise ValueError(
+            f"attention_mask has shape {shape}: it must be [{rows}, {columns}], nonzero for tokens and 0 for padding "
+            "(4D masks are not supported)."
+        )
 
 
 def _packed_by_caller(input_1T: torch.Tensor, packed: PackedSequences) -> SequenceLayout:
@@ -263,7 +280,7 @@ def _packed_here(
         shape_BS=(rows, width),
         format="thd",
         mask_type="padding_causal",
-        longest=longest,
+        longest=max(longest, missing) if cache is None else longest,
         cu_seqlens=cu_seqlens,
         max_seqlen=max(width, missing) if cache is None else width,
         source_N=source_N,
@@ -296,18 +313,6 @@ def _tokens_first(
         source_N=(row_B1 + order_BS).flatten(),
         target=(row_B1 + place_BS).flatten(),
     )
-
-
-def _check_mask(attention_mask: torch.Tensor, rows: int, width: int, cache: KVCache | None) -> None:
-    shape = list(attention_mask.shape)
-    allowed = attention_mask.dim() == 2 and shape[0] == rows
-    allowed = allowed and (shape[1] == width or (cache is not None and shape[1] > width))
-    if not allowed:
-        columns = f"{width}" if cache is None else f"{width}, or the cached columns and {width}"
-        raise ValueError(
-            f"attention_mask has shape {shape}: it must be [{rows}, {columns}], nonzero for tokens and 0 for padding "
-            "(4D masks are not supported)."
-        )
 
 
 def _sequence_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:

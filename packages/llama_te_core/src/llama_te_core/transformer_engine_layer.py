@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Placement
 
+from .collectives import local, local_norm
 from .precision import transformer_engine
+from .reference_layer import CACHE_OF_SPLIT_MODEL
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+    from .collectives import ContextKind
     from .configuration_nvllama import NVLlamaConfig
     from .kv_cache import KVCache
 
 te = transformer_engine()
 
 
-def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> nn.Module:
+def build_transformer_engine_layer(
+    config: NVLlamaConfig,
+    layer_number: int,
+    softmax_scale: float,
+    tensor_group: dist.ProcessGroup | None = None,
+    sequence_parallel: bool = False,
+) -> nn.Module:
     """A `te.TransformerLayer` with the sizes of `config`, in torch's default dtype and on its default device.
 
     Args:
         config: Sizes of the model.
         layer_number: Number of the layer, from 1, as TE counts.
         softmax_scale: What attention multiplies query·key by.
+        tensor_group: Processes that share heads and features; the layer has this process's part of the weights.
+        sequence_parallel: Whether each of them has a part of the tokens (of the first dimension) outside the products.
 
     Raises:
         RuntimeError: `use_quantized_model_init` on a device that holds no quantized weights.
@@ -61,15 +73,31 @@ def build_transformer_engine_layer(config: NVLlamaConfig, layer_number: int, sof
         init_method=initialize,
         output_layer_init_method=initialize,
         params_dtype=torch.get_default_dtype(),
-        device=device,
+        device=str(device),  # TE knows "meta" by its name only
+        tp_group=tensor_group,
+        set_parallel_mode=tensor_group is not None,
+        sequence_parallel=sequence_parallel,
     )
     # TransformerLayer has no argument for it; TE's own default is head_dim**-0.5.
     for module in layer.self_attention.core_attention.modules():
         if hasattr(module, "softmax_scale"):
             module.softmax_scale = softmax_scale
     _hide_extra_state(layer)
+    layer.register_forward_pre_hook(_refuse_adapted_norms)
     CachedAttention(layer, config, layer_number)
     return layer
+
+
+def _refuse_adapted_norms(layer: nn.Module, args: Any) -> None:
+    """Refuse what PEFT makes of a weight that was not asked for by `lora.on_weights`: see there."""
+    adaptable: Any = layer
+    for module in (adaptable.self_attention.layernorm_qkv, adaptable.layernorm_mlp):
+        if "base_layer" in module._modules and not hasattr(module, "parameter_name"):
+            raise RuntimeError(
+                f"a layer's {type(module.base_layer).__name__} has an adapter, {type(module).__name__}, of what goes "
+                "into its norm: it could not be merged or exported. Give PEFT its configuration through "
+                "llama_te_core.lora.on_weights, for get_peft_model and, as config=, for PeftModel.from_pretrained."
+            )
 
 
 class CachedAttention:
@@ -168,15 +196,69 @@ def _pad(
     return query_BWHD.unflatten(0, (rows, width)), unpad
 
 
-def split_context(layer: nn.Module, mesh: DeviceMesh) -> None:
-    """Share the tokens of each sequence out over the ranks of a mesh of one dimension; keys and values go round a ring.
+def split_tensor(
+    layer: nn.Module, config: NVLlamaConfig, softmax_scale: float, mesh: DeviceMesh, placement: Placement
+) -> None:
+    """Share heads and features of the MLP out over the ranks of a mesh of one dimension.
 
-    Written after TE's documentation. It has never run so far.
+    TE fixes sizes and what is exchanged when a layer is built; `set_tensor_parallel_group` sets no more than the group.
+    So the modules of a layer that is built for the group take the places of those of `layer`, with their weights.
 
     Args:
-        layer: A `te.TransformerLayer`; its input is a rank's part of each sequence from now on, as
+        layer: A `te.TransformerLayer` with `DTensor`s on the mesh for weights; it is changed.
+        config: What it was built with.
+        softmax_scale: The same.
+        mesh: The tensor ranks.
+        placement: Of the tokens that come in and go out: `Replicate()` or `Shard(0)`.
+    """
+    whole: Any = layer
+    with torch.device("meta"):
+        part: Any = build_transformer_engine_layer(
+            config, whole.self_attention.layer_number, softmax_scale, mesh.get_group(), placement.is_shard()
+        )
+    for name in ("self_attention.layernorm_qkv", "self_attention.proj", "layernorm_mlp"):
+        module = part.get_submodule(name)
+        for key, weight in layer.get_submodule(name).named_parameters(recurse=False):
+            setattr(module, key, weight)
+        _compute_with_local_weights(module, mesh, placement)
+    part.train(layer.training)
+    # The layer itself stays, for what wraps its forward pass or listens to it.
+    whole.self_attention, whole.layernorm_mlp = part.self_attention, part.layernorm_mlp
+    layer.register_forward_pre_hook(_refuse_cache, with_kwargs=True, prepend=True)
+
+
+def _compute_with_local_weights(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> None:
+    """Show a module of TE the local part of each weight during its forward pass; TE's kernels take no `DTensor`."""
+
+    def show(module: nn.Module, args: Any) -> None:
+        for name, weight in module.named_parameters(recurse=False):
+            is_norm = name == "layer_norm_weight"
+            # An attribute of its own is found before a parameter of the name.
+            module.__dict__[name] = local_norm(weight, mesh, placement) if is_norm else local(weight, mesh)
+
+    def hide(module: nn.Module, args: Any, output: Any) -> None:
+        for name, _ in module.named_parameters(recurse=False):
+            module.__dict__.pop(name, None)
+
+    module.register_forward_pre_hook(show)
+    module.register_forward_hook(hide, always_call=True)
+
+
+def _refuse_cache(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("inference_params") is not None:
+        raise ValueError(CACHE_OF_SPLIT_MODEL)
+
+
+def split_context(layers: Iterable[nn.Module], mesh: DeviceMesh, kind: ContextKind) -> None:
+    """Share the tokens of each sequence out over the ranks of a mesh of one dimension.
+
+    Written after TE's sources. It has never run so far.
+
+    Args:
+        layers: Of the class `te.TransformerLayer`; their input is a rank's part of each sequence from now on, as
             `train.context_parallel.shard_context` cuts it.
         mesh: The context ranks.
+        kind: How keys and values of other ranks are come by.
     """
     ranks = mesh.size()
 
@@ -191,14 +273,15 @@ def split_context(layer: nn.Module, mesh: DeviceMesh) -> None:
                 whole[f"{name}_padded"] = whole[name]
         return args, {**kwargs, **whole}
 
-    module: Any = layer
-    module.set_context_parallel_group(
-        mesh.get_group(), dist.get_process_group_ranks(mesh.get_group()), torch.cuda.Stream()
-    )
-    layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
+    group = mesh.get_group()
+    stream = torch.cuda.Stream()  # the second one of attention, which one layer after the other uses
+    layer: Any
+    for layer in layers:
+        layer.set_context_parallel_group(group, dist.get_process_group_ranks(group), stream, kind)
+        layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
 
 
-def checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+def checkpoint(layer: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """Run `layer` without keeping its activations; TE's version, which also restores the state of FP8 scaling."""
     output: torch.Tensor = te.checkpoint(layer, *args, use_reentrant=False, **kwargs)
     return output

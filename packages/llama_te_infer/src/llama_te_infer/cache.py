@@ -21,6 +21,7 @@ from llama_te_core.reference_layer import split_qkv
 from llama_te_core.rope import rotate
 
 from . import operators
+from .batch_decode import IMPLEMENTATIONS, BatchDecode, choose_decode
 from .cache_managers import CacheManager, NonPagedKVCacheManager, PagedKVCacheManager, default_device
 
 
@@ -41,6 +42,9 @@ class InferenceParams:
         max_ctx_len: Most new tokens of a row in one step; needed for "thd".
         qkv_format: "bshd" or "thd", the format that the first step comes in.
         device: Where keys and values are kept; the current GPU by default, the CPU where there is none.
+        decode_implementation: What computes steps of one token, where nothing but their logits is wanted: "layers" of
+            the model; "fused" kernels, the engine's, replayed from a CUDA graph; "auto", these where they can, on a
+            GPU, and the layers, with one warning there, where not.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -65,6 +69,7 @@ class InferenceParams:
         qkv_format: str = "bshd",
         *,
         device: torch.device | str | None = None,
+        decode_implementation: str = "auto",
     ) -> None:
         for name, value in (("num_heads_kv", num_heads_kv), ("head_dim_k", head_dim_k), ("dtype", dtype)):
             if value is None:
@@ -74,6 +79,10 @@ class InferenceParams:
             raise ValueError(f"qkv_format={qkv_format!r} is not known: use 'bshd' or 'thd'.")
         if qkv_format == "thd" and max_ctx_len is None:
             raise ValueError("max_ctx_len is missing: qkv_format='thd' needs the most new tokens of a row in one step.")
+        if decode_implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"decode_implementation={decode_implementation!r} is not known: use 'auto', 'fused' or 'layers'."
+            )
         self.max_batch_size = max_batch_size
         self.max_sequence_length = max_sequence_length
         self.num_heads_kv = num_heads_kv
@@ -108,6 +117,8 @@ class InferenceParams:
         self.pre_step_seqlens = self._books[2 * max_batch_size + 2 :]
         self._angles: torch.Tensor | None = None
         self._cos_sin_PD = torch.empty(0)
+        self.decode_implementation = decode_implementation
+        self._decode: BatchDecode | None = None
         self.reset()
 
     def __repr__(self) -> str:
@@ -133,6 +144,7 @@ class InferenceParams:
         # Which columns of the caller's padded batch were tokens, [B, columns]; None: all of them.
         self._columns = 0
         self._token_BC: torch.Tensor | None = None
+        self._decode_is_chosen = False
         self.cache_manager.reset()
 
     def allocate_memory(self, layer_number: int) -> None:
@@ -224,6 +236,8 @@ class InferenceParams:
             ValueError: The mask does not fit what is cached, or rows grow too long; nothing has changed then.
         """
         running = self._columns > 0
+        if width > 1:
+            self._decode_is_chosen = False
         if running and batch_size != self.batch_size:
             raise ValueError(
                 f"the cache holds a batch of {self.batch_size} rows, but {batch_size} rows come: "
@@ -253,6 +267,36 @@ class InferenceParams:
             raise
         self._add_columns(new_BS, batch_size, width)
         return new
+
+    def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Compute a step of one token for each row by the kernels that `decode_implementation` asks for.
+
+        What computes the steps of a batch is chosen at the first one behind a prompt. So a model's weights may be
+        written to at any time, and be replaced by other tensors between prompts.
+
+        Args:
+            model: An `NVLlamaForCausalLM`.
+            input_ids: int64 [B, 1].
+            attention_mask: As of `begin_step`.
+
+        Returns:
+            Logits [B, 1, V]; `None` where nothing was done, and the model's layers are to do it.
+
+        Raises:
+            ValueError: As of `begin_step`.
+            RuntimeError: decode_implementation="fused", and the kernels cannot compute steps of this batch.
+        """
+        if self._columns == 0 or min(self.sequences.values()) == 0:
+            return None  # a prompt; or a row may still have padding here
+        if self._decode is not None and self._decode.rows != self.batch_size:
+            self._decode_is_chosen = False
+        if not self._decode_is_chosen:
+            self._decode = choose_decode(self._decode, model, self)
+            self._decode_is_chosen = True
+        if self._decode is None:
+            return None
+        self.begin_step(attention_mask, len(input_ids), 1)
+        return self._decode(input_ids)
 
     def longest(self) -> int:
         """Tokens of the longest row, those of this step included."""
@@ -550,6 +594,7 @@ def inference_params_for(
     is_paged: bool = False,
     page_size: int = 64,
     prompt_length: int | None = None,
+    decode_implementation: str = "auto",
 ) -> InferenceParams:
     """A cache that fits a model and a request.
 
@@ -563,6 +608,7 @@ def inference_params_for(
         page_size: Tokens of a page; `max_length` is rounded up to whole ones.
         prompt_length: Tokens of the longest prompt. Beams and returned sequences share the pages of their prompt:
             where it is known how long these are, fewer pages will do.
+        decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
         ValueError: `prompt_length` is not between 0 and `max_length`.
@@ -591,6 +637,7 @@ def inference_params_for(
         max_ctx_len=max_length,
         qkv_format=config.attn_input_format,
         device=model.device,
+        decode_implementation=decode_implementation,
         **pages,
     )
 

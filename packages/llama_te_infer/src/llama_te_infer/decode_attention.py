@@ -54,10 +54,11 @@ def decode_attention(
     LLAMA_TE_CHECK=1. Otherwise the kernel leaves out a row whose token has no place or no position, and does not attend
     in a row with a page that the cache does not have: their outputs are zeros.
 
-    The kernel starts before the one ahead of it on the stream ends, to fetch keys and values meanwhile. So that one may
-    write `qkv`, but `start`, `page_table` and what the caches hold must have been written before. They have been,
-    unless every kernel since then was launched to overlap with the one ahead of it and let the next one start before it
-    had waited itself: one of them has to wait first, as this one does.
+    The kernel starts before the one ahead of it on the stream ends, to fetch keys and values meanwhile, and lets the
+    next one start at once. So the one ahead may write `qkv`, but `start`, `page_table` and what the caches hold must
+    have been written before. They have been, unless every kernel since then was launched to overlap with the one ahead
+    of it and let the next one start before it had waited itself: one of them has to wait first, as `embed` and `linear`
+    do.
 
     Args:
         qkv: [B, K, G + 2, D], the fused projection's output: for each key/value head its query heads, its key and its

@@ -11,6 +11,7 @@ H query heads, K key/value heads, G a key/value head's share of the fused projec
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,10 +20,18 @@ from torch.nn import functional as F
 from . import operators
 from .decode_attention import MAX_ROWS, decode_attention, takes_decode_attention, workspace_size
 from .sampler import take_likeliest
-from .step_operators import MAX_LINEAR_ROWS, LinearWorkspace, embed, linear, takes_linear
+from .step_operators import (
+    MAX_LINEAR_ROWS,
+    LinearWorkspace,
+    Product,
+    embed,
+    linear_chain,
+    one_at_a_time,
+    takes_linear,
+)
 
 if TYPE_CHECKING:
-    from .engine_cache import EngineCache
+    from .cache import InferenceParams
     from .model_runner import DecodeState
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -40,6 +49,20 @@ class Weight(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+class StepRows(NamedTuple):
+    """What a step reads of its rows from the device's memory, where there is no `DecodeState`.
+
+    Attributes:
+        token_R: int64, the last token of each row, which is not in the cache.
+        length_R: int32, tokens in the cache.
+        page_table_RP: int32; `None` for a contiguous cache.
+    """
+
+    token_R: torch.Tensor
+    length_R: torch.Tensor
+    page_table_RP: torch.Tensor | None
+
+
 class LayerWeights(NamedTuple):
     """What a decoder layer has."""
 
@@ -51,16 +74,19 @@ class LayerWeights(NamedTuple):
     fc2_EF: Weight
 
 
-def takes_fused_decode(model: Any, rows: int, page_size: int) -> bool:
+def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
     """Whether the kernels can run this model.
 
     Args:
         model: An `NVLlamaForCausalLM`.
         rows: Most rows of a step.
-        page_size: Of the cache.
+        page_size: Of the cache, None for a contiguous one.
     """
     config, dtype = model.config, model.get_input_embeddings().weight.dtype
     group = config.num_attention_heads // config.num_key_value_heads
+    # Within PEFT's adapters: they compute more than the products of the weights.
+    if any("base_layer" in module._modules for module in model.modules()):
+        return False
     if dtype != torch.bfloat16 or rows > MAX_ROWS or not operators.available(model.device.type):
         return False
     if not takes_decode_attention(dtype, group, config.head_dim, page_size):
@@ -107,11 +133,11 @@ class FusedDecode:
 
     Args:
         model: An `NVLlamaForCausalLM` that `takes_fused_decode`.
-        cache: The engine's.
+        cache: Of this model, with the memory of all layers.
         rows: R.
     """
 
-    def __init__(self, model: Any, cache: EngineCache, rows: int) -> None:
+    def __init__(self, model: Any, cache: InferenceParams, rows: int) -> None:
         config, device = model.config, cache.device
         self.cache = cache
         self.layers: list[LayerWeights] = [weights for layer in model.model.layers if (weights := weights_of(layer))]
@@ -141,7 +167,7 @@ class FusedDecode:
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # of the one state that there is
 
-    def __call__(self, state: DecodeState, rows: int) -> torch.Tensor:
+    def __call__(self, state: DecodeState | StepRows, rows: int) -> torch.Tensor:
         """See `DecodeStep`. The logits are good until the next step."""
         self._run(self._compute, state, rows)
         return self.logits_RV[:rows]
@@ -150,7 +176,7 @@ class FusedDecode:
         """See `DecodeStep`."""
         self._run(self._advance, state, rows)
 
-    def _run(self, step: Callable[[DecodeState, int], None], state: DecodeState, rows: int) -> None:
+    def _run(self, step: Callable[[Any, int], None], state: DecodeState | StepRows, rows: int) -> None:
         """Run a step for as many rows, or a few more: those behind have no tokens."""
         rows = min(next(size for size in (*BUCKETS, rows) if size >= rows), len(self.hidden_RE))
         if self.cache.device.type != "cuda":
@@ -164,15 +190,21 @@ class FusedDecode:
             with torch.cuda.graph(graph, pool=self._pool):
                 step(state, rows)
             self._graphs[key] = graph
-        self._graphs[key].replay()
+        with one_at_a_time(self.cache.device):
+            self._graphs[key].replay()
 
-    def _compute(self, state: DecodeState, rows: int) -> None:
+    def _compute(self, state: DecodeState | StepRows, rows: int) -> None:
         hidden_BE, qkv_BQ = self.hidden_RE[:rows], self.qkv_RQ[:rows]
         context_BHD, activation_BF = self.context_RHD[:rows], self.activation_RF[:rows]
         qkv_BKGD, context_BX = qkv_BQ.unflatten(1, self.shape_KGD), context_BHD.flatten(1)
         embed(state.token_R[:rows], self.table_VE, hidden_BE)
+
+        def projection(layer: LayerWeights) -> Product:
+            return self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
+
+        products = [projection(self.layers[0])]
         for number, layer in enumerate(self.layers, 1):
-            self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
+            self._multiply(products)
             decode_attention(
                 qkv_BKGD,
                 self.cos_sin_PD,
@@ -183,10 +215,15 @@ class FusedDecode:
                 context_BHD,
                 self.attention_workspace,
             )
-            self._product(context_BX, layer.proj_EX, hidden_BE, residual=hidden_BE)
-            self._product(hidden_BE, layer.fc1_FE, activation_BF, norm_weight=layer.mlp_norm_E, swiglu=True)
-            self._product(activation_BF, layer.fc2_EF, hidden_BE, residual=hidden_BE)
-        self._product(hidden_BE, self.head, self.logits_RV[:rows], norm_weight=self.norm_E)
+            products = [
+                self._product(context_BX, layer.proj_EX, hidden_BE, residual=hidden_BE),
+                self._product(hidden_BE, layer.fc1_FE, activation_BF, norm_weight=layer.mlp_norm_E, swiglu=True),
+                self._product(activation_BF, layer.fc2_EF, hidden_BE, residual=hidden_BE),
+                projection(self.layers[number])
+                if number < len(self.layers)
+                else self._product(hidden_BE, self.head, self.logits_RV[:rows], norm_weight=self.norm_E),
+            ]
+        self._multiply(products)
 
     def _advance(self, state: DecodeState, rows: int) -> None:
         self._compute(state, rows)
@@ -201,32 +238,40 @@ class FusedDecode:
         norm_weight: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         swiglu: bool = False,
-    ) -> None:
-        if len(input_BK) <= MAX_LINEAR_ROWS or weight.scale is not None:
-            # FP8 weights are read again for each so many rows, which takes less than widening them would.
-            for first in range(0, len(input_BK), MAX_LINEAR_ROWS):
-                rows = slice(first, first + MAX_LINEAR_ROWS)
-                linear(
-                    input_BK[rows],
-                    weight.values,
-                    output_BN[rows],
-                    self.linear_workspace,
-                    scale=weight.scale,
-                    norm_weight=norm_weight,
-                    epsilon=self.epsilon,
-                    residual=None if residual is None else residual[rows],
-                    swiglu=swiglu,
-                )
-            return
-        # For more rows the product is bound by arithmetic, and cuBLAS is at the limit of that.
-        if norm_weight is not None:
-            input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], norm_weight, self.epsilon)
-        values = weight.values
-        if residual is not None:
-            # As a layer of single operations: the product is rounded before the addition.
-            torch.add(F.linear(input_BK, values), residual, out=output_BN)
-        elif swiglu:
-            gate_BF, up_BF = F.linear(input_BK, values).chunk(2, dim=-1)
-            torch.mul(F.silu(gate_BF.float()), up_BF, out=output_BN)  # rounded once
-        else:
-            torch.mm(input_BK, values.T, out=output_BN)
+    ) -> Product:
+        return Product(input_BK, weight.values, output_BN, weight.scale, norm_weight, self.epsilon, residual, swiglu)
+
+    def _multiply(self, products: list[Product]) -> None:
+        """Do products of which each may need the one before."""
+        rows = len(products[0].input)
+        for is_fp8, some in groupby(products, lambda product: product.scale is not None):
+            if is_fp8 or rows <= MAX_LINEAR_ROWS:
+                # FP8 weights are read again for each so many rows, which takes less than widening them would.
+                whole = list(some)
+                for first in range(0, rows, MAX_LINEAR_ROWS):
+                    part = slice(first, first + MAX_LINEAR_ROWS)
+                    linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
+            else:
+                # For more rows a product is bound by arithmetic, and cuBLAS is at the limit of that.
+                for product in some:
+                    _multiply_many(product)
+
+
+def _rows_of(product: Product, rows: slice) -> Product:
+    residual = None if product.residual is None else product.residual[rows]
+    return product._replace(input=product.input[rows], output=product.output[rows], residual=residual)
+
+
+def _multiply_many(product: Product) -> None:
+    """A product of bfloat16 weights with any number of rows."""
+    input_BK, values, output_BN = product.input, product.weight, product.output
+    if product.norm_weight is not None:
+        input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], product.norm_weight, product.epsilon)
+    if product.residual is not None:
+        # As a layer of single operations: the product is rounded before the addition.
+        torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
+    elif product.swiglu:
+        gate_BF, up_BF = F.linear(input_BK, values).chunk(2, dim=-1)
+        torch.mul(F.silu(gate_BF.float()), up_BF, out=output_BN)  # rounded once
+    else:
+        torch.mm(input_BK, values.T, out=output_BN)

@@ -8,7 +8,10 @@ Shapes: B rows, K input features, N output features, E hidden size, V vocabulary
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from . import operators
 
 MAX_LINEAR_ROWS = 32  # as in csrc/linear.h
+MAX_PRODUCTS = 4  # likewise
 
 _WEIGHT_TYPES = {torch.bfloat16: 0, torch.float8_e4m3fn: 1}  # likewise
 _VECTOR_BYTES = 16
@@ -73,6 +77,76 @@ def linear(
     torch.ops.llama_te.linear(
         input, weight, scale, norm_weight, epsilon, residual, swiglu, output, workspace.partials, workspace.tickets
     )
+
+
+class Product(NamedTuple):
+    """One of the products of `linear_chain`: what `linear` takes."""
+
+    input: torch.Tensor
+    weight: torch.Tensor
+    output: torch.Tensor
+    scale: torch.Tensor | None = None
+    norm_weight: torch.Tensor | None = None
+    epsilon: float = 0.0
+    residual: torch.Tensor | None = None
+    swiglu: bool = False
+
+
+def linear_chain(products: Sequence[Product], workspace: LinearWorkspace) -> None:
+    """Do some `linear`s one after the other, on a GPU in one launch: weights stream on from one to the next.
+
+    A product may read what those before it have written, and may write what they alone have read.
+
+    Blocks of a launch wait for each other, so two such launches at once could keep each other from ever ending. On one
+    GPU they therefore run one after the other, whatever their streams; who replays them from a CUDA graph does that
+    within `one_at_a_time`.
+
+    Args:
+        products: Up to `MAX_PRODUCTS`, with as many rows and weights of one dtype.
+        workspace: As of `linear`.
+
+    Raises:
+        ValueError: An argument does not fit.
+        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+    """
+    if not 1 <= len(products) <= MAX_PRODUCTS:
+        raise ValueError(f"products has {len(products)} entries: allowed are 1 to {MAX_PRODUCTS}. Call it for so many.")
+    first = products[0]
+    for number, product in enumerate(products):
+        if (len(product.input), product.weight.dtype) != (len(first.input), first.weight.dtype):
+            raise ValueError(
+                f"products[{number}] has {len(product.input)} rows and a weight of "
+                f"{operators.name_of(product.weight.dtype)}, products[0] {len(first.input)} and "
+                f"{operators.name_of(first.weight.dtype)}: pass products that agree in both."
+            )
+    if first.input.device.type != "cuda":
+        for product in products:
+            linear(workspace=workspace, **product._asdict())
+    elif torch.cuda.is_current_stream_capturing():
+        _launch(products, workspace.partials, workspace.tickets)
+    else:
+        with one_at_a_time(first.input.device):
+            _launch(products, workspace.partials, workspace.tickets)
+
+
+@contextmanager
+def one_at_a_time(device: torch.device) -> Iterator[None]:
+    """Let what is launched within begin after what was launched so before, on whatever stream of this GPU.
+
+    Args:
+        device: A GPU.
+    """
+    stream = torch.cuda.current_stream(device)
+    with _turns:
+        last = _last_streams.get(stream.device_index)
+        if last is not None and last != stream:
+            stream.wait_stream(last)
+        _last_streams[stream.device_index] = stream
+        yield
+
+
+_turns = threading.Lock()
+_last_streams: dict[int, torch.cuda.Stream] = {}
 
 
 class LinearWorkspace:
@@ -149,43 +223,8 @@ def _linear_cuda(
     partials: torch.Tensor,
     tickets: torch.Tensor,
 ) -> None:
-    _check_linear(input, weight, scale, norm_weight, residual, swiglu, output)
-    rows, in_features = input.shape
-    if input.dtype != torch.bfloat16:
-        raise ValueError(f"input is {operators.name_of(input.dtype)}: on a GPU it must be bfloat16.")
-    if rows > MAX_LINEAR_ROWS:
-        raise ValueError(
-            f"input has B={rows} rows: on a GPU allowed are up to {MAX_LINEAR_ROWS}. Call it for so many at a time."
-        )
-    if not takes_linear(weight):
-        raise ValueError(
-            f"weight is {operators.name_of(weight.dtype)} {list(weight.shape)}: on a GPU allowed are bfloat16 and "
-            "float8_e4m3fn, rows of a multiple of 128 bytes and N a multiple of 16. Use torch.nn.functional.linear."
-        )
-    tensors = {"input": input, "weight": weight, "norm_weight": norm_weight, "residual": residual, "output": output}
-    _check_aligned(**tensors)
-    for name, tensor in (("partials", partials), ("tickets", tickets)):
-        if tensor.device != input.device:
-            raise ValueError(f"workspace.{name} is on {tensor.device}: make a LinearWorkspace({input.device}).")
-    if rows == 0:
-        return
-    operators.cuda_function("linear_cuda")(
-        **operators.launch_arguments(input),
-        input=input.data_ptr(),
-        weight=weight.data_ptr(),
-        weight_type=_WEIGHT_TYPES[weight.dtype],
-        scale=_address(scale),
-        norm_weight=_address(norm_weight),
-        epsilon=epsilon,
-        residual=_address(residual),
-        swiglu=swiglu,
-        output=output.data_ptr(),
-        partials=partials.data_ptr(),
-        tickets=tickets.data_ptr(),
-        rows=rows,
-        in_features=in_features,
-        out_features=weight.shape[0],
-    )
+    product = Product(input, weight, output, scale, norm_weight, epsilon, residual, swiglu)
+    _launch([product], partials, tickets)
 
 
 @torch.library.impl("llama_te::linear", "cpu")
@@ -289,6 +328,40 @@ def _fake(*arguments: Any) -> None:
     """Nothing comes back, and what is mutated keeps its shape."""
 
 
+def _launch(products: Sequence[Product], partials: torch.Tensor, tickets: torch.Tensor) -> None:
+    for product in products:
+        _check_cuda_linear(product)
+    input = products[0].input
+    for name, tensor in (("partials", partials), ("tickets", tickets)):
+        if tensor.device != input.device:
+            raise ValueError(f"workspace.{name} is on {tensor.device}: make a LinearWorkspace({input.device}).")
+    if len(input) == 0:
+        return
+    extension: Any = operators.extension()
+    operators.cuda_function("linear_cuda")(
+        **operators.launch_arguments(input),
+        products=[
+            extension.Product(
+                input=product.input.data_ptr(),
+                weight=product.weight.data_ptr(),
+                weight_type=_WEIGHT_TYPES[product.weight.dtype],
+                scale=_address(product.scale),
+                norm_weight=_address(product.norm_weight),
+                epsilon=product.epsilon,
+                residual=_address(product.residual),
+                swiglu=product.swiglu,
+                output=product.output.data_ptr(),
+                partials=partials.data_ptr(),
+                tickets=tickets.data_ptr(),
+                rows=len(product.input),
+                in_features=product.input.shape[1],
+                out_features=len(product.weight),
+            )
+            for product in products
+        ],
+    )
+
+
 # --- what the host can check -----------------------------------------------------------------------------------------
 
 
@@ -336,6 +409,24 @@ def _check_linear(
         if tensor is not None and not is_output and operators.overlap(tensor, output):
             allowed = "output itself or apart from it" if name == "residual" else "apart from it"
             raise ValueError(f"{name} and output share memory: {name} must be {allowed}.")
+
+
+def _check_cuda_linear(product: Product) -> None:
+    input, weight, output, scale, norm_weight, _, residual, swiglu = product
+    _check_linear(input, weight, scale, norm_weight, residual, swiglu, output)
+    if input.dtype != torch.bfloat16:
+        raise ValueError(f"input is {operators.name_of(input.dtype)}: on a GPU it must be bfloat16.")
+    if len(input) > MAX_LINEAR_ROWS:
+        raise ValueError(
+            f"input has B={len(input)} rows: on a GPU allowed are up to {MAX_LINEAR_ROWS}. Call it for so many at a "
+            "time."
+        )
+    if not takes_linear(weight):
+        raise ValueError(
+            f"weight is {operators.name_of(weight.dtype)} {list(weight.shape)}: on a GPU allowed are bfloat16 and "
+            "float8_e4m3fn, rows of a multiple of 128 bytes and N a multiple of 16. Use torch.nn.functional.linear."
+        )
+    _check_aligned(input=input, weight=weight, norm_weight=norm_weight, residual=residual, output=output)
 
 
 def _check_embed(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> None:

@@ -1,1 +1,1 @@
-"""Training by many processes."""
+"""Training: the command and its loop, data, many processes, checkpoints."""

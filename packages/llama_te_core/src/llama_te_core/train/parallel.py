@@ -15,7 +15,7 @@ The mesh has four dimensions, the last one the innermost, whose processes should
 | `replicate` | nothing: each has the whole model | the batch |
 | `shard` | the weights, gathered layer by layer (FSDP2) | the batch |
 | `context` | the tokens of each sequence; the weights as in `shard` | |
-| `tensor` | heads, features of the MLP, vocabulary | |
+| `tensor` | heads, features of the MLP, vocabulary; the tokens between the layers | |
 
 All processes of one place in `replicate` and `shard` must be given the same batch.
 """
@@ -32,6 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..collectives import ContextKind
 from ..layers import is_transformer_engine
 from ..modeling_nvllama import NVLlamaForCausalLM
 from ..reference_layer import ReferenceLayer
@@ -118,6 +119,7 @@ def parallelize(
     compute_dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    context_kind: ContextKind = "p2p",
 ) -> nn.Module:
     """Split a model over the processes of a mesh: tensor parallelism, context parallelism, then the weights.
 
@@ -136,28 +138,30 @@ def parallelize(
         reduce_dtype: Gradients are summed over processes in it; by default `compute_dtype`.
         reshard_after_forward: Free a layer's gathered weights after its forward pass and gather them anew for the
             backward pass. `False` takes more memory and less time.
+        context_kind: How context ranks of Transformer Engine layers come by each other's keys and values: in a ring,
+            while they compute ("p2p"), all at once ("all_gather"), or by having some heads of all tokens during
+            attention ("a2a", which must divide the key/value heads). Reference layers gather them.
 
     Returns:
         The model, or a `DistributedDataParallel` around it.
 
     Raises:
-        ValueError: The model's sizes cannot be shared out over the mesh.
-        NotImplementedError: `tensor` is above 1 for Transformer Engine layers.
+        ValueError: The model cannot be shared out over the mesh.
     """
     replicate, shard, context, tensor = mesh.shape
     config = model.config
     if tensor > 1:
-        if any(map(is_transformer_engine, model.model.layers)):
-            raise NotImplementedError(
-                f"tensor={tensor}, but the layers are Transformer Engine's, which can be split over tensor ranks only "
-                "when they are built: use tensor=1, and shard or context in its place."
+        if config.use_quantized_model_init and any(map(is_transformer_engine, model.model.layers)):
+            raise ValueError(
+                f"tensor={tensor} with use_quantized_model_init=True: weights that exist quantized only cannot be "
+                "shared out over tensor ranks. Use False: FP8 layers quantize their part of the weights at each step."
             )
         for name in ("num_key_value_heads", "intermediate_size"):
             _check_divides("tensor", tensor, name, getattr(config, name))
         _check_divides("shard x context", shard * context, "hidden_size", config.hidden_size)
         apply_tensor_parallel(model, mesh["tensor"])
     if context > 1:
-        _apply_context_parallel(model, mesh["context"])
+        _apply_context_parallel(model, mesh, context_kind)
 
     if shard * context * tensor == 1 and compute_dtype is None and reduce_dtype is None:
         if replicate == 1:
@@ -215,15 +219,20 @@ def _shard_placement(parameter: nn.Parameter) -> Shard | None:
     return Shard(1) if is_interleaved(parameter) else None
 
 
-def _apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh) -> None:
-    model.model.context_ranks = mesh.size()
+def _apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh, kind: ContextKind) -> None:
+    context = mesh["context"]
+    model.model.context_ranks = context.size()
+    foreign = [layer for layer in model.model.layers if is_transformer_engine(layer)]
+    if foreign:
+        from ..transformer_engine_layer import split_context
+
+        if kind == "a2a":
+            heads = model.config.num_key_value_heads // mesh["tensor"].size()
+            _check_divides("context_kind='a2a' with context", context.size(), "key/value heads of a tensor rank", heads)
+        split_context(foreign, context, kind)
     for layer in model.model.layers:
         if isinstance(layer, ReferenceLayer):
-            layer.self_attention.context_mesh = mesh
-        else:
-            from ..transformer_engine_layer import split_context
-
-            split_context(layer, mesh)
+            layer.self_attention.context_mesh = context
 
 
 def _check_divides(name: str, ranks: int, size_name: str, size: int) -> None:

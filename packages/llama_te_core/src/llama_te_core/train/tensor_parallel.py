@@ -1,7 +1,11 @@
-"""Tensor parallelism for a model of reference layers: each process computes some heads, features and tokens' logits.
+"""Tensor parallelism: each process computes some heads, features of the MLP and tokens' logits.
 
 Rows of whole key/value heads of the QKV weight, and the same rows of `fc1_weight`'s two halves, belong to one process,
-and so do the columns of the next weight that meet them. Activations between the layers are whole in all processes.
+and so do the columns of the next weight that meet them.
+
+Where layers take packed tokens ("thd"), each process has an equal part of them between the products (sequence
+parallelism): in norms and residuals, from the embedding to the head, which gets all. A padded batch ("bshd") is whole
+in all processes, since Transformer Engine divides the first dimension, which are its rows.
 
 Shapes: V the vocabulary, V' this process's part, E hidden size; `id_b` stands for ids of any shape.
 """
@@ -30,24 +34,39 @@ def apply_tensor_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh) -> None:
     """Share a model's weights out, as `DTensor`s; rank 0 of the mesh decides their values.
 
     Args:
-        model: With reference layers; it is changed.
+        model: It is changed.
         mesh: The processes, of one dimension.
     """
-    for layer in model.model.layers:
-        assert isinstance(layer, ReferenceLayer)
+    decoder, config = model.model, model.config
+    is_sequence_parallel = config.attn_input_format == "thd"
+    placement: Placement = Shard(0) if is_sequence_parallel else Replicate()
+    layer: Any
+    for layer in decoder.layers:
         attention, mlp = layer.self_attention, layer.layernorm_mlp
         _distribute(attention.layernorm_qkv, mesh, layer_norm_weight=Replicate(), weight=Shard(0))
-        parallelize_module(attention.proj, mesh, RowwiseParallel())
         _distribute(mlp, mesh, layer_norm_weight=Replicate(), fc1_weight=_INTERLEAVED, fc2_weight=Shard(1))
-        attention.layernorm_qkv.tensor_mesh = mlp.tensor_mesh = mesh
+        if isinstance(layer, ReferenceLayer):
+            parallelize_module(attention.proj, mesh, RowwiseParallel(output_layouts=placement))
+            for part in (attention.layernorm_qkv, mlp):
+                part.tensor_mesh, part.token_placement = mesh, placement
+        else:
+            from ..transformer_engine_layer import split_tensor
+
+            _distribute(attention.proj, mesh, weight=Shard(1))
+            split_tensor(layer, config, decoder.rotary_angles.softmax_scale, mesh, placement)
+
+    def place_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+        return tuple(DTensor.from_local(x, mesh, [placement]) for x in inputs)
+
     output_fn: Any = _local_output  # torch declares that it returns nothing
-    distribute_module(model.model.norm, mesh, input_fn=_replicate_input, output_fn=output_fn)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    _distribute(model.model.embed_tokens, mesh, weight=Shard(0))
-    model.model.embed_tokens = VocabularyParallelEmbedding(model.model.embed_tokens, mesh)
+    distribute_module(decoder.norm, mesh, input_fn=place_input, output_fn=output_fn)
+    tied = model.lm_head.weight is decoder.embed_tokens.weight
+    _distribute(decoder.embed_tokens, mesh, weight=Shard(0))
+    decoder.embed_tokens = VocabularyParallelEmbedding(decoder.embed_tokens, mesh, placement)
+    decoder.sequence_mesh = mesh if is_sequence_parallel else None
     parallelize_module(model.lm_head, mesh, ColwiseParallel(output_layouts=Replicate()))
     if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.lm_head.weight = decoder.embed_tokens.weight
 
 
 class VocabularyParallelEmbedding(nn.Embedding):
@@ -56,12 +75,14 @@ class VocabularyParallelEmbedding(nn.Embedding):
     Args:
         embedding: With its weight, [V, E], sharded by rows.
         mesh: The processes, of one dimension.
+        token_placement: `Replicate()`: all get all that is looked up. `Shard(0)`: each its part of the first dimension.
     """
 
-    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh) -> None:
+    def __init__(self, embedding: nn.Embedding, mesh: DeviceMesh, token_placement: Placement) -> None:
         super().__init__(embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx, device="meta")
         self.weight = embedding.weight
         self.tensor_mesh = mesh
+        self.token_placement = token_placement
 
     def forward(self, id_b: torch.Tensor) -> torch.Tensor:  # noqa: D102
         weight_VE = local(self.weight, self.tensor_mesh)
@@ -77,7 +98,7 @@ class VocabularyParallelEmbedding(nn.Embedding):
             weight_VE,
             padding if padding is not None and 0 <= padding < size else None,
         )
-        return summed(hidden_bE.masked_fill(elsewhere_b[..., None], 0), self.tensor_mesh)
+        return summed(hidden_bE.masked_fill(elsewhere_b[..., None], 0), self.tensor_mesh, self.token_placement)
 
 
 def is_interleaved(tensor: Any) -> bool:
@@ -129,10 +150,6 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, **placements: Placement) ->
         weight = getattr(module, name)
         sharded = distribute_tensor(weight.detach(), mesh, [placement])
         setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
-
-
-def _replicate_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-    return tuple(DTensor.from_local(x, mesh, [Replicate()]) for x in inputs)
 
 
 def _local_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:

@@ -1,0 +1,166 @@
+"""Time the loss with its head, forward and backward, on one GPU: `linear_cross_entropy` beside torch's own functions.
+
+Hidden states, head and gradients are bfloat16, the sizes Llama 3's. Times are medians over whole passes.
+
+The limit is what the three products with the head would take at the speed of large bfloat16 products, and two passes
+over the logits (one that reads them, one that reads and writes) at the speed of a copy, both measured in the same run.
+Memory is what is allocated at most beside hidden states and head: their two gradients are part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+VOCABULARY = 128256
+LOADS = {"1B": (16384, 2048), "8B": (8192, 4096)}  # tokens, hidden size
+CHUNKS = (1024, 2048, 4096)
+WARM_UP, REPEATS = 3, 15
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        what: Sizes.
+        who: What computed it.
+        milliseconds: One forward and backward pass.
+        memory: Greatest allocated beside what is given, GB (1e9 bytes).
+        limit: Milliseconds, as the head of this file tells.
+    """
+
+    what: str
+    who: str
+    milliseconds: float
+    memory: float
+    limit: float
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loads", nargs="*", choices=LOADS, default=list(LOADS), help="sizes of these models")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU.")
+    import triton
+
+    products, copies = product_rate(), copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"bf16 products {products / 1e12:.0f} TFLOP/s, copies {copies / 1e12:.2f} TB/s",
+        flush=True,
+    )
+    print(f"{'':<20} {'':<26} {'ms':>7} {'limit':>7} {'of it':>6} {'GB':>6}", flush=True)
+    for load in options.loads:
+        for who, loss in losses().items():
+            try:
+                figure = measure(load, who, loss, products, copies)
+            except torch.cuda.OutOfMemoryError:
+                print(f"{load:<20} {who:<26} out of memory", flush=True)
+                continue
+            finally:
+                gc.collect()
+                torch.cuda.empty_cache()
+            print(
+                f"{figure.what:<20} {figure.who:<26} {figure.milliseconds:7.2f} {figure.limit:7.2f} "
+                f"{figure.limit / figure.milliseconds:6.1%} {figure.memory:6.2f}",
+                flush=True,
+            )
+
+
+def losses() -> dict[str, Loss]:
+    """By name, what is compared."""
+    from llama_te_core import linear_cross_entropy
+
+    module = sys.modules["llama_te_core.linear_cross_entropy"]
+
+    def fused(chunk_tokens: int) -> Loss:
+        return lambda *tensors: linear_cross_entropy(*tensors, chunk_tokens=chunk_tokens)
+
+    def without_kernels(*tensors: torch.Tensor) -> torch.Tensor:
+        passes = (module._statistics, module._write_gradient)
+        with mock.patch.object(module, "_passes", return_value=passes):
+            return linear_cross_entropy(*tensors)
+
+    def plain(hidden_TE: torch.Tensor, weight_VE: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(hidden_TE, weight_VE), labels_T)
+
+    return {
+        **{f"chunks of {chunk:,}": fused(chunk) for chunk in CHUNKS},
+        "without Triton": without_kernels,
+        "linear, cross_entropy": plain,
+    }
+
+
+def measure(load: str, who: str, loss: Loss, products: float, copies: float) -> Figure:
+    """Forward and backward, several times."""
+    tokens, size = LOADS[load]
+    torch.manual_seed(0)
+    hidden_TE, weight_VE = (
+        torch.randn(rows, size, device="cuda", dtype=torch.bfloat16).requires_grad_() for rows in (tokens, VOCABULARY)
+    )
+    with torch.no_grad():
+        weight_VE *= 3 / size**0.5
+    labels_T = torch.randint(VOCABULARY, (tokens,), device="cuda")
+
+    def run() -> None:
+        loss(hidden_TE, weight_VE, labels_T).backward()
+        hidden_TE.grad = weight_VE.grad = None
+
+    for _ in range(WARM_UP):
+        run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    milliseconds = timed(run, f"{load}, {who}")
+    memory = torch.cuda.max_memory_allocated() - before
+    limit = 6 * tokens * VOCABULARY * size / products + 6 * tokens * VOCABULARY / copies
+    return Figure(f"{load}, {tokens:,} tokens", who, milliseconds, memory / 1e9, limit * 1000)
+
+
+def timed(run: Callable[[], Any], what: str) -> float:
+    """Median milliseconds of a run, the GPU's."""
+    times = []
+    for _ in tqdm(range(REPEATS), desc=what, delay=2, leave=False, disable=None):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def product_rate() -> float:
+    """Operations per second of a product of two matrices of 8,192 x 8,192 in bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(WARM_UP):
+        a @ b
+    return 2 * 8192**3 / timed(lambda: a @ b, "products") * 1000
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy on the device, read plus written."""
+    source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
+    target = torch.empty_like(source)
+    for _ in range(WARM_UP):
+        target.copy_(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source), "copies") * 1000
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
+    main()

@@ -1,0 +1,376 @@
+"""Time training steps: packed sequences, forward, backward and AdamW, beside transformers in the same run.
+
+    python benchmarks/train.py
+    torchrun --nproc-per-node 4 benchmarks/train.py --rows 8B --parallel shard=4 shard=2,context=2
+
+Of several GPUs, each takes a row by itself first, and then all together as meshes: every data-parallel process has a
+batch like that of one GPU, context ranks share one. Tokens and operations per second are those of a GPU.
+
+Models have Llama 3's shapes and random weights; weights, gradients and the optimizer's states are bfloat16. A step's
+time is that of the whole step, the host's work included. Model operations are counted as the training command counts
+them (`training_flops`), and put beside what large bfloat16 products reach in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from tqdm import tqdm
+
+VOCABULARY = 128256
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
+SHAPES["8B's width"] = SHAPES["8B"] | {"num_hidden_layers": 16}
+SHAPES["8B, 131,072 tokens"] = SHAPES["8B"]
+
+
+class Load(NamedTuple):
+    """What a step has to do."""
+
+    sequences: int
+    length: int  # tokens of each
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+
+LOADS = {
+    "1B": Load(4, 4096),
+    "8B's width": Load(1, 8192),
+    "8B": Load(1, 8192),
+    "8B, 131,072 tokens": Load(1, 131_072, "full"),
+}
+RECIPES = {"FP8 delayed": "delayed", "FP8 current": "current", "FP8 block": "block"}
+ROWS = [
+    *(f"{shape} {precision}" for shape in ("1B", "8B's width") for precision in ("bf16", *RECIPES)),
+    "8B FP8 delayed",
+    "8B FP8 current",
+]
+# Of what several GPUs are for.
+MORE_ROWS = ["8B bf16", "8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 current"]
+PEERS = ["1B bf16", "8B's width bf16"]
+WARM_UP, STEPS = 4, 8
+DEVICE = "cuda"
+
+
+@dataclass
+class Figure:
+    """One row of the table.
+
+    Attributes:
+        what: Model and precision.
+        who: What ran it: a package on one GPU, or this one on a mesh.
+        gpus: How many that were.
+        rate: Tokens per second and GPU, of the median step.
+        memory: Greatest allocated on one GPU, GB (1e9 bytes).
+        flops: Model operations per second and GPU, 1e12.
+        loss: Of the last step.
+    """
+
+    what: str
+    who: str
+    gpus: int
+    rate: float
+    memory: float
+    flops: float
+    loss: float
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    options = arguments(sys.argv[1:])
+    if "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+    import transformer_engine
+
+    about = {
+        "device": torch.cuda.get_device_name(),
+        "gpus": world_size(),
+        "torch": torch.__version__,
+        "transformer_engine": transformer_engine.__version__,
+        "bf16 products, TFLOP/s": round(product_rate() / 1e12, 1),
+    }
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    figures = take(options)
+    if options.json and rank() == 0:
+        options.json.write_text(
+            json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """What the command line asks for, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--rows", nargs="*", help=f"parts of rows' names, of: {'; '.join(ROWS)} (the default); {'; '.join(MORE_ROWS)}"
+    )
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers as well")
+    parser.add_argument(
+        "--parallel", nargs="*", type=mesh_name, metavar="SIZE=N,...", default=[],
+        help="meshes, by their sizes (replicate, shard, context, tensor) and context_kind, as parallel has them in the "
+        "training command; by default shard over all processes that torchrun started",
+    )  # fmt: skip
+    parser.add_argument("--profile", type=Path, help="write a trace of one step of each row to this folder")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args(words)
+    every = ROWS + MORE_ROWS
+    options.rows = ROWS if options.rows is None else [row for row in every if any(part in row for part in options.rows)]
+    if "WORLD_SIZE" in os.environ:
+        options.parallel = options.parallel or ["shard=-1"]
+    elif options.parallel:
+        parser.error(f"--parallel {options.parallel[0]}: processes are started by torchrun.")
+    for name in options.parallel:
+        try:
+            parallel_config(name).sizes.resolve(int(os.environ["WORLD_SIZE"]))
+        except ValueError as error:
+            parser.error(f"--parallel {name}: {error}")
+    if not torch.cuda.is_available():
+        parser.error("this needs a GPU.")
+    return options
+
+
+def mesh_name(text: str) -> str:
+    """The text, if it tells the sizes of a mesh."""
+    try:
+        parallel_config(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no mesh: name integers of at least 1 for some of replicate, shard, context and tensor, and a "
+            "context_kind, as in shard=2,context=2,context_kind=a2a."
+        ) from error
+    return text
+
+
+def parallel_config(text: str) -> Any:
+    """The configuration of the training command that a mesh's name means, a `ParallelConfig`."""
+    from llama_te_core.train.config import ParallelConfig
+
+    pairs = dict(part.split("=") for part in text.split(","))
+    return ParallelConfig(**{key: value if key == "context_kind" else int(value) for key, value in pairs.items()})
+
+
+def take(options: argparse.Namespace) -> list[Figure]:
+    """Print the table, row by row, and return it."""
+    say(f"{'':<30} {'':<20} {'GPUs':>4} {'tok/s':>9} {'TFLOP/s':>8} {'GB':>6} {'loss':>7}")
+    runs = [(row, who) for row in options.rows for who in ("llama-te", *options.parallel)]
+    if options.peers:
+        runs += [(row, "transformers") for row in PEERS if row in options.rows]
+    figures = []
+    for row, who in runs:
+        try:
+            figure = measure(row, who, options.profile)
+        except torch.cuda.OutOfMemoryError:
+            if who in options.parallel:
+                raise  # where one process of a mesh has no memory, the others wait for it
+            say(f"{row:<30} {who:<20} {1:4} out of memory")
+            continue
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        figures.append(figure)
+        speed = f"{figure.rate:9,.0f} {figure.flops:8.1f} {figure.memory:6.1f} {figure.loss:7.3f}"
+        say(f"{row:<30} {who:<20} {figure.gpus:4} {speed}")
+    return figures
+
+
+def product_rate() -> float:
+    """Operations per second of a product of two matrices of 8,192 x 8,192 in bfloat16."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - begin) / 10)
+    return 2 * 8192**3 / statistics.median(seconds)
+
+
+def measure(row: str, who: str, profile: Path | None) -> Figure:
+    """Train a model on one batch for some steps."""
+    from llama_te_core.train.batch_stream import data_rank
+    from llama_te_core.train.metrics import training_flops
+    from llama_te_core.train.parallel import make_mesh
+
+    shape, precision = next(
+        (shape, row.removeprefix(f"{shape} ")) for shape in reversed(SHAPES) if row.startswith(f"{shape} ")
+    )
+    load = LOADS[shape]
+    mesh, gpus, batches = None, 1, 1
+    if who == "transformers":
+        step, config = transformers_step(SHAPES[shape], load)
+    elif who == "llama-te":
+        step, config = llama_te_step(SHAPES[shape], precision, load, "shard=1", None)
+    else:
+        mesh = make_mesh(parallel_config(who).sizes, DEVICE)
+        gpus, batches = mesh.size(), data_rank(mesh)[1]
+        step, config = llama_te_step(SHAPES[shape], precision, load, who, mesh)
+    for _ in range(WARM_UP):
+        loss = step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in tqdm(range(STEPS), desc=f"{row}, {who}", delay=2, leave=False, disable=None if rank() == 0 else True):
+        begin = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    memory = torch.tensor(torch.cuda.max_memory_allocated(), dtype=torch.float64)
+    if mesh is not None:
+        dist.all_reduce(loss)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+    if profile is not None:
+        write_profile(step, profile / f"{row} {who}.txt")
+    tokens = batches * load.sequences * load.length
+    flops = training_flops(config, tokens, tokens * load.length)
+    each = statistics.median(seconds) * gpus
+    return Figure(row, who, gpus, tokens / each, float(memory) / 1e9, flops / each / 1e12, float(loss) / gpus)
+
+
+def llama_te_step(
+    shape: dict[str, Any], precision: str, load: Load, parallel: str, mesh: DeviceMesh | None
+) -> tuple[Callable[[], torch.Tensor], Any]:
+    """A step of this package, with the model and the batch of the training command."""
+    from llama_te_core.train.batch_stream import data_rank
+    from llama_te_core.train.config import DataConfig, ModelConfig, PrecisionConfig, ShapeConfig, TrainConfig
+    from llama_te_core.train.context_parallel import shard_context
+    from llama_te_core.train.models import build_model, random_weights
+
+    quantized: dict[str, Any] = {} if precision == "bf16" else {"compute": "fp8", "fp8_recipe": RECIPES[precision]}
+    config = TrainConfig(
+        data=DataConfig(source="random tokens", tokens_per_batch=load.sequences * load.length,
+                        sequence_length=load.length),
+        model=ModelConfig(shape=ShapeConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=load.length)),
+        activation_checkpointing=load.activation_checkpointing,
+        parallel=parallel_config(parallel),
+        precision=PrecisionConfig(weights="bf16", **quantized),
+    )  # fmt: skip
+    model_config = config.model_config()
+    device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device(DEVICE)
+    _, model = build_model(config, model_config, random_weights(0, model_config), mesh, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids_1T, labels_1T = tokens_and_labels(load, data_rank(mesh)[0])
+    starts = torch.arange(0, ids_1T.numel() + 1, load.length, dtype=torch.int32, device=DEVICE)
+    batch: dict[str, Any] = {
+        "input_ids": ids_1T,
+        "shift_labels": labels_1T,
+        "num_items_in_batch": (labels_1T != -100).sum(),
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": load.length,
+        "max_length_k": load.length,
+    }
+    if mesh is not None:
+        batch = shard_context(batch, mesh)
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = model(**batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step, model_config
+
+
+def transformers_step(shape: dict[str, Any], load: Load) -> tuple[Callable[[], torch.Tensor], Any]:
+    """A step of transformers' own Llama, uncompiled, on sequences side by side, in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=load.length, use_cache=False)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(DEVICE):
+            model: Any = LlamaForCausalLM(config).train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids_1T, _ = tokens_and_labels(load, 0)
+    ids_BS = ids_1T.view(load.sequences, load.length)
+
+    def step() -> torch.Tensor:
+        loss: torch.Tensor = model(input_ids=ids_BS, labels=ids_BS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step, config
+
+
+def tokens_and_labels(load: Load, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens [1, T] of a batch and the next ones, -100 behind the last of each sequence."""
+    generator = torch.Generator(DEVICE).manual_seed(1 + index)
+    ids_BS = torch.randint(0, VOCABULARY, (load.sequences, load.length), device=DEVICE, generator=generator)
+    labels_BS = ids_BS.roll(-1, 1)
+    labels_BS[:, -1] = -100
+    return ids_BS.view(1, -1), labels_BS.view(1, -1)
+
+
+def write_profile(step: Callable[[], torch.Tensor], path: Path) -> None:
+    """What one step's time on the GPU goes to."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    if rank() != 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
+    )
+
+
+def say(text: str) -> None:
+    """Print a line, if this is the first process."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    main()

@@ -1,0 +1,208 @@
+"""Documents of a training set: local .txt, .jsonl and .parquet files, or a data set of the Hugging Face hub.
+
+A source gives all its documents in one order for each random state. It only reads them: to take one apart is left to
+who uses it, so that a document which is passed over costs little.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+_ROWS = 1000  # of a table that are made Python objects at a time
+
+TextDocument = Literal["file", "paragraph"]
+
+
+class Document(NamedTuple):
+    """One document as it was read.
+
+    Attributes:
+        place: Where it is, for messages.
+        content: A line of JSON, or the fields.
+    """
+
+    place: str
+    content: bytes | Mapping[str, Any]
+
+    def fields(self) -> Mapping[str, Any]:
+        """Its fields by name.
+
+        Raises:
+            ValueError: The line is no JSON object.
+        """
+        if isinstance(self.content, Mapping):
+            return self.content
+        try:
+            fields = json.loads(self.content)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.place} is no JSON ({error}); each line of a .jsonl file must be one object in UTF-8."
+            ) from error
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{self.place} is JSON of type {type(fields).__name__}; each line of a .jsonl file must be one object."
+            )
+        return fields
+
+
+class Files:
+    """A folder's .txt, .jsonl and .parquet files, those in its folders too, or one such file.
+
+    Args:
+        path: The folder or file.
+        field: The field that will be asked for. The text of a .txt file counts as this field.
+        text_document: What one document of a .txt file is: the whole file, or what stands between blank lines.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+
+    def __init__(self, path: Path, field: str, text_document: TextDocument) -> None:
+        self.path = path
+        self.field = field
+        self.text_document = text_document
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        self.files = [file for file in found if file.suffix in SUFFIXES and file.is_file()]
+        if not self.files:
+            raise ValueError(
+                f"source={str(path)!r} has no file of text; it must be a .txt, .jsonl or .parquet file, or a folder "
+                "with such files."
+            )
+
+    @property
+    def identity(self) -> str:
+        """What two sources have in common if they have the same documents in the same order."""
+        root = self.path if self.path.is_dir() else self.path.parent
+        listing = [(file.relative_to(root).as_posix(), file.stat().st_size) for file in self.files]
+        return f"{len(listing)} files, {zlib.crc32(repr((listing, self.text_document)).encode()):08x}"
+
+    def documents(self, random: Random | None) -> Iterator[Document]:
+        """All documents, once: files in an order drawn from `random`, or with None in that of their names."""
+        readers = {".jsonl": self._lines, ".parquet": self._rows, ".txt": self._texts}
+        for file in self.files if random is None else sorted(self.files, key=lambda file: random.random()):
+            yield from readers[file.suffix](file)
+
+    def _lines(self, file: Path) -> Iterator[Document]:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.isspace():
+                    yield Document(f"{file}, line {number}", line)
+
+    def _rows(self, file: Path) -> Iterator[Document]:
+        try:
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ImportError(
+                f"{file} needs pyarrow, which is not installed: pip install 'llama-te-core[train]'."
+            ) from error
+        with ParquetFile(file) as table:
+            # Without the field, all columns: whoever asks for it is told which ones there are.
+            columns = [self.field] if self.field in table.schema_arrow.names else None
+            rows = (row for batch in table.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield Document(f"{file}, row {number}", row)
+
+    def _texts(self, file: Path) -> Iterator[Document]:
+        try:
+            with file.open(encoding="utf-8") as lines:
+                if self.text_document == "file":
+                    yield Document(str(file), {self.field: lines.read()})
+                else:
+                    for number, paragraph in enumerate(_paragraphs(lines), 1):
+                        yield Document(f"{file}, paragraph {number}", {self.field: paragraph})
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 ({error}); .txt files must be.") from error
+
+
+class HubDataset:
+    """A data set of the Hugging Face hub, or what else `datasets.load_dataset` knows by a name.
+
+    Args:
+        name: The hub id, `owner/name`.
+        field: The field that will be asked for.
+        subset: `load_dataset`'s `name`.
+        split: Of the data set.
+        streaming: Read over the network, in place of a download that is kept.
+    """
+
+    def __init__(self, name: str, field: str, subset: str | None, split: str, streaming: bool) -> None:
+        self.name = name
+        self.field = field
+        self.subset = subset
+        self.split = split
+        self.streaming = streaming
+
+    @property
+    def identity(self) -> str:
+        """What two sources have in common if they have the same documents in the same order."""
+        return f"{self.name}, {self.subset}, {self.split}"
+
+    def documents(self, random: Random | None) -> Iterator[Document]:
+        """All rows, once, as they stand, whatever `random` is: a download does not say where its files begin."""
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise ImportError(
+                f"source={self.name!r} needs datasets, which is not installed: pip install 'llama-te-core[train]'."
+            ) from error
+        dataset = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+        if self.field in (dataset.column_names or ()):
+            dataset = dataset.select_columns([self.field])
+        number = 0
+        # Not by iterating over it: within a worker of a DataLoader that gives a share, of another order.
+        for batch in dataset.iter(_ROWS):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Document(f"{self.name}, {self.split}, row {number}", dict(zip(batch, values, strict=True)))
+
+
+Source: TypeAlias = Files | HubDataset
+
+
+def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iterator[Document]:
+    """A source's documents in the order of an epoch, the same for the same arguments.
+
+    Files come in random order, and their documents go through a buffer, of which a random one leaves when the next
+    comes in.
+
+    Args:
+        source: Of the documents.
+        seed: Of the run.
+        epoch: Counted from 0.
+        shuffle_buffer: How many documents the buffer holds; 0 leaves the source's order as it is.
+    """
+    if shuffle_buffer == 0:
+        yield from source.documents(None)
+        return
+    # Random.random alone, since of no other method Python promises the same numbers in later versions.
+    random = Random(f"{seed} {epoch}")
+    buffer: list[Document] = []
+    for document in source.documents(random):
+        if len(buffer) < shuffle_buffer:
+            buffer.append(document)
+        else:
+            place = int(random.random() * shuffle_buffer)
+            buffer[place], document = document, buffer[place]
+            yield document
+    while buffer:
+        place = int(random.random() * len(buffer))
+        buffer[place], buffer[-1] = buffer[-1], buffer[place]
+        yield buffer.pop()
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in lines:
+        if not line.isspace():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph).removesuffix("\n")
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph).removesuffix("\n")

@@ -1,0 +1,236 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoTokenizer
+
+from ..modeling_nvllama import NVLlamaForCausalLM
+from .batch_stream import BatchStream
+from .byte_tokenizer import byte_tokenizer
+from .checkpoints import Checkpoints
+from .config import OptimizerConfig, TrainConfig, check_machine
+from .interruption import Interruption
+from .metrics import Metrics
+from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
+from .parallel import clip_gradients, make_mesh
+from .profiling import Profiler
+from .schedule import learning_rate
+
+
+class RefusedRunError(RuntimeError):
+    """A run cannot begin: its configuration, the data, the checkpoint or the machine do not allow it."""
+
+
+def train(config: TrainConfig) -> int:
+    """Train as a configuration says, in all processes that torchrun started, or in this one.
+
+    A run whose folder has checkpoints goes on from the last. At SIGTERM it saves one and ends.
+
+    Args:
+        config: The run.
+
+    Returns:
+        The last step that was taken.
+
+    Raises:
+        RefusedRunError: The run cannot begin; mostly this is known before the model is built.
+        CheckpointError: A checkpoint could not be saved.
+        NonFiniteLossError: The loss is no finite number.
+        ValueError: A document cannot be used.
+    """
+    with _refusals():
+        check_machine(config, int(os.environ.get("WORLD_SIZE", "1")))
+    folder = Path(config.folder)
+    with _processes(config) as (mesh, device):
+        with _refusals():
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            data = config.data.text_data(tokenizer, config.seed, config.token_multiple, config.parallel.context)
+            stream = BatchStream(data, mesh, device, config.data.workers)
+
+            checkpoint = config.model.checkpoint
+            if checkpoint is None:
+                model_config = config.model_config()
+                weights = random_weights(config.seed, model_config)
+            else:
+                start = converted(checkpoint, folder / "start") if config.model.is_converted else Path(checkpoint)
+                model_config = config.model_config(start)
+                weights = checkpoint_weights(start)
+            config.check_model(model_config)
+            if tokenizer is not None:
+                _check_vocabulary(len(tokenizer), model_config.vocab_size)
+                model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            torch.manual_seed(config.seed)
+            model, called = build_model(config, model_config, weights, mesh, device)
+        optimizer = make_optimizer(model, config.optimizer)
+
+        checkpoints = Checkpoints(
+            folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+        )
+        step = checkpoints.latest() or 0
+        if step:
+            with _refusals():
+                checkpoints.load(step, called, optimizer, {"data": stream})
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+            _announce(config, model, mesh, device, step)
+        profiler = Profiler(config.profile, folder / "profile", rank)
+        metrics = Metrics(
+            config.log, folder, model_config, compute=config.precision.compute, device=device, ranks=stream.ranks,
+            step=step, steps=config.steps, settings=asdict(config),
+        )  # fmt: skip
+        with contextlib.closing(metrics), Interruption() as interruption:
+            stopped = False
+            while step < config.steps and not stopped:
+                step += 1
+                profiler.before(step)
+                rate = learning_rate(step, config.steps, config.optimizer.learning_rate, config.schedule)
+                loss, norm = train_step(config, called, optimizer, rate, stream, metrics)
+                metrics.add(step, loss, norm, rate)
+                stopped = interruption.agreed()
+                last = stopped or step == config.steps
+                profiler.after(step, last)
+                interval = config.checkpoint.interval
+                save = interval is not None and (last or step % interval == 0)
+                if save or last or step % config.log.interval == 0:
+                    metrics.report()  # before saving, so that no checkpoint has weights that are no numbers
+                if save:
+                    checkpoints.save(step, called, optimizer, {"data": stream})
+            checkpoints.wait()
+        if stopped and rank == 0:
+            saved = "saved" if config.checkpoint.interval is not None else "not saved (checkpoint.interval is null)"
+            print(f"stopped by SIGTERM: step {step} is {saved}", file=sys.stderr, flush=True)
+        if step == config.steps and config.export.te:
+            export_te(model, tokenizer, folder / "te")
+        if step == config.steps and config.export.hf:
+            export_hf(folder / "te", folder / "hf")
+    return step
+
+
+def train_step(
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    stream: BatchStream,
+    metrics: Metrics,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one step: gradients of all its batches, clipped, and AdamW.
+
+    Returns:
+        This process's loss and the norm of all gradients before clipping; float [] on the device.
+    """
+    batches = [stream.next() for _ in range(config.data.batches_per_step)]
+    # The mean over all labels of the step, which batches have in different numbers.
+    labels = torch.stack([batch.arguments["num_items_in_batch"] for batch in batches]).sum()
+    losses = []
+    for number, batch in enumerate(batches):
+        metrics.count(batch.tokens, batch.squared_lengths)
+        with _synchronized(model, number == len(batches) - 1):
+            loss = model(**batch.arguments | {"num_items_in_batch": labels})
+            loss.backward()
+        losses.append(loss.detach())
+    norm = clip_gradients(model, config.optimizer.max_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return torch.stack(losses).sum(), norm
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW, fused on a GPU, of a model's parameters; norms' weights do not decay."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    norms = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=parameters[0].device.type == "cuda",
+    )
+
+
+def load_tokenizer(name: str | None) -> Any:
+    """The tokenizer that `DataConfig.tokenizer` names, or None."""
+    if name is None:
+        return None
+    return byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, RuntimeError, ValueError) as error:
+        raise RefusedRunError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.device]]:
+    """The mesh of the processes and this one's device; without torchrun mostly no mesh."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    elif config.precision.compute_dtype != config.precision.weights_dtype:
+        # FSDP casts weights, and asks for a group, if only of this process.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    else:
+        yield None, device
+        return
+    try:
+        yield make_mesh(config.parallel.sizes, device.type), device
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _synchronized(model: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are summed over the processes once, in the backward pass of a step's last batch."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def _check_vocabulary(tokens: int, vocab_size: int) -> None:
+    if tokens > vocab_size:
+        raise ValueError(
+            f"data.tokenizer has {tokens} tokens, but the model has vocab_size={vocab_size}: use the model's own "
+            "tokenizer, or a larger model.shape.vocab_size."
+        )
+
+
+def _announce(
+    config: TrainConfig, model: NVLlamaForCausalLM, mesh: DeviceMesh | None, device: torch.device, step: int
+) -> None:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    processes = "1 process" if mesh is None else f"{mesh.size()} processes"
+    begin = f"going on from step {step}" if step else "from the beginning"
+    print(
+        f"{parameters:,} parameters, {config.precision.compute} on {processes} ({device.type}), {begin}; "
+        f"folder {config.folder}",
+        file=sys.stderr,
+        flush=True,
+    )

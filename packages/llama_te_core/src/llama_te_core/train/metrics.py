@@ -1,0 +1,233 @@
+"""What is told of a run: loss, norm of the gradients, speed, memory; on the console, in a file, TensorBoard and W&B.
+
+Shapes: N steps since the last look.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..configuration_nvllama import NVLlamaConfig
+from .config import LogConfig
+
+# Dense tensor-core operations per second of one GPU, 1e12, by what torch calls it; the first name that fits counts.
+# H100, H200: NVIDIA's data sheets of them (2023, 2024), halved, as those count what sparsity leaves out: SXM 1,979 in
+# BF16 and 3,958 in FP8, PCIe 1,513 and 3,026, NVL 1,671 and 3,341. B200: data sheet of the HGX B200 (2025), an eighth
+# of its 36 PFLOP/s in BF16, 72 in FP8 and 144 in FP4, halved likewise.
+PEAKS = {
+    "H100 PCIe": {"bf16": 756.5, "fp8": 1513.0},
+    "H100 NVL": {"bf16": 835.5, "fp8": 1670.5},
+    "H200 NVL": {"bf16": 835.5, "fp8": 1670.5},
+    "H100": {"bf16": 989.5, "fp8": 1979.0},
+    "H200": {"bf16": 989.5, "fp8": 1979.0},
+    "B200": {"bf16": 2250.0, "fp8": 4500.0, "mxfp8": 4500.0, "nvfp4": 9000.0},
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the norm of the gradients is infinite or no number."""
+
+
+def peak_flops(gpu: str, compute: str) -> float | None:
+    """Operations per second that a GPU has at most; `None` where the table does not know it.
+
+    Args:
+        gpu: Its name, as torch.cuda.get_device_name() has it.
+        compute: As `PrecisionConfig.compute`.
+    """
+    for name, peaks in PEAKS.items():
+        if all(word in gpu for word in name.split()):
+            return peaks[compute] * 1e12 if compute in peaks else None
+    return None
+
+
+def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float) -> float:
+    """Operations that training on some tokens takes, forward and backward, without what is computed twice.
+
+    As in appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv 2204.02311): 6 for each weight of a matrix product
+    and token, and for attention 12 for each layer, feature of the heads, query and key. Of the keys, causality leaves
+    half, and packing those of the own sequence.
+
+    Args:
+        config: The model.
+        tokens: How many.
+        squared_lengths: The sum of the squares of the sequences' lengths.
+    """
+    heads = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = config.hidden_size * (2 * heads + 2 * keys + 3 * config.intermediate_size)
+    weights = config.num_hidden_layers * layer + config.vocab_size * config.hidden_size
+    return 6 * weights * tokens + 6 * config.num_hidden_layers * heads * squared_lengths
+
+
+class Metrics:
+    """Collects what the steps tell, without waiting for the GPU, and reports it when asked.
+
+    Rank 0 writes: a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B.
+
+    Args:
+        config: How much.
+        folder: The run's.
+        model_config: The model, for the number of operations.
+        compute: What layers compute in, for the GPU's peak.
+        device: Where it computes.
+        ranks: Data-parallel ranks.
+        step: The step that the run goes on from. Lines of later ones, which are computed anew, are dropped.
+        steps: The last one.
+        settings: The run's configuration, for W&B.
+    """
+
+    def __init__(
+        self,
+        config: LogConfig,
+        folder: Path,
+        model_config: NVLlamaConfig,
+        *,
+        compute: str,
+        device: torch.device,
+        ranks: int,
+        step: int,
+        steps: int,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model_config = model_config
+        self.device = device
+        self.steps = steps
+        self.world_size = dist.get_world_size() if dist.is_initialized() else 1
+        self.ranks_of_a_batch = self.world_size // ranks
+        self.peak = peak_flops(torch.cuda.get_device_name(device), compute) if device.type == "cuda" else None
+        self._rows: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
+        self._tokens = self._squared_lengths = 0
+        self._since = time.perf_counter()
+        self._file: Path | None = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if (dist.get_rank() if dist.is_initialized() else 0) != 0:
+            return
+        self._file = folder / "metrics.jsonl"
+        _drop_behind(self._file, step)
+        if importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+        if config.wandb_project is not None:
+            self._wandb = importlib.import_module("wandb").init(
+                project=config.wandb_project, dir=folder, config=settings, resume="allow"
+            )
+
+    def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
+        """Note a step.
+
+        Args:
+            step: Its number.
+            loss: This process's, [] on the device; the mean over the processes is that of all tokens.
+            norm: Of all gradients before clipping, [] likewise.
+            learning_rate: It was taken with.
+        """
+        self._rows.append((step, loss.detach(), norm.detach(), learning_rate))
+
+    def count(self, tokens: int, squared_lengths: int) -> None:
+        """Note a batch of this process's data-parallel rank."""
+        self._tokens += tokens
+        self._squared_lengths += squared_lengths
+
+    def report(self) -> None:
+        """Look at what the steps since the last time have told, and write it; all processes call this together.
+
+        Raises:
+            NonFiniteLossError: A loss or a norm is no finite number.
+        """
+        if not self._rows:
+            return
+        numbers = torch.tensor([self._tokens, self._squared_lengths], dtype=torch.float64)
+        loss_N = torch.stack([loss.float() for _, loss, _, _ in self._rows]).double()
+        norm_N = torch.stack([norm.float() for _, _, norm, _ in self._rows]).double()
+        summed = torch.cat((loss_N, numbers.to(self.device)))
+        if self.world_size > 1:
+            dist.all_reduce(summed)
+        # The one place of training where the host waits for the GPU.
+        *losses, tokens, squared_lengths = summed.tolist()
+        losses = [loss / self.world_size for loss in losses]
+        norms = norm_N.tolist()
+        tokens, squared_lengths = tokens / self.ranks_of_a_batch, squared_lengths / self.ranks_of_a_batch
+        seconds = time.perf_counter() - self._since
+        speed: dict[str, float] = {"tokens_per_second": tokens / seconds}
+        flops = training_flops(self.model_config, tokens, squared_lengths) / seconds / self.world_size
+        if self.device.type == "cuda":
+            speed["teraflops_per_gpu"] = flops / 1e12
+            speed["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.peak is not None:
+            speed["mfu"] = flops / self.peak
+        if self._file is not None:
+            self._write(losses, norms, speed, seconds)
+        rows, self._rows = self._rows, []
+        self._tokens = self._squared_lengths = 0
+        self._since = time.perf_counter()
+        for (step, *_), loss, norm in zip(rows, losses, norms, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NonFiniteLossError(
+                    f"step {step} has loss {loss} and a norm of gradients of {norm}: training stops, and nothing of it "
+                    "is saved. Go on from the last checkpoint with a lower optimizer.learning_rate, a longer "
+                    "schedule.warmup_steps or precision.compute='bf16', or look at the data."
+                )
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _write(self, losses: list[float], norms: list[float], speed: dict[str, float], seconds: float) -> None:
+        assert self._file is not None
+        last = len(self._rows) - 1
+        with self._file.open("a", encoding="utf-8") as file:
+            for number, ((step, _, _, rate), loss, norm) in enumerate(zip(self._rows, losses, norms, strict=True)):
+                values = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+                if number == last:
+                    values |= speed
+                file.write(json.dumps({"step": step, **values}) + "\n")
+                for name, value in values.items() if self._tensorboard is not None else ():
+                    self._tensorboard.add_scalar(name, value, step)
+                if self._wandb is not None:
+                    self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        step, rate = self._rows[-1][0], self._rows[-1][3]
+        parts = [
+            f"step {step:>{len(str(self.steps))}}/{self.steps}",
+            f"loss {losses[-1]:.4f}",
+            f"norm {norms[-1]:.3f}",
+            f"rate {rate:.2e}",
+            f"{speed['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "teraflops_per_gpu" in speed:
+            parts.append(f"{speed['teraflops_per_gpu']:.0f} TFLOP/s")
+        if "mfu" in speed:
+            parts.append(f"MFU {speed['mfu']:.1%}")
+        if "memory_gib" in speed:
+            parts.append(f"{speed['memory_gib']:.1f} GiB")
+        minutes = round(seconds / len(self._rows) * (self.steps - step) / 60)
+        parts.append(f"{minutes // 60}:{minutes % 60:02} h left")
+        print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+def _drop_behind(file: Path, step: int) -> None:
+    """Keep the lines of a file up to a step; a last one that was not finished is dropped too."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    file.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,47 @@
+"""The loss of a model in training, without the logits.
+
+Shapes: B sequences, S columns of a padded batch (packed: B = 1), E hidden size, V vocabulary (with tensor parallelism,
+this process's part).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..collectives import local
+from ..linear_cross_entropy import linear_cross_entropy
+from ..modeling_nvllama import NVLlamaForCausalLM
+
+
+def return_loss_alone(
+    model: NVLlamaForCausalLM, mesh: DeviceMesh | None, *, z_loss: float = 0.0, chunk_tokens: int = 2048
+) -> None:
+    """Make a model's forward pass return the loss of a batch, from `linear_cross_entropy`.
+
+    The forward pass is replaced rather than gone around: FSDP and DDP do their work around the call of the model. It
+    takes what `shard_context` returns, and returns a float32 [].
+
+    Args:
+        model: It is changed, before or after `parallelize`. Saving it is not concerned.
+        mesh: What it is or will be split over.
+        z_loss: See `linear_cross_entropy`.
+        chunk_tokens: See there.
+    """
+    tensor_mesh = mesh["tensor"] if mesh is not None and mesh["tensor"].size() > 1 else None
+
+    def forward(*, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor, **batch: Any) -> torch.Tensor:
+        hidden_BSE = model.model(**batch).last_hidden_state
+        return linear_cross_entropy(
+            hidden_BSE,
+            local(model.lm_head.weight, tensor_mesh),
+            shift_labels,
+            num_items=num_items_in_batch,
+            z_loss=z_loss,
+            chunk_tokens=chunk_tokens,
+            vocabulary_group=None if tensor_mesh is None else tensor_mesh.get_group(),
+        )
+
+    model.forward = forward

@@ -1,0 +1,604 @@
+"""Checkpoints of a training run in one process: a run goes on as if nothing had been, and only whole ones are there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from core import killed_run
+from core.fake_transformer_engine import FakeTransformerEngine
+from core.full_disk import full_disk
+from llama_te_convert import convert_llama_te_to_hf
+from llama_te_convert.command import main
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core.train import checkpoints as module
+from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
+
+TINY = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "attention_dropout": 0.1,  # so that a step needs the random numbers that it would have had
+}
+
+
+class Run:
+    """A training run, made anew with the same weights each time."""
+
+    def __init__(self, optimizer_class=torch.optim.AdamW, options=None, **fields) -> None:
+        torch.manual_seed(0)
+        fields = {**TINY, "layer_implementation": "reference", **fields}
+        self.model = NVLlamaForCausalLM(NVLlamaConfig(**fields)).train()
+        self.optimizer = optimizer_class(self.model.parameters(), lr=1e-2, **(options or {}))
+        self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.1, 10)
+
+    @property
+    def extra(self):
+        return {"scheduler": self.scheduler}
+
+    def compute_gradients(self) -> None:
+        ids_BS = torch.randint(3, TINY["vocab_size"], (2, 8))
+        self.model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), labels=ids_BS).loss.backward()
+
+    def train(self, steps: int) -> Run:
+        for _ in range(steps):
+            self.compute_gradients()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+        return self
+
+    def state(self) -> list:
+        return [self.model.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict()]
+
+
+def assert_same(a, b, where="") -> None:
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where} {key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where} {index}")
+    else:
+        assert a == b, where
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, steps, asynchronous):
+    undisturbed = Run().train(steps + 3).state()
+    run = Run().train(steps)
+    checkpoints = Checkpoints(tmp_path, asynchronous=asynchronous)
+    checkpoints.save(steps, run.model, run.optimizer, run.extra)
+    assert_same(run.train(3).state(), undisturbed)
+    checkpoints.wait()
+
+    resumed = Run()
+    Checkpoints(tmp_path).load(steps, resumed.model, resumed.optimizer, resumed.extra)
+    assert_same(resumed.train(3).state(), undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+        (torch.optim.AdamW, {"weight_decay": 0.1, "amsgrad": True}),
+        (torch.optim.Adagrad, {"initial_accumulator_value": 0.1}),
+    ],
+    ids=["no state", "momentum", "amsgrad", "adagrad"],
+)
+def test_optimizers(tmp_path, optimizer_class, options):
+    run = Run(optimizer_class, options).train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    run.train(2)
+    resumed = Run(optimizer_class, options)
+    checkpoints.load(2, resumed.model, resumed.optimizer, resumed.extra)
+    assert_same(resumed.train(2).state(), run.state())
+
+
+def test_a_parameter_without_state_has_none_afterwards(tmp_path):
+    run = Run()
+    run.model.model.norm.weight.requires_grad_(False)
+    run.train(2)
+    run.model.model.norm.weight.requires_grad_(True)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    run.train(2)
+    resumed = Run()
+    checkpoints.load(2, resumed.model, resumed.optimizer, resumed.extra)
+    assert resumed.model.model.norm.weight not in resumed.optimizer.state
+    assert_same(resumed.train(2).state(), run.state())
+
+
+def test_tied_embeddings(tmp_path):
+    run = Run(tie_word_embeddings=True).train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    run.train(2)
+    resumed = Run(tie_word_embeddings=True)
+    checkpoints.load(2, resumed.model, resumed.optimizer, resumed.extra)
+    assert resumed.model.lm_head.weight is resumed.model.model.embed_tokens.weight
+    assert_same(resumed.train(2).state(), run.state())
+
+
+def test_a_run_goes_back(tmp_path):
+    """In the same process, with gradients and an optimizer in use."""
+    run = Run().train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    expected = [{name: value.clone() for name, value in run.train(2).model.state_dict().items()}]
+    run.train(1)
+    run.compute_gradients()
+    checkpoints.load(2, run.model, run.optimizer, run.extra)
+    assert all(parameter.grad is None for parameter in run.model.parameters())
+    assert_same([run.train(2).model.state_dict()], expected)
+
+
+def test_a_parameter_that_this_run_has_not_trained_gets_its_state(tmp_path):
+    run = Run().train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    run.train(2)
+    other = Run()
+    other.model.model.norm.weight.requires_grad_(False)
+    other.train(1)
+    other.model.model.norm.weight.requires_grad_(True)
+    checkpoints.load(2, other.model, other.optimizer, other.extra)
+    assert_same(other.train(2).state(), run.state())
+
+
+def test_all_random_numbers_go_on(tmp_path):
+    run = Run()
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    expected = random.random(), np.random.random(), torch.rand(3).tolist()
+    checkpoints.load(1, run.model, run.optimizer)
+    assert (random.random(), np.random.random(), torch.rand(3).tolist()) == expected
+
+
+def test_random_numbers_of_an_accelerator_go_on(tmp_path, monkeypatch):
+    """And the state's copy is whole before `save` returns."""
+    waited = []
+
+    class Accelerator:
+        state = torch.tensor([7])
+
+        def get_rng_state(self):
+            return self.state.clone()
+
+        def set_rng_state(self, state):
+            self.state = state
+
+    accelerator = Accelerator()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waited.append(True))
+    monkeypatch.setattr(torch, "get_device_module", lambda: accelerator)
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    assert waited == [True]
+    accelerator.state = torch.tensor([8])
+    checkpoints.load(1, run.model, run.optimizer)
+    assert accelerator.state.tolist() == [7]
+    # Where there is none, a checkpoint of a machine with one loads too.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    accelerator.state = torch.tensor([9])
+    checkpoints.load(1, run.model, run.optimizer)
+    assert accelerator.state.tolist() == [9]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_saving_leaves_a_run_as_it_is(tmp_path, steps):
+    """Between a backward pass and the step, which goes on as it would have."""
+    runs = [Run().train(steps), Run().train(steps)]
+    config = runs[1].model.config.to_dict()
+    for run, saves in zip(runs, (False, True), strict=True):
+        torch.manual_seed(1)
+        run.compute_gradients()
+        if saves:
+            Checkpoints(tmp_path, asynchronous=False).save(steps, run.model, run.optimizer, run.extra)
+        run.optimizer.step()
+        run.train(1)
+    assert_same(runs[1].state(), runs[0].state())
+    assert runs[1].model.config.to_dict() == config
+
+
+def test_extra_is_loaded_or_replaced(tmp_path):
+    run = Run().train(3)
+    checkpoints = Checkpoints(tmp_path)
+    ema = torch.ones(2)
+    checkpoints.save(1, run.model, run.optimizer, {**run.extra, "tokens": 7, "ema": ema})
+    ema.zero_()
+    expected = run.scheduler.state_dict()
+    fresh = Run()
+    extra = {"scheduler": fresh.scheduler, "ema": None}
+    checkpoints.load(1, fresh.model, extra=extra)
+    assert extra == {"scheduler": fresh.scheduler, "ema": extra["ema"]}
+    assert extra["ema"].tolist() == [1, 1]
+    assert fresh.scheduler.state_dict() == expected
+    assert not fresh.optimizer.state
+
+
+def test_a_compiled_model_is_the_same_model(tmp_path):
+    run = Run().train(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, torch.compile(run.model), run.optimizer)
+    resumed = Run().train(3)
+    checkpoints.load(1, torch.compile(resumed.model), resumed.optimizer)
+    assert_same(resumed.state()[:1], run.state()[:1])
+
+
+# --- converting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_converts(tmp_path):
+    run = Run().train(2)
+    checkpoints = Checkpoints(tmp_path / "run")
+    checkpoints.save(1200, run.model, run.optimizer, run.extra)
+    checkpoints.wait()
+    assert main(["to-hf", str(tmp_path / "run" / "step-00001200"), str(tmp_path / "hf")]) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.architectures, config.dtype) == (["LlamaForCausalLM"], torch.float32)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert isinstance(converted, LlamaForCausalLM)
+    assert_same(converted.state_dict(), convert_llama_te_to_hf(run.model).state_dict())
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    released = threading.Event()
+    usual = module.state_dict_saver.save
+
+    def wait_and_save(*args, **kwargs):
+        assert released.wait(timeout=60)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(module.state_dict_saver, "save", wait_and_save)
+    run = Run().train(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer, run.extra)
+    run.train(3)
+    assert names(tmp_path) == ["step-00000001.partial"]
+    released.set()
+    assert checkpoints.steps() == [1]
+
+    resumed = Run()
+    checkpoints.load(1, resumed.model, resumed.optimizer, resumed.extra)
+    assert_same(resumed.train(3).state(), run.state())
+
+
+def test_saves_in_quick_succession(tmp_path):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    expected = {}
+    for step in (1, 2, 3):
+        expected[step] = {name: value.clone() for name, value in run.train(1).model.state_dict().items()}
+        checkpoints.save(step, run.model, run.optimizer)
+    assert checkpoints.steps() == [1, 2, 3]
+    for step in (1, 2, 3):
+        checkpoints.load(step, run.model)
+        assert_same(run.model.state_dict(), expected[step])
+
+
+def test_an_error_of_the_background_comes_with_the_next_call_once(tmp_path):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.wait()
+    for call in (checkpoints.wait, checkpoints.latest, lambda: checkpoints.save(3, run.model, run.optimizer)):
+        with full_disk():
+            checkpoints.save(2, run.model, run.optimizer)
+            with pytest.raises(CheckpointError, match="step 2 cannot be saved"):
+                call()
+        assert checkpoints.latest() == 1
+    checkpoints.save(2, run.model, run.optimizer)
+    assert checkpoints.steps() == [1, 2]
+
+
+# --- whole checkpoints only -------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path, asynchronous=False)
+    with full_disk(), pytest.raises(CheckpointError) as caught:
+        checkpoints.save(5, run.model, run.optimizer)
+    assert str(caught.value) == (
+        f"step 5 cannot be saved to {tmp_path}: the disk is full (rank 0): make room, or keep fewer checkpoints. "
+        "There is no checkpoint yet."
+    )
+    assert names(tmp_path) == []  # what was written is in nobody's way
+    checkpoints.save(5, run.model, run.optimizer)
+    with full_disk(), pytest.raises(CheckpointError, match=r"The last checkpoint is that of step 5\.$"):
+        checkpoints.save(6, run.model, run.optimizer)
+    assert names(tmp_path) == ["step-00000005"]
+    checkpoints.load(5, run.model, run.optimizer)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor(tmp_path):
+    """Where torch.save covers the disk's error with one of its own."""
+    run = Run(hidden_size=256)
+    with full_disk(100_000), pytest.raises(CheckpointError, match=r"the disk is full \(rank 0\): make room"):
+        Checkpoints(tmp_path, asynchronous=False).save(1, run.model, run.optimizer)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_disk_that_is_full_before_or_after_the_tensors(tmp_path, monkeypatch, when):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if when == "before":
+        monkeypatch.setattr(NVLlamaConfig, "save_pretrained", refuse)
+    else:
+        monkeypatch.setattr(module, "_sync", refuse)
+    run = Run()
+    checkpoints = Checkpoints(tmp_path, asynchronous=False)
+    with pytest.raises(CheckpointError, match="step 5 cannot be saved .* the disk is full: make room"):
+        checkpoints.save(5, run.model, run.optimizer)
+    monkeypatch.undo()
+    assert checkpoints.latest() is None
+    checkpoints.save(5, run.model, run.optimizer)
+    assert checkpoints.latest() == 5
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    run = Run()
+    checkpoints = Checkpoints(tmp_path / "file" / "run")
+    with pytest.raises(CheckpointError, match="step 1 cannot be saved .* NotADirectoryError: .*Not a directory"):
+        checkpoints.save(1, run.model, run.optimizer)
+
+
+def test_the_oldest_make_room(tmp_path):
+    run = Run()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "step-9").mkdir()  # not one of ours
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    found = []
+    for step in (1, 5, 20, 300):
+        checkpoints.save(step, run.model, run.optimizer)
+        found.append(checkpoints.steps())
+    assert found == [[1], [1, 5], [5, 20], [20, 300]]
+    assert names(tmp_path) == ["notes.txt", "step-00000020", "step-00000300", "step-9"]
+    alone = Checkpoints(tmp_path, keep=1)
+    alone.save(10**9, run.model, run.optimizer)  # more digits than a name has at least
+    assert alone.steps() == [10**9]
+    alone.load(10**9, run.model, run.optimizer)
+
+
+def test_the_oldest_stay_until_the_new_one_is_whole(tmp_path):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
+    checkpoints.save(1, run.model, run.optimizer)
+    with full_disk(), pytest.raises(CheckpointError):
+        checkpoints.save(2, run.model, run.optimizer)
+    assert checkpoints.steps() == [1]
+    checkpoints.load(1, run.model, run.optimizer)
+
+
+def test_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch):
+    """The new one is whole, and the old one is none any more."""
+    run = Run()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.wait()
+
+    def refuse(path, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(module.shutil, "rmtree", refuse)
+    checkpoints.save(2, run.model, run.optimizer)
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be removed: PermissionError: .*Permission denied"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    assert checkpoints.steps() == [2]
+    assert names(tmp_path) == ["step-00000001.partial", "step-00000002"]
+    checkpoints.save(3, run.model, run.optimizer)
+    checkpoints.wait()
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events = []
+    usual_fsync, usual_rename = os.fsync, Path.rename
+
+    def fsync(file):
+        events.append(os.readlink(f"/proc/self/fd/{file}"))
+        usual_fsync(file)
+
+    def rename(path, target):
+        if path.suffix == ".partial":
+            events.append("rename")
+            assert {path.name, *(f"{path.name}/{each}" for each in names(path))} <= {
+                str(Path(event).relative_to(tmp_path)) for event in events[:-1]
+            }
+        return usual_rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    run = Run()
+    Checkpoints(tmp_path, asynchronous=False).save(1, run.model, run.optimizer)
+    assert events[-2:] == ["rename", str(tmp_path)]
+    assert {".metadata", "__0_0.distcp", "config.json"} <= set(names(tmp_path / "step-00000001"))
+
+
+def test_leftovers_are_removed_by_the_next_save(tmp_path):
+    leftover = tmp_path / "step-00000007.partial"
+    leftover.mkdir()
+    (leftover / "__0_0.distcp").write_bytes(b"half")
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() is None
+    assert leftover.exists()
+    checkpoints.save(7, run.model, run.optimizer)
+    assert checkpoints.steps() == [7]
+    checkpoints.load(7, run.model, run.optimizer)
+    assert names(tmp_path) == ["step-00000007"]
+
+
+def killed(*arguments) -> list[str]:
+    command = [sys.executable, killed_run.__file__, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_a_process_that_is_killed_leaves_whole_checkpoints(tmp_path):
+    """Ten times, at random moments; each time the next process begins with what the one before has left."""
+    lefts = [line.split() for line in killed("at random moments", tmp_path)]
+    latest = [int(step) for step, _ in lefts]
+    assert len(latest) == 10
+    assert latest == sorted(latest) and latest[-1] > 0
+    assert any(unfinished == "True" for _, unfinished in lefts), "no process was killed while it saved"
+
+
+def test_a_process_that_is_killed_before_any_change_of_a_file_leaves_whole_checkpoints(tmp_path):
+    """One after the other: 2 are to stay, 1 and 2 are there, and 3 is saved."""
+    found = killed("before each change", tmp_path)
+    assert found == sorted(found, key=["1 2", "1 2 3", "2 3"].index)  # which refuses others
+    assert set(found) == {"1 2", "1 2 3", "2 3"}
+    assert found.count("1 2") > 10
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True, None])
+def test_keep_is_checked(tmp_path, keep):
+    with pytest.raises(ValueError, match=r"keep=.*: it must be an integer of at least 1"):
+        Checkpoints(tmp_path, keep=keep)
+
+
+def test_a_missing_step_names_those_there_are(tmp_path):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="run has no checkpoint of step 3: there is none"):
+        checkpoints.load(3, run.model)
+    for step in (1, 2):
+        checkpoints.save(step, run.model, run.optimizer)
+    with pytest.raises(CheckpointError, match="run has no checkpoint of step 3: there are 1, 2"):
+        checkpoints.load(3, run.model)
+
+
+@pytest.mark.parametrize("step", [4, 5, -1, 6.0, True])
+def test_steps_go_up(tmp_path, step):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(5, run.model, run.optimizer)
+    with pytest.raises(ValueError, match=r"step=.*: it must be an integer larger than 5, since .*step-00000005 exists"):
+        checkpoints.save(step, run.model, run.optimizer)
+    with pytest.raises(ValueError, match=r"step=-1: it must be an integer larger than -1\."):
+        Checkpoints(tmp_path / "new").save(-1, run.model, run.optimizer)
+    assert names(tmp_path) == ["step-00000005"]
+
+
+def test_other_models_are_refused(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(TypeError, match="model is a Linear: it must be a model of transformers"):
+        checkpoints.save(1, layer, torch.optim.SGD(layer.parameters()))
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path):
+    run = Run().train(1)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer, run.extra)
+    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be loaded: RuntimeError: Missing key .*layers\.2"):
+        checkpoints.load(1, Run(num_hidden_layers=3).model)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: ValueError: Size mismatch .*mlp"):
+        checkpoints.load(1, Run(intermediate_size=32).model)
+    momentum = Run(torch.optim.SGD, {"momentum": 0.9})
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*momentum_buffer"):
+        checkpoints.load(1, momentum.model, momentum.optimizer)
+    first, *others = run.model.parameters()
+    groups = torch.optim.AdamW([{"params": [first], "weight_decay": 0.0}, {"params": others}])
+    with pytest.raises(CheckpointError, match=r"optimizer has groups of \[1, 14\] parameters, .* groups of \[15\]"):
+        checkpoints.load(1, run.model, groups)
+    with pytest.raises(CheckpointError, match="extra has 'data', but the checkpoint has 'scheduler' as extra"):
+        checkpoints.load(1, run.model, run.optimizer, {"data": None})
+    checkpoints.save(2, run.model, run.optimizer)
+    with pytest.raises(CheckpointError, match="extra has 'data', but the checkpoint has nothing as extra"):
+        checkpoints.load(2, run.model, run.optimizer, {"data": None})
+
+
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint(tmp_path, file):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.wait()
+    path = tmp_path / "step-00000001" / file
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=f"{path.parent} cannot be loaded: .*Error"):
+        checkpoints.load(1, run.model, run.optimizer)
+
+
+# --- Transformer Engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def te(monkeypatch):
+    fake = FakeTransformerEngine()
+    fake.install(monkeypatch)
+    return fake
+
+
+def test_scales_of_fp8_go_along(te, tmp_path):
+    """They are no part of the models' state dict."""
+    run = Run(layer_implementation="transformer_engine")
+    assert not any("_extra_state" in name for name in run.model.state_dict())
+    for layer in te.layers:
+        type(layer).get_extra_state = lambda self: torch.full((3,), float(self.arguments["layer_number"]))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    te.events.clear()
+    checkpoints.load(1, run.model, run.optimizer)
+    restored = [state.tolist() for kind, state in te.events if kind == "extra state"]
+    assert restored == [[1.0] * 3, [0.0] * 3, [2.0] * 3, [0.0] * 3]  # of each layer and its attention
+
+    reference = Run()
+    checkpoints.load(1, reference.model, reference.optimizer)
+    assert_same(reference.model.state_dict(), run.model.state_dict())
+    checkpoints.save(2, reference.model, reference.optimizer)
+    te.events.clear()
+    checkpoints.load(2, run.model, run.optimizer)
+    assert te.events == []
+
+
+def test_weights_that_exist_quantized_only_are_refused(te, tmp_path):
+    with torch.device("meta"):
+        run = Run(layer_implementation="transformer_engine", layer_precision=["fp8"] * 2, use_quantized_model_init=True)
+    with pytest.raises(ValueError, match="weight is a QuantizedTensor, which .* use_quantized_model_init=False"):
+        Checkpoints(tmp_path).save(1, run.model, run.optimizer)

@@ -1,0 +1,45 @@
+"""Several processes: on CPUs, which talk by gloo, or with `--device=cuda` on a GPU each, by NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+MOST_ON_CPU = 4
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="what processes compute on")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = _device(config)
+    most = torch.cuda.device_count() if device == "cuda" else MOST_ON_CPU
+    for_here, left_out = [], []
+    for item in items:
+        mark = item.get_closest_marker("processes")
+        fits = mark is None or (mark.args[0] <= most and mark.kwargs.get("device") in (None, device))
+        (for_here if fits else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = for_here
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """What the processes compute on: "cpu" or "cuda"."""
+    return _device(pytestconfig)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_gpu_unless_asked_for(device: str) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "cpu":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+def _device(config: pytest.Config) -> str:
+    # The option is known where the command names this folder.
+    return str(config.getoption("--device", "cpu"))

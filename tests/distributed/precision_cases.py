@@ -1,0 +1,210 @@
+"""What each process of `test_training_precision` does: train as the training command does, on a mesh or alone.
+
+Each step sees the same batches, whatever the mesh, which only decides how many of them a process takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from distributed.processes import join
+from llama_te_core.train.batch_stream import Batch, data_rank
+from llama_te_core.train.checkpoints import Checkpoints
+from llama_te_core.train.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    ShapeConfig,
+    TrainConfig,
+)
+from llama_te_core.train.context_parallel import shard_context
+from llama_te_core.train.loop import make_optimizer, train_step
+from llama_te_core.train.models import build_model, random_weights
+from llama_te_core.train.parallel import make_mesh
+
+# Heads that 8 context ranks can share, and sizes that FP8 can take.
+SHAPE = ShapeConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=32,
+    max_position_embeddings=128,
+    initializer_range=0.1,
+)
+BATCHES = 8  # of a step
+LENGTHS = (64, 32, 32)  # of each batch, for 8 context ranks multiples of 16; each rank then has 16 tokens for FP8
+WARM_UP, STEPS = 2, 20  # first steps with a learning rate of 0, in which delayed scaling finds its scales
+SAVED_AT = WARM_UP + STEPS // 2
+
+MESHES: dict[str, dict[str, Any]] = {
+    "DDP": {"replicate": -1, "shard": 1},
+    "FSDP": {},
+    "FSDP, activation checkpointing": {},
+    "HSDP": {"replicate": 2},
+    "context, p2p": {"shard": 1, "context": -1, "context_kind": "p2p"},
+    "context, all_gather": {"shard": 1, "context": -1, "context_kind": "all_gather"},
+    "context, a2a": {"shard": 1, "context": -1, "context_kind": "a2a"},
+    "FSDP and context": {"context": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        layers: "reference" or "transformer_engine".
+        compute: "fp32", "bf16", "fp8 delayed" or "fp8 current".
+        mesh: A name of `MESHES`.
+        resumes: Go on from the checkpoint of the run of the same name by so many processes.
+    """
+
+    layers: str
+    compute: str
+    mesh: str
+    resumes: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.layers} {self.compute}, {self.mesh}" + (f", from {self.resumes}" if self.resumes else "")
+
+    @property
+    def alone(self) -> Case:
+        """The same on one GPU: with DDP, weights and sums are in bf16."""
+        return Case(self.layers, self.compute, "DDP" if self.mesh == "DDP" else "FSDP")
+
+    @property
+    def exact(self) -> Case:
+        """On one GPU, too, in FP32."""
+        return Case("reference", "fp32", "FSDP")
+
+    def config(self, world_size: int) -> TrainConfig:
+        compute, _, recipe = self.compute.partition(" ")
+        sizes = {name: world_size if size == -1 else size for name, size in MESHES[self.mesh].items()}
+        parallel = ParallelConfig(**sizes)
+        resolved = parallel.sizes.resolve(world_size)
+        kept: Any = "bf16" if self.mesh == "DDP" else "fp32"
+        quantized = {"fp8_recipe": recipe} if recipe else {}
+        return TrainConfig(
+            data=DataConfig(
+                source="none",
+                tokens_per_batch=sum(LENGTHS),
+                batches_per_step=BATCHES // (resolved.replicate * resolved.shard),
+            ),
+            model=ModelConfig(shape=SHAPE, layer_implementation=self.layers),
+            steps=WARM_UP + STEPS,
+            activation_checkpointing="full" if self.mesh.endswith("activation checkpointing") else "none",
+            parallel=parallel,
+            precision=PrecisionConfig(compute=compute, weights=kept, reduce=kept, **quantized),
+            optimizer=OptimizerConfig(learning_rate=1e-3, max_norm=math.inf),
+        )
+
+
+class Batches:
+    """In place of a `BatchStream`: this process's share of the same batches, over and over."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self.mesh = mesh
+        self.index, self.ranks = data_rank(mesh)
+
+    def next(self) -> Batch:
+        arguments = shard_context(new_batch(self.index % BATCHES), self.mesh)
+        self.index += self.ranks
+        return Batch(arguments, sum(LENGTHS), 0)
+
+
+def new_batch(index: int) -> dict[str, Any]:
+    """Packed sequences; the number of labels differs from batch to batch."""
+    generator = torch.Generator("cpu").manual_seed(index)
+    ids_1T = torch.randint(0, SHAPE.vocab_size, (1, sum(LENGTHS)), generator=generator, device="cpu")
+    labels_1T = ids_1T.clone()
+    labels_1T[0, : 5 * index] = -100
+    offsets = F.pad(torch.tensor(LENGTHS, device="cpu").cumsum(0), (1, 0)).to(torch.int32)
+    batch = {"input_ids": ids_1T, "labels": labels_1T, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    device = torch.get_default_device()
+    return {name: value.to(device) for name, value in batch.items()} | {"max_length_q": 64, "max_length_k": 64}
+
+
+def train(case: Case, folder: Path) -> dict[str, Any]:
+    """Losses by step, gradients of the first that counts, and how all steps together have changed the weights.
+
+    Args:
+        case: What to do; all processes do the same.
+        folder: Where runs save their checkpoints.
+    """
+    config = case.config(dist.get_world_size())
+    device = torch.get_default_device()
+    mesh = make_mesh(config.parallel.sizes, device.type)
+    model_config = config.model_config()
+    model, called = build_model(config, model_config, random_weights(0, model_config), mesh, device)
+    optimizer = make_optimizer(model, config.optimizer)
+    begin = _weights(model)
+    saver = f"{case.layers} {case.compute}"
+    step, batches = 0, Batches(mesh)
+    if case.resumes:
+        step = SAVED_AT
+        Checkpoints(folder / f"{case.resumes} {saver}").load(step, called, optimizer)
+    losses: dict[int, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
+    while step < config.steps:
+        step += 1
+        if step == WARM_UP + 1:
+            hook = optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(model)))
+        rate = 0.0 if step <= WARM_UP else config.optimizer.learning_rate
+        loss, _ = train_step(config, called, optimizer, rate, batches, Mock())
+        if step == WARM_UP + 1:
+            hook.remove()
+        dist.all_reduce(loss)
+        losses[step] = loss.cpu() / dist.get_world_size()
+        if step == SAVED_AT and case.mesh == "FSDP" and not case.resumes:
+            checkpoints = Checkpoints(folder / f"{dist.get_world_size()} {saver}", asynchronous=False)
+            checkpoints.save(step, called, optimizer)
+    end = _weights(model)
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "change": {name: end[name] - begin[name] for name in end},
+    }
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {name: value.detach().cpu().float().clone() for name, value in state.items()}
+
+
+def _gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name: _whole(parameter.grad).cpu().float() for name, parameter in model.named_parameters()}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def run(rank: int, world_size: int, device: str, folder: Path, cases: list[Case]) -> None:
+    """What one process does; the first writes what each case led to, or the error that stopped it."""
+    join(rank, world_size, device, folder / f"rendezvous-{world_size}-{cases[0]}")
+    for case in cases:
+        result: Any
+        try:
+            result = train(case, folder)
+        except Exception:
+            result = traceback.format_exc()
+        if rank == 0:
+            torch.save(result, folder / f"{world_size} {case}.pt")
+    dist.destroy_process_group()
