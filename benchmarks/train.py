@@ -286,14 +286,12 @@ def llama_te_step(
     batch: dict[str, Any] = {
         "input_ids": ids_1T,
         "shift_labels": labels_1T,
-        "num_items_in_batch": (labels_1T != -100).sum(),
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": load.length,
         "max_length_k": load.length,
     }
-    if mesh is not None:
-        batch = shard_context(batch, mesh)
+    batch = shard_context(batch, mesh)
 
     def step() -> torch.Tensor:
         loss: torch.Tensor = model(**batch)

@@ -1,7 +1,7 @@
 // y = x W^T for a few rows x, which is bound by how fast W streams from memory, with what surrounds it in a layer fused:
 // RMSNorm of x before it, SwiGLU or the residual's addition behind it. Products that follow each other are one launch.
 //
-// A block works on tiles, 8 to 128 rows of W. A thread keeps a ring of stages filled by the copy engine: a stage has 128
+// A block works on tiles, 16 to 128 rows of W. A thread keeps a ring of stages filled by the copy engine: a stage has 128
 // bytes of columns of W for each of the warps that share them, and x for these, which another thread adds. W does not
 // depend on what was computed before, so its thread goes on to the next tile, and to the next product, while earlier
 // ones are still worked on, and begins before the kernel ahead has ended (programmatic dependent launch). So memory is
@@ -202,6 +202,11 @@ struct Shape {
     // Rows of W of a tile, times 8. Few kinds, since code that is seldom used has to be fetched first.
     static constexpr int kSmallTile = kGroups == 1 ? 2 : 8;
     static constexpr int kLargeTile = kGroups == 1 ? 4 : 16;
+
+    // Boxes of a stage.
+    __host__ __device__ static constexpr int boxes_of(int tile) {
+        return kWeightBytes / (tile * kTileRows * kBoxBytes);
+    }
 };
 
 // A tile of kTile times 8 rows of W. A stage has as many columns as make its bytes.
@@ -209,7 +214,7 @@ template <typename S, int kTile_>
 struct Plan : S {
     static constexpr int kTile = kTile_;
     static constexpr int kRows = kTile * kTileRows;
-    static constexpr int kBoxes = S::kWeightBytes / (kRows * kBoxBytes);                 // of a stage
+    static constexpr int kBoxes = S::boxes_of(kTile);                                    // of a stage
     static constexpr int kOwnBoxes = kBoxes > S::kWarps ? kBoxes / S::kWarps : 1;        // of a warp
     static constexpr int kSplit = S::kWarps > kBoxes ? S::kWarps / kBoxes : 1;           // warps that share a box
     static constexpr int kParts = kTile / kSplit;                                        // of 8 rows, of a warp
@@ -307,7 +312,7 @@ __device__ void stream_weights(const Block &block) {
         const int items = product.items();
         const int boxes = a.in_features / S::kBoxColumns;
         const int tile_rows = product.tile * kTileRows;
-        const int stage_boxes = S::kWeightBytes / (tile_rows * kBoxBytes);
+        const int stage_boxes = S::boxes_of(product.tile);
         const int drawn_items = max(items - 2 * blocks, 0);
         int drawn = 0;
         int item = blockIdx.x;
@@ -382,7 +387,7 @@ __device__ void stream_inputs(const Block &block) {
             wait_for_count(task.products[number - 1].done, task.products[number - 1].tiles * S::kFinishers);
             readable = number;
         }
-        const int stage_boxes = S::kWeightBytes / (product.tile * kTileRows * kBoxBytes);
+        const int stage_boxes = S::boxes_of(product.tile);
         const int box = block.head.box[turn.slot];
         const int boxes = a.in_features / S::kBoxColumns;
         const unsigned to = block.stage(turn) + S::kWeightBytes;
@@ -998,7 +1003,7 @@ void launch(const std::vector<LinearArguments> &products, int device, cudaStream
         const LinearArguments &a = products[i];
         const auto [tile, splits] = choose<S>(a, device);
         const int tile_rows = tile * kTileRows;
-        const int boxes = S::kWeightBytes / (tile_rows * kBoxBytes);
+        const int boxes = S::boxes_of(tile);
         const int tiles = divide_up(a.out_features, tile_rows);
         task.products[i] = {map_of(a.weight, a.out_features, a.in_features, S::kWide,
                                    a.swiglu ? tile_rows / 2 : tile_rows, boxes),

@@ -43,7 +43,6 @@ def _forget():
     layers.transformer_engine_problem.cache_clear()
     layers._warn_once.cache_clear()
     yield
-    layers.transformer_engine_problem.cache_clear()
     layers._warn_once.cache_clear()
 
 

@@ -6,7 +6,7 @@ The oracle is a model whose weights are W + scale·B·A, computed in float64.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from conftest import TINY
 from core import fake_transformer_engine as fake
 from core.trainers import PACKED, history, make_trainer, samples
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, layers
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.lora import WEIGHTS, on_weights
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 0, 0]])
@@ -142,7 +142,7 @@ def test_generates_with_and_without_a_cache(base, tiny_llama) -> None:
 
 
 @pytest.fixture
-def te_model(monkeypatch: pytest.MonkeyPatch, base) -> Iterator[NVLlamaForCausalLM]:
+def te_model(monkeypatch: pytest.MonkeyPatch, base) -> NVLlamaForCausalLM:
     """A model on the fake Transformer Engine, which PEFT takes for the real one."""
     fake.FakeTransformerEngine().install(monkeypatch)
     names = {name: getattr(fake, name) for name in ("LayerNormLinear", "LayerNormMLP", "Linear")}
@@ -150,8 +150,7 @@ def te_model(monkeypatch: pytest.MonkeyPatch, base) -> Iterator[NVLlamaForCausal
     monkeypatch.setattr(peft_te, "te", types.SimpleNamespace(pytorch=types.SimpleNamespace(**names)), raising=False)
     model = NVLlamaForCausalLM(NVLlamaConfig(**base.config.to_dict(), layer_implementation="transformer_engine"))
     model.load_state_dict(base.state_dict())
-    yield model.eval()
-    layers.transformer_engine_problem.cache_clear()
+    return model.eval()
 
 
 def test_weights_of_transformer_engine_are_adapted_alike(te_model, base) -> None:

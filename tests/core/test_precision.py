@@ -18,7 +18,7 @@ from core.fake_transformer_engine import (
     NVFP4BlockScaling,
     QuantizedTensor,
 )
-from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaModel, layers
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaModel
 from llama_te_core.precision import PrecisionPlan, calibrate, check_recipe, recipe_name
 
 RECIPES = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
@@ -31,13 +31,6 @@ RUNS = {
     (10, 0): RECIPES,
     (12, 0): RECIPES,
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget():
-    """Tests of this file may find a Transformer Engine that works; others shall not."""
-    yield
-    layers.transformer_engine_problem.cache_clear()
 
 
 @pytest.fixture

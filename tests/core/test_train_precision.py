@@ -14,7 +14,6 @@ import torch
 from core import fake_transformer_engine
 from core.fake_transformer_engine import FakeTransformerEngine
 from core.training_runs import docstrings, write
-from llama_te_core.layers import transformer_engine_problem
 from llama_te_core.train.batch_stream import BatchStream
 from llama_te_core.train.byte_tokenizer import byte_tokenizer
 from llama_te_core.train.config import (
@@ -40,8 +39,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Transformer Engine, as far as a machine without a GPU can have it."""
     monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("transformer_engine.common"))
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", fake_transformer_engine)
-    yield FakeTransformerEngine().install(monkeypatch, capability=(10, 0))
-    transformer_engine_problem.cache_clear()
+    return FakeTransformerEngine().install(monkeypatch, capability=(10, 0))
 
 
 def config(source: Path | str = "x", activations: Any = "none", **precision: Any) -> TrainConfig:

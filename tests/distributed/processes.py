@@ -22,6 +22,29 @@ def start(run: Callable[..., None], world_size: int, *arguments: Any) -> None:
     torch.multiprocessing.start_processes(run, (world_size, *arguments), nprocs=world_size, start_method="forkserver")
 
 
+class Processes:
+    """Starts processes when they are first asked for.
+
+    Args:
+        run: What each does, as in `start`; it writes what it finds to `findings-RANK.pt` in the folder it is given.
+        device: "cpu" or "cuda".
+        folder: Has a folder for each number of processes.
+    """
+
+    def __init__(self, run: Callable[..., None], device: str, folder: Path) -> None:
+        self.run, self.device, self.folder = run, device, folder
+        self.findings: dict[int, list[dict[str, Any]]] = {}
+
+    def of(self, world_size: int) -> list[dict[str, Any]]:
+        """What each of so many processes found."""
+        if world_size not in self.findings:
+            folder = self.folder / str(world_size)
+            folder.mkdir()
+            start(self.run, world_size, self.device, folder)
+            self.findings[world_size] = [torch.load(folder / f"findings-{rank}.pt") for rank in range(world_size)]
+        return self.findings[world_size]
+
+
 def join(rank: int, world_size: int, device: str, rendezvous: Path) -> torch.device:
     """Become one of the processes; new tensors are on its device from now on.
 

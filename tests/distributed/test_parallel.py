@@ -5,7 +5,6 @@ The processes are started once for each number of them (`parallel_cases`); the t
 
 import re
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from core.fake_transformer_engine import FakeTransformerEngine
 from distributed import parallel_cases
 from distributed.parallel_cases import CASES, Case
-from distributed.processes import start
+from distributed.processes import Processes
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.sequence_layout import whole_places
 from llama_te_core.train.context_parallel import shard_context
@@ -27,26 +26,9 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 TOLERANCE_AFTER_STEP = {torch.float64: 1e-10, torch.float32: 1e-3}
 
 
-class Processes:
-    """Starts processes when they are first asked for."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
-        self.findings: dict[int, list[dict]] = {}
-
-    def of(self, world_size: int) -> list[dict]:
-        """What each of so many processes found."""
-        if world_size not in self.findings:
-            folder = self.folder / str(world_size)
-            folder.mkdir()
-            start(parallel_cases.run, world_size, self.device, folder)
-            self.findings[world_size] = [torch.load(folder / f"findings-{rank}.pt") for rank in range(world_size)]
-        return self.findings[world_size]
-
-
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, device):
-    return Processes(tmp_path_factory.mktemp("processes"), device)
+    return Processes(parallel_cases.run, device, tmp_path_factory.mktemp("processes"))
 
 
 def with_world_size(case: Case) -> int:

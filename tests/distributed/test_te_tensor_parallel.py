@@ -4,13 +4,10 @@ The processes are started once for each number of them (`te_tensor_parallel_case
 On CPUs this tests what reaches Transformer Engine, and what is done with what comes out of it.
 """
 
-from pathlib import Path
-
 import pytest
-import torch
 
 from distributed import te_tensor_parallel_cases
-from distributed.processes import start
+from distributed.processes import Processes
 from distributed.te_tensor_parallel_cases import CASES, FP8_CASES, SIZES, TOKENS, Case
 from llama_te_core.reference_layer import CACHE_OF_SPLIT_MODEL
 
@@ -21,21 +18,8 @@ TOLERANCE = 1e-12
 FURTHER = 1.5
 
 
-class Processes:
-    """Starts processes when they are first asked for."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder, self.device = folder, device
-        self.findings: dict[int, list[dict]] = {}
-
-    def of(self, world_size: int) -> list[dict]:
-        """What each of so many processes found."""
-        if world_size not in self.findings:
-            folder = self.folder / str(world_size)
-            folder.mkdir()
-            start(te_tensor_parallel_cases.run, world_size, self.device, folder)
-            self.findings[world_size] = [torch.load(folder / f"findings-{rank}.pt") for rank in range(world_size)]
-        return self.findings[world_size]
+class CaseProcesses(Processes):
+    """With what they found of a case."""
 
     def found(self, case: Case) -> list[dict]:
         """What each process found of a case."""
@@ -47,7 +31,7 @@ class Processes:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory, device):
-    return Processes(tmp_path_factory.mktemp("processes"), device)
+    return CaseProcesses(te_tensor_parallel_cases.run, device, tmp_path_factory.mktemp("processes"))
 
 
 def marked(cases, **options):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformer_engine.common.recipe import Float8CurrentScaling
 
+from call_counts import Calls
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
@@ -20,29 +21,13 @@ pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 COLUMNS, NEW = 20, 24
 
 
-class Calls:
-    """How often a step was begun, a graph captured, and one replayed."""
-
-    def __init__(self) -> None:
-        self.steps = self.captures = self.replays = 0
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """How often a step was begun, a graph captured, and one replayed."""
     counted = Calls()
-
-    def count(owner: Any, method: str, name: str) -> None:
-        original = getattr(owner, method)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            setattr(counted, name, getattr(counted, name) + 1)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, method, counting)
-
-    count(FusedDecode, "__call__", "steps")
-    count(torch.cuda.CUDAGraph, "capture_begin", "captures")
-    count(torch.cuda.CUDAGraph, "replay", "replays")
+    counted.watch(monkeypatch, FusedDecode, "__call__", "steps")
+    counted.watch(monkeypatch, torch.cuda.CUDAGraph, "capture_begin", "captures")
+    counted.watch(monkeypatch, torch.cuda.CUDAGraph, "replay", "replays")
     return counted
 
 

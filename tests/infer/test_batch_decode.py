@@ -9,16 +9,16 @@ import gc
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from call_counts import Calls
 from core.fake_transformer_engine import FakeTransformerEngine
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_core.layers import transformer_engine_problem
 from llama_te_core.reference_layer import ReferenceLayer
 from llama_te_infer import InferenceParams, batch_decode, inference_params_for, operators
 from llama_te_infer.batch_decode import BatchDecode, choose_decode, decode_problem
@@ -64,29 +64,13 @@ def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_decode, "takes_fused_decode", lambda *arguments: True)
 
 
-class Calls:
-    """How often a step, a layer and a capture were begun."""
-
-    def __init__(self) -> None:
-        self.steps = self.layers = self.made = 0
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """How often a step, a layer and a capture were begun."""
     counted = Calls()
-
-    def count(owner: type, method: str, name: str) -> None:
-        original = getattr(owner, method)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            setattr(counted, name, getattr(counted, name) + 1)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, method, counting)
-
-    count(FusedDecode, "__call__", "steps")
-    count(FusedDecode, "__init__", "made")
-    count(ReferenceLayer, "forward", "layers")
+    counted.watch(monkeypatch, FusedDecode, "__call__", "steps")
+    counted.watch(monkeypatch, FusedDecode, "__init__", "made")
+    counted.watch(monkeypatch, ReferenceLayer, "forward", "layers")
     return counted
 
 
@@ -364,10 +348,8 @@ def test_models_that_have_more_than_the_kernels_compute(te: PreTrainedModel, any
 
 
 @pytest.fixture
-def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeTransformerEngine().install(monkeypatch)
-    yield
-    transformer_engine_problem.cache_clear()
 
 
 @pytest.mark.usefixtures("transformer_engine")

@@ -74,6 +74,11 @@ def recipe_name(recipe: Any) -> str:
     return type(recipe).__name__
 
 
+def recipe_token_multiple(name: str) -> int:
+    """What the number of tokens must be a multiple of with a recipe of this name, with a backward pass."""
+    return _TOKEN_MULTIPLE.get(name, _FP8_TOKEN_MULTIPLE)
+
+
 def check_recipe(recipe: Any, capability: tuple[int, int] | None, device_name: str) -> None:
     """Refuse a recipe that the device has no arithmetic for.
 
@@ -215,7 +220,7 @@ class PrecisionPlan:
         if not self.quantized:
             return 1
         used = [recipe for precision, recipe in self._recipes.items() if precision in self.layers]
-        return max(_TOKEN_MULTIPLE.get(recipe_name(recipe), _FP8_TOKEN_MULTIPLE) for recipe in used)
+        return max(recipe_token_multiple(recipe_name(recipe)) for recipe in used)
 
     def check_tokens(self, tokens: int, grad: bool, ranks: int = 1) -> None:
         """Refuse a number of tokens that the quantized products cannot take, or processes cannot share out.

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from ..labels import IGNORED_LABEL, next_token_labels
 from .context_parallel import shard_context
 from .text_data import TextBatches, TextData, merge_states
 
@@ -68,7 +67,7 @@ class BatchStream:
             self._iterator = iter(self._loader)
         batch = next(self._iterator)
         lengths = batch["cu_seq_lens_q"].diff()
-        arguments = _with_labels(batch) if self.mesh is None else shard_context(batch, self.mesh)
+        arguments = shard_context(batch, self.mesh)
         return Batch(
             {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -134,14 +133,6 @@ def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
         mesh.get_local_rank("replicate") * shards + mesh.get_local_rank("shard"),
         mesh["replicate"].size() * shards,
     )
-
-
-def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What `shard_context` does, for one process."""
-    arguments = dict(batch)
-    arguments["shift_labels"] = next_token_labels(arguments.pop("labels"), arguments.get("attention_mask"))
-    arguments["num_items_in_batch"] = (arguments["shift_labels"] != IGNORED_LABEL).sum()
-    return arguments
 
 
 def _leave_signals_to_the_process(worker: int) -> None:

@@ -19,6 +19,7 @@ from ..checkpoint_format import MODEL_TYPE
 from ..collectives import ContextKind
 from ..configuration_nvllama import NVLlamaConfig
 from ..layers import transformer_engine_problem
+from ..precision import recipe_token_multiple
 from .documents import TextDocument
 from .parallel import ParallelSizes
 from .text_data import TextData, Tokenizer
@@ -251,7 +252,15 @@ class PrecisionConfig:
     @property
     def token_multiple(self) -> int:
         """What the tokens of a forward pass must be a multiple of."""
-        return {"fp8": 16, "mxfp8": 32, "nvfp4": 128}.get(self.compute, 1)
+        return 1 if self.recipe is None else recipe_token_multiple(self.recipe)
+
+    @property
+    def recipe(self) -> str | None:
+        """What Transformer Engine calls the recipe; `None` without quantized layers."""
+        if self.compute == "fp8":
+            names = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "block": "Float8BlockScaling"}
+            return names[self.fp8_recipe]
+        return {"mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}.get(self.compute)
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -282,15 +291,11 @@ class PrecisionConfig:
 
     def recipes(self) -> dict[str, Any]:
         """The models' arguments `fp8_recipe` or `fp4_recipe`; none without quantized layers. Imports TE."""
-        if not self.is_quantized:
+        if self.recipe is None:
             return {}
-        recipe = importlib.import_module("transformer_engine.common.recipe")
-        if self.compute == "nvfp4":
-            return {"fp4_recipe": recipe.NVFP4BlockScaling()}
-        if self.compute == "mxfp8":
-            return {"fp8_recipe": recipe.MXFP8BlockScaling()}
-        names = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "block": "Float8BlockScaling"}
-        return {"fp8_recipe": getattr(recipe, names[self.fp8_recipe])()}
+        recipes = importlib.import_module("transformer_engine.common.recipe")
+        argument = "fp4_recipe" if self.compute == "nvfp4" else "fp8_recipe"
+        return {argument: getattr(recipes, self.recipe)()}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..sequence_layout import token_places, whole_places
 _TOKEN_DIMENSIONS = ("replicate", "shard", "context")
 
 
-def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh | None) -> dict[str, Any]:
     """This process's part of a batch, with what makes the mean loss and gradients those of all tokens of the mesh.
 
     Each sequence's tokens are shared out over the context ranks as `whole_places` says. Labels are shifted before, and
@@ -32,7 +32,7 @@ def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         batch: What the model takes: `input_ids` [B, S] with `attention_mask` [B, S], or packed, [1, T], with
             `cu_seq_lens_q`; `labels` or `shift_labels` of the same shape. Other tensors that begin with that shape are
             cut alike. All processes of one place in `replicate` and `shard` need the same batch.
-        mesh: What `make_mesh` returned.
+        mesh: What `make_mesh` returned; `None` for one process.
 
     Returns:
         The model's arguments. With several context ranks there is no mask: the tokens of a row come first, and the
@@ -46,19 +46,23 @@ def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     labels = part.pop("labels", None)
     if labels is not None and part.get("shift_labels") is None:
         part["shift_labels"] = next_token_labels(labels, part.get("attention_mask"))
-    ranks = mesh["context"].size()
-    if ranks > 1:
+    if mesh is not None and mesh["context"].size() > 1:
         cut = _cut_padded if part.get("cu_seq_lens_q") is None else _cut_packed
-        part = cut(part, mesh.get_local_rank("context"), ranks)
+        part = cut(part, mesh.get_local_rank("context"), mesh["context"].size())
     if part.get("shift_labels") is not None:
-        count = (part["shift_labels"] != IGNORED_LABEL).sum().to(mesh.device_type)
-        processes = 1
-        for dimension in _TOKEN_DIMENSIONS:
-            processes *= mesh[dimension].size()
-            if mesh[dimension].size() > 1:
-                dist.all_reduce(count, group=mesh.get_group(dimension))
-        part["num_items_in_batch"] = count / processes
+        count = (part["shift_labels"] != IGNORED_LABEL).sum()
+        part["num_items_in_batch"] = count if mesh is None else _mean_over_processes(count, mesh)
     return part
+
+
+def _mean_over_processes(count: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    count = count.to(mesh.device_type)
+    processes = 1
+    for dimension in _TOKEN_DIMENSIONS:
+        processes *= mesh[dimension].size()
+        if mesh[dimension].size() > 1:
+            dist.all_reduce(count, group=mesh.get_group(dimension))
+    return count / processes
 
 
 def _cut_packed(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .config import OptimizerConfig, TrainConfig, check_machine
 from .interruption import Interruption
 from .metrics import Metrics
 from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
-from .parallel import clip_gradients, make_mesh
+from .parallel import clip_gradients, make_mesh, process_rank
 from .profiling import Profiler
 from .schedule import learning_rate
 
@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> int:
         if step:
             with _refusals():
                 checkpoints.load(step, called, optimizer, {"data": stream})
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = process_rank()
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ..configuration_nvllama import NVLlamaConfig
 from .config import LogConfig
+from .parallel import process_rank
 
 # Dense tensor-core operations per second of one GPU, 1e12, by what torch calls it; the first name that fits counts.
 # H100, H200: NVIDIA's data sheets of them (2023, 2024), halved, as those count what sparsity leaves out: SXM 1,979 in
@@ -111,7 +112,7 @@ class Metrics:
         self._file: Path | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
-        if (dist.get_rank() if dist.is_initialized() else 0) != 0:
+        if process_rank() != 0:
             return
         self._file = folder / "metrics.jsonl"
         _drop_behind(self._file, step)

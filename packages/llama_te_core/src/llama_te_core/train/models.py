@@ -25,7 +25,7 @@ from ..configuration_nvllama import NVLlamaConfig
 from ..modeling_nvllama import NVLlamaForCausalLM
 from .activation_checkpointing import checkpoint_activations
 from .config import DTYPES, TrainConfig
-from .parallel import parallelize
+from .parallel import parallelize, process_rank
 from .training_loss import return_loss_alone
 
 # The whole tensor of a name, of the shape and dtype of the one given, on its device.
@@ -166,7 +166,7 @@ def converted(checkpoint: str, folder: Path) -> Path:
         checkpoint: A folder, hub id or GGUF file.
         folder: Where to; all processes see it.
     """
-    if _rank() == 0:
+    if process_rank() == 0:
         from llama_te_convert import convert_checkpoint
 
         convert_checkpoint(checkpoint, folder, to_te=True)
@@ -186,7 +186,7 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     quantized = model.config.use_quantized_model_init
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] | None = None if quantized else get_model_state_dict(model, options=options)
-    if _rank() != 0:
+    if process_rank() != 0:
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -204,12 +204,8 @@ def export_hf(folder_te: Path, folder_hf: Path) -> None:
         folder_te: What `export_te` wrote.
         folder_hf: Replaced if it is there.
     """
-    if _rank() == 0:
+    if process_rank() == 0:
         from llama_te_convert import convert_checkpoint
 
         shutil.rmtree(folder_hf, ignore_errors=True)
         convert_checkpoint(str(folder_te), folder_hf, to_te=False)
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0

@@ -91,6 +91,11 @@ class ParallelSizes:
         return replace(self, shard=shard)
 
 
+def process_rank() -> int:
+    """This process's number; 0 where there is no process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def make_mesh(sizes: ParallelSizes, device_type: str) -> DeviceMesh:
     """The mesh of all processes, with the dimensions `replicate`, `shard`, `context` and `tensor`.
 
