@@ -30,6 +30,8 @@ DATA_READERS = ["datasets", "torchdata"]
 TRAINING_COMMAND = ["jsonargparse[signatures]>=4.49", "tensorboard"]
 # And the extra `lora`.
 ADAPTERS = ["peft>=0.21"]
+# What comes with Transformer Engine and runs without it.
+INSPECTION = ["nvdlfw-inspect>=0.2.2"]
 
 # The CPU build of torch comes without Triton, whose interpreter runs the loss's kernels; this is torch 2.11's.
 TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
@@ -59,10 +61,9 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
-    readers = [*MODEL_READERS, *DATA_READERS]
-    install(
-        session, *readers, *TRAINING_COMMAND, *ADAPTERS, *TRITON, "hypothesis", "pytest", "pytest-cov", "pytest-xdist"
-    )
+    training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
+    tools = ["hypothesis", "pytest", "pytest-cov", "pytest-xdist"]
+    install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
     arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml"]
     # One thread a process: two processes of many threads each would wait for each other.

@@ -1,14 +1,17 @@
 """Time training steps: packed sequences, forward, backward and AdamW, beside transformers in the same run.
 
-    python benchmarks/train.py
-    torchrun --nproc-per-node 4 benchmarks/train.py --rows 8B --parallel shard=4 shard=2,context=2
+    python benchmarks/train.py --json one.json
+    torchrun --nproc-per-node 4 benchmarks/train.py --rows 8B --parallel shard=4 shard=2,context=2 --json four.json
+    python benchmarks/train.py --no-runs --json one.json --add four.json --page page.md
 
 Of several GPUs, each takes a row by itself first, and then all together as meshes: every data-parallel process has a
 batch like that of one GPU, context ranks share one. Tokens and operations per second are those of a GPU.
 
 Models have Llama 3's shapes and random weights; weights, gradients and the optimizer's states are bfloat16. A step's
 time is that of the whole step, the host's work included. Model operations are counted as the training command counts
-them (`training_flops`), and put beside what large bfloat16 products reach in the same run.
+them (`training_flops`). The limit is what a step takes if all of them run as fast as a product of large matrices does
+in the same run: those of FP8 layers' weights as one in FP8, and attention and the head, which stay in bfloat16, as one
+in bfloat16.
 """
 
 from __future__ import annotations
@@ -61,6 +64,13 @@ class Load(NamedTuple):
     length: int  # tokens of each
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
 
+    def in_words(self) -> str:
+        """For the page."""
+        sequences = f"{self.sequences} sequence{'s' * (self.sequences > 1)} of {self.length:,} tokens"
+        if self.activation_checkpointing == "none":
+            return sequences
+        return f"{sequences}, activation checkpointing {self.activation_checkpointing}"
+
 
 LOADS = {
     "1B": Load(4, 4096),
@@ -78,6 +88,7 @@ ROWS = [
 MORE_ROWS = ["8B bf16", "8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 current"]
 PEERS = ["1B bf16", "8B's width bf16"]
 WARM_UP, STEPS = 4, 8
+PRODUCT_SIZE = 8192
 DEVICE = "cuda"
 
 
@@ -93,6 +104,7 @@ class Figure:
         memory: Greatest allocated on one GPU, GB (1e9 bytes).
         flops: Model operations per second and GPU, 1e12.
         loss: Of the last step.
+        limit: Tokens per second and GPU, if all model operations ran as fast as large products.
     """
 
     what: str
@@ -102,6 +114,12 @@ class Figure:
     memory: float
     flops: float
     loss: float
+    limit: float
+
+    @property
+    def share(self) -> float:
+        """Of the limit that is reached."""
+        return self.rate / self.limit
 
 
 def main() -> None:
@@ -110,23 +128,40 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
-    import transformer_engine
+    if not options.no_runs:
+        run(options)
+    if options.page and rank() == 0:
+        write_page(options.json, options.add, options.page)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
-    about = {
-        "device": torch.cuda.get_device_name(),
+
+def run(options: argparse.Namespace) -> None:
+    """Measure all rows and keep them with what they were measured on."""
+    import transformer_engine
+    import transformers
+
+    record: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
         "gpus": world_size(),
         "torch": torch.__version__,
         "transformer_engine": transformer_engine.__version__,
-        "bf16 products, TFLOP/s": round(product_rate() / 1e12, 1),
+        "transformers": transformers.__version__,
+        "product_rates": product_rates(options.rows),
     }
-    say(", ".join(f"{name} {value}" for name, value in about.items()))
-    figures = take(options)
+    say(machine(record))
+    record["figures"] = [asdict(figure) for figure in take(options, record["product_rates"])]
     if options.json and rank() == 0:
-        options.json.write_text(
-            json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n"
-        )
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def machine(record: dict[str, Any]) -> str:
+    """What figures were measured on."""
+    rates = " and ".join(f"{rate / 1e12:,.0f} TFLOP/s in {name}" for name, rate in record["product_rates"].items())
+    return (
+        f"{record['gpus']} {record['gpu']}, torch {record['torch']}, Transformer Engine "
+        f"{record['transformer_engine']}, transformers {record['transformers']}; large products reach {rates}"
+    )
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
@@ -143,6 +178,12 @@ def arguments(words: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--profile", type=Path, help="write a trace of one step of each row to this folder")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--page", type=Path, help="write a page in Markdown with the figures of the --json file")
+    parser.add_argument(
+        "--add", type=Path, nargs="*", metavar="JSON", default=[],
+        help="files of other runs, on more GPUs for instance, whose figures the page has too",
+    )  # fmt: skip
+    parser.add_argument("--no-runs", action="store_true", help="measure nothing: write the page again")
     options = parser.parse_args(words)
     every = ROWS + MORE_ROWS
     options.rows = ROWS if options.rows is None else [row for row in every if any(part in row for part in options.rows)]
@@ -155,7 +196,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
             parallel_config(name).sizes.resolve(int(os.environ["WORLD_SIZE"]))
         except ValueError as error:
             parser.error(f"--parallel {name}: {error}")
-    if not torch.cuda.is_available():
+    if options.page and not options.json:
+        parser.error(f"--page {options.page}: its figures come from a file, so give --json FILE as well.")
+    if not options.page and (options.add or options.no_runs):
+        parser.error("--add and --no-runs are for writing a page: give --page FILE as well.")
+    if not options.no_runs and not torch.cuda.is_available():
         parser.error("this needs a GPU.")
     return options
 
@@ -180,16 +225,16 @@ def parallel_config(text: str) -> Any:
     return ParallelConfig(**{key: value if key == "context_kind" else int(value) for key, value in pairs.items()})
 
 
-def take(options: argparse.Namespace) -> list[Figure]:
+def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[Figure]:
     """Print the table, row by row, and return it."""
-    say(f"{'':<30} {'':<20} {'GPUs':>4} {'tok/s':>9} {'TFLOP/s':>8} {'GB':>6} {'loss':>7}")
+    say(f"{'':<30} {'':<20} {'GPUs':>4} {'tok/s':>9} {'limit':>9} {'TFLOP/s':>8} {'GB':>6} {'loss':>7}")
     runs = [(row, who) for row in options.rows for who in ("llama-te", *options.parallel)]
     if options.peers:
         runs += [(row, "transformers") for row in PEERS if row in options.rows]
     figures = []
     for row, who in runs:
         try:
-            figure = measure(row, who, options.profile)
+            figure = measure(row, who, product_rates, options.profile)
         except torch.cuda.OutOfMemoryError:
             if who in options.parallel:
                 raise  # where one process of a mesh has no memory, the others wait for it
@@ -199,34 +244,45 @@ def take(options: argparse.Namespace) -> list[Figure]:
             gc.collect()
             torch.cuda.empty_cache()
         figures.append(figure)
-        speed = f"{figure.rate:9,.0f} {figure.flops:8.1f} {figure.memory:6.1f} {figure.loss:7.3f}"
+        speed = f"{figure.rate:9,.0f} {figure.limit:9,.0f} {figure.flops:8.1f} {figure.memory:6.1f} {figure.loss:7.3f}"
         say(f"{row:<30} {who:<20} {figure.gpus:4} {speed}")
     return figures
 
 
-def product_rate() -> float:
-    """Operations per second of a product of two matrices of 8,192 x 8,192 in bfloat16."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def product_rates(rows: list[str]) -> dict[str, float]:
+    """Operations per second of a product of two large matrices, in the formats that rows compute in."""
+    a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rates = {"bf16": product_rate(lambda: a @ b)}
+    if any("FP8" in row for row in rows):
+        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()  # it takes a second factor by columns only
+        one = torch.ones((), device=DEVICE)
+        # Sums of less precision are the fastest there are; TE has them in the forward pass.
+        rates["FP8"] = product_rate(
+            lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+        )
+    return rates
+
+
+def product_rate(product: Callable[[], torch.Tensor]) -> float:
+    """Operations per second of a product of two large matrices."""
     seconds = []
     for _ in range(10):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(10):
-            a @ b
+            product()
         torch.cuda.synchronize()
         seconds.append((time.perf_counter() - begin) / 10)
-    return 2 * 8192**3 / statistics.median(seconds)
+    return 2 * PRODUCT_SIZE**3 / statistics.median(seconds)
 
 
-def measure(row: str, who: str, profile: Path | None) -> Figure:
+def measure(row: str, who: str, product_rates: dict[str, float], profile: Path | None) -> Figure:
     """Train a model on one batch for some steps."""
     from llama_te_core.train.batch_stream import data_rank
     from llama_te_core.train.metrics import training_flops
     from llama_te_core.train.parallel import make_mesh
 
-    shape, precision = next(
-        (shape, row.removeprefix(f"{shape} ")) for shape in reversed(SHAPES) if row.startswith(f"{shape} ")
-    )
+    shape, precision = shape_and_precision(row)
     load = LOADS[shape]
     mesh, gpus, batches = None, 1, 1
     if who == "transformers":
@@ -256,7 +312,34 @@ def measure(row: str, who: str, profile: Path | None) -> Figure:
     tokens = batches * load.sequences * load.length
     flops = training_flops(config, tokens, tokens * load.length)
     each = statistics.median(seconds) * gpus
-    return Figure(row, who, gpus, tokens / each, float(memory) / 1e9, flops / each / 1e12, float(loss) / gpus)
+    return Figure(
+        what=row,
+        who=who,
+        gpus=gpus,
+        rate=tokens / each,
+        memory=float(memory) / 1e9,
+        flops=flops / each / 1e12,
+        loss=float(loss) / gpus,
+        limit=tokens / least_seconds(config, tokens, tokens * load.length, precision, product_rates),
+    )
+
+
+def shape_and_precision(row: str) -> tuple[str, str]:
+    """What a row's name consists of."""
+    return next((shape, row.removeprefix(f"{shape} ")) for shape in reversed(SHAPES) if row.startswith(f"{shape} "))
+
+
+def least_seconds(
+    config: Any, tokens: int, squared_lengths: int, precision: str, product_rates: dict[str, float]
+) -> float:
+    """What one GPU takes for all model operations, if they run as fast as large products."""
+    from llama_te_core.train.metrics import training_flops
+
+    head = 6 * config.vocab_size * config.hidden_size * tokens
+    layers = training_flops(config, tokens, 0) - head
+    attention = training_flops(config, 0, squared_lengths)
+    fastest = product_rates["FP8" if precision in RECIPES else "bf16"]
+    return layers / fastest + (head + attention) / product_rates["bf16"]
 
 
 def llama_te_step(
@@ -350,6 +433,77 @@ def write_profile(step: Callable[[], torch.Tensor], path: Path) -> None:
     path.write_text(
         profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=90)
     )
+
+
+def write_page(json_file: Path, others: list[Path], page: Path) -> None:
+    """The documentation page of several runs' figures, and its plot beside it."""
+    records = [json.loads(file.read_text()) for file in (json_file, *others)]
+    runs = [[Figure(**figure) for figure in record["figures"]] for record in records]
+    plot = page.with_suffix(".svg")
+    draw([figure for figures in runs for figure in figures], plot)
+    words = ["--json", json_file.as_posix()]
+    if others:
+        words += ["--add", *(file.as_posix() for file in others)]
+    measured = {shape_and_precision(figure.what)[0] for figures in runs for figure in figures}
+    loads = "; ".join(f"{shape}: {LOADS[shape].in_words()}" for shape in LOADS if shape in measured)
+    lines = [
+        "# Training performance",
+        "",
+        f"Written by `python benchmarks/train.py {' '.join(words)} --page {page.as_posix()}`. Llama 3's shapes with "
+        "random weights and random tokens in packed sequences; weights, gradients and AdamW's states are bfloat16. A "
+        f"step is forward, backward and AdamW, the host's work included; the median of {STEPS} counts. A process has a "
+        f"batch of its own ({loads}), or shares one where a mesh has context ranks.",
+        "",
+        "llama-te runs on one GPU. Names such as `shard=4` are its meshes of several GPUs, by the sizes that "
+        "[training](training.md#many-processes) has. Tokens, operations and limits are per second and GPU. Model "
+        "operations are counted as the training command counts them, those that are computed twice once; their rate is "
+        f"also given as a share of what a bf16 product of {PRODUCT_SIZE:,} x {PRODUCT_SIZE:,} matrices reached in the "
+        "same run. The limit is how many tokens it would be if all model operations ran as fast as such products: "
+        "those of FP8 layers' weights as one in FP8 (`torch._scaled_mm`), and attention and the head, which stay in "
+        "bf16, as one in bf16. AdamW, norms, conversions and traffic between GPUs take no time in it.",
+        "",
+        f"![Share of the limit that training reaches]({plot.name})",
+    ]
+    for record, figures in zip(records, runs, strict=True):
+        lines += [
+            "",
+            f"{machine(record)}:",
+            "",
+            "| what | who | GPUs | tokens/s | limit | reached | TFLOP/s | of bf16 products | peak GB |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for f in figures:
+            of_products = f.flops * 1e12 / record["product_rates"]["bf16"]
+            lines.append(
+                f"| {f.what} | {f.who} | {f.gpus} | {f.rate:,.0f} | {f.limit:,.0f} | {f.share:.0%} | {f.flops:,.0f} | "
+                f"{of_products:.0%} | {f.memory:.1f} |"
+            )
+    notes = page.with_name(f"{page.stem}-notes.md")
+    if notes.exists():
+        lines += ["", notes.read_text().rstrip()]
+    page.write_text("\n".join(lines) + "\n")
+
+
+def draw(figures: list[Figure], path: Path) -> None:
+    """Bars of the figures' shares of their limits."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
+    from matplotlib import pyplot
+
+    bars = figures[::-1]
+    colours = {"llama-te": "#2a6f97", "transformers": "#d4a373"}
+    figure = pyplot.figure(figsize=(8, 0.32 * len(bars) + 1))
+    axes = figure.add_subplot()
+    axes.barh(range(len(bars)), [100 * f.share for f in bars], color=[colours.get(f.who, "#61a5c2") for f in bars])
+    axes.set_yticks(
+        range(len(bars)), [f"{f.what}, {f.who}, {f.gpus} GPU{'s' * (f.gpus > 1)}" for f in bars], fontsize=8
+    )
+    axes.set_xlabel("% of the limit")
+    axes.set_xlim(0, 100)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
 
 
 def say(text: str) -> None:

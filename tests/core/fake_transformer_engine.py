@@ -137,6 +137,37 @@ class Linear(nn.Module):
         return self.tensor_group.leave(nn.functional.linear(input_bE, self.weight))
 
 
+class OffloadContext:
+    """What TE's context for offloading asks of those who use it: one layer after the other, each in a pass of its own.
+
+    It offloads nothing: `events` tell what it would see.
+    """
+
+    def __init__(self, events, layers, model_layers):
+        if layers > model_layers - 1:
+            raise ValueError(f"Cannot offload all layers: num_layers={layers}, model_layers={model_layers}.")
+        self.events, self.model_layers = events, model_layers
+        self.layer, self.inside, self.synchronized = -1, False, True
+
+    def __enter__(self):
+        assert not self.inside and self.synchronized
+        self.layer = (self.layer + 1) % self.model_layers
+        self.inside, self.synchronized = True, False
+        self.events.append(("enter offload", self.layer))
+        return self
+
+    def __exit__(self, *error):
+        self.inside = False
+        self.events.append(("exit offload", self.layer))
+
+    def synchronize(self, tensor):
+        assert not self.inside and tensor.requires_grad
+        self.synchronized = True
+        layer = self.layer
+        tensor.grad_fn.register_prehook(lambda gradients: self.events.append(("backward", layer)))
+        return tensor
+
+
 class FakeTransformerEngine:
     """What a test sees: `events`, in order, and the stacks of contexts that are active."""
 
@@ -167,6 +198,12 @@ class FakeTransformerEngine:
         self.events.append(("checkpoint", use_reentrant))
         return torch_checkpoint(function, *args, use_reentrant=use_reentrant, **kwargs)
 
+    def get_cpu_offload_context(self, enabled=False, num_layers=1, model_layers=1):
+        assert enabled
+        self.events.append(("offload", num_layers, model_layers))
+        context = OffloadContext(self.events, num_layers, model_layers)
+        return context, context.synchronize
+
     @staticmethod
     def get_default_recipe():
         return DelayedScaling()
@@ -180,6 +217,7 @@ class FakeTransformerEngine:
             def __init__(self, **arguments):
                 super().__init__()
                 self.arguments = arguments
+                self.layer_number = arguments["layer_number"]
                 self.init_context = fake.inits[-1] if fake.inits else None
                 self.calls = []
                 group = TensorGroup(arguments["tp_group"], arguments["sequence_parallel"])
@@ -234,7 +272,8 @@ class FakeTransformerEngine:
                 fake.events.append(("extra state", state))
 
         pytorch.TransformerLayer = TransformerLayer
-        for name in ("autocast", "quantized_model_init", "checkpoint", "get_default_recipe"):
+        names = ("autocast", "quantized_model_init", "checkpoint", "get_cpu_offload_context", "get_default_recipe")
+        for name in names:
             setattr(pytorch, name, getattr(self, name))
         pytorch.QuantizedTensor = QuantizedTensor
         pytorch.Float8Tensor = Float8Tensor

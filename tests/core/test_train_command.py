@@ -229,6 +229,34 @@ def test_activations_are_computed_twice_where_asked_for(source: Path, activation
     assert len(calls) == len(model.model.layers) + twice
 
 
+def test_activations_kept_on_the_host_change_nothing(whole_run: Path, tmp_path: Path, source: Path) -> None:
+    assert train(tmp_path, source, **SHORT, activation_offload_layers=3) == losses(whole_run)
+
+
+def test_first_layers_keep_their_activations_on_the_host(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(one_process(source), activation_offload_layers=1)
+    model_config = config.model_config()
+    model, _ = build_model(config, model_config, random_weights(0, model_config), None, torch.device("cpu"))
+    saved = {0: 0, 1: 0}  # bytes that each layer leaves on the device
+    for number, layer in enumerate(model.model.layers):
+
+        def pack(tensor: torch.Tensor, number: int = number) -> torch.Tensor:
+            saved[number] += tensor.nbytes
+            return tensor
+
+        forward = layer.forward
+
+        def counting(*args: Any, forward: Any = forward, pack: Any = pack, **kwargs: Any) -> torch.Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return forward(*args, **kwargs)
+
+        layer.forward = counting
+    ids_BS = torch.arange(16)[None]
+    model(input_ids=ids_BS, shift_labels=ids_BS, num_items_in_batch=torch.tensor(16)).backward()
+    assert saved[0] == 0 < saved[1]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
     # Each document fills its batch, or half of it: the two runs see the same sequences in each step.
     source = write(tmp_path, docstrings(126)[:8])
@@ -301,6 +329,34 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
             {"precision__compute": "fp8", "precision__weights": "bf16", "precision__quantized_weights": True},
             2,
             "checkpoints cannot hold such weights",
+        ),
+        ({"activation_offload_layers": -1}, 2, "activation_offload_layers=-1: it must be an integer of at least 0"),
+        (
+            {"activation_offload_layers": 4},
+            2,
+            "the model has 4 layers, the last of which needs its activations at once",
+        ),
+        (
+            {"activation_offload_layers": 1, "activation_checkpointing": "selective"},
+            2,
+            "activation_offload_layers=1 and activation_checkpointing='selective': layers that compute",
+        ),
+        ({"log__inspect": "x.yaml"}, 2, "log.inspect='x.yaml' is about the tensors of FP8 and FP4 layers, but"),
+        (
+            {
+                "log__inspect": "x.yaml",
+                "precision__compute": "fp8",
+                "precision__weights": "bf16",
+                "precision__quantized_weights": True,
+                "checkpoint__interval": None,
+            },
+            2,
+            "log.inspect='x.yaml' and precision.quantized_weights=True: what weights lose",
+        ),
+        (
+            {"log__inspect": "x.yaml", "precision__compute": "fp8", "activation_offload_layers": 1},
+            2,
+            "log.inspect='x.yaml' and activation_offload_layers=1: Transformer Engine does not offload",
         ),
         ({"export__hf": True}, 2, "export.hf=True, but export.te=False"),
         ({"nonsense": 1}, 2, "nonsense"),

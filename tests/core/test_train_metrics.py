@@ -46,13 +46,21 @@ def test_operations_of_attention_are_half_of_the_square() -> None:
 @pytest.mark.parametrize(
     ("gpu", "compute", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.5e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA A100 80GB PCIe", "fp8", None),
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
         ("NVIDIA H100 PCIe", "fp8", 1513e12),
-        ("NVIDIA H200", "fp8", 1979e12),
-        ("NVIDIA H200 NVL", "bf16", 835.5e12),
-        ("NVIDIA B200", "nvfp4", 9000e12),
+        ("NVIDIA H200", "fp8", 1978.9e12),
         ("NVIDIA H200", "fp32", None),
-        ("NVIDIA A100-SXM4-80GB", "bf16", None),
+        ("NVIDIA H200", "nvfp4", None),
+        ("NVIDIA H200 NVL", "bf16", 835.5e12),
+        ("NVIDIA GH200 480GB", "bf16", 989.4e12),
+        ("NVIDIA B200", "nvfp4", 9000e12),
+        ("NVIDIA GB200", "bf16", 2500e12),
+        ("NVIDIA B300 SXM6 AC", "mxfp8", 4500e12),
+        ("NVIDIA GB300", "fp8", 5000e12),
+        ("NVIDIA H20", "bf16", None),
+        ("NVIDIA H800", "bf16", None),
     ],
 )
 def test_peaks(gpu: str, compute: str, peak: float | None) -> None:

@@ -103,6 +103,34 @@ def test_activations_of_its_layers_are_left_to_transformer_engine(engine: Any, a
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+def test_offloaded_activations_are_left_to_transformer_engine(engine: Any) -> None:
+    run = dataclasses.replace(config(compute="bf16"), activation_offload_layers=2)
+    model_config = run.model_config()
+    model, called = build_model(run, model_config, random_weights(0, model_config), None, torch.device("cpu"))
+    assert engine.events[-1] == ("offload", 2, len(model.model.layers))
+    ids_BS = torch.arange(16)[None]
+    # Each layer is counted, whether its activations are offloaded or not, in each forward pass anew.
+    forward = [(kind, layer) for layer in range(4) for kind in ("enter offload", "layer", "exit offload")]
+    for _ in range(2):
+        engine.events.clear()
+        loss = called(input_ids=ids_BS, shift_labels=ids_BS, num_items_in_batch=torch.tensor(16))
+        loss.backward()
+        seen = [(kind, what[0]) for kind, *what in engine.events if "autocast" not in kind]
+        seen = [(kind, number - 1 if kind == "layer" else number) for kind, number in seen]
+        assert seen == [*forward, *(("backward", layer) for layer in (3, 2, 1, 0))]
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_nothing_is_offloaded_without_gradients(engine: Any) -> None:
+    run = dataclasses.replace(config(compute="bf16"), activation_offload_layers=2)
+    model_config = run.model_config()
+    _, called = build_model(run, model_config, random_weights(0, model_config), None, torch.device("cpu"))
+    ids_BS = torch.arange(16)[None]
+    with torch.no_grad():
+        called(input_ids=ids_BS, shift_labels=ids_BS, num_items_in_batch=torch.tensor(16))
+    assert not [event for event in engine.events if "enter offload" in event]
+
+
 @pytest.mark.parametrize(("compute", "multiple"), [("bf16", 2), ("fp8", 32), ("mxfp8", 64)])
 def test_each_tensor_rank_has_tokens_that_its_layers_take(compute: str, multiple: int) -> None:
     run = dataclasses.replace(config(compute=compute), parallel=ParallelConfig(tensor=2))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from distributed.processes import join
 
 ROW = "small bf16"
+PRODUCT_RATE = 1e12
 
 
 def benchmark() -> ModuleType:
@@ -42,7 +43,7 @@ def run(rank: int, world_size: int, device: str, folder: Path, meshes: list[str]
                 patch.setattr(torch.cuda, name, lambda: None)
             patch.setattr(torch.cuda, "max_memory_allocated", lambda: 1e9 * (1 + rank))
         options = argparse.Namespace(rows=[ROW], parallel=meshes, peers=False, profile=None)
-        figures = program.take(options)
+        figures = program.take(options, {"bf16": PRODUCT_RATE})
     if rank == 0:
         torch.save([vars(figure) for figure in figures], folder / "figures.pt")
     dist.destroy_process_group()

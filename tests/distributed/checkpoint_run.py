@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from core.full_disk import full_disk
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
 from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
+from llama_te_core.train.tensor_parallel import whole
 
 CONFIG = NVLlamaConfig(
     vocab_size=31,  # which no number of processes divides
@@ -63,9 +64,9 @@ class Run:
 
     def state(self) -> Any:
         """Whole tensors on the host, by the names of the parameters."""
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(full_state_dict=True))
-        return {name: value.cpu().clone() for name, value in model.items()}, {
-            (name, key): value.cpu().clone()
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {name: whole(value).cpu().clone() for name, value in model.items()}, {
+            (name, key): whole(value).cpu().clone()
             for name, state in optimizer["state"].items()
             for key, value in state.items()
         }

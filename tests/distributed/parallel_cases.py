@@ -17,15 +17,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from conftest import TINY
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize
-from llama_te_core.train.tensor_parallel import gather_halves, scatter_halves
+from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize, whole_state_dict
+from llama_te_core.train.tensor_parallel import gather_halves, scatter_halves, whole
 
 PAD = 200  # occurs as a token too: its embedding gets no gradient
 
@@ -180,12 +179,12 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
     device = torch.get_default_device()
     mesh = make_mesh(case.sizes, device.type)
     if case.from_meta:
-        whole = get_model_state_dict(new_model(case))
+        weights = get_model_state_dict(new_model(case))
         with torch.device("meta"):
             model = new_model(case)
         model = parallelize(model, mesh)
         model.init_empty_weights(device)
-        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
         model = parallelize(new_model(case), mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -196,7 +195,7 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
     for name in ("replicate", "shard", "context"):
         dist.all_reduce(loss, group=mesh.get_group(name))
     gradients = {
-        name.removeprefix("module."): _whole(parameter.grad).clone() for name, parameter in model.named_parameters()
+        name.removeprefix("module."): whole(parameter.grad).clone() for name, parameter in model.named_parameters()
     }
     norm = clip_gradients(model, 0.1)
     optimizer.step()
@@ -204,7 +203,7 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
         "loss": loss / (case.replicate * case.shard * case.context),
         "gradients": gradients,
         "norm": norm,
-        "weights": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)),
+        "weights": whole_state_dict(getattr(model, "module", model)),
     }
     if case.through_checkpoint:
         result["checkpoint"] = go_through_checkpoint(case, mesh, model, optimizer, folder)
@@ -230,10 +229,10 @@ def go_through_checkpoint(case: Case, mesh: Any, model: Any, optimizer: Any, fol
     differences = [
         name
         for (name, parameter), other in zip(model.named_parameters(), again.parameters(), strict=True)
-        if not torch.equal(_whole(parameter), _whole(other))
+        if not torch.equal(whole(parameter), whole(other))
         or parameter.placements != other.placements
         or any(
-            not torch.equal(_whole(value), _whole(new_optimizer.state[other][key]))
+            not torch.equal(whole(value), whole(new_optimizer.state[other][key]))
             or getattr(value, "placements", None) != getattr(new_optimizer.state[other][key], "placements", None)
             for key, value in optimizer.state[parameter].items()
         )
@@ -322,7 +321,7 @@ def errors_of(case: Case, folder: Path) -> dict[str, Any]:
     errors: dict[str, Any] = {"loss": _error(mesh["loss"], alone["loss"]), "norm": _error(mesh["norm"], alone["norm"])}
     for kind in ("gradients", "weights"):
         errors[f"missing {kind}"] = sorted(alone[kind].keys() ^ mesh[kind].keys())
-        errors[kind] = {name: _error(mesh[kind][name], alone[kind][name]) for name in alone[kind]}
+        errors[kind] = {name: _error(value, alone[kind][name]) for name, value in mesh[kind].items()}
     if case.through_checkpoint:
         checkpoint = mesh["checkpoint"]
         errors["checkpoint"] = checkpoint["differences"]
@@ -333,14 +332,10 @@ def errors_of(case: Case, folder: Path) -> dict[str, Any]:
     return errors
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
     if value.shape != expected.shape or value.dtype != expected.dtype:
         return float("inf")
-    return float((value - expected).abs().max() / expected.abs().max())
+    return float((value.cpu() - expected.cpu()).abs().max() / expected.abs().max())
 
 
 def run(rank: int, world_size: int, device: str, folder: Path) -> None:

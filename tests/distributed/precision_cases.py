@@ -14,9 +14,7 @@ from unittest.mock import Mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from distributed.processes import join
@@ -35,6 +33,7 @@ from llama_te_core.train.context_parallel import shard_context
 from llama_te_core.train.loop import make_optimizer, train_step
 from llama_te_core.train.models import build_model, random_weights
 from llama_te_core.train.parallel import make_mesh
+from llama_te_core.train.tensor_parallel import whole
 
 # Heads that 8 context ranks can share, and sizes that FP8 can take.
 SHAPE = ShapeConfig(
@@ -184,16 +183,11 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    return {name: value.detach().cpu().float().clone() for name, value in state.items()}
+    return {name: whole(parameter.detach()).cpu().float().clone() for name, parameter in model.named_parameters()}
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
-    return {name: _whole(parameter.grad).cpu().float() for name, parameter in model.named_parameters()}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name: whole(parameter.grad).cpu().float() for name, parameter in model.named_parameters()}
 
 
 def run(rank: int, world_size: int, device: str, folder: Path, cases: list[Case]) -> None:

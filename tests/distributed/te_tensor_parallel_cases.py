@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +25,7 @@ from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, next_token_labels
 from llama_te_core.train.activation_checkpointing import checkpoint_activations
 from llama_te_core.train.context_parallel import shard_context
 from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
+from llama_te_core.train.tensor_parallel import whole
 from llama_te_core.train.training_loss import return_loss_alone
 
 SIZES: dict[str, Any] = {
@@ -127,8 +128,8 @@ def found(case: Case, device: torch.device) -> dict[str, Any]:
             model.init_empty_weights(device)
             set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
         results["mesh"] = passes(case, model, mesh)
-        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    results["weights"] = {name: torch.equal(weight, weights[name]) for name, weight in whole.items()}
+        found_weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
+    results["weights"] = {name: torch.equal(weight, weights[name]) for name, weight in found_weights.items()}
     results["layers"] = [arguments_of(layer) for layer in model.model.layers]
     if fake is not None:
         results["built"] = [
@@ -246,7 +247,7 @@ def passes(case: Case, model: Any, mesh: DeviceMesh | None) -> dict[str, Any]:
         dist.all_reduce(total, group=mesh.get_group("shard"))
         total /= case.shard
     gradients = {
-        name: (grad.full_tensor() if isinstance(grad, DTensor) else grad).detach().double().cpu()
+        name: whole(grad).detach().double().cpu()
         for name, grad in ((name, weight.grad) for name, weight in model.named_parameters())
     }
     return {"loss": float(total), "gradients": gradients}

@@ -1,15 +1,20 @@
-"""`benchmarks/train.py` on one process and on meshes, with a small model; what it measures is not looked at."""
+"""`benchmarks/train.py`: on one process and on meshes, with a small model, where speed is not looked at; its page."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from distributed import benchmark_run
-from distributed.benchmark_run import ROW, benchmark
+from distributed.benchmark_run import PRODUCT_RATE, ROW, benchmark
 from distributed.processes import start
+from llama_te_core import NVLlamaConfig
+from llama_te_core.train.metrics import training_flops
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,8 @@ def test_a_row_on_one_gpu_and_on_meshes(device: str, tmp_path: Path, world_size:
     for figure in (alone, sharded, in_context):
         assert figure["what"] == ROW
         assert figure["rate"] > 0 and figure["flops"] > 0
+        # A limit of one kind of product is a share of its rate, on any mesh.
+        assert figure["rate"] / figure["limit"] == pytest.approx(figure["flops"] * 1e12 / PRODUCT_RATE)
     if device == "cpu":  # the most of all processes, in GB
         assert [each["memory"] for each in (alone, sharded, in_context)] == [1, world_size, world_size]
     # Context ranks share the batch that one GPU has, so that they learn the same; measured: 2e-3.
@@ -43,10 +50,13 @@ def test_a_row_on_one_gpu_and_on_meshes(device: str, tmp_path: Path, world_size:
         (["--parallel", "shard=2,depth=2"], None, "'shard=2,depth=2' is no mesh: name integers"),
         (["--parallel", "context=0"], None, "'context=0' is no mesh: name integers"),
         (["--parallel", "shard=2"], None, "--parallel shard=2: processes are started by torchrun"),
+        (["--page", "x.md"], None, "--page x.md: its figures come from a file, so give --json FILE as well"),
+        (["--no-runs", "--json", "x.json"], None, "--add and --no-runs are for writing a page: give --page FILE"),
+        (["--add", "x.json"], None, "--add and --no-runs are for writing a page: give --page FILE"),
         (["--parallel", "shard=3"], "2", "--parallel shard=3: replicate=1, shard=3, context=1, tensor=1 need 3"),
     ],
 )
-def test_what_cannot_be_a_mesh_is_refused(
+def test_what_cannot_be_done_is_refused(
     words: list[str],
     processes: str | None,
     message: str,
@@ -72,3 +82,62 @@ def test_rows_and_meshes_that_are_meant(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert program.arguments([]).parallel == ["shard=-1"]
     assert program.arguments(["--parallel", "shard=4", "context=4"]).parallel == ["shard=4", "context=4"]
+
+
+def test_the_limit_has_weights_of_layers_in_fp8_and_the_rest_in_bf16() -> None:
+    program = benchmark()
+    config = NVLlamaConfig(
+        vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    rates = {"bf16": 1e12, "FP8": 4e12}
+    # Of a layer: queries and what follows them 24 x 48, keys and values 24 x 16, the MLP 24 x 40; forward and twice as
+    # much backward, 2 operations for each.
+    layers = 3 * 2 * 14 * 3 * (2 * 24 * 48 + 2 * 24 * 16 + 3 * 24 * 40)
+    rest = training_flops(config, 14, 14**2) - layers
+    least = program.least_seconds(config, 14, 14**2, "FP8 block", rates)
+    assert least == pytest.approx(layers / 4e12 + rest / 1e12)
+    assert program.least_seconds(config, 14, 14**2, "bf16", rates) == pytest.approx((layers + rest) / 1e12)
+
+
+def test_products_are_timed_in_the_formats_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = benchmark()
+    monkeypatch.setattr(program, "DEVICE", "cpu")
+    monkeypatch.setattr(program, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert list(program.product_rates(["1B bf16"])) == ["bf16"]
+    rates = program.product_rates(["1B bf16", "1B FP8 block"])
+    assert list(rates) == ["bf16", "FP8"] and min(rates.values()) > 0
+
+
+def test_a_page_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    program = benchmark()
+
+    def keep(name: str, gpus: int, **figures: list[Any]) -> Path:
+        record = {
+            "gpu": "NVIDIA H200", "gpus": gpus, "torch": "2.11", "transformer_engine": "2.20", "transformers": "5.17",
+            "product_rates": {"bf16": 800e12, "FP8": 1500e12},
+            "figures": [vars(program.Figure(what, *values)) for what, values in figures.items()],
+        }  # fmt: skip
+        (tmp_path / name).write_text(json.dumps(record))
+        return tmp_path / name
+
+    one = keep("one.json", 1, **{"1B FP8 block": ["llama-te", 1, 60_000.0, 53.25, 600.0, 11.0, 80_000.0]})
+    four = keep("four.json", 4, **{"8B, 131,072 tokens bf16": ["context=4", 4, 2_000.0, 70.0, 200.0, 11.0, 8_000.0]})
+    page = tmp_path / "speed.md"
+    (tmp_path / "speed-notes.md").write_text("## What is missed, and why\n")
+    words = ["--no-runs", "--json", str(one), "--add", str(four), "--page", str(page)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    program.main()
+    lines = page.read_text().splitlines()
+    assert (
+        "4 NVIDIA H200, torch 2.11, Transformer Engine 2.20, transformers 5.17; large products reach "
+        in page.read_text()
+    )
+    assert "| 1B FP8 block | llama-te | 1 | 60,000 | 80,000 | 75% | 600 | 75% | 53.2 |" in lines
+    assert "| 8B, 131,072 tokens bf16 | context=4 | 4 | 2,000 | 8,000 | 25% | 200 | 25% | 70.0 |" in lines
+    assert "(1B: 4 sequences of 4,096 tokens; 8B, 131,072 tokens: 1 sequence of 131,072 tokens, act" in page.read_text()
+    assert lines[-1] == "## What is missed, and why"
+    assert "1B FP8 block, llama-te, 1 GPU" in page.with_suffix(".svg").read_text()

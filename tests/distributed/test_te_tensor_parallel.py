@@ -74,7 +74,7 @@ def distance(results: dict, others: dict, name: str) -> float:
 
 @pytest.mark.parametrize("case", ALL)
 def test_the_state_dict_is_that_of_the_whole_model(processes, case):
-    weights = processes.found(case)[0]["weights"]  # torch gives whole state dicts to rank 0
+    weights = processes.found(case)[0]["weights"]
     assert len(weights) == 3 + 6 * SIZES["num_hidden_layers"]
     assert all(weights.values()), weights
 

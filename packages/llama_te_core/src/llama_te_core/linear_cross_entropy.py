@@ -259,7 +259,7 @@ def _targets(
     """The column of each token's label in the own shard, int64 [T], and whether it lies there, bool [T]; else 0."""
     rows_P = labels_T.new_zeros(dist.get_world_size(group) if group else 1, dtype=torch.int64)
     rank = dist.get_rank(group) if group else 0
-    rows_P[rank] = rows
+    rows_P[rank].fill_(rows)  # assigning it would wait for a GPU
     _all_reduce(rows_P, dist.ReduceOp.SUM, group)
     column_T = labels_T - rows_P[:rank].sum()
     owned_T = counted_T & (column_T >= 0) & (column_T < rows)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -25,7 +26,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .collectives import gathered, scattered
+from .collectives import clear_row, gathered, scattered
 from .configuration_nvllama import NVLlamaConfig
 from .kv_cache import check_cache, default_cache_factory
 from .labels import next_token_labels
@@ -56,6 +57,11 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers takes every class with "LayerNorm" in its name for a norm, and would fill its weights with ones.
+        if isinstance(module, nn.Embedding) and isinstance(module.weight, DTensor):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.padding_idx is not None:
+                clear_row(module.weight, module.padding_idx)
+            return
         if not (hasattr(module, "layer_norm_weight") or _is_from_transformer_engine(module)):
             super()._init_weights(module)
             return

@@ -56,7 +56,8 @@ class RotaryAngles:
         if table_P11D is None or table_P11D.shape[0] < length:
             positions = max(1 << (length - 1).bit_length(), 256)
             frequency_D, _ = self._frequencies(length)
-            angle_PD = torch.outer(torch.arange(positions, dtype=torch.float32), frequency_D)
+            position_P = torch.arange(positions, dtype=torch.float32, device=frequency_D.device)
+            angle_PD = torch.outer(position_P, frequency_D)
             table_P11D = torch.cat((angle_PD, angle_PD), dim=-1)[:, None, None, :].to(device)
             if self.rope_type == "dynamic":
                 self._tables.clear()  # each length beyond the trained one has frequencies of its own

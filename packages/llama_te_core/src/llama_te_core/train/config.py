@@ -397,10 +397,13 @@ class LogConfig:
     Attributes:
         interval: Steps between two looks at the losses. Each look waits for the GPU.
         wandb_project: The Weights & Biases project to log to; null for none (needs wandb).
+        inspect: A YAML file of features of nvdlfw-inspect, which say what is told of the tensors of quantized layers;
+            it is written to `FOLDER/inspect`. Null for none.
     """
 
     interval: int = 10
     wandb_project: str | None = None
+    inspect: str | None = None
 
     def __post_init__(self) -> None:
         _at_least("log.interval", self.interval, 1)
@@ -440,6 +443,8 @@ class TrainConfig:
         seed: Of random weights and of the documents' order.
         activation_checkpointing: Compute activations anew in the backward pass instead of keeping them: of no layer, of
             every second one (selective), of all (full).
+        activation_offload_layers: So many first layers keep their activations in the host's memory until the backward
+            pass; fewer than there are.
         parallel: How processes share the work.
         precision: Number formats.
         optimizer: AdamW and the loss.
@@ -456,6 +461,7 @@ class TrainConfig:
     folder: str = "run"
     seed: int = 0
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_offload_layers: int = 0
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -468,6 +474,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("steps", self.steps, 1)
         _at_least("seed", self.seed, 0)
+        _at_least("activation_offload_layers", self.activation_offload_layers, 0)
+        if self.activation_offload_layers and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"activation_offload_layers={self.activation_offload_layers} and "
+                f"activation_checkpointing={self.activation_checkpointing!r}: layers that compute their "
+                "activations anew have none to offload. Use activation_offload_layers=0, or "
+                "activation_checkpointing='none'."
+            )
+        if self.log.inspect is not None:
+            self._check_inspection()
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}: the learning "
@@ -517,13 +533,13 @@ class TrainConfig:
         return config
 
     def check_model(self, config: NVLlamaConfig) -> None:
-        """Refuse sequences that are longer than the model knows.
+        """Refuse sequences that are longer than the model knows, and to offload more layers than can be.
 
         Args:
             config: The model's.
 
         Raises:
-            ValueError: With both lengths.
+            ValueError: With both lengths, or both numbers of layers.
         """
         length = self.data.sequence_length or self.data.tokens_per_batch
         if length > config.max_position_embeddings:
@@ -531,6 +547,30 @@ class TrainConfig:
             raise ValueError(
                 f"data.{name} is {length}, but the model has max_position_embeddings={config.max_position_embeddings}: "
                 "set data.sequence_length to that or less."
+            )
+        if self.activation_offload_layers >= config.num_hidden_layers:
+            raise ValueError(
+                f"activation_offload_layers={self.activation_offload_layers}, but the model has "
+                f"{config.num_hidden_layers} layers, the last of which needs its activations at once: use at most "
+                f"{config.num_hidden_layers - 1}."
+            )
+
+    def _check_inspection(self) -> None:
+        given, precision = f"log.inspect={self.log.inspect!r}", self.precision
+        if not precision.is_quantized:
+            raise ValueError(
+                f"{given} is about the tensors of FP8 and FP4 layers, but precision.compute={precision.compute!r} has "
+                "none. Use compute 'fp8', 'mxfp8' or 'nvfp4', or log.inspect null."
+            )
+        if precision.quantized_weights:
+            raise ValueError(
+                f"{given} and precision.quantized_weights=True: what weights lose cannot be told where they exist in "
+                "the lossy format only. Use quantized_weights=False, or log.inspect null."
+            )
+        if self.activation_offload_layers:
+            raise ValueError(
+                f"{given} and activation_offload_layers={self.activation_offload_layers}: Transformer Engine does not "
+                "offload activations while it is inspected. Use activation_offload_layers=0, or log.inspect null."
             )
 
 
@@ -542,7 +582,7 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
         world_size: How many processes there are.
 
     Raises:
-        FileNotFoundError: `model.checkpoint` is a path that does not exist.
+        FileNotFoundError: `model.checkpoint` or `log.inspect` is a path that does not exist.
         RuntimeError: A package or a GPU is missing.
         ValueError: The mesh, the data or the checkpoint do not fit.
     """
@@ -565,6 +605,13 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
         )
     if config.log.wandb_project is not None:
         _needs("wandb", f"log.wandb_project={config.log.wandb_project!r}", "wandb")
+    if config.log.inspect is not None:
+        _needs("nvdlfw_inspect", f"log.inspect={config.log.inspect!r}", "nvdlfw-inspect")
+        if not Path(config.log.inspect).is_file():
+            raise FileNotFoundError(
+                f"log.inspect={config.log.inspect!r} is no file: give a YAML file of features, such as "
+                "examples/inspect.yaml."
+            )
     if config.export.hf:
         _needs("llama_te_convert", "export.hf=True", "llama-te-convert")
     checkpoint = config.model.checkpoint

@@ -24,6 +24,7 @@ from .batch_stream import BatchStream
 from .byte_tokenizer import byte_tokenizer
 from .checkpoints import Checkpoints
 from .config import OptimizerConfig, TrainConfig, check_machine
+from .inspection import Inspection
 from .interruption import Interruption
 from .metrics import Metrics
 from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
@@ -56,7 +57,7 @@ def train(config: TrainConfig) -> int:
     with _refusals():
         check_machine(config, int(os.environ.get("WORLD_SIZE", "1")))
     folder = Path(config.folder)
-    with _processes(config) as (mesh, device):
+    with _processes(config) as (mesh, device), contextlib.ExitStack() as until_the_end:
         with _refusals():
             tokenizer = load_tokenizer(config.data.tokenizer)
             data = config.data.text_data(tokenizer, config.seed, config.token_multiple, config.parallel.context)
@@ -74,6 +75,9 @@ def train(config: TrainConfig) -> int:
             if tokenizer is not None:
                 _check_vocabulary(len(tokenizer), model_config.vocab_size)
                 model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+            inspection = None
+            if config.log.inspect is not None:
+                inspection = until_the_end.enter_context(Inspection(config.log.inspect, folder))
             torch.manual_seed(config.seed)
             model, called = build_model(config, model_config, weights, mesh, device)
         optimizer = make_optimizer(model, config.optimizer)
@@ -90,6 +94,8 @@ def train(config: TrainConfig) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
             _announce(config, model, mesh, device, step)
+        if inspection is not None:
+            inspection.begin(model, step)
         profiler = Profiler(config.profile, folder / "profile", rank)
         metrics = Metrics(
             config.log, folder, model_config, compute=config.precision.compute, device=device, ranks=stream.ranks,
@@ -103,6 +109,8 @@ def train(config: TrainConfig) -> int:
                 rate = learning_rate(step, config.steps, config.optimizer.learning_rate, config.schedule)
                 loss, norm = train_step(config, called, optimizer, rate, stream, metrics)
                 metrics.add(step, loss, norm, rate)
+                if inspection is not None:
+                    inspection.end_step()
                 stopped = interruption.agreed()
                 last = stopped or step == config.steps
                 profiler.after(step, last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -20,17 +21,20 @@ from ..configuration_nvllama import NVLlamaConfig
 from .config import LogConfig
 from .parallel import process_rank
 
-# Dense tensor-core operations per second of one GPU, 1e12, by what torch calls it; the first name that fits counts.
-# H100, H200: NVIDIA's data sheets of them (2023, 2024), halved, as those count what sparsity leaves out: SXM 1,979 in
-# BF16 and 3,958 in FP8, PCIe 1,513 and 3,026, NVL 1,671 and 3,341. B200: data sheet of the HGX B200 (2025), an eighth
-# of its 36 PFLOP/s in BF16, 72 in FP8 and 144 in FP4, halved likewise.
+# Dense tensor-core operations per second of one GPU, 1e12, by words of what torch calls it; the first entry that fits
+# counts. `peak_flops` tells the sources.
 PEAKS = {
-    "H100 PCIe": {"bf16": 756.5, "fp8": 1513.0},
+    "A100": {"bf16": 312.0},
+    "H100 PCIe": {"bf16": 756.0, "fp8": 1513.0},
     "H100 NVL": {"bf16": 835.5, "fp8": 1670.5},
     "H200 NVL": {"bf16": 835.5, "fp8": 1670.5},
-    "H100": {"bf16": 989.5, "fp8": 1979.0},
-    "H200": {"bf16": 989.5, "fp8": 1979.0},
+    "H100": {"bf16": 989.4, "fp8": 1978.9},
+    "H200": {"bf16": 989.4, "fp8": 1978.9},
+    "GH200": {"bf16": 989.4, "fp8": 1978.9},
     "B200": {"bf16": 2250.0, "fp8": 4500.0, "mxfp8": 4500.0, "nvfp4": 9000.0},
+    "GB200": {"bf16": 2500.0, "fp8": 5000.0, "mxfp8": 5000.0, "nvfp4": 10_000.0},
+    "B300": {"bf16": 2250.0, "fp8": 4500.0, "mxfp8": 4500.0, "nvfp4": 13_500.0},
+    "GB300": {"bf16": 2500.0, "fp8": 5000.0, "mxfp8": 5000.0, "nvfp4": 15_000.0},
 }
 
 
@@ -41,12 +45,24 @@ class NonFiniteLossError(RuntimeError):
 def peak_flops(gpu: str, compute: str) -> float | None:
     """Operations per second that a GPU has at most; `None` where the table does not know it.
 
+    Numbers are NVIDIA's for dense matrices, or half of those with sparsity where it gives no others:
+
+    - A100: its data sheet (2021).
+    - H100 SXM and PCIe: "H100 Tensor Core GPU Architecture" (2022). H200 and GH200 have the same chip at the
+      same clock; their data sheets (2024) round its 1,978.9 to 1,979.
+    - H100 NVL, H200 NVL: their data sheets (2024), 1,671 in BF16 and 3,341 in FP8 with sparsity.
+    - B200, GB200: "Blackwell Architecture Technical Brief" (2024), table 3, of a GPU: 4,500 or 5,000 in BF16 with
+      sparsity, twice that in FP8, four times in FP4.
+    - B300, GB300: data sheets of the DGX B300 and the GB300 NVL72 (2025), by their 8 and 72 GPUs: 36 and 360 PFLOP/s in
+      BF16 and 72 and 720 in FP8 with sparsity, 108 and 1,080 in FP4 without.
+
     Args:
         gpu: Its name, as torch.cuda.get_device_name() has it.
         compute: As `PrecisionConfig.compute`.
     """
+    words = set(re.split("[ -]", gpu))  # whole words: an H200 is no GH200
     for name, peaks in PEAKS.items():
-        if all(word in gpu for word in name.split()):
+        if words.issuperset(name.split()):
             return peaks[compute] * 1e12 if compute in peaks else None
     return None
 
@@ -115,7 +131,7 @@ class Metrics:
         if process_rank() != 0:
             return
         self._file = folder / "metrics.jsonl"
-        _drop_behind(self._file, step)
+        drop_behind(self._file, step)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -223,7 +239,7 @@ class Metrics:
         print("  ".join(parts), file=sys.stderr, flush=True)
 
 
-def _drop_behind(file: Path, step: int) -> None:
+def drop_behind(file: Path, step: int) -> None:
     """Keep the lines of a file up to a step; a last one that was not finished is dropped too."""
     if not file.exists():
         return

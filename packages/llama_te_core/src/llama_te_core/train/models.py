@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..configuration_nvllama import NVLlamaConfig
 from ..modeling_nvllama import NVLlamaForCausalLM
 from .activation_checkpointing import checkpoint_activations
+from .activation_offload import offload_activations
 from .config import DTYPES, TrainConfig
-from .parallel import parallelize, process_rank
+from .parallel import parallelize, process_rank, whole_state_dict
 from .training_loss import return_loss_alone
 
 # The whole tensor of a name, of the shape and dtype of the one given, on its device.
@@ -65,6 +65,7 @@ def build_model(
     model.tie_weights()
     return_loss_alone(model, mesh, z_loss=config.optimizer.z_loss, chunk_tokens=config.optimizer.loss_chunk_tokens)
     checkpoint_activations(model, config.activation_checkpointing)
+    offload_activations(model, config.activation_offload_layers)
     if not in_parts:
         fill(model, weights)
     called: nn.Module = model
@@ -184,8 +185,7 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
         folder: Replaced if it is there.
     """
     quantized = model.config.use_quantized_model_init
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] | None = None if quantized else get_model_state_dict(model, options=options)
+    state = None if quantized else whole_state_dict(model)
     if process_rank() != 0:
         return
     partial = folder.with_name(folder.name + ".partial")

@@ -23,10 +23,12 @@ All processes of one place in `replicate` and `shard` must be given the same bat
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -36,7 +38,7 @@ from ..collectives import ContextKind
 from ..layers import is_transformer_engine
 from ..modeling_nvllama import NVLlamaForCausalLM
 from ..reference_layer import ReferenceLayer
-from .tensor_parallel import apply_tensor_parallel, is_interleaved
+from .tensor_parallel import apply_tensor_parallel, is_interleaved, whole
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,30 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
         norm = norm.full_tensor()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def whole_state_dict(model: NVLlamaForCausalLM) -> dict[str, Any]:
+    """The state dict of a split model, whole, in the host's memory of rank 0; all processes must call this.
+
+    Args:
+        model: What `parallelize` was given. One that is not split will do as well.
+
+    Returns:
+        What `model.state_dict()` would have without a mesh. Empty on other ranks.
+    """
+    state = get_model_state_dict(model)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if model.config.tie_word_embeddings:
+        del state[head]
+    gathered = {}
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            value = whole(value)  # one after the other, so that the GPU has room
+        if process_rank() == 0:
+            gathered[name] = value.cpu() if isinstance(value, torch.Tensor) else value
+    if model.config.tie_word_embeddings and process_rank() == 0:
+        gathered[head] = gathered[embedding]
+    return gathered
 
 
 def _weights_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -12,9 +12,11 @@ Shapes: V the vocabulary, V' this process's part, E hidden size; `id_b` stands f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
@@ -106,6 +108,12 @@ def is_interleaved(tensor: Any) -> bool:
     return isinstance(tensor, DTensor) and tensor.placements[-1] == _INTERLEAVED
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that processes share, in each of them; all must call this. A plain tensor is whole already."""
+    tensor = gather_halves(tensor)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def gather_halves(state: Any) -> Any:
     """A state dict that torch.distributed.checkpoint can save and load, whatever mesh it is of.
 
@@ -123,7 +131,11 @@ def gather_halves(state: Any) -> Any:
     def gather(value: Any) -> Any:
         if not is_interleaved(value):
             return value
-        return value.detach().redistribute(placements=[*value.placements[:-1], Replicate()])
+        part = value.to_local().detach().contiguous()
+        parts = [torch.empty_like(part) for _ in range(value.device_mesh.shape[-1])]
+        dist.all_gather(parts, part, value.device_mesh.get_group(-1))
+        whole = torch.cat([half for halves in zip(*(part.chunk(2) for part in parts), strict=True) for half in halves])
+        return _place(whole, value, [*value.placements[:-1], Replicate()])
 
     return pytree.tree_map(gather, state)
 
@@ -140,9 +152,19 @@ def scatter_halves(state: Any, like: Any) -> Any:
     """
 
     def scatter(value: Any, original: Any) -> Any:
-        return value.redistribute(placements=original.placements) if is_interleaved(original) else value
+        if not is_interleaved(original):
+            return value
+        mesh = original.device_mesh
+        rank, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1]
+        halves = value.to_local().chunk(2)
+        return _place(torch.cat([half.chunk(ranks)[rank] for half in halves]), original, original.placements)
 
     return pytree.tree_map(scatter, state, like)
+
+
+def _place(part: torch.Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
+    # Not by `redistribute`, which some versions of torch refuse for this kind of placement.
+    return DTensor.from_local(part, like.device_mesh, placements, shape=like.shape, stride=like.stride())
 
 
 def _distribute(module: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:

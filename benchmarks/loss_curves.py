@@ -1,0 +1,298 @@
+"""Train one model in several precisions on the same text, and compare the losses step by step.
+
+    python benchmarks/loss_curves.py --json curves.json --page curves.md
+
+Each run has the same random weights, the same batches in the same order and the same learning rates, and is one of the
+training command's own function, `train`. The text is the docstrings of Python's standard library, a byte a token.
+Losses are smoothed by the mean of a window of steps before they are compared with those of the first precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import hashlib
+import json
+import platform
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+WINDOW = 20  # steps
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"compute": "fp32"},
+    "bf16": {"compute": "bf16"},
+    "fp8-delayed": {"compute": "fp8", "fp8_recipe": "delayed"},
+    "fp8-current": {"compute": "fp8", "fp8_recipe": "current"},
+    "fp8-block": {"compute": "fp8", "fp8_recipe": "block"},
+    "mxfp8": {"compute": "mxfp8"},
+    "nvfp4": {"compute": "nvfp4"},
+}
+
+
+class Load(NamedTuple):
+    """What is trained, on how much at a time."""
+
+    shape: dict[str, Any] | str  # or the preset that has it
+    tokens: int  # of a step
+    length: int  # of a sequence, at most
+    learning_rate: float
+    workers: int
+
+
+LOADS = {
+    "tiny": Load("tiny", 1024, 256, 2e-3, workers=0),
+    "110M": Load(
+        {
+            "vocab_size": 320,  # of which the bytes are 258; products are fast in multiples of 64
+            "hidden_size": 768,
+            "intermediate_size": 3328,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+        },
+        8192,
+        1024,
+        6e-4,
+        workers=2,
+    ),
+    "1B": Load("llama-3.2-1b", 8192, 1024, 3e-4, workers=2),
+}
+
+
+@dataclass
+class Curve:
+    """One run.
+
+    Attributes:
+        precision: What it computed in.
+        losses: Of each step.
+        last: Mean loss of the last window.
+        mean_difference: Of the smoothed losses from the first run's, relative to those; the mean over all windows.
+        greatest_difference: Likewise, the greatest.
+    """
+
+    precision: str
+    losses: list[float]
+    last: float
+    mean_difference: float
+    greatest_difference: float
+
+
+def main() -> None:
+    """Train, compare, keep."""
+    options = arguments(sys.argv[1:])
+    if not options.no_runs:
+        record = run(options.shape, options.precisions, options.steps)
+        if options.json:
+            options.json.write_text(json.dumps(record) + "\n")
+    if options.page:
+        write_page(options.json, options.page)
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """What the command line asks for, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=LOADS, default="110M", help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=["bf16", "fp8-delayed", "fp8-current", "fp8-block"],
+        help="the others are compared with the first (default: bf16 and the three of FP8)",
+    )  # fmt: skip
+    parser.add_argument("--steps", type=int, default=500, help="of each run (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the losses to this file")
+    parser.add_argument("--page", type=Path, help="write a page in Markdown with the losses of the --json file")
+    parser.add_argument("--no-runs", action="store_true", help="train nothing: write the page again")
+    options = parser.parse_args(words)
+    if options.steps < WINDOW:
+        parser.error(f"--steps {options.steps}: losses are means of {WINDOW} steps, so give at least as many.")
+    if options.page and not options.json:
+        parser.error(f"--page {options.page}: its losses come from a file, so give --json FILE as well.")
+    if options.no_runs and not options.page:
+        parser.error("--no-runs is for writing a page: give --page FILE as well.")
+    return options
+
+
+def run(shape: str, precisions: list[str], steps: int) -> dict[str, Any]:
+    """Train in each precision, and return the curves with what they were measured on."""
+    from llama_te_core.layers import transformer_engine_problem
+    from llama_te_core.train.config import check_machine
+
+    layers = "plain PyTorch layers"
+    if transformer_engine_problem() is None:
+        import transformer_engine
+
+        layers = f"Transformer Engine {transformer_engine.__version__}"
+    texts = docstrings()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "docstrings.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        configs = {precision: training_config(shape, precision, steps, source) for precision in precisions}
+        for precision, config in configs.items():
+            try:
+                check_machine(config, 1)
+            except RuntimeError as error:  # now, not after the runs before it
+                raise SystemExit(f"--precisions {precision}: {error}") from error
+        losses = {precision: losses_of(config) for precision, config in configs.items()}
+    curves = compare(losses)
+    for curve in curves:
+        print(
+            f"{curve.precision:<12} loss {curve.last:7.4f}  difference: mean {curve.mean_difference:7.3%}, greatest "
+            f"{curve.greatest_difference:7.3%}"
+        )
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "layers": layers,
+        "python": platform.python_version(),
+        "text_bytes": sum(len(text.encode()) for text in texts),
+        "text_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        "shape": shape,
+        "curves": [asdict(curve) for curve in curves],
+    }
+
+
+def docstrings() -> list[str]:
+    """Those of the modules of Python's standard library and of what they define, each once."""
+    root = Path(sysconfig.get_path("stdlib"))
+    texts: dict[str, None] = {}
+    for file in sorted(root.rglob("*.py")):
+        if {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(file.relative_to(root).parts):
+            continue  # not of the library, or, in tests, not in today's Python
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                texts[ast.get_docstring(node) or ""] = None
+    texts.pop("")
+    return list(texts)
+
+
+def training_config(shape: str, precision: str, steps: int, source: Path) -> Any:
+    """The configuration of one run, a `TrainConfig`."""
+    import yaml
+
+    from llama_te_core.train.command import presets
+    from llama_te_core.train.config import (
+        CheckpointConfig,
+        DataConfig,
+        ExportConfig,
+        ModelConfig,
+        OptimizerConfig,
+        PrecisionConfig,
+        ScheduleConfig,
+        ShapeConfig,
+        TrainConfig,
+    )
+
+    load = LOADS[shape]
+    sizes = load.shape
+    if isinstance(sizes, str):
+        sizes = yaml.safe_load(Path(presets()[sizes]).read_text())["model"]["shape"]
+    return TrainConfig(
+        data=DataConfig(
+            str(source),
+            tokenizer="bytes",
+            tokens_per_batch=load.tokens,
+            sequence_length=load.length,
+            workers=load.workers,
+        ),
+        model=ModelConfig(shape=ShapeConfig(**sizes)),
+        steps=steps,
+        folder=str(source.parent / precision),
+        precision=PrecisionConfig(**PRECISIONS[precision]),
+        optimizer=OptimizerConfig(learning_rate=load.learning_rate),
+        schedule=ScheduleConfig(warmup_steps=steps // 10),
+        checkpoint=CheckpointConfig(interval=None),
+        export=ExportConfig(te=False),
+    )
+
+
+def losses_of(config: Any) -> list[float]:
+    """Train in this process; the loss of each step."""
+    from llama_te_core.train.loop import train
+
+    train(config)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return [json.loads(line)["loss"] for line in (Path(config.folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(losses: dict[str, list[float]]) -> list[Curve]:
+    """The curves of several precisions beside the first of them."""
+    first = smoothed(next(iter(losses.values())))
+    curves = []
+    for precision, values in losses.items():
+        smooth = smoothed(values)
+        differences = [abs(a - b) / b for a, b in zip(smooth, first, strict=True)]
+        curves.append(Curve(precision, values, smooth[-1], sum(differences) / len(differences), max(differences)))
+    return curves
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Means of all windows, the first of which ends at step `WINDOW`."""
+    return [sum(losses[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(losses) + 1)]
+
+
+def write_page(json_file: Path, page: Path) -> None:
+    """The documentation page of the curves, and their plot beside it."""
+    record = json.loads(json_file.read_text())
+    curves = [Curve(**curve) for curve in record["curves"]]
+    plot = page.with_suffix(".svg")
+    draw(curves, plot)
+    load, steps, first = LOADS[record["shape"]], len(curves[0].losses), curves[0]
+    lines = [
+        "# Training curves",
+        "",
+        f"Written by `python benchmarks/loss_curves.py --shape {record['shape']} --precisions "
+        f"{' '.join(curve.precision for curve in curves)} --steps {steps} --json {json_file.as_posix()} --page "
+        f"{page.as_posix()}` on {record['device']}: torch {record['torch']}, {record['layers']}. A model of the shape "
+        f"{record['shape']} was trained by the [training command's](training.md) own function for {steps} steps of "
+        f"{load.tokens:,} tokens in sequences of at most {load.length:,}, from the same random weights on the same "
+        f"batches in the same order. The text is the docstrings of Python {record['python']}'s standard library, a "
+        f"byte a token, {record['text_bytes']:,} of them, gone through as often as it takes. Losses are means of "
+        f"{WINDOW} steps; differences are those from {first.precision}, relative to its losses, over all such means.",
+        "",
+        f"![Losses and their differences from those of {first.precision}]({plot.name})",
+        "",
+        f"| precision | loss of the last {WINDOW} steps | mean difference | greatest difference |",
+        "| --- | --- | --- | --- |",
+    ]
+    for curve in curves:
+        differences = f"{curve.mean_difference:.3%} | {curve.greatest_difference:.3%}" if curve is not first else " | "
+        lines.append(f"| {curve.precision} | {curve.last:.4f} | {differences} |")
+    page.write_text("\n".join(lines) + "\n")
+
+
+def draw(curves: list[Curve], path: Path) -> None:
+    """The smoothed losses, and below their differences from the first's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
+    from matplotlib import pyplot
+
+    figure = pyplot.figure(figsize=(8, 6))
+    above, below = figure.subplots(2, 1, sharex=True)
+    first = smoothed(curves[0].losses)
+    steps = range(WINDOW, WINDOW + len(first))
+    for curve in curves:
+        smooth = smoothed(curve.losses)
+        above.plot(steps, smooth, label=curve.precision, linewidth=1)
+        below.plot(steps, [100 * (a - b) / b for a, b in zip(smooth, first, strict=True)], linewidth=1)
+    above.set_ylabel(f"loss, mean of {WINDOW} steps")
+    above.legend()
+    below.set_ylabel(f"% from {curves[0].precision}")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
+    main()
