@@ -17,7 +17,8 @@ from llama_te_core.reference_layer import ReferenceLayer
 
 
 class DelayedScaling:
-    pass
+    def __init__(self, amax_history_len=1024):
+        self.amax_history_len = amax_history_len
 
 
 class Float8CurrentScaling:
@@ -220,6 +221,7 @@ class FakeTransformerEngine:
                 self.layer_number = arguments["layer_number"]
                 self.init_context = fake.inits[-1] if fake.inits else None
                 self.calls = []
+                self.fp8_meta = {}  # as that of the modules which multiply
                 group = TensorGroup(arguments["tp_group"], arguments["sequence_parallel"])
                 ranks = group.size if arguments["set_parallel_mode"] else 1
                 sizes = types.SimpleNamespace(
@@ -254,11 +256,18 @@ class FakeTransformerEngine:
                 self.self_attention.softmax_scale = self.self_attention.core_attention.softmax_scale
                 return ReferenceLayer.forward(self, hidden_bE, **arguments)
 
+            def init_fp8_meta_tensors(self, recipe):
+                for direction, tensors in (("fwd", 3), ("bwd", 2)):
+                    number = self.fp8_meta["num_gemms"] * tensors
+                    self.fp8_meta[f"scaling_{direction}"] = types.SimpleNamespace(
+                        scale=torch.ones(number), amax_history=torch.zeros(recipe.amax_history_len, number)
+                    )
+
             def get_extra_state(self):
                 return torch.zeros(3)
 
             def set_extra_state(self, state):
-                fake.events.append(("extra state", state))
+                raise RuntimeError("Refusing to load pickled Transformer Engine extra state.")
 
         class CoreAttention(nn.Module):
             def __init__(self, softmax_scale):
@@ -269,7 +278,7 @@ class FakeTransformerEngine:
                 return torch.zeros(3)
 
             def set_extra_state(self, state):
-                fake.events.append(("extra state", state))
+                raise RuntimeError("Refusing to load pickled Transformer Engine extra state.")
 
         pytorch.TransformerLayer = TransformerLayer
         names = ("autocast", "quantized_model_init", "checkpoint", "get_cpu_offload_context", "get_default_recipe")

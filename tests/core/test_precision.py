@@ -441,6 +441,8 @@ class TestTransformerEngineLayer:
         assert not any("_extra_state" in name for name in names)
         assert names == set(NVLlamaForCausalLM(config_of(layer_implementation="reference")).state_dict())
         assert model.load_state_dict(model.state_dict(), strict=True).missing_keys == []
+        with_extra = model.state_dict() | {"model.layers.0._extra_state": b"which TE refuses to load"}
+        assert model.load_state_dict(with_extra, strict=True).unexpected_keys == []
         model.save_pretrained(tmp_path)
         loaded, info = NVLlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"]

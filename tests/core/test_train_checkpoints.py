@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from core import killed_run
-from core.fake_transformer_engine import FakeTransformerEngine
+from core.fake_transformer_engine import DelayedScaling, FakeTransformerEngine
 from core.full_disk import full_disk
 from llama_te_convert import convert_llama_te_to_hf
 from llama_te_convert.command import main
@@ -575,26 +576,35 @@ def te(monkeypatch):
     return fake
 
 
-def test_scales_of_fp8_go_along(te, tmp_path):
+def test_scales_of_fp8_go_along(te, tmp_path, monkeypatch):
     """They are no part of the models' state dict."""
+    recipes = types.SimpleNamespace(DelayedScaling=DelayedScaling)
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
     run = Run(layer_implementation="transformer_engine")
     assert not any("_extra_state" in name for name in run.model.state_dict())
-    for layer in te.layers:
-        type(layer).get_extra_state = lambda self: torch.full((3,), float(self.arguments["layer_number"]))
+    first, second = te.layers
+    first.fp8_meta["num_gemms"] = 2
+    first.init_fp8_meta_tensors(DelayedScaling(amax_history_len=4))
+    kept = {}
+    for direction in ("fwd", "bwd"):
+        tensors = vars(first.fp8_meta[f"scaling_{direction}"])
+        kept[direction] = {name: tensor.uniform_().clone() for name, tensor in tensors.items()}
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, run.model, run.optimizer)
-    te.events.clear()
+    first.fp8_meta = {}
     checkpoints.load(1, run.model, run.optimizer)
-    restored = [state.tolist() for kind, state in te.events if kind == "extra state"]
-    assert restored == [[1.0] * 3, [0.0] * 3, [2.0] * 3, [0.0] * 3]  # of each layer and its attention
+    for direction in ("fwd", "bwd"):
+        assert_same(vars(first.fp8_meta[f"scaling_{direction}"]), kept[direction])
+    assert first.fp8_meta["recipe"].amax_history_len == 4
+    assert second.fp8_meta == {}
 
     reference = Run()
     checkpoints.load(1, reference.model, reference.optimizer)
     assert_same(reference.model.state_dict(), run.model.state_dict())
     checkpoints.save(2, reference.model, reference.optimizer)
-    te.events.clear()
+    first.fp8_meta = {}
     checkpoints.load(2, run.model, run.optimizer)
-    assert te.events == []
+    assert first.fp8_meta == {}
 
 
 def test_weights_that_exist_quantized_only_are_refused(te, tmp_path):

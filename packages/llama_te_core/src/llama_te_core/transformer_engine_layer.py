@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .kv_cache import KVCache
 
 te = transformer_engine()
+
+_DIRECTIONS = ("fwd", "bwd")
 
 
 def build_transformer_engine_layer(
@@ -342,14 +345,49 @@ def _leave_as_it_is(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
+def scaling_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What delayed scaling has seen of a module's tensors, on the host.
+
+    TE's `get_extra_state` has the same as a pickle, which TE does not load unless an environment variable allows it.
+
+    Returns:
+        Scales [N] and the largest values of earlier steps [steps, N] of the N tensors of the forward and the backward
+        pass, float32. Empty for modules that do not scale so, or have not computed yet.
+    """
+    meta = getattr(module, "fp8_meta", {})
+    return {
+        f"{name}_{direction}": getattr(meta[f"scaling_{direction}"], name).detach().cpu().clone()
+        for direction in _DIRECTIONS
+        if hasattr(meta.get(f"scaling_{direction}"), "amax_history")
+        for name in ("scale", "amax_history")
+    }
+
+
+def set_scaling_state(module: Any, state: dict[str, torch.Tensor]) -> None:
+    """Go on from what `scaling_state` returned, which was not empty.
+
+    Args:
+        module: Of the same kind, on its device.
+        state: It.
+    """
+    recipes = importlib.import_module("transformer_engine.common.recipe")
+    recipe = recipes.DelayedScaling(amax_history_len=state["amax_history_fwd"].shape[0])
+    module.fp8_meta["recipe"] = recipe
+    module.fp8_meta["num_gemms"] = state["scale_fwd"].numel() // 3  # each has an input, a weight and an output
+    module.init_fp8_meta_tensors(recipe)
+    for direction in _DIRECTIONS:
+        for name in ("scale", "amax_history"):
+            getattr(module.fp8_meta[f"scaling_{direction}"], name).copy_(state[f"{name}_{direction}"])
+
+
 def _hide_extra_state(layer: nn.Module) -> None:
-    """Keep TE's `_extra_state` entries out of the layer's state dict, and do not miss them when one is loaded.
+    """Keep TE's `_extra_state` entries out of the layer's state dict, and do not load or miss them.
 
     They hold the scales of FP8, which the first steps find again; a checkpoint without them fits either
     implementation of the layer.
     """
 
-    def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, *details: Any) -> None:
         for key in [key for key in state_dict if key.startswith(prefix) and key.endswith("_extra_state")]:
             del state_dict[key]
 
@@ -358,4 +396,5 @@ def _hide_extra_state(layer: nn.Module) -> None:
         missing[:] = [key for key in missing if not key.endswith("_extra_state")]
 
     layer.register_state_dict_post_hook(drop)
+    layer.register_load_state_dict_pre_hook(drop)
     layer.register_load_state_dict_post_hook(do_not_miss)

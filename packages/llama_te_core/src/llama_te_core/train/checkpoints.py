@@ -31,7 +31,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -399,7 +399,7 @@ def _set_optimizer_state(
 def _own_state(model: nn.Module, extra: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "random": _random_state(),
-        "scaling": {name: module.get_extra_state() for name, module in _scaling_modules(model)},
+        "scaling": _scaling(model),
         "extra": {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in extra.items()},
     }
 
@@ -413,21 +413,39 @@ def _set_own_state(state: dict[str, Any], model: nn.Module, extra: MutableMappin
             value.load_state_dict(state["extra"][name])
         else:
             extra[name] = state["extra"][name]
-    for name, module in _scaling_modules(model):
-        if name in state["scaling"]:  # a checkpoint of reference layers has none: the first steps find it
-            module.set_extra_state(state["scaling"][name])
+    _set_scaling(model, state["scaling"])
     if same_ranks:
         _set_random_state(state["random"])
 
 
-def _scaling_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with state beside their tensors: Transformer Engine's, which keeps the scales of FP8 there.
+def _scaling(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """What delayed scaling of Transformer Engine's modules has seen.
 
     The models leave it out of their state dict, since released checkpoints need none; a run that goes on does.
     """
-    for name, module in model.named_modules():
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield name, module
+    modules = _scaling_modules(model)
+    if not modules:
+        return {}
+    from ..transformer_engine_layer import scaling_state
+
+    states = {name: scaling_state(module) for name, module in modules.items()}
+    return {name: state for name, state in states.items() if state}
+
+
+def _set_scaling(model: nn.Module, states: dict[str, dict[str, torch.Tensor]]) -> None:
+    # A checkpoint of reference layers has none, for which the first steps find it.
+    known = {name: module for name, module in _scaling_modules(model).items() if name in states}
+    if not known:
+        return
+    from ..transformer_engine_layer import set_scaling_state
+
+    for name, module in known.items():
+        set_scaling_state(module, states[name])
+
+
+def _scaling_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Those of Transformer Engine, which keep beside their tensors how they scale."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "fp8_meta")}
 
 
 def _random_state() -> dict[str, Any]:
