@@ -253,10 +253,34 @@ def replayed(step: Callable[[], object]) -> float:
 @torch.no_grad()
 def te_in_a_graph(model: Any, rows: int, context: int) -> float:
     """TE's layers with TE's own cache object in one CUDA graph: a step of one token, without a loop around it."""
-    from transformer_engine.pytorch import InferenceParams
+    from transformer_engine.pytorch import InferenceParams, TransformerLayer
 
     config = model.config
     capacity = context + 64
+    # Not the model's layers, which want one of our caches.
+    layers = [
+        TransformerLayer(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            num_gqa_groups=config.num_key_value_heads,
+            kv_channels=config.head_dim,
+            layernorm_epsilon=config.rms_norm_eps,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            layer_number=number + 1,
+            attn_input_format="bshd",
+            self_attn_mask_type="padding_causal",
+            normalization="RMSNorm",
+            activation="swiglu",
+            bias=False,
+            fuse_qkv_params=True,
+            qkv_weight_interleaved=True,
+            params_dtype=torch.bfloat16,
+            device="cuda",
+        ).eval()
+        for number in range(config.num_hidden_layers)
+    ]
     cache = InferenceParams(
         max_batch_size=rows,
         max_sequence_length=capacity,
@@ -275,7 +299,7 @@ def te_in_a_graph(model: Any, rows: int, context: int) -> float:
 
     def step() -> torch.Tensor:
         hidden = model.model.embed_tokens(token_B1)
-        for layer in model.model.layers:
+        for layer in layers:
             hidden = layer(
                 hidden,
                 self_attn_mask_type="padding_causal",
@@ -453,7 +477,7 @@ def write_page(record: dict[str, Any], page: Path) -> None:
         limit = "" if figure.limit is None else f"{figure.limit:.2f}"
         share = "" if figure.share is None else f"{figure.share:.0%}"
         lines.append(f"| {figure.what} | {figure.who} | {figure.value:,.2f} {figure.unit} | {limit} | {share} |")
-    notes = page.with_name("performance-notes.md")
+    notes = page.with_name(f"{page.stem}-notes.md")
     if notes.exists():
         lines += ["", notes.read_text().rstrip()]
     page.write_text("\n".join(lines) + "\n")

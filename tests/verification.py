@@ -88,11 +88,16 @@ def _machine() -> dict[str, str]:
     names = ("llama-te-core", "llama-te-convert", "llama-te-infer", "torch", "transformers", "transformer-engine")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": f"`pytest {' '.join(argument.rpartition(os.sep)[2] for argument in sys.argv[1:])}`",
+        "command": f"`pytest {' '.join(map(_without_folders, sys.argv[1:]))}`",
         **_gpus(),
         "Python": platform.python_version(),
         **{name: _installed(name) for name in names},
     }
+
+
+def _without_folders(argument: str) -> str:
+    option, equals, value = argument.rpartition("=")
+    return option + equals + value.rpartition(os.sep)[2]
 
 
 def _gpus() -> dict[str, str]:

@@ -150,14 +150,14 @@ def test_weights_may_change(calls, make_llama):
 
 def test_memory_is_freed_without_the_garbage_collector(make_llama):
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
-    generate(model, prompts(40))  # what libraries keep
     gc.collect()
-    before = torch.cuda.memory_allocated()
     gc.disable()
     try:
-        for _ in range(3):
+        allocated = []
+        for _ in range(4):
             generate(model, prompts(40))
-            assert torch.cuda.memory_allocated() - before < 1 << 20
+            allocated.append(torch.cuda.memory_allocated())
+        assert len(set(allocated[1:])) == 1  # libraries keep some from the first one
     finally:
         gc.enable()
 
