@@ -31,7 +31,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -368,14 +368,15 @@ def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -
     return {"state": state["state"], "groups": _to_bytes(state["param_groups"])}
 
 
-def _empty_optimizer_state(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: Collection[str]
-) -> dict[str, Any]:
+def _empty_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: Set[str]) -> dict[str, Any]:
     """Tensors to load the state of the parameters that have one into."""
-    # torch makes them by a step with gradients of zero, but only where there are neither state nor gradients.
     optimizer.zero_grad()
-    optimizer.state.clear()
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    if state["state"].keys() != saved:
+        # torch makes them by a step with gradients of zero, but only where there are neither state nor gradients. Not
+        # of every optimizer, since in some versions Adagrad has its state from the beginning, and no step makes it.
+        optimizer.state.clear()
+        state = get_optimizer_state_dict(model, optimizer)
     return {name: value for name, value in state["state"].items() if name in saved}
 
 
