@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from conftest import TINY
@@ -24,7 +25,7 @@ from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.context_parallel import shard_context
 from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize, whole_state_dict
-from llama_te_core.train.tensor_parallel import gather_halves, scatter_halves, whole
+from llama_te_core.train.tensor_parallel import gather_halves, own_part, scatter_halves, whole
 
 PAD = 200  # occurs as a token too: its embedding gets no gradient
 
@@ -187,6 +188,11 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
     else:
         model = parallelize(new_model(case), mesh)
+    misplaced = [
+        name
+        for name, weight in model.named_parameters()
+        if isinstance(weight, DTensor) and not torch.equal(own_part(whole(weight.detach()), weight), weight.to_local())
+    ]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     index = mesh.get_local_rank("replicate") * case.shard + mesh.get_local_rank("shard")
     loss = model(**shard_context(new_batch(case, index), mesh)).loss
@@ -203,6 +209,7 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
         "loss": loss / (case.replicate * case.shard * case.context),
         "gradients": gradients,
         "norm": norm,
+        "misplaced": misplaced,
         "weights": whole_state_dict(getattr(model, "module", model)),
     }
     if case.through_checkpoint:
@@ -319,6 +326,7 @@ def errors_of(case: Case, folder: Path) -> dict[str, Any]:
     """The largest differences between the mesh and the single process, relative to each tensor's largest value."""
     alone, mesh = train_alone(case), train_on_mesh(case, folder)
     errors: dict[str, Any] = {"loss": _error(mesh["loss"], alone["loss"]), "norm": _error(mesh["norm"], alone["norm"])}
+    errors["misplaced"] = mesh["misplaced"]
     for kind in ("gradients", "weights"):
         errors[f"missing {kind}"] = sorted(alone[kind].keys() ^ mesh[kind].keys())
         errors[kind] = {name: _error(value, alone[kind][name]) for name, value in mesh[kind].items()}

@@ -48,6 +48,7 @@ def test_a_mesh_trains_as_one_process_does(processes, case):
         assert str(case) in findings, findings.get("stopped by")
         found = findings[str(case)]
         assert found["missing gradients"] == []
+        assert found["misplaced"] == []
         errors = {"loss": found["loss"], "norm": found["norm"]} | found["gradients"]
         too_large = {name: error for name, error in errors.items() if not error <= TOLERANCE[case.dtype]}
         assert too_large == {}, f"rank {rank}"

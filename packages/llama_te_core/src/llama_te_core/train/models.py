@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ..configuration_nvllama import NVLlamaConfig
 from ..modeling_nvllama import NVLlamaForCausalLM
@@ -26,6 +26,7 @@ from .activation_checkpointing import checkpoint_activations
 from .activation_offload import offload_activations
 from .config import DTYPES, TrainConfig
 from .parallel import parallelize, process_rank, whole_state_dict
+from .tensor_parallel import own_part
 from .training_loss import return_loss_alone
 
 # The whole tensor of a name, of the shape and dtype of the one given, on its device.
@@ -53,8 +54,7 @@ def build_model(
     """
     precision, parallel = config.precision, config.parallel
     sizes = (1, 1, 1, 1) if mesh is None else mesh.shape
-    # Whole on no process where FSDP shares it out. Tensor parallelism shares out values, which must be there before.
-    in_parts = sizes[1] * sizes[2] > 1 and sizes[3] == 1
+    in_parts = sizes[1] * sizes[2] * sizes[3] > 1  # whole on no process
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(precision.weights_dtype)
     try:
@@ -94,15 +94,15 @@ def fill(model: nn.Module, weights: Weights) -> None:
     """Give a model's parameters their values, each process its part; tied ones once.
 
     Args:
-        model: Plain, or of `DTensor`s after `parallelize` without tensor parallelism.
+        model: Before or after `parallelize`.
         weights: Where values come from; asked for each parameter in turn.
     """
     for name, parameter in model.named_parameters():
-        whole = weights(name, parameter)
+        value = weights(name, parameter)
         if isinstance(parameter, DTensor):
-            # Each process has the same whole: nothing is sent.
-            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(whole)
+            parameter.to_local().copy_(own_part(value, parameter))
+        else:
+            parameter.copy_(value)
 
 
 def random_weights(seed: int, config: NVLlamaConfig) -> Weights:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
@@ -114,6 +115,26 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """What this process has of a tensor that is shared out as another is. Nothing is sent.
+
+    Args:
+        tensor: All of it.
+        like: Of its shape.
+
+    Returns:
+        A view of the tensor where that is one range of each dimension, else a copy.
+    """
+    mesh, placements = like.device_mesh, list(like.placements)
+    if is_interleaved(like):
+        tensor = _own_halves(tensor, mesh)
+        placements[-1] = Replicate()  # in what is left
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    for dimension, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(dimension, offset, size)
+    return tensor
+
+
 def gather_halves(state: Any) -> Any:
     """A state dict that torch.distributed.checkpoint can save and load, whatever mesh it is of.
 
@@ -154,12 +175,15 @@ def scatter_halves(state: Any, like: Any) -> Any:
     def scatter(value: Any, original: Any) -> Any:
         if not is_interleaved(original):
             return value
-        mesh = original.device_mesh
-        rank, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1]
-        halves = value.to_local().chunk(2)
-        return _place(torch.cat([half.chunk(ranks)[rank] for half in halves]), original, original.placements)
+        return _place(_own_halves(value.to_local(), original.device_mesh), original, original.placements)
 
     return pytree.tree_map(scatter, state, like)
+
+
+def _own_halves(whole: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """The tensor rank's rows of both halves."""
+    rank, ranks = mesh.get_local_rank(mesh.ndim - 1), mesh.shape[-1]
+    return torch.cat([half.chunk(ranks)[rank] for half in whole.chunk(2)])
 
 
 def _place(part: torch.Tensor, like: DTensor, placements: Sequence[Placement]) -> DTensor:
