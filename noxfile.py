@@ -62,7 +62,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
-    tools = ["hypothesis", "pytest", "pytest-cov", "pytest-xdist"]
+    tools = ["hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
     arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml"]
