@@ -91,9 +91,7 @@ def main() -> None:
     """Train, compare, keep."""
     options = arguments(sys.argv[1:])
     if not options.no_runs:
-        record = run(options.shape, options.precisions, options.steps)
-        if options.json:
-            options.json.write_text(json.dumps(record) + "\n")
+        run(options.shape, options.precisions, options.steps, options.json)
     if options.page:
         write_page(options.json, options.page)
 
@@ -120,8 +118,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def run(shape: str, precisions: list[str], steps: int) -> dict[str, Any]:
-    """Train in each precision, and return the curves with what they were measured on."""
+def run(shape: str, precisions: list[str], steps: int, json_file: Path | None) -> None:
+    """Train in each precision, and keep the curves, those of each as soon as it is done."""
     from llama_te_core.layers import transformer_engine_problem
     from llama_te_core.train.config import check_machine
 
@@ -131,6 +129,16 @@ def run(shape: str, precisions: list[str], steps: int) -> dict[str, Any]:
 
         layers = f"Transformer Engine {transformer_engine.__version__}"
     texts = docstrings()
+    about = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "layers": layers,
+        "python": platform.python_version(),
+        "text_bytes": sum(len(text.encode()) for text in texts),
+        "text_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+        "shape": shape,
+    }
+    losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "docstrings.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -140,23 +148,18 @@ def run(shape: str, precisions: list[str], steps: int) -> dict[str, Any]:
                 check_machine(config, 1)
             except RuntimeError as error:  # now, not after the runs before it
                 raise SystemExit(f"--precisions {precision}: {error}") from error
-        losses = {precision: losses_of(config) for precision, config in configs.items()}
-    curves = compare(losses)
-    for curve in curves:
-        print(
-            f"{curve.precision:<12} loss {curve.last:7.4f}  difference: mean {curve.mean_difference:7.3%}, greatest "
-            f"{curve.greatest_difference:7.3%}"
-        )
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "torch": torch.__version__,
-        "layers": layers,
-        "python": platform.python_version(),
-        "text_bytes": sum(len(text.encode()) for text in texts),
-        "text_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
-        "shape": shape,
-        "curves": [asdict(curve) for curve in curves],
-    }
+        for precision, config in configs.items():
+            losses[precision] = losses_of(config)
+            if len(losses[precision]) < steps:
+                raise SystemExit(f"{precision} was stopped at step {len(losses[precision])} of {steps}.")
+            *_, curve = curves = compare(losses)
+            print(
+                f"{curve.precision:<12} loss {curve.last:7.4f}  difference: mean {curve.mean_difference:7.3%}, "
+                f"greatest {curve.greatest_difference:7.3%}",
+                flush=True,
+            )
+            if json_file is not None:
+                json_file.write_text(json.dumps({**about, "curves": [asdict(curve) for curve in curves]}) + "\n")
 
 
 def docstrings() -> list[str]:

@@ -57,6 +57,18 @@ def test_curves_of_two_precisions(program: ModuleType, tmp_path: Path, monkeypat
     assert f"| bf16 | {bf16['last']:.4f} |  |  |" in page.read_text().splitlines()
 
 
+def test_a_run_that_is_stopped_leaves_those_before_it(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "curves.json"
+    lengths = iter((20, 7))
+    monkeypatch.setattr(program, "losses_of", lambda config: [3.0] * next(lengths))
+    words = ["--shape", "tiny", "--precisions", "bf16", "fp32", "--steps", 20, "--json", results]
+    with pytest.raises(SystemExit, match=r"fp32 was stopped at step 7 of 20\."):
+        start(program, monkeypatch, *words)
+    assert [curve["precision"] for curve in json.loads(results.read_text())["curves"]] == ["bf16"]
+
+
 def test_text_is_of_the_standard_library(program: ModuleType) -> None:
     texts = program.docstrings()
     assert any(text.startswith("Command-line parsing library") for text in texts)
