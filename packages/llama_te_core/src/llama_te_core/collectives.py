@@ -1,7 +1,6 @@
 """What a layer that is split over processes exchanges, as functions that autograd knows.
 
-Each but the last takes the mesh of the processes, of one dimension, or `None` for a layer that is not split: then
-nothing happens.
+Each takes the mesh of the processes, of one dimension, or `None` for a layer that is not split: then nothing happens.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -83,18 +81,3 @@ def gathered(x_N: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     if mesh is None:
         return x_N
     return DTensor.from_local(x_N, mesh, [Shard(0)]).redistribute(placements=[Replicate()]).to_local()
-
-
-def clear_row(weight: DTensor, row: int) -> None:
-    """Fill one row of a distributed matrix with zeros, in the process that has it.
-
-    Not by `weight[row]`, which some versions of torch refuse where two dimensions of the mesh share the rows.
-
-    Args:
-        weight: Shared out by rows.
-        row: Of the whole.
-    """
-    part = weight.to_local()
-    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    if 0 <= row - offset[0] < part.shape[0]:
-        part[row - offset[0]].zero_()

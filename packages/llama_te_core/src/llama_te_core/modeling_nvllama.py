@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .collectives import clear_row, gathered, scattered
+from .collectives import gathered, scattered
 from .configuration_nvllama import NVLlamaConfig
 from .kv_cache import check_cache, default_cache_factory
 from .labels import next_token_labels
@@ -56,12 +57,12 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers takes every class with "LayerNorm" in its name for a norm, and would fill its weights with ones.
         if isinstance(module, nn.Embedding) and isinstance(module.weight, DTensor):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if module.padding_idx is not None:
-                clear_row(module.weight, module.padding_idx)
+                _clear_row(module.weight, module.padding_idx)
             return
+        # transformers takes every class with "LayerNorm" in its name for a norm, and would fill its weights with ones.
         if not (hasattr(module, "layer_norm_weight") or _is_from_transformer_engine(module)):
             super()._init_weights(module)
             return
@@ -138,6 +139,17 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: a checkpoint's `auto_map` points at the installed package, so no source is copied."""
+
+
+def _clear_row(weight: DTensor, row: int) -> None:
+    """Fill one row of a matrix that is shared out by rows with zeros, in the process that has it.
+
+    Not by `weight[row]`, which some versions of torch refuse where two dimensions of the mesh share the rows.
+    """
+    part = weight.to_local()
+    _, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    if 0 <= row - offset[0] < part.shape[0]:
+        part[row - offset[0]].zero_()
 
 
 def _is_from_transformer_engine(module: nn.Module) -> bool:
