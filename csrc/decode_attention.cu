@@ -4,9 +4,9 @@
 // GPU, and a block takes every gridDim-th item; which these are it finds in the rows' lengths. Items of neighbouring
 // heads go to neighbouring blocks, which so read neighbouring memory at about the same time.
 //
-// A warp of a block is on its own between the start and the end of an item: it takes every fourth tile of 16 keys,
-// copies tiles into a ring of its own in shared memory, so that one copy at least is always under way, and keeps a
-// softmax of its own. Then the block mixes what its warps have. If the row has more parts, that goes to the workspace,
+// A warp of a block is on its own between the start and the end of an item: it takes every fourth tile of 16 keys, has
+// the copy engine bring tiles into a ring of its own in shared memory, so that one copy at least is always under way, and
+// keeps a softmax of its own. Then the block mixes what its warps have. If the row has more parts, that goes to the workspace,
 // and the block that draws the last ticket of a row's head mixes the parts, in their order.
 //
 // Products run on tensor cores with keys, or dimensions of values, as the 16 rows of a fragment and query heads as its
@@ -15,8 +15,8 @@
 //
 // Shapes: B rows, K key/value heads, G query heads of each, D size of a head, P positions.
 
+#include "copy_engine.cuh"
 #include "decode_attention.h"
-#include "launch.cuh"
 #include "rotation.cuh"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -28,6 +28,12 @@ namespace llama_te {
 namespace {
 
 using Arguments = DecodeAttentionArguments;
+
+struct Task {
+    Arguments a;
+    CUtensorMap keys;
+    CUtensorMap values;
+};
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffU;
@@ -44,23 +50,18 @@ constexpr float kInvalid = -1.0F;
 
 // --- instructions ------------------------------------------------------------------------------------------------
 
-__device__ unsigned shared_address(const void *pointer) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+// A tile: 16 places of one head, as `map_of` cuts it.
+__device__ void copy_tile(unsigned to, const CUtensorMap &map, int block, int place, int head, unsigned barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, "
+        "%6}], [%7];" ::"r"(to),
+        "l"(&map), "r"(0), "r"(place), "r"(0), "r"(head), "r"(block), "r"(barrier)
+        : "memory");
 }
 
-// Zeros instead where `exists` is false; nothing is read then.
-__device__ void copy_async(unsigned to, const char *from, bool exists) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0)
-                 : "memory");
-}
-
-__device__ void end_of_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int kLater>
-__device__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+// Between what threads have written to shared memory and what the copy engine will write there.
+__device__ void fence_before_copies() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ void load_matrices(unsigned (&matrices)[4], unsigned address) {
@@ -130,18 +131,59 @@ struct Unit {
     int start;  // the place of the row's new token, -1: the row is left out
 };
 
+// A tile of keys or values in shared memory: boxes one behind the other, each 16 rows of as many vectors of a head as
+// the copy engine can swizzle, 8, 4 or 2. It exchanges a row's vectors so that those of one column of 8 rows lie in
+// different banks.
+template <int kHeadDim>
+struct Tile {
+    static constexpr int kVectors = kHeadDim / kVectorElements;
+    static constexpr int kBoxVectors = kVectors % 8 == 0 ? 8 : kVectors % 4 == 0 ? 4 : 2;
+    static constexpr int kBoxes = kVectors / kBoxVectors;
+    static constexpr int kRowBytes = kBoxVectors * kVectorBytes;
+    static constexpr int kBoxBytes = kTileKeys * kRowBytes;
+    static constexpr int kBytes = kBoxes * kBoxBytes;
+    static_assert(kVectors % 2 == 0);
+
+    static __device__ int swizzle_of(int row) {
+        return row * kBoxVectors / 8 % kBoxVectors;
+    }
+    static __device__ int offset(int row, int vector) {
+        return vector / kBoxVectors * kBoxBytes + row * kRowBytes +
+               (vector % kBoxVectors ^ swizzle_of(row)) * kVectorBytes;
+    }
+};
+
+// What a lane reads of a tile: of one row the even or the odd vectors. Most of `offset` is computed once.
+template <int kHeadDim>
+struct LaneRow {
+    using T = Tile<kHeadDim>;
+    unsigned row;
+    unsigned swizzle;
+
+    __device__ LaneRow(unsigned tile, int row_, int odd)
+        : row(tile + row_ * T::kRowBytes), swizzle((T::swizzle_of(row_) ^ odd) * kVectorBytes) {}
+
+    __device__ unsigned pair(int index) const {
+        const int vector = 2 * index;
+        return row + vector / T::kBoxVectors * T::kBoxBytes + (vector % T::kBoxVectors * kVectorBytes ^ swizzle);
+    }
+};
+
+constexpr int kRingAlignment = 1024;  // of what the copy engine swizzles
+
 template <int kHeadDim, int kHeadTiles>
-struct alignas(kVectorBytes) Layout {
+struct alignas(kRingAlignment) Layout {
     static constexpr int kHeadVectors = kHeadDim / kVectorElements;
     static constexpr int kHalfVectors = kHeadVectors / 2;
     static constexpr int kSteps = kHeadDim / 16;  // fragments that span a head
     // An odd number of vectors, so that 8 heads' vectors of one column lie in different banks.
     static constexpr int kHeadBytes = (kHeadVectors | 1) * kVectorBytes;
-    static constexpr int kTileBytes = kTileKeys * kHeadBytes;
+    static constexpr int kTileBytes = Tile<kHeadDim>::kBytes;
     static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
     // Three blocks find room on a multiprocessor, which then has 100 KB and more under way.
     static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2;
     static constexpr int kRingBytes = kStages * kStageBytes;
+    static_assert(kStageBytes % kRingAlignment == 0);
 
     // What a warp has of a head in the end, over its ring: the 8 rows of a fragment by 4 pairs of heads, as threads
     // write them, lie in different banks.
@@ -158,6 +200,7 @@ struct alignas(kVectorBytes) Layout {
     char rings[kWarps][kRingBytes];
     char heads[kNewHeads][kHeadBytes];
     float2 statistics[kWarps][kResultHeads];  // greatest score, sum of the weights
+    std::uint64_t full[kWarps][kStages];  // barriers: a stage is there
     int units_of_warps[kWarps];
     Unit unit;
     bool draws_last;
@@ -245,72 +288,78 @@ struct Item : Unit {
 
 // --- one warp's tiles ----------------------------------------------------------------------------------------------
 
-// Copies a warp's tiles. Each lane looks up where one of the next 32 lies.
+// A warp's ring, over all items. As many copies are waited for as are begun, so that one place in it serves both.
+template <typename Shared>
+struct Ring {
+    unsigned stages;
+    unsigned full;
+    int stage = 0;
+    unsigned parity = 0;
+
+    __device__ Ring(const Shared &shared, int warp)
+        : stages(address_of(shared.rings[warp])), full(address_of(shared.full[warp])) {}
+
+    __device__ unsigned at(int i) const {
+        return stages + i * Shared::kStageBytes;
+    }
+    __device__ unsigned barrier(int i) const {
+        return full + i * static_cast<int>(sizeof(std::uint64_t));
+    }
+    __device__ void advance() {
+        stage += 1;
+        if (stage == Shared::kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Begins the copies of a warp's tiles of an item. Each lane looks up where one of the next 32 lies.
 template <typename Shared>
 struct Copies {
-    const Arguments &a;
+    const Task &task;
     const Item &item;
-    unsigned ring;
-    const char *key;
-    const char *value;
+    const Ring<Shared> &ring;
     int tile;  // the next one
     int turn = 0;
     int block_of_lane = 0;
     int place_of_lane = 0;
     bool valid = true;
 
-    __device__ Copies(const Arguments &a_, const Item &item_, unsigned ring_, int warp)
-        : a(a_),
-          item(item_),
-          ring(ring_),
-          key(a_.key.data + item_.kv_head * a_.key.head_stride),
-          value(a_.value.data + item_.kv_head * a_.value.head_stride),
-          tile(item_.first_tile + warp) {}
+    __device__ Copies(const Task &task_, const Item &item_, const Ring<Shared> &ring_, int warp)
+        : task(task_), item(item_), ring(ring_), tile(item_.first_tile + warp) {}
 
-    // One group of copies, empty behind the last tile.
+    // Nothing behind the last tile.
     __device__ void next(int stage) {
-        if (tile < item.end_tile) {
-            if (turn == 0) {
-                look_up();
-            }
-            const int block = __shfl_sync(kWholeWarp, block_of_lane, turn);
-            const int place = __shfl_sync(kWholeWarp, place_of_lane, turn);
-            valid = valid && block >= 0;
-            if (block >= 0) {
-                copy(ring + stage * Shared::kStageBytes, block, place);
-            }
-            tile += kWarps;
-            turn = (turn + 1) % kWarp;
+        if (tile >= item.end_tile) {
+            return;
         }
-        end_of_copies();
+        if (turn == 0) {
+            look_up();
+        }
+        const int block = __shfl_sync(kWholeWarp, block_of_lane, turn);
+        const int place = __shfl_sync(kWholeWarp, place_of_lane, turn);
+        valid = valid && block >= 0;
+        if (threadIdx.x % kWarp == 0) {
+            const unsigned barrier = ring.barrier(stage);
+            if (block >= 0) {
+                arrive_and_expect(barrier, Shared::kStageBytes);
+                copy_tile(ring.at(stage), task.keys, block, place, item.kv_head, barrier);
+                copy_tile(ring.at(stage) + Shared::kTileBytes, task.values, block, place, item.kv_head, barrier);
+            } else {
+                arrive(barrier);
+            }
+        }
+        tile += kWarps;
+        turn = (turn + 1) % kWarp;
     }
 
     __device__ void look_up() {
+        const CacheIndex &index = task.a.index;
         const int tile_of_lane = tile + threadIdx.x % kWarp * kWarps;
         if (tile_of_lane < item.end_tile) {
-            block_of_lane = block_of(a.index, item.row, tile_of_lane * kTileKeys);
-            place_of_lane = place_in_block(a.index, tile_of_lane * kTileKeys);
-        }
-    }
-
-    // The new token's place and those behind it get zeros: a weight of 0 times anything else might be NaN.
-    __device__ void copy(unsigned to, int block, int first_place) {
-        const int lane = threadIdx.x % kWarp;
-        const int places = item.start - tile * kTileKeys;
-        const char *const keys = key + block * a.key.block_stride + first_place * a.key.place_stride;
-        const char *const values = value + block * a.value.block_stride + first_place * a.value.place_stride;
-        // The host has seen that these fit; products with 64 bits would be most of what a tile costs.
-        const int key_stride = static_cast<int>(a.key.place_stride);
-        const int value_stride = static_cast<int>(a.value.place_stride);
-#pragma unroll
-        for (int i = 0; i < Shared::kHeadVectors * kTileKeys / kWarp; ++i) {
-            const int place = (i * kWarp + lane) / Shared::kHeadVectors;
-            const int vector_bytes = (i * kWarp + lane) % Shared::kHeadVectors * kVectorBytes;
-            const unsigned at = to + place * Shared::kHeadBytes + vector_bytes;
-            const bool exists = place < places;
-            copy_async(at, keys + vector_bytes + static_cast<std::int64_t>(place) * key_stride, exists);
-            copy_async(at + Shared::kTileBytes,
-                       values + vector_bytes + static_cast<std::int64_t>(place) * value_stride, exists);
+            block_of_lane = block_of(index, item.row, tile_of_lane * kTileKeys);
+            place_of_lane = place_in_block(index, tile_of_lane * kTileKeys);
         }
     }
 };
@@ -344,11 +393,11 @@ struct Running {
         const int lane = threadIdx.x % kWarp;
         // Two sums, so that a product need not wait for the one before it.
         float scores[kHeadTiles][2][4] = {};
-        const unsigned key = stage + lane % 16 * Shared::kHeadBytes + lane / 16 * kVectorBytes;
+        const LaneRow<kHeadDim> key(stage, lane % 16, lane / 16);
 #pragma unroll
         for (int step = 0; step < Shared::kSteps; ++step) {
             unsigned keys_by_dims[4];
-            load_matrices(keys_by_dims, key + step * 2 * kVectorBytes);
+            load_matrices(keys_by_dims, key.pair(step));
 #pragma unroll
             for (int t = 0; t < kHeadTiles; ++t) {
                 Number::multiply_add(scores[t][step % 2], keys_by_dims, query[t][step]);
@@ -376,12 +425,11 @@ struct Running {
             weights[t][1] = transposed(Number::pack(score[2], score[3]));
         }
 
-        const unsigned value = stage + Shared::kTileBytes + (lane % 8 + lane / 16 * 8) * Shared::kHeadBytes +
-                               lane / 8 % 2 * kVectorBytes;
+        const LaneRow<kHeadDim> value(stage + Shared::kTileBytes, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
         for (int step = 0; step < Shared::kSteps; ++step) {
             unsigned dims_by_keys[4];
-            load_transposed_matrices(dims_by_keys, value + step * 2 * kVectorBytes);
+            load_transposed_matrices(dims_by_keys, value.pair(step));
 #pragma unroll
             for (int t = 0; t < kHeadTiles; ++t) {
                 Number::multiply_add(output[t][step], dims_by_keys, weights[t]);
@@ -486,14 +534,20 @@ __device__ void take_token(const Arguments &a, const Item &item, Shared &shared)
     }
 }
 
-// Puts the new token's key and value to their place in a tile. A warp does that.
-template <typename Shared>
+// Puts the new token's key and value to their place in a tile, and zeros for values behind it: a weight of 0 times what
+// lies there might be NaN. A warp does that.
+template <int kHeadDim, typename Shared>
 __device__ void put_token(Shared &shared, char *stage, int place) {
-    for (int i = threadIdx.x % kWarp; i < 2 * Shared::kHeadVectors; i += kWarp) {
-        const int which = i / Shared::kHeadVectors;
-        const int vector_bytes = i % Shared::kHeadVectors * kVectorBytes;
-        *reinterpret_cast<uint4 *>(stage + which * Shared::kTileBytes + place * Shared::kHeadBytes + vector_bytes) =
-            *reinterpret_cast<const uint4 *>(shared.heads[Shared::kNewKey + which] + vector_bytes);
+    constexpr int kVectors = Shared::kHeadVectors;
+    const int lane = threadIdx.x % kWarp;
+    char *const values = stage + Shared::kTileBytes;
+    for (int i = lane; i < 2 * kVectors; i += kWarp) {
+        char *const to = (i < kVectors ? stage : values) + Tile<kHeadDim>::offset(place, i % kVectors);
+        *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(
+            shared.heads[Shared::kNewKey + i / kVectors] + i % kVectors * kVectorBytes);
+    }
+    for (int i = (place + 1) * kVectors + lane; i < kTileKeys * kVectors; i += kWarp) {
+        *reinterpret_cast<uint4 *>(values + Tile<kHeadDim>::offset(i / kVectors, i % kVectors)) = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
 }
@@ -559,12 +613,12 @@ __device__ bool draw_last_ticket(const Arguments &a, const Item &item, Shared &s
     __syncthreads();
     if (threadIdx.x == 0) {
         std::int32_t *const ticket = a.ticket(item.row, item.kv_head);
-        __threadfence();
-        shared.draws_last = atomicAdd(ticket, 1) == item.parts - 1;
+        std::int32_t before;
+        asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+        shared.draws_last = before == item.parts - 1;
         if (shared.draws_last) {
             *ticket = 0;  // for the next launch
         }
-        __threadfence();
     }
     __syncthreads();
     return shared.draws_last;
@@ -619,15 +673,22 @@ __device__ void finish(const Arguments &a, const Item &item, Shared &shared) {
 // --- the kernel --------------------------------------------------------------------------------------------------
 
 template <ElementType kElement, int kHeadDim, int kHeadTiles>
-__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ Task task) {
     using Shared = Layout<kHeadDim, kHeadTiles>;
-    extern __shared__ uint4 memory[];
+    extern __shared__ __align__(kRingAlignment) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
+    const Arguments &a = task.a;
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
     const float scale = a.scale * kLog2E;
     cudaTriggerProgrammaticLaunchCompletion();  // the next one, if it need not wait itself, finds room at once
-    char *const ring = shared.rings[warp];
+
+    if (lane == 0) {
+        for (int stage = 0; stage < Shared::kStages; ++stage) {
+            initialize(address_of(&shared.full[warp][stage]), 1);
+        }
+        publish_barriers();
+    }
 
     // Columns of fragments without a query head count nowhere, but should not be whatever lay here.
 #pragma unroll 1
@@ -641,6 +702,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 
     RowUnits units;
     const int items = find_units(a, shared, units) * a.kv_heads;
+    Ring<Shared> ring(shared, warp);
     for (int i = blockIdx.x; i < items; i += gridDim.x) {
         const int unit = i / a.kv_heads;
 #pragma unroll
@@ -650,13 +712,14 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
                 shared.unit = Unit{row, unit - units.first[r], units.start[r]};
             }
         }
+        fence_before_copies();
         __syncthreads();  // also: nobody reads the rings any more
         const Item item(a, shared.unit, i - unit * a.kv_heads);
 
-        Copies<Shared> copies(a, item, shared_address(ring), warp);
+        Copies<Shared> copies(task, item, ring, warp);
 #pragma unroll 1
-        for (int stage = 0; stage < Shared::kStages; ++stage) {
-            copies.next(stage);
+        for (int i = 0; i < Shared::kStages; ++i) {
+            copies.next((ring.stage + i) % Shared::kStages);
         }
 
         // Until here the kernel ahead on the stream may still be running, and nothing that it writes has been read, nor
@@ -679,23 +742,39 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
         }
 
         Running<kElement, kHeadDim, kHeadTiles> running;
-        int stage = 0;
         for (int tile = item.first_tile + warp; tile < item.end_tile; tile += kWarps) {
-            wait_for_copies<Shared::kStages - 1>();
-            __syncwarp();
+            wait(ring.barrier(ring.stage), ring.parity);
             const int keys = item.start + 1 - tile * kTileKeys;
             if (keys <= kTileKeys) {
-                put_token(shared, ring + stage * Shared::kStageBytes, keys - 1);
+                put_token<kHeadDim>(shared, shared.rings[warp] + ring.stage * Shared::kStageBytes, keys - 1);
             }
-            running.take(shared_address(ring) + stage * Shared::kStageBytes, keys, scale, query);
+            running.take(ring.at(ring.stage), keys, scale, query);
             __syncwarp();
-            copies.next(stage);
-            stage = stage + 1 == Shared::kStages ? 0 : stage + 1;
+            copies.next(ring.stage);
+            ring.advance();
         }
         running.put(shared, copies.valid && item.start >= 0);
         __syncthreads();
         finish<kElement, kHeadDim>(a, item, shared);
     }
+}
+
+// Keys or values as the copy engine sees them, tile by tile.
+template <int kHeadDim>
+CUtensorMap map_of(const CacheMemory &cache, const Arguments &a) {
+    using T = Tile<kHeadDim>;
+    const cuuint64_t sizes[] = {T::kBoxVectors * kVectorElements, static_cast<cuuint64_t>(a.index.block_places),
+                                T::kBoxes, static_cast<cuuint64_t>(a.kv_heads),
+                                static_cast<cuuint64_t>(a.index.blocks)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(cache.place_stride), T::kRowBytes,
+                                  static_cast<cuuint64_t>(cache.head_stride),
+                                  static_cast<cuuint64_t>(cache.block_stride)};
+    const cuuint32_t box[] = {T::kBoxVectors * kVectorElements, kTileKeys, T::kBoxes, 1, 1};
+    constexpr CUtensorMapSwizzle kSwizzle = T::kBoxVectors == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
+                                            : T::kBoxVectors == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                  : CU_TENSOR_MAP_SWIZZLE_32B;
+    // Only copied, so that any type of 2 bytes is as good.
+    return encode_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, cache.data, sizes, strides, box, kSwizzle);
 }
 
 template <ElementType kElement, int kHeadDim, int kHeadTiles>
@@ -720,7 +799,8 @@ void launch(const Arguments &a, int device, cudaStream_t stream) {
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, a), "decode_attention");
+    const Task task = {a, map_of<kHeadDim>(a.key, a), map_of<kHeadDim>(a.value, a)};
+    check_cuda(cudaLaunchKernelEx(&config, kernel, task), "decode_attention");
 }
 
 template <ElementType kElement, int kHeadDim>

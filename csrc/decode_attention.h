@@ -12,10 +12,13 @@ constexpr int kMaxDecodeRows = 256;
 constexpr int kMaxGroup = 16;
 
 // A row's keys are divided into parts, which different blocks take. The division depends on the row's length alone, so
-// that what comes out for a row does not depend on its batch. A part is long enough that its start and its merging are
-// small beside it, and there are few enough of them to be merged quickly by one block.
-constexpr int kLeastPartKeys = 256;
-constexpr int kMaxParts = 32;
+// that what comes out for a row does not depend on its batch. Parts of short rows are short, to have many blocks at work
+// for a single row; those of long ones are longer, since a part's start and end take as long as hundreds of keys. And
+// there are few enough of them to be merged quickly by one block.
+constexpr int kShortRowKeys = 4096;
+constexpr int kShortPartKeys = 256;
+constexpr int kLongPartKeys = 512;
+constexpr int kMaxParts = 48;
 
 LLAMA_TE_HOST_DEVICE constexpr int divide_up(int dividend, int divisor) {
     return dividend / divisor + (dividend % divisor != 0 ? 1 : 0);
@@ -24,7 +27,8 @@ LLAMA_TE_HOST_DEVICE constexpr int divide_up(int dividend, int divisor) {
 // Keys of each part but the last, of a row of `keys`.
 LLAMA_TE_HOST_DEVICE constexpr int keys_of_part(int keys) {
     const int even = divide_up(divide_up(keys, kMaxParts), kTileKeys) * kTileKeys;
-    return even > kLeastPartKeys ? even : kLeastPartKeys;
+    const int least = keys <= kShortRowKeys ? kShortPartKeys : kLongPartKeys;
+    return even > least ? even : least;
 }
 
 LLAMA_TE_HOST_DEVICE constexpr int parts_of(int keys) {
@@ -33,7 +37,9 @@ LLAMA_TE_HOST_DEVICE constexpr int parts_of(int keys) {
 
 // Of any row that has at most `keys`.
 LLAMA_TE_HOST_DEVICE constexpr int most_parts_of(int keys) {
-    const int parts = divide_up(keys, kLeastPartKeys);
+    const int of_short = divide_up(keys < kShortRowKeys ? keys : kShortRowKeys, kShortPartKeys);
+    const int of_long = keys > kShortRowKeys ? divide_up(keys, kLongPartKeys) : 0;
+    const int parts = of_short > of_long ? of_short : of_long;
     return parts < kMaxParts ? parts : kMaxParts;
 }
 

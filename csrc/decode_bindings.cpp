@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "elementwise.h"
 #include "linear.h"
 #include "tokens.h"
 
@@ -66,5 +67,25 @@ void bind_decode([[maybe_unused]] py::module_ &module) {
         },
         py::arg("device"), py::arg("stream"), py::arg("logits"), py::arg("row_stride"), py::arg("rows"),
         py::arg("vocabulary"), py::arg("tokens"), py::arg("lengths"), py::arg("best"), py::arg("tickets"));
+    module.def(
+        "rms_norm_cuda",
+        [](int device, Address stream, Address hidden, Address addend, Address weight, float epsilon, Address output,
+           std::int32_t rows, std::int32_t features) {
+            llama_te::rms_norm_cuda({reinterpret_cast<char *>(hidden), reinterpret_cast<const char *>(addend),
+                                     reinterpret_cast<const char *>(weight), epsilon, reinterpret_cast<char *>(output),
+                                     rows, features},
+                                    device, stream);
+        },
+        py::arg("device"), py::arg("stream"), py::arg("hidden"), py::arg("addend"), py::arg("weight"),
+        py::arg("epsilon"), py::arg("output"), py::arg("rows"), py::arg("features"));
+    module.def(
+        "swiglu_cuda",
+        [](int device, Address stream, Address input, Address output, std::int32_t rows, std::int32_t features) {
+            llama_te::swiglu_cuda(
+                {reinterpret_cast<const char *>(input), reinterpret_cast<char *>(output), rows, features}, device,
+                stream);
+        },
+        py::arg("device"), py::arg("stream"), py::arg("input"), py::arg("output"), py::arg("rows"),
+        py::arg("features"));
 #endif
 }

@@ -53,4 +53,21 @@ inline int multiprocessors(int device) {
     return count;
 }
 
+// Launches a kernel that may begin before the one ahead of it on the stream has ended, and waits for that itself
+// (programmatic dependent launch).
+template <typename Arguments>
+void launch_overlapping(void (*kernel)(Arguments), const Arguments &arguments, dim3 grid, int threads,
+                        cudaStream_t stream, const char *name) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), name);
+}
+
 }  // namespace llama_te

@@ -16,12 +16,11 @@
 // RMSNorm is x * r * w with r, a number for each row, known only when the row has been seen: the product is taken of
 // x * w, and multiplied by r. The sum of squares comes from the tensor cores too, as the diagonal of x x^T.
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include <algorithm>
 
-#include "launch.cuh"
+#include "copy_engine.cuh"
 #include "linear.h"
 
 namespace llama_te {
@@ -54,36 +53,6 @@ struct Task {
     int count;
     std::int32_t *exits;  // how many blocks have seen all products done that they wait for
 };
-
-__device__ unsigned address_of(const void *shared) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
-}
-
-// --- barriers of the ring and copies that arrive at them
-
-__device__ void initialize(unsigned barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ void arrive(unsigned barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ void arrive_and_expect(unsigned barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ void wait(unsigned barrier, unsigned parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 
 // A box of [columns of a box, rows, boxes], which lie one behind the other in shared memory.
 __device__ void copy_boxes(unsigned to, const CUtensorMap &map, int row, int box, unsigned barrier) {
@@ -860,7 +829,7 @@ __global__ void __launch_bounds__(Shape<kWeight, kGroups>::kAllThreads, 1)
         initialize(address_of(head.item_begun + 1), 1);
         initialize(address_of(&head.sums_full), S::kWarps);
         initialize(address_of(&head.sums_empty), S::kFinishers);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        publish_barriers();
     }
     __syncthreads();
 
@@ -921,25 +890,8 @@ int divide_up(std::int64_t dividend, std::int64_t divisor) {
     return static_cast<int>((dividend + divisor - 1) / divisor);
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-EncodeTiled encode_tiled() {
-    static const EncodeTiled function = [] {
-        void *found = nullptr;
-        cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-        check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-                   "cudaGetDriverEntryPointByVersion");
-        if (result != cudaDriverEntryPointSuccess) {
-            throw std::runtime_error("the driver has no cuTensorMapEncodeTiled");
-        }
-        return reinterpret_cast<EncodeTiled>(found);
-    }();
-    return function;
-}
-
 // A matrix [rows, columns] as the copy engine sees it: `boxes` at a time of 128 bytes of columns of `box_rows` rows.
 CUtensorMap map_of(const char *data, int rows, int columns, bool wide, int box_rows, int boxes) {
-    CUtensorMap map;
     const int box_columns = kBoxBytes / (wide ? 2 : 1);
     const cuuint64_t row_bytes = static_cast<cuuint64_t>(columns) * (wide ? 2 : 1);
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(box_columns), static_cast<cuuint64_t>(rows),
@@ -947,15 +899,8 @@ CUtensorMap map_of(const char *data, int rows, int columns, bool wide, int box_r
     const cuuint64_t strides[] = {row_bytes, kBoxBytes};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows),
                               static_cast<cuuint32_t>(boxes)};
-    const cuuint32_t steps[] = {1, 1, 1};
-    const CUresult result = encode_tiled()(
-        &map, wide ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, const_cast<char *>(data),
-        sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (result != CUDA_SUCCESS) {
-        throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(result));
-    }
-    return map;
+    return encode_map(wide ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 3, data, sizes, strides,
+                      box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 struct Choice {

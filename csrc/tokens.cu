@@ -80,26 +80,13 @@ __global__ void __launch_bounds__(kThreads) greedy_kernel(const __grid_constant_
     }
 }
 
-template <typename Arguments>
-void launch(void (*kernel)(Arguments), const Arguments &arguments, dim3 grid, cudaStream_t stream, const char *name) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), name);
-}
-
 }  // namespace
 
 void embed_cuda(const EmbedArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
     const auto blocks = static_cast<unsigned>((arguments.row_bytes / 16 + kThreads - 1) / kThreads);
-    launch(embed_kernel, arguments, dim3(blocks, arguments.rows), reinterpret_cast<cudaStream_t>(stream), "embed");
+    launch_overlapping(embed_kernel, arguments, dim3(blocks, arguments.rows), kThreads,
+                       reinterpret_cast<cudaStream_t>(stream), "embed");
 }
 
 void greedy_cuda(const GreedyArguments &arguments, int device, std::uintptr_t stream) {
@@ -108,7 +95,8 @@ void greedy_cuda(const GreedyArguments &arguments, int device, std::uintptr_t st
     const int needed = (arguments.vocabulary / kVectorElements + kThreads - 1) / kThreads;
     const int useful = multiprocessors(device) * 4 / arguments.rows + 1;
     const auto blocks = static_cast<unsigned>(needed < useful ? needed : useful);
-    launch(greedy_kernel, arguments, dim3(blocks, arguments.rows), reinterpret_cast<cudaStream_t>(stream), "greedy");
+    launch_overlapping(greedy_kernel, arguments, dim3(blocks, arguments.rows), kThreads,
+                       reinterpret_cast<cudaStream_t>(stream), "greedy");
 }
 
 }  // namespace llama_te

@@ -84,7 +84,7 @@ def test_mixed_batches(seed: int) -> None:
     assert_tickets_are_back(arguments)
 
 
-@pytest.mark.parametrize("before", [(8191,), (8192, 5), (33_000, 8193, 1), (131_071,)], ids=str)
+@pytest.mark.parametrize("before", [(8191,), (4095, 5), (4096, 4094), (33_000, 8193, 1), (131_071,)], ids=str)
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_long_rows(page_size: int, before: tuple[int, ...]) -> None:
     """As many parts as there can be, and more tiles of a warp than it looks up at once."""

@@ -1,4 +1,4 @@
-"""`linear`, `embed` and `greedy` on the GPU: against float64 PyTorch, overlapping, in CUDA graphs, with bad input."""
+"""The operators of a decoding step on the GPU: against float64 PyTorch, overlapping, in CUDA graphs, with bad input."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from infer.elementwise_operators_oracle import expected_rms_norm, expected_swiglu
 from infer.step_oracle import (
     FP8,
     NAN_BITS,
@@ -30,6 +31,8 @@ from llama_te_infer.step_operators import (
     greedy,
     linear,
     linear_chain,
+    rms_norm,
+    swiglu,
 )
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
@@ -375,6 +378,179 @@ def test_other_work_between(workspace: LinearWorkspace) -> None:
             assert_same([product["input"]], [expected], replay)
 
 
+# --- between the products of many rows ------------------------------------------------------------------------------
+
+# Less than a vector of each thread, what a block holds (8,192), more, and what is in no thread's round whole.
+FEATURES = (8, 64, 576, 2048, 4096, 8192, 8200, 14336, 28672)
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+
+def between_nan(rows: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for rows, and the whole of it, with two rows of NaN ahead of them and behind them."""
+    whole = torch.full((rows + 4, features), torch.nan, device="cuda").bfloat16()
+    return whole[2:-2], whole
+
+
+def assert_nothing_about_it_was_written(whole: torch.Tensor) -> None:
+    assert bool(whole[:2].isnan().all()) and bool(whole[-2:].isnan().all())
+
+
+def run_rms_norm(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, addend: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum and what it becomes, from one call."""
+    total, whole_total = between_nan(*hidden.shape)
+    output, whole_output = between_nan(*hidden.shape)
+    total.copy_(hidden)
+    rms_norm(total, weight, epsilon, output, addend=addend)
+    assert_nothing_about_it_was_written(whole_total)
+    assert_nothing_about_it_was_written(whole_output)
+    return total, output
+
+
+def run_swiglu(input: torch.Tensor) -> torch.Tensor:
+    output, whole = between_nan(len(input), input.shape[1] // 2)
+    swiglu(input, output)
+    assert_nothing_about_it_was_written(whole)
+    return output
+
+
+def assert_within(output: torch.Tensor, expected_and_bound: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Returns the greatest error as a part of what it may be."""
+    expected, bound = expected_and_bound
+    worst = float(((output.double() - expected).abs() / bound).max())
+    assert worst <= 1
+    return worst
+
+
+def assert_neighbours(output: torch.Tensor, on_cpu: torch.Tensor) -> None:
+    """Nearly all bits are those of PyTorch, and what is not the same is the bfloat16 number next to it."""
+    steps = (output.cpu().view(torch.int16).int() - on_cpu.view(torch.int16).int()).abs()
+    assert int(steps.max()) <= 1
+    assert int(steps.count_nonzero()) <= 1 + steps.numel() // 100
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("adds", [False, True])
+def test_rms_norm(features: int, adds: bool, measured: Callable[..., None]) -> None:
+    worst = 0.0
+    for rows in (1, 33, 256, 300):
+        scale_B1 = torch.logspace(-1, 1, rows, 2, device="cuda")[:, None]
+        hidden = before_nan((randn(rows, features, seed=1) * scale_B1).bfloat16())
+        addend = before_nan(randn(rows, features, seed=2)) if adds else None
+        weight = before_nan(randn(1, features, seed=3))[0]
+        total, output = run_rms_norm(hidden, weight, 1e-5, addend)
+        assert torch.equal(total, hidden if addend is None else hidden + addend)
+        worst = max(worst, assert_within(output, expected_rms_norm(total, weight, 1e-5)))
+        on_cpu = torch.empty(rows, features).bfloat16()
+        rms_norm(hidden.cpu(), weight.cpu(), 1e-5, on_cpu, addend=None if addend is None else addend.cpu())
+        assert_neighbours(output, on_cpu)
+        again = run_rms_norm(hidden, weight, 1e-5, addend)
+        assert torch.equal(again[0], total) and torch.equal(again[1], output)
+        alone = run_rms_norm(hidden[-1:], weight, 1e-5, None if addend is None else addend[-1:])
+        assert torch.equal(alone[1], output[-1:]), "a row depends on the other ones"
+    measured("error, as a part of what roundings allow", worst, 1.0)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_swiglu(features: int, measured: Callable[..., None]) -> None:
+    worst = 0.0
+    for rows in (1, 33, 256, 300):
+        input = before_nan(3 * randn(rows, 2 * features, seed=rows))
+        output = run_swiglu(input)
+        worst = max(worst, assert_within(output, expected_swiglu(input)))
+        on_cpu = torch.empty(rows, features).bfloat16()
+        swiglu(input.cpu(), on_cpu)
+        assert_neighbours(output, on_cpu)
+        assert torch.equal(run_swiglu(input), output)
+    measured("error, as a part of what roundings allow", worst, 1.0)
+
+
+def test_rms_norm_of_large_and_small_rows() -> None:
+    """A power of two that a row is multiplied by is taken away, bit by bit; zeros stay zeros."""
+    hidden, weight = randn(40, 4096), randn(4096, seed=1)
+    normed = run_rms_norm(hidden, weight, 0.0, None)[1]
+    for power in (-40, -3, 3, 40):
+        assert torch.equal(run_rms_norm(hidden * 2.0**power, weight, 0.0, None)[1], normed)
+    zeros = torch.zeros_like(hidden)
+    assert int(run_rms_norm(zeros, weight, 1e-5, zeros.clone())[1].count_nonzero()) == 0
+
+
+def test_a_row_with_nan_or_infinity_is_on_its_own() -> None:
+    hidden, weight = randn(40, 576), randn(576, seed=1)
+    normed = run_rms_norm(hidden, weight, 1e-5, None)[1]
+    hidden[3, 5], hidden[8, 571] = torch.nan, torch.inf
+    output = run_rms_norm(hidden, weight, 1e-5, None)[1]
+    others = torch.ones(40, dtype=torch.bool, device="cuda")
+    others[[3, 8]] = False
+    assert torch.equal(output[others], normed[others])
+    assert bool(output[3].isnan().all()) and bool(output[8, 571].isnan())
+
+
+def test_swiglu_of_every_gate() -> None:
+    """All numbers of bfloat16: infinities and NaN as PyTorch has them, and what is next to 0 next to 0."""
+    gate = torch.arange(2**16, device="cuda").short().view(torch.bfloat16).view(32, 2048)
+    for up in (1.0, -0.5):
+        output = run_swiglu(torch.cat((gate, torch.full_like(gate, up)), dim=1))
+        expected = torch.nn.functional.silu(gate.double()) * up
+        torch.testing.assert_close(output.double(), expected, rtol=2**-8, atol=2**-100, equal_nan=True)
+
+
+def test_of_no_rows() -> None:
+    nothing = torch.empty(0, 64, device="cuda").bfloat16()
+    rms_norm(nothing, randn(64), 1e-5, nothing.clone(), addend=nothing.clone())
+    swiglu(torch.empty(0, 128, device="cuda").bfloat16(), nothing)
+
+
+@pytest.mark.parametrize("rows", [8, 32, 256])
+def test_layers_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
+    """Kernels that begin before the ones ahead of them end, PyTorch's and `linear` among them, are as one by one."""
+    size, features, vocabulary = 1024, 2048, 4096
+    table, tokens = randn(vocabulary, size), torch.randint(0, vocabulary, (rows,), device="cuda")
+    hidden, normed, product = (torch.zeros(rows, size, device="cuda").bfloat16() for _ in range(3))
+    gate_up = torch.zeros(rows, 2 * features, device="cuda").bfloat16()
+    activation = torch.zeros(rows, features, device="cuda").bfloat16()
+    norm_weight = randn(size, seed=1)
+    fc1, fc2 = randn(2 * features, size, seed=2) * size**-0.5, randn(size, features, seed=3) * features**-0.5
+
+    def multiply(input: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, layer: int) -> None:
+        if rows <= MAX_LINEAR_ROWS and layer % 2:
+            linear(input, weight, output, workspace)
+        else:
+            torch.mm(input, weight.T, out=output)
+
+    def step(after: Callable[[], None] = lambda: None) -> None:
+        embed(tokens, table, hidden)
+        after()
+        for layer in range(20):
+            rms_norm(hidden, norm_weight, 1e-5, normed, addend=product if layer else None)
+            after()
+            multiply(normed, fc1, gate_up, layer)
+            after()
+            swiglu(gate_up, activation)
+            after()
+            multiply(activation, fc2, product, layer)
+            after()
+
+    def contents() -> list[torch.Tensor]:
+        return [memory.clone() for memory in (hidden, normed, gate_up, activation, product)]
+
+    graph = captured(step)
+    for seed in range(20):
+        tokens.copy_(torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(seed)))
+        step(torch.cuda.synchronize)
+        expected = contents()
+        for replay in (graph.replay, step):
+            for memory in (hidden, normed, gate_up, activation, product):
+                memory.fill_(torch.nan)
+            replay()
+            assert_same(contents(), expected, seed)
+
+
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -501,6 +677,37 @@ def test_bad_embeds_and_greedies() -> None:
         greedy(logits[:, 4:12], **arguments)
     with pytest.raises(ValueError, match="tickets is on cpu; it must be on cuda:0"):
         greedy(logits, **(arguments | {"tickets": tokens.int().cpu()}))
+
+
+def test_bad_rms_norms_and_swiglus() -> None:
+    matrix, weight, uneven = randn(3, 64), randn(64), randn(25 * 64)
+    arguments = {"hidden": matrix, "weight": weight, "epsilon": 1e-5, "addend": randn(3, 64), "output": randn(3, 64)}
+    half = {name: value.half() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    narrow = {name: randn(3, 12) for name in ("hidden", "addend", "output")} | {"weight": randn(12)}
+    changes: list[tuple[dict[str, Any], str]] = [
+        (half, r"hidden is float16 \[3, 64\]: on a GPU allowed are bfloat16 and K a multiple of 8"),
+        (narrow, r"hidden is bfloat16 \[3, 12\]: on a GPU allowed are bfloat16 and K a multiple of 8"),
+        *(
+            ({name: uneven[4:196].view(3, 64)}, rf"{name} starts at address \d+: on a GPU it must be a multiple of 16")
+            for name in ("hidden", "addend", "output")
+        ),
+        ({"weight": uneven[1:65]}, r"weight starts at address \d+: on a GPU it must be a multiple of 16"),
+        *(
+            ({name: arguments[name].cpu()}, f"{name} is on cpu; it must be on cuda:0, as the other tensors")
+            for name in ("weight", "addend", "output")
+        ),
+    ]
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
+            rms_norm(**(arguments | change))
+    with pytest.raises(ValueError, match=r"output is float16 \[3, 32\]: on a GPU allowed are bfloat16 and F a"):
+        swiglu(matrix.half(), matrix[:, :32].half())
+    with pytest.raises(ValueError, match=r"output is bfloat16 \[3, 12\]: on a GPU allowed are bfloat16 and F a"):
+        swiglu(randn(3, 24), randn(3, 12))
+    with pytest.raises(ValueError, match=r"input starts at address \d+: on a GPU it must be a multiple of 16"):
+        swiglu(uneven[4:196].view(3, 64), randn(3, 32))
+    with pytest.raises(ValueError, match="output is on cpu; it must be on cuda:0"):
+        swiglu(matrix, torch.zeros(3, 32).bfloat16())
 
 
 def test_compiled_by_torch(workspace: LinearWorkspace) -> None:

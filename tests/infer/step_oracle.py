@@ -113,11 +113,13 @@ def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
     """What comes out in float64, and how far `linear` may be from it.
 
     A result is rounded before the activation or the addition and after it, each time by half a unit in the last place,
-    `u`. Sums in float32 of up to 14,336 products are off by less than 2^-18 of the sum of the products' absolute values
-    (a CPU: 2^-23), and RMSNorm's factor and the activation by less than 2^-16.
+    `u`, or, where numbers have no more bits, by half of the least one. Sums in float32 of up to 14,336 products are off
+    by less than 2^-18 of the sum of the products' absolute values (a CPU: 2^-23), and RMSNorm's factor and the
+    activation by less than 2^-16.
     """
     input_BK, scale, norm_weight = arguments["input"], arguments["scale"], arguments["norm_weight"]
     u = torch.finfo(input_BK.dtype).eps / 2
+    least = u * torch.finfo(input_BK.dtype).smallest_normal
     factor_B1 = torch.ones_like(input_BK[:, :1], dtype=torch.float64)
     if norm_weight is not None:
         factor_B1 = torch.rsqrt(input_BK.double().square().mean(1, keepdim=True) + arguments["epsilon"])
@@ -127,7 +129,7 @@ def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
     weight_KN = arguments["weight"].double().T
     product = input_BK.double() @ weight_KN * factor_B1
     size = input_BK.double().abs() @ weight_KN.abs() * factor_B1
-    error = u * product.abs() + 2**-16 * product.abs() + 2**-18 * size
+    error = u * product.abs() + least + 2**-16 * product.abs() + 2**-18 * size
     if arguments["swiglu"]:
         (gate, up), (gate_error, up_error) = product.chunk(2, dim=1), error.chunk(2, dim=1)
         activation = gate * gate.sigmoid()
@@ -139,7 +141,7 @@ def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
         product = product + arguments["residual"].double()
     else:
         return product, error
-    return product, error + u * (product.abs() + error)
+    return product, error + u * (product.abs() + error) + least
 
 
 def expected_whole_numbers(arguments: dict[str, Any]) -> torch.Tensor:

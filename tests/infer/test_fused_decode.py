@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_infer import fused_decode
 from llama_te_infer.engine_cache import EngineCache
-from llama_te_infer.fused_decode import FusedDecode, Weight, takes_fused_decode
+from llama_te_infer.fused_decode import FusedDecode, Weight, _multiply_many, takes_fused_decode
 from llama_te_infer.model_runner import DecodeState, ModelDecode
+from llama_te_infer.step_operators import Product, rms_norm
 
 ROWS, STEPS, PAGE_SIZE = 5, 20, 16
 
@@ -42,27 +45,28 @@ def make_model(**fields: Any) -> NVLlamaForCausalLM:
     return model
 
 
-def make_cache(model: NVLlamaForCausalLM) -> EngineCache:
-    return EngineCache(model, rows=ROWS, max_sequence_length=64, total_num_pages=4 * ROWS, page_size=PAGE_SIZE)
+def make_cache(model: NVLlamaForCausalLM, rows: int = ROWS) -> EngineCache:
+    return EngineCache(model, rows=rows, max_sequence_length=64, total_num_pages=4 * rows, page_size=PAGE_SIZE)
 
 
-def logits_of(model: NVLlamaForCausalLM, fused: bool) -> torch.Tensor:
-    """Logits [STEPS, ROWS, V] of rows that begin at different steps, whose pages lie in no order."""
-    cache = make_cache(model)
-    decode = FusedDecode(model, cache, ROWS) if fused else ModelDecode(model, cache)
-    state = DecodeState(ROWS, cache, model.config.vocab_size)
+def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> torch.Tensor:
+    """Logits [STEPS, most_rows, V] of rows that begin at five different steps, whose pages lie in no order."""
+    cache = make_cache(model, most_rows)
+    decode = FusedDecode(model, cache, most_rows) if fused else ModelDecode(model, cache)
+    state = DecodeState(most_rows, cache, model.config.vocab_size)
     generator = torch.Generator().manual_seed(3)
-    pages = torch.randperm(4 * ROWS, generator=generator).view(ROWS, 4).int()
+    pages = torch.randperm(4 * most_rows, generator=generator).view(most_rows, 4).int()
     logits = []
     rows = 0
     for step in range(STEPS):
-        if step % 3 == 0 and rows < ROWS:
-            state.page_table_RP[rows] = pages[rows]
-            state.length_R[rows] = 0
-            state.lengths.append(0)
-            rows += 1
+        if step % 3 == 0 and rows < most_rows:
+            new = slice(rows, rows + most_rows // 5)
+            state.page_table_RP[new] = pages[new]
+            state.length_R[new] = 0
+            state.lengths += [0] * (most_rows // 5)
+            rows += most_rows // 5
         state.token_R[:rows] = torch.randint(0, 320, (rows,), generator=generator)
-        logits.append(torch.nn.functional.pad(decode(state, rows).float(), (0, 0, 0, ROWS - rows)))
+        logits.append(F.pad(decode(state, rows).float(), (0, 0, 0, most_rows - rows)))
         state.length_R[:rows] += 1
         state.lengths = [length + 1 for length in state.lengths]
     return torch.stack(logits)
@@ -87,6 +91,101 @@ def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None
     distance, usual = distances(fused, exact), distances(plain, exact)
     assert distance.median() < 1.1 * usual.median() < 0.01
     assert (distance < 0.05).float().mean() > 0.9
+
+
+@torch.inference_mode()
+def test_more_rows_than_one_launch_takes() -> None:
+    """8 to 40 rows: on either side of `MAX_LINEAR_ROWS`."""
+    exact = logits_of(make_model(), fused=False, most_rows=40)
+    model = make_model().to(torch.bfloat16)
+    fused, plain = (logits_of(model, fused, most_rows=40) for fused in (True, False))
+    distance, usual = distances(fused, exact), distances(plain, exact)
+    assert distance.median() < 1.1 * usual.median() < 0.01
+    assert (distance < 0.05).float().mean() > 0.9
+
+
+class Layer:
+    """The products behind a layer's attention, and the next projection, for as many rows as cuBLAS multiplies."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).bfloat16()
+
+        def weight(out_features: int, in_features: int) -> torch.Tensor:
+            return randn(out_features, in_features) * in_features**-0.5
+
+        context, self.hidden, self.activation, self.qkv = randn(40, 64), randn(40, 64), randn(40, 96), randn(40, 80)
+        attention_norm, mlp_norm = randn(64), randn(64)
+        self.products = [
+            Product(context, weight(64, 64), self.hidden, residual=self.hidden),
+            Product(self.hidden, weight(192, 64), self.activation, None, mlp_norm, 1e-5, swiglu=True),
+            Product(self.activation, weight(64, 96), self.hidden, residual=self.hidden),
+            Product(self.hidden, weight(80, 64), self.qkv, None, attention_norm, 1e-5),
+        ]
+
+    def outputs(self) -> list[torch.Tensor]:
+        return [self.hidden, self.activation, self.qkv]
+
+
+def multiply_by_single_operations(product: Product) -> None:
+    input_BK, weight_NK, output_BN = product.input, product.weight, product.output
+    if product.norm_weight is not None:
+        input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], product.norm_weight, product.epsilon)
+    product_BN = F.linear(input_BK, weight_NK)
+    if product.swiglu:
+        gate_BF, up_BF = product_BN.float().chunk(2, dim=-1)
+        product_BN = F.silu(gate_BF) * up_BF
+    output_BN.copy_(product_BN if product.residual is None else product_BN + product.residual)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("first", "last"), list(combinations(range(5), 2)))
+def test_many_rows_round_where_single_operations_would(first: int, last: int) -> None:
+    """Bit by bit, wherever a chain begins and ends: between FP8 weights there may be any part of a layer."""
+    fused, single = Layer(), Layer()
+    _multiply_many(fused.products[first:last])
+    for product in single.products[first:last]:
+        multiply_by_single_operations(product)
+    for one, other, before in zip(fused.outputs(), single.outputs(), Layer().outputs(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, before) == all(product.output is not one for product in fused.products[first:last])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("number", "change"),
+    [
+        (0, {"residual": torch.ones(40, 64).bfloat16()}),
+        (1, {"input": torch.ones(40, 64).bfloat16()}),
+        (1, {"norm_weight": None}),
+    ],
+)
+def test_a_sum_that_no_norm_follows(number: int, change: dict[str, Any]) -> None:
+    """A residual that is not the output, a norm of other rows, and no norm."""
+    fused, single = Layer(), Layer()
+    for layer in (fused, single):
+        layer.products[number] = layer.products[number]._replace(**change)
+    _multiply_many(fused.products)
+    for product in single.products:
+        multiply_by_single_operations(product)
+    for one, other in zip(fused.outputs(), single.outputs(), strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.inference_mode()
+def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer's two additions none is a pass of its own."""
+    added = []
+
+    def record(*arguments: Any, addend: torch.Tensor | None) -> None:
+        added.append(addend is not None)
+        rms_norm(*arguments, addend=addend)
+
+    monkeypatch.setattr(fused_decode, "rms_norm", record)
+    _multiply_many(Layer().products)
+    assert added == [True, True]
 
 
 @torch.inference_mode()

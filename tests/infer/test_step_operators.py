@@ -1,4 +1,4 @@
-"""`linear`, `embed` and `greedy` on the CPU: against float64 PyTorch, with bad input, and as torch sees them."""
+"""The operators of a decoding step on the CPU: against float64 PyTorch, with bad input, and as torch sees them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer.elementwise_operators_oracle import expected_rms_norm, expected_swiglu
 from infer.step_oracle import (
     FP8,
     NAN_BITS,
@@ -27,6 +28,8 @@ from llama_te_infer.step_operators import (
     greedy,
     linear,
     linear_chain,
+    rms_norm,
+    swiglu,
     takes_linear,
 )
 
@@ -125,8 +128,42 @@ def test_what_the_kernel_takes() -> None:
     assert not takes_linear(weight.half())
 
 
+DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
 @settings(deadline=None)
-@given(data=st.data(), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@given(
+    rows=st.integers(0, 5), features=st.integers(1, 300), dtype=DTYPES, adds=st.booleans(), seed=st.integers(0, 2**31)
+)
+def test_rms_norm(rows: int, features: int, dtype: torch.dtype, adds: bool, seed: int) -> None:
+    """The sum is rounded, and what is normed is the rounded sum."""
+    hidden = 3 * randn(rows, features, dtype=dtype, seed=seed)
+    addend = randn(rows, features, dtype=dtype, seed=seed + 1) if adds else None
+    weight = randn(features, dtype=dtype, seed=seed + 2)
+    total = hidden.clone() if addend is None else hidden + addend
+    output = torch.full_like(hidden, torch.nan)
+    rms_norm(hidden, weight, 1e-5, output, addend=addend)
+    assert torch.equal(hidden, total)
+    expected, bound = expected_rms_norm(total, weight, 1e-5)
+    assert bool(((output.double() - expected).abs() <= bound).all())
+
+
+@settings(deadline=None)
+@given(rows=st.integers(0, 5), features=st.integers(1, 300), dtype=DTYPES, seed=st.integers(0, 2**31))
+def test_swiglu(rows: int, features: int, dtype: torch.dtype, seed: int) -> None:
+    input = 3 * randn(rows, 2 * features, dtype=dtype, seed=seed)
+    output = torch.full((rows, features), torch.nan, dtype=dtype)
+    swiglu(input, output)
+    expected, bound = expected_swiglu(input)
+    assert bool(((output.double() - expected).abs() <= bound).all())
+
+
+@settings(deadline=None)
+@given(data=st.data(), dtype=DTYPES)
 def test_embed(data: st.DataObject, dtype: torch.dtype) -> None:
     vocabulary, size = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     token = st.one_of(st.integers(-2, vocabulary + 1), st.sampled_from([-(2**63), 2**63 - 1]))
@@ -139,7 +176,7 @@ def test_embed(data: st.DataObject, dtype: torch.dtype) -> None:
 
 
 @settings(deadline=None)
-@given(data=st.data(), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+@given(data=st.data(), dtype=DTYPES)
 def test_greedy(data: st.DataObject, dtype: torch.dtype) -> None:
     """Few values, so that there are ties."""
     rows, vocabulary = data.draw(st.integers(0, 5)), data.draw(st.integers(1, 12))
@@ -235,6 +272,42 @@ BAD_GREEDIES: list[tuple[Change, str]] = [
 ]
 
 
+BAD_RMS_NORMS: list[tuple[Change, str]] = [
+    (replace(hidden=lambda x: x[0]), r"hidden has the shape \[8\]; it must be \[any, any\], which is \[B, K\]"),
+    (replace(hidden=gapped), r"hidden has the strides \(16, 1\): it must be contiguous"),
+    (replace(weight=lambda x: x[:7]), r"weight has the shape \[7\]; it must be \[8\], which is \[K\]"),
+    (replace(weight=lambda x: x.float()), r"weight is float32; it must be bfloat16"),
+    (replace(output=lambda x: x[:2]), r"output has the shape \[2, 8\]; it must be \[3, 8\], which is \[B, K\]"),
+    (replace(output=lambda x: x.half()), r"output is float16; it must be bfloat16"),
+    (replace(output=gapped), r"output has the strides \(16, 1\): it must be contiguous"),
+    (replace(addend=lambda x: x[:2]), r"addend has the shape \[2, 8\]; it must be \[3, 8\], which is \[B, K\]"),
+    (replace(addend=lambda x: x.float()), r"addend is float32; it must be bfloat16"),
+    (replace(addend=gapped), r"addend has the strides \(16, 1\): it must be contiguous"),
+    (lambda x: {"output": x["hidden"]}, r"hidden and output share memory: they must be apart from each other"),
+    (lambda x: {"addend": x["hidden"]}, r"hidden and addend share memory: they must be apart"),
+    (lambda x: {"addend": (both := torch.zeros(4, 8).bfloat16())[:3], "output": both[1:]},
+     r"output and addend share memory: they must be apart"),
+]  # fmt: skip
+BAD_SWIGLUS: list[tuple[Change, str]] = [
+    (replace(input=lambda x: x[0]), r"input has the shape \[16\]; it must be \[any, any\], which is \[B, 2 F\]"),
+    (replace(input=lambda x: x[:, :15].contiguous()), r"input has 15 columns: a half of them is the gate's, so pass"),
+    (replace(input=gapped), r"input has the strides \(32, 1\): it must be contiguous"),
+    (replace(output=lambda x: x[:, :7]), r"output has the shape \[3, 7\]; it must be \[3, 8\], which is \[B, F\]"),
+    (replace(output=lambda x: x.half()), r"output is float16; it must be bfloat16"),
+    (replace(output=gapped), r"output has the strides \(16, 1\): it must be contiguous"),
+    (lambda x: {"output": x["input"].flatten()[24:].view(3, 8)}, r"input and output share memory: they must be apart"),
+]
+
+
+def rms_norm_arguments() -> dict[str, Any]:
+    matrices = {name: randn(3, 8, dtype=torch.bfloat16, seed=1) for name in ("hidden", "addend", "output")}
+    return matrices | {"weight": torch.ones(8).bfloat16(), "epsilon": 1e-5}
+
+
+def swiglu_arguments() -> dict[str, Any]:
+    return {"input": randn(3, 16, dtype=torch.bfloat16, seed=1), "output": torch.zeros(3, 8).bfloat16()}
+
+
 def embed_arguments() -> dict[str, Any]:
     return {"tokens": torch.tensor([1, 0, 2]), "table": torch.rand(5, 4), "output": torch.zeros(3, 4)}
 
@@ -246,12 +319,15 @@ def greedy_arguments() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("function", "make", "change", "message"),
-    [(embed, embed_arguments, *bad) for bad in BAD_EMBEDS] + [(greedy, greedy_arguments, *bad) for bad in BAD_GREEDIES],
+    [(embed, embed_arguments, *bad) for bad in BAD_EMBEDS]
+    + [(greedy, greedy_arguments, *bad) for bad in BAD_GREEDIES]
+    + [(rms_norm, rms_norm_arguments, *bad) for bad in BAD_RMS_NORMS]
+    + [(swiglu, swiglu_arguments, *bad) for bad in BAD_SWIGLUS],
 )
-def test_bad_embeds_and_greedies(function: Any, make: Any, change: Change, message: str) -> None:
+def test_bad_arguments(function: Any, make: Any, change: Change, message: str) -> None:
     arguments = make()
     arguments |= change(arguments)
-    before = {name: tensor.clone() for name, tensor in arguments.items()}
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(ValueError, match=message):
         function(**arguments)
     assert all(torch.equal(arguments[name], tensor) for name, tensor in before.items())
@@ -266,6 +342,11 @@ def test_torch_agrees_with_the_schemas() -> None:
         # PyTorch cannot compare FP8 tensors, which the check of what is written wants to.
         checks = ALL_CHECKS if not case.fp8 else ALL_CHECKS[1:]
         torch.library.opcheck(torch.ops.llama_te.linear.default, arguments, test_utils=checks)
+    norm = rms_norm_arguments()
+    for addend in (norm["addend"], None):
+        arguments = (norm["hidden"], norm["weight"], norm["epsilon"], addend, norm["output"])
+        torch.library.opcheck(torch.ops.llama_te.rms_norm.default, arguments)
+    torch.library.opcheck(torch.ops.llama_te.swiglu.default, tuple(swiglu_arguments().values()))
     torch.library.opcheck(torch.ops.llama_te.embed.default, tuple(embed_arguments().values()))
     names = ("logits", "tokens", "lengths", "best", "tickets")
     for lengths in (torch.zeros(3).int(), None):
@@ -278,6 +359,8 @@ def test_tensors_without_data() -> None:
         input_BK, weight_NK = torch.empty(3, 64).bfloat16(), torch.empty(32, 64).bfloat16()
         output, workspace = torch.empty(3, 32).bfloat16(), LinearWorkspace(torch.device("meta"))
         assert linear(input_BK, weight_NK, output, workspace) is None
+        assert rms_norm(input_BK, torch.empty(64).bfloat16(), 1e-5, input_BK.clone(), addend=input_BK.clone()) is None
+        assert swiglu(input_BK, output) is None
         assert embed(torch.empty(3).long(), torch.empty(5, 4), torch.empty(3, 4)) is None
         tokens, tickets = torch.empty(3).long(), torch.empty(3).int()
         assert greedy(torch.empty(3, 8), tokens, None, tokens, tickets) is None

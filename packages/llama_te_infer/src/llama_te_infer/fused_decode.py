@@ -11,7 +11,7 @@ H query heads, K key/value heads, G a key/value head's share of the fused projec
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +27,8 @@ from .step_operators import (
     embed,
     linear_chain,
     one_at_a_time,
+    rms_norm,
+    swiglu,
     takes_linear,
 )
 
@@ -253,8 +255,7 @@ class FusedDecode:
                     linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
             else:
                 # For more rows a product is bound by arithmetic, and cuBLAS is at the limit of that.
-                for product in some:
-                    _multiply_many(product)
+                _multiply_many(list(some))
 
 
 def _rows_of(product: Product, rows: slice) -> Product:
@@ -262,16 +263,25 @@ def _rows_of(product: Product, rows: slice) -> Product:
     return product._replace(input=product.input[rows], output=product.output[rows], residual=residual)
 
 
-def _multiply_many(product: Product) -> None:
-    """A product of bfloat16 weights with any number of rows."""
-    input_BK, values, output_BN = product.input, product.weight, product.output
-    if product.norm_weight is not None:
-        input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], product.norm_weight, product.epsilon)
-    if product.residual is not None:
-        # As a layer of single operations: the product is rounded before the addition.
-        torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
-    elif product.swiglu:
-        gate_BF, up_BF = F.linear(input_BK, values).chunk(2, dim=-1)
-        torch.mul(F.silu(gate_BF.float()), up_BF, out=output_BN)  # rounded once
-    else:
-        torch.mm(input_BK, values.T, out=output_BN)
+def _multiply_many(products: list[Product]) -> None:
+    """Products of bfloat16 weights with any number of rows, of which each may need the one before."""
+    addend_BK: torch.Tensor | None = None  # a product that the next one's norm adds to the residual
+    for product, following in zip_longest(products, products[1:]):
+        input_BK, values, output_BN = product.input, product.weight, product.output
+        if product.norm_weight is not None:
+            input_BK = torch.empty_like(product.input)
+            rms_norm(product.input, product.norm_weight, product.epsilon, input_BK, addend=addend_BK)
+            addend_BK = None
+        if product.swiglu:
+            swiglu(F.linear(input_BK, values), output_BN)
+        elif product.residual is None:
+            torch.mm(input_BK, values.T, out=output_BN)
+        elif product.residual is output_BN and following is not None and _norms(following, output_BN):
+            addend_BK = F.linear(input_BK, values)
+        else:
+            # As a layer of single operations: the product is rounded before the addition.
+            torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
+
+
+def _norms(product: Product, hidden_BK: torch.Tensor) -> bool:
+    return product.norm_weight is not None and product.input is hidden_BK

@@ -1,9 +1,10 @@
 """Operators of a decoding step beside attention: embedding, products with what surrounds them, the likeliest token.
 
-On a GPU they are kernels for few rows, which overlap with the ones before and after them; on a CPU they are PyTorch.
-They allocate nothing on a GPU and wait for nothing, so they can be captured in CUDA graphs.
+On a GPU they are kernels, which overlap with the ones before and after them; on a CPU they are PyTorch. Products take
+few rows; for more of them there is what surrounds a product alone. They allocate nothing on a GPU and wait for nothing,
+so they can be captured in CUDA graphs.
 
-Shapes: B rows, K input features, N output features, E hidden size, V vocabulary.
+Shapes: B rows, K input features, N output features, E hidden size, F size of the MLP, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,11 @@ torch.library.define(
     "(Tensor input, Tensor weight, Tensor? scale, Tensor? norm_weight, float epsilon, Tensor? residual, bool swiglu, "
     "Tensor(a!) output, Tensor(b!) partials, Tensor(c!) tickets) -> ()",
 )
+torch.library.define(
+    "llama_te::rms_norm",
+    "(Tensor(a!) hidden, Tensor weight, float epsilon, Tensor? addend, Tensor(b!) output) -> ()",
+)
+torch.library.define("llama_te::swiglu", "(Tensor input, Tensor(a!) output) -> ()")
 torch.library.define("llama_te::embed", "(Tensor tokens, Tensor table, Tensor(a!) output) -> ()")
 torch.library.define(
     "llama_te::greedy",
@@ -173,6 +180,49 @@ def takes_linear(weight: torch.Tensor) -> bool:
     return weight.dtype in _WEIGHT_TYPES and whole_boxes and weight.is_contiguous()
 
 
+def rms_norm(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    output: torch.Tensor,
+    *,
+    addend: torch.Tensor | None = None,
+) -> None:
+    """Norm rows, after adding a product to them: `hidden += addend`, then RMSNorm of `hidden`.
+
+    Rounded are the sum and the norm's result, as by `torch.add` and `torch.nn.functional.rms_norm`; what is between is
+    float32. What comes out for a row does not depend on the other ones.
+
+    Args:
+        hidden: bfloat16 [B, K], contiguous; with an `addend`, gets the sum. On a GPU K is a multiple of 8; on a CPU it
+            is of any dtype that the other tensors share.
+        weight: bfloat16 [K].
+        epsilon: Added to the mean of a row's squares.
+        output: bfloat16 [B, K], contiguous; gets the normed rows.
+        addend: bfloat16 [B, K], contiguous. The three matrices are apart from each other.
+
+    Raises:
+        ValueError: An argument does not fit.
+        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+    """
+    torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, output)
+
+
+def swiglu(input: torch.Tensor, output: torch.Tensor) -> None:
+    """Multiply SiLU of the gate's half of a product with the up projection's, in float32, and round once.
+
+    Args:
+        input: bfloat16 [B, 2 F], contiguous: gate, then up. On a GPU F is a multiple of 8; on a CPU it is of any dtype
+            that the output shares.
+        output: bfloat16 [B, F], contiguous and apart from `input`.
+
+    Raises:
+        ValueError: An argument does not fit.
+        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+    """
+    torch.ops.llama_te.swiglu(input, output)
+
+
 def embed(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> None:
     """Look tokens up; one that the table does not have gives zeros.
 
@@ -254,6 +304,60 @@ def _linear_cpu(
         output.copy_(product_BN if residual is None else product_BN + residual)
 
 
+@torch.library.impl("llama_te::rms_norm", "cuda")
+def _rms_norm_cuda(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, addend: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    _check_rms_norm(hidden, weight, addend, output)
+    _check_bfloat16_vectors("hidden", hidden, "K")
+    _check_aligned(hidden=hidden, weight=weight, addend=addend, output=output)
+    if hidden.numel() == 0:
+        return
+    operators.cuda_function("rms_norm_cuda")(
+        **operators.launch_arguments(hidden),
+        hidden=hidden.data_ptr(),
+        addend=_address(addend),
+        weight=weight.data_ptr(),
+        epsilon=epsilon,
+        output=output.data_ptr(),
+        rows=len(hidden),
+        features=hidden.shape[1],
+    )
+
+
+@torch.library.impl("llama_te::rms_norm", "cpu")
+def _rms_norm_cpu(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, addend: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    _check_rms_norm(hidden, weight, addend, output)
+    if addend is not None:
+        hidden.add_(addend)
+    output.copy_(F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon))
+
+
+@torch.library.impl("llama_te::swiglu", "cuda")
+def _swiglu_cuda(input: torch.Tensor, output: torch.Tensor) -> None:
+    _check_swiglu(input, output)
+    _check_bfloat16_vectors("output", output, "F")
+    _check_aligned(input=input, output=output)
+    if output.numel() == 0:
+        return
+    operators.cuda_function("swiglu_cuda")(
+        **operators.launch_arguments(input),
+        input=input.data_ptr(),
+        output=output.data_ptr(),
+        rows=len(output),
+        features=output.shape[1],
+    )
+
+
+@torch.library.impl("llama_te::swiglu", "cpu")
+def _swiglu_cpu(input: torch.Tensor, output: torch.Tensor) -> None:
+    _check_swiglu(input, output)
+    gate_BF, up_BF = input.chunk(2, dim=-1)
+    torch.mul(F.silu(gate_BF.float()), up_BF, out=output)
+
+
 @torch.library.impl("llama_te::embed", "cuda")
 def _embed_cuda(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> None:
     _check_embed(tokens, table, output)
@@ -322,6 +426,8 @@ def _greedy_cpu(
 
 
 @torch.library.register_fake("llama_te::linear")
+@torch.library.register_fake("llama_te::rms_norm")
+@torch.library.register_fake("llama_te::swiglu")
 @torch.library.register_fake("llama_te::embed")
 @torch.library.register_fake("llama_te::greedy")
 def _fake(*arguments: Any) -> None:
@@ -401,9 +507,7 @@ def _check_linear(
         check("norm_weight", norm_weight, dtype, device, (in_features,), "[K]")
     if residual is not None:
         check("residual", residual, dtype, device, shape, meaning)
-    for name, tensor in (("input", input), ("weight", weight), ("residual", residual), ("output", output)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} has the strides {tensor.stride()}: it must be contiguous.")
+    _check_contiguous(input=input, weight=weight, residual=residual, output=output)
     for name, tensor in (("input", input), ("residual", residual)):
         is_output = name == "residual" and tensor is not None and tensor.data_ptr() == output.data_ptr()
         if tensor is not None and not is_output and operators.overlap(tensor, output):
@@ -429,14 +533,51 @@ def _check_cuda_linear(product: Product) -> None:
     _check_aligned(input=input, weight=weight, norm_weight=norm_weight, residual=residual, output=output)
 
 
+def _check_rms_norm(
+    hidden: torch.Tensor, weight: torch.Tensor, addend: torch.Tensor | None, output: torch.Tensor
+) -> None:
+    check, dtype, device = operators.check_tensor, hidden.dtype, hidden.device
+    check("hidden", hidden, dtype, device, (None, None), "[B, K]")
+    rows, features = hidden.shape
+    check("weight", weight, dtype, device, (features,), "[K]")
+    check("output", output, dtype, device, (rows, features), "[B, K]")
+    matrices = {"hidden": hidden, "output": output}
+    if addend is not None:
+        check("addend", addend, dtype, device, (rows, features), "[B, K]")
+        matrices["addend"] = addend
+    _check_contiguous(**matrices)
+    for (one, first), (other, second) in combinations(matrices.items(), 2):
+        if operators.overlap(first, second):
+            raise ValueError(f"{one} and {other} share memory: they must be apart from each other.")
+
+
+def _check_swiglu(input: torch.Tensor, output: torch.Tensor) -> None:
+    check, dtype, device = operators.check_tensor, input.dtype, input.device
+    check("input", input, dtype, device, (None, None), "[B, 2 F]")
+    rows, features = input.shape
+    if features % 2:
+        raise ValueError(f"input has {features} columns: a half of them is the gate's, so pass an even number.")
+    check("output", output, dtype, device, (rows, features // 2), "[B, F]")
+    _check_contiguous(input=input, output=output)
+    if operators.overlap(input, output):
+        raise ValueError("input and output share memory: they must be apart from each other.")
+
+
+def _check_bfloat16_vectors(name: str, tensor: torch.Tensor, dimension: str) -> None:
+    """What the kernels of `rms_norm` and `swiglu` take."""
+    if tensor.dtype != torch.bfloat16 or tensor.shape[1] % 8:
+        raise ValueError(
+            f"{name} is {operators.name_of(tensor.dtype)} {list(tensor.shape)}: on a GPU allowed are bfloat16 and "
+            f"{dimension} a multiple of 8."
+        )
+
+
 def _check_embed(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> None:
     check = operators.check_tensor
     check("tokens", tokens, torch.int64, table.device, (None,), "[B]")
     check("table", table, table.dtype, table.device, (None, None), "[V, E]")
     check("output", output, table.dtype, table.device, (len(tokens), table.shape[1]), "[B, E]")
-    for name, tensor in (("table", table), ("output", output)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has the strides {tensor.stride()}: it must be contiguous.")
+    _check_contiguous(table=table, output=output)
 
 
 def _check_greedy(
@@ -452,6 +593,12 @@ def _check_greedy(
         check("lengths", lengths, torch.int32, device, (rows,), "[B]")
     check("best", best, torch.int64, device, (rows,), "[B]")
     check("tickets", tickets, torch.int32, device, (rows,), "[B]")
+
+
+def _check_contiguous(**tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has the strides {tensor.stride()}: it must be contiguous.")
 
 
 def _check_aligned(**tensors: torch.Tensor | None) -> None:
