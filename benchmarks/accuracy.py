@@ -203,5 +203,4 @@ def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     main()

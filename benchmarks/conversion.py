@@ -26,18 +26,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from llama_te_convert import __version__
+from shapes import LLAMA_3, VOCABULARY
+
 # torch is for processes of their own: a child begins with the peak of memory of the process that starts it.
 SHARD_BYTES = 1_200_000_000
-CONFIG: dict[str, Any] = {
+CONFIG: dict[str, Any] = LLAMA_3["1B"] | {
     "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
     "dtype": "bfloat16",
     "architectures": ["LlamaForCausalLM"],
 }
@@ -174,10 +171,7 @@ def main() -> None:
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     arguments = options.parse_args()
     results = []
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, "
-    # Not imported here: transformers looks for a package `kernels`, and would find the benchmark beside this one.
-    command = [sys.executable, "-m", "llama_te_convert", "--version"]
-    machine += subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, torch {version('torch')}, llama-te-convert {__version__}"
     print(machine, flush=True)
     for name, layers in LAYERS.items():
         if arguments.only in (None, name):

@@ -144,5 +144,4 @@ def cpu() -> str:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     main()

@@ -21,31 +21,16 @@ from typing import Any
 
 import torch
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
-}
-VOCABULARY = 128256
+import pages
+from shapes import LLAMA_3, VOCABULARY
+
 CONTEXT = 128
 STEPS, REPEATS = 16, 5
 BATCHES = ["bf16, batch 1", "bf16, batch 32"]
 LONGER = ["bf16, 4 beams", "bf16, batch 32 at 8192", "bf16, prefill of 8192", "bf16, 256 requests of 512 + 256"]
 FP8 = ["8B FP8, batch 1", "8B FP8, batch 32", "8B FP8, prefill of 8192"]
 BF16_ROWS = {"1B": [f"1B {row}" for row in BATCHES], "8B": [f"8B {row}" for row in BATCHES + LONGER]}
+COLOURS = {"engine": "#2a6f97", "TE layers in a CUDA graph": "#a9a9a9", "transformers, compiled": "#d4a373"}
 ORDER = [*BF16_ROWS["1B"], *BF16_ROWS["8B"][:2], "8B bf16, batch 4", *BF16_ROWS["8B"][2:], *FP8]
 
 
@@ -95,11 +80,10 @@ def make_model(size: str, fp8: bool = False, positions: int = 16384) -> Any:
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 
     recipe: dict[str, Any] = {}
-    fields = SHAPES[size] | {
+    fields = LLAMA_3[size] | {
         "vocab_size": VOCABULARY,
         "max_position_embeddings": positions,
         "eos_token_id": None,
-        "tie_word_embeddings": size == "1B",
     }
     if fp8:
         from transformer_engine.common.recipe import Float8CurrentScaling
@@ -217,11 +201,12 @@ def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) 
         prefix_caching=False,
     )
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
-    engine.generate(prompts(count, 16)[:count], SamplingParams(max_tokens=4, temperature=0))  # graphs are captured
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    engine.generate(prompts(count, length), params)
-    seconds = time.perf_counter() - begin
+    requests = prompts(count, length)
+    for _ in range(2):  # the first time captures graphs for each number of rows on the way to all
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        engine.generate(requests, params)
+        seconds = time.perf_counter() - begin
     del engine
     clear()
     return count * new / seconds
@@ -320,7 +305,7 @@ def transformers_compiled(size: str, rows: int, context: int) -> float:
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     torch.manual_seed(0)
-    fields = SHAPES[size] | {"vocab_size": VOCABULARY, "max_position_embeddings": 16384}
+    fields = LLAMA_3[size] | {"vocab_size": VOCABULARY, "max_position_embeddings": 16384}
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -457,7 +442,22 @@ def write_page(record: dict[str, Any], page: Path) -> None:
     """The documentation page of the figures, and its plot beside it."""
     figures = [Figure(**figure) for figure in record["figures"]]
     plot = page.with_suffix(".svg")
-    draw(figures, plot)
+    steps = [
+        pages.Bar(f"{figure.what}, {figure.who}", figure.share, COLOURS[figure.who])
+        for figure in figures
+        if figure.share is not None
+    ]
+    pages.plot_shares(plot, steps)
+    rows = [
+        [
+            figure.what,
+            figure.who,
+            f"{figure.value:,.2f} {figure.unit}",
+            "" if figure.limit is None else f"{figure.limit:.2f}",
+            "" if figure.share is None else f"{figure.share:.0%}",
+        ]
+        for figure in figures
+    ]
     lines = [
         "# Performance",
         "",
@@ -470,36 +470,9 @@ def write_page(record: dict[str, Any], page: Path) -> None:
         "",
         f"![Share of the memory's limit that a step reaches]({plot.name})",
         "",
-        "| what | who | measured | limit | reached |",
-        "| --- | --- | --- | --- | --- |",
+        *pages.table(["what", "who", "measured", "limit", "reached"], rows),
     ]
-    for figure in figures:
-        limit = "" if figure.limit is None else f"{figure.limit:.2f}"
-        share = "" if figure.share is None else f"{figure.share:.0%}"
-        lines.append(f"| {figure.what} | {figure.who} | {figure.value:,.2f} {figure.unit} | {limit} | {share} |")
-    notes = page.with_name(f"{page.stem}-notes.md")
-    if notes.exists():
-        lines += ["", notes.read_text().rstrip()]
-    page.write_text("\n".join(lines) + "\n")
-
-
-def draw(figures: list[Figure], path: Path) -> None:
-    """Bars of the steps' shares of their limits."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
-    from matplotlib import pyplot
-
-    steps = [figure for figure in figures if figure.share is not None][::-1]
-    colours = {"engine": "#2a6f97", "TE layers in a CUDA graph": "#a9a9a9", "transformers, compiled": "#d4a373"}
-    axes = pyplot.figure(figsize=(8, 0.32 * len(steps) + 1)).add_subplot()
-    axes.barh(range(len(steps)), [100 * (f.share or 0) for f in steps], color=[colours.get(f.who, "k") for f in steps])
-    axes.set_yticks(range(len(steps)), [f"{f.what}, {f.who}" for f in steps], fontsize=8)
-    axes.set_xlabel("% of the limit")
-    axes.set_xlim(0, 100)
-    axes.figure.tight_layout()
-    axes.figure.savefig(path, metadata={"Date": None})
+    pages.write(page, lines)
 
 
 def main() -> None:
@@ -550,5 +523,4 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     main()

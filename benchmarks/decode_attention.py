@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import DTYPE, Figure, Run, as_text, copy_bandwidth, int32, microseconds, random
 
 from llama_te_infer import operators
 from llama_te_infer.decode_attention import decode_attention, workspace_size
+from operators import DTYPE, Figure, Run, as_text, copy_bandwidth, int32, microseconds, random
 
 KV_HEADS, GROUP = 8, 4
 MODELS = {"1B": 64, "8B": 128}  # size of a head

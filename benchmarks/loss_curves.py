@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+import pages
+
 WINDOW = 20  # steps
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"compute": "fp32"},
@@ -249,6 +251,11 @@ def write_page(json_file: Path, page: Path) -> None:
     plot = page.with_suffix(".svg")
     draw(curves, plot)
     load, steps, first = LOADS[record["shape"]], len(curves[0].losses), curves[0]
+    head = ["precision", f"loss of the last {WINDOW} steps", "mean difference", "greatest difference"]
+    rows = [[first.precision, f"{first.last:.4f}", "", ""]]
+    for curve in curves[1:]:
+        differences = [f"{curve.mean_difference:.3%}", f"{curve.greatest_difference:.3%}"]
+        rows.append([curve.precision, f"{curve.last:.4f}", *differences])
     lines = [
         "# Training curves",
         "",
@@ -263,39 +270,26 @@ def write_page(json_file: Path, page: Path) -> None:
         "",
         f"![Losses and their differences from those of {first.precision}]({plot.name})",
         "",
-        f"| precision | loss of the last {WINDOW} steps | mean difference | greatest difference |",
-        "| --- | --- | --- | --- |",
+        *pages.table(head, rows),
     ]
-    for curve in curves:
-        differences = f"{curve.mean_difference:.3%} | {curve.greatest_difference:.3%}" if curve is not first else " | "
-        lines.append(f"| {curve.precision} | {curve.last:.4f} | {differences} |")
-    page.write_text("\n".join(lines) + "\n")
+    pages.write(page, lines)
 
 
 def draw(curves: list[Curve], path: Path) -> None:
     """The smoothed losses, and below their differences from the first's."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
-    from matplotlib import pyplot
-
-    figure = pyplot.figure(figsize=(8, 6))
-    above, below = figure.subplots(2, 1, sharex=True)
     first = smoothed(curves[0].losses)
     steps = range(WINDOW, WINDOW + len(first))
-    for curve in curves:
-        smooth = smoothed(curve.losses)
-        above.plot(steps, smooth, label=curve.precision, linewidth=1)
-        below.plot(steps, [100 * (a - b) / b for a, b in zip(smooth, first, strict=True)], linewidth=1)
-    above.set_ylabel(f"loss, mean of {WINDOW} steps")
-    above.legend()
-    below.set_ylabel(f"% from {curves[0].precision}")
-    below.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+    with pages.plot(path, (8, 6)) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        for curve in curves:
+            smooth = smoothed(curve.losses)
+            above.plot(steps, smooth, label=curve.precision, linewidth=1)
+            below.plot(steps, [100 * (a - b) / b for a, b in zip(smooth, first, strict=True)], linewidth=1)
+        above.set_ylabel(f"loss, mean of {WINDOW} steps")
+        above.legend()
+        below.set_ylabel(f"% from {curves[0].precision}")
+        below.set_xlabel("step")
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     main()

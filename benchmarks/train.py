@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 4 benchmarks/train.py --rows 8B --parallel shard=4 shard=2,context=2 --json four.json
     python benchmarks/train.py --no-runs --json one.json --add four.json --page page.md
 
-Of several GPUs, each takes a row by itself first, and then all together as meshes: every data-parallel process has a
-batch like that of one GPU, context ranks share one. Tokens and operations per second are those of a GPU.
+Of several GPUs, each takes a row by itself first, unless that is too much for one, and then all together as meshes:
+every data-parallel process has a batch like that of one GPU, context ranks share one. Tokens and operations per second
+are those of a GPU.
 
 Models have Llama 3's shapes and random weights; weights, gradients and the optimizer's states are bfloat16. A step's
 time is that of the whole step, the host's work included. Model operations are counted as the training command counts
@@ -33,28 +34,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-VOCABULARY = 128256
-SHAPES: dict[str, dict[str, Any]] = {
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-    },
+import pages
+from shapes import LLAMA_3, VOCABULARY
+
+SHAPES = LLAMA_3 | {
+    "8B's width": LLAMA_3["8B"] | {"num_hidden_layers": 16},
+    "8B, 131,072 tokens": LLAMA_3["8B"],
 }
-SHAPES["8B's width"] = SHAPES["8B"] | {"num_hidden_layers": 16}
-SHAPES["8B, 131,072 tokens"] = SHAPES["8B"]
 
 
 class Load(NamedTuple):
@@ -63,20 +49,22 @@ class Load(NamedTuple):
     sequences: int
     length: int  # tokens of each
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    steps: int = 8  # that are measured, after half as many
+    for_one_gpu: bool = True
 
     def in_words(self) -> str:
         """For the page."""
-        sequences = f"{self.sequences} sequence{'s' * (self.sequences > 1)} of {self.length:,} tokens"
-        if self.activation_checkpointing == "none":
-            return sequences
-        return f"{sequences}, activation checkpointing {self.activation_checkpointing}"
+        words = f"{self.sequences} sequence{'s' * (self.sequences > 1)} of {self.length:,} tokens"
+        if self.activation_checkpointing != "none":
+            words += f", activation checkpointing {self.activation_checkpointing}"
+        return f"{words}, {self.steps} steps"
 
 
 LOADS = {
     "1B": Load(4, 4096),
     "8B's width": Load(1, 8192),
     "8B": Load(1, 8192),
-    "8B, 131,072 tokens": Load(1, 131_072, "full"),
+    "8B, 131,072 tokens": Load(1, 131_072, "full", steps=2, for_one_gpu=False),
 }
 RECIPES = {"FP8 delayed": "delayed", "FP8 current": "current", "FP8 block": "block"}
 ROWS = [
@@ -87,8 +75,15 @@ ROWS = [
 # Of what several GPUs are for.
 MORE_ROWS = ["8B bf16", "8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 current"]
 PEERS = ["1B bf16", "8B's width bf16"]
-WARM_UP, STEPS = 4, 8
+COLOURS = {"llama-te": "#2a6f97", "transformers": "#d4a373"}
+MESH_COLOUR = "#61a5c2"
 PRODUCT_SIZE = 8192
+# What a mesh's name can say beside sizes, and what the words mean.
+MESH_CHOICES: dict[str, dict[str, Any]] = {
+    "context_kind": {kind: kind for kind in ("p2p", "all_gather", "a2a")},
+    "reshard_after_forward": {"true": True, "false": False},
+    "reduce": {dtype: dtype for dtype in ("bf16", "fp32")},
+}
 DEVICE = "cuda"
 
 
@@ -173,8 +168,9 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers as well")
     parser.add_argument(
         "--parallel", nargs="*", type=mesh_name, metavar="SIZE=N,...", default=[],
-        help="meshes, by their sizes (replicate, shard, context, tensor) and context_kind, as parallel has them in the "
-        "training command; by default shard over all processes that torchrun started",
+        help="meshes, by their sizes (replicate, shard, context, tensor), context_kind and reshard_after_forward, as "
+        "parallel has them in the training command, and reduce, as precision has it; by default shard over all "
+        "processes that torchrun started",
     )  # fmt: skip
     parser.add_argument("--profile", type=Path, help="write a trace of one step of each row to this folder")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -193,7 +189,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
         parser.error(f"--parallel {options.parallel[0]}: processes are started by torchrun.")
     for name in options.parallel:
         try:
-            parallel_config(name).sizes.resolve(int(os.environ["WORLD_SIZE"]))
+            mesh_settings(name)[0].sizes.resolve(int(os.environ["WORLD_SIZE"]))
         except ValueError as error:
             parser.error(f"--parallel {name}: {error}")
     if options.page and not options.json:
@@ -208,27 +204,33 @@ def arguments(words: list[str]) -> argparse.Namespace:
 def mesh_name(text: str) -> str:
     """The text, if it tells the sizes of a mesh."""
     try:
-        parallel_config(text)
-    except (TypeError, ValueError) as error:
+        mesh_settings(text)
+    except (KeyError, TypeError, ValueError) as error:
+        choices = "; ".join(f"{name} of {', '.join(meant)}" for name, meant in MESH_CHOICES.items())
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no mesh: name integers of at least 1 for some of replicate, shard, context and tensor, and a "
-            "context_kind, as in shard=2,context=2,context_kind=a2a."
+            f"{text!r} is no mesh: name integers of at least 1 for some of replicate, shard, context and tensor, and "
+            f"what else is wanted ({choices}), as in shard=2,context=2,context_kind=a2a."
         ) from error
     return text
 
 
-def parallel_config(text: str) -> Any:
-    """The configuration of the training command that a mesh's name means, a `ParallelConfig`."""
+def mesh_settings(name: str) -> tuple[Any, Any]:
+    """What a mesh's name means for the training command: `parallel`, a `ParallelConfig`, and `precision.reduce`."""
     from llama_te_core.train.config import ParallelConfig
 
-    pairs = dict(part.split("=") for part in text.split(","))
-    return ParallelConfig(**{key: value if key == "context_kind" else int(value) for key, value in pairs.items()})
+    words = dict(part.split("=") for part in name.split(","))
+    settings = {key: MESH_CHOICES[key][word] if key in MESH_CHOICES else int(word) for key, word in words.items()}
+    reduce = settings.pop("reduce", "fp32")
+    return ParallelConfig(**settings), reduce
 
 
 def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[Figure]:
     """Print the table, row by row, and return it."""
     say(f"{'':<30} {'':<20} {'GPUs':>4} {'tok/s':>9} {'limit':>9} {'TFLOP/s':>8} {'GB':>6} {'loss':>7}")
-    runs = [(row, who) for row in options.rows for who in ("llama-te", *options.parallel)]
+    runs = []
+    for row in options.rows:
+        alone = ["llama-te"] if LOADS[shape_and_precision(row)[0]].for_one_gpu else []
+        runs += [(row, who) for who in (*alone, *options.parallel)]
     if options.peers:
         runs += [(row, "transformers") for row in PEERS if row in options.rows]
     figures = []
@@ -290,15 +292,15 @@ def measure(row: str, who: str, product_rates: dict[str, float], profile: Path |
     elif who == "llama-te":
         step, config = llama_te_step(SHAPES[shape], precision, load, "shard=1", None)
     else:
-        mesh = make_mesh(parallel_config(who).sizes, DEVICE)
+        mesh = make_mesh(mesh_settings(who)[0].sizes, DEVICE)
         gpus, batches = mesh.size(), data_rank(mesh)[1]
         step, config = llama_te_step(SHAPES[shape], precision, load, who, mesh)
-    for _ in range(WARM_UP):
+    for _ in range(load.steps // 2):
         loss = step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in tqdm(range(STEPS), desc=f"{row}, {who}", delay=2, leave=False, disable=None if rank() == 0 else True):
+    for _ in tqdm(range(load.steps), desc=f"{row}, {who}", delay=2, leave=False, disable=None if rank() == 0 else True):
         begin = time.perf_counter()
         loss = step()
         torch.cuda.synchronize()
@@ -351,14 +353,15 @@ def llama_te_step(
     from llama_te_core.train.context_parallel import shard_context
     from llama_te_core.train.models import build_model, random_weights
 
+    parallel_config, reduce = mesh_settings(parallel)
     quantized: dict[str, Any] = {} if precision == "bf16" else {"compute": "fp8", "fp8_recipe": RECIPES[precision]}
     config = TrainConfig(
         data=DataConfig(source="random tokens", tokens_per_batch=load.sequences * load.length,
                         sequence_length=load.length),
         model=ModelConfig(shape=ShapeConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=load.length)),
         activation_checkpointing=load.activation_checkpointing,
-        parallel=parallel_config(parallel),
-        precision=PrecisionConfig(weights="bf16", **quantized),
+        parallel=parallel_config,
+        precision=PrecisionConfig(weights="bf16", reduce=reduce, **quantized),
     )  # fmt: skip
     model_config = config.model_config()
     device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device(DEVICE)
@@ -440,7 +443,12 @@ def write_page(json_file: Path, others: list[Path], page: Path) -> None:
     records = [json.loads(file.read_text()) for file in (json_file, *others)]
     runs = [[Figure(**figure) for figure in record["figures"]] for record in records]
     plot = page.with_suffix(".svg")
-    draw([figure for figures in runs for figure in figures], plot)
+    bars = [
+        pages.Bar(f"{f.what}, {f.who}, {f.gpus} GPU{'s' * (f.gpus > 1)}", f.share, COLOURS.get(f.who, MESH_COLOUR))
+        for figures in runs
+        for f in figures
+    ]
+    pages.plot_shares(plot, bars)
     words = ["--json", json_file.as_posix()]
     if others:
         words += ["--add", *(file.as_posix() for file in others)]
@@ -451,12 +459,14 @@ def write_page(json_file: Path, others: list[Path], page: Path) -> None:
         "",
         f"Written by `python benchmarks/train.py {' '.join(words)} --page {page.as_posix()}`. Llama 3's shapes with "
         "random weights and random tokens in packed sequences; weights, gradients and AdamW's states are bfloat16. A "
-        f"step is forward, backward and AdamW, the host's work included; the median of {STEPS} counts. A process has a "
+        f"step is forward, backward and AdamW, the host's work included; the median of several counts. A process has a "
         f"batch of its own ({loads}), or shares one where a mesh has context ranks.",
         "",
         "llama-te runs on one GPU. Names such as `shard=4` are its meshes of several GPUs, by the sizes that "
-        "[training](training.md#many-processes) has. Tokens, operations and limits are per second and GPU. Model "
-        "operations are counted as the training command counts them, those that are computed twice once; their rate is "
+        "[training](training.md#many-processes) has; what else they tell is chosen as in the training command's "
+        "`parallel`, and `reduce` as in its `precision` (gradients are summed in fp32 by default). Tokens, operations "
+        "and limits are per second and GPU. Model operations are counted as the training command counts them, those "
+        "that are computed twice once; their rate is "
         f"also given as a share of what a bf16 product of {PRODUCT_SIZE:,} x {PRODUCT_SIZE:,} matrices reached in the "
         "same run. The limit is how many tokens it would be if all model operations ran as fast as such products: "
         "those of FP8 layers' weights as one in FP8 (`torch._scaled_mm`), and attention and the head, which stay in "
@@ -464,46 +474,24 @@ def write_page(json_file: Path, others: list[Path], page: Path) -> None:
         "",
         f"![Share of the limit that training reaches]({plot.name})",
     ]
+    head = ["what", "who", "GPUs", "tokens/s", "limit", "reached", "TFLOP/s", "of bf16 products", "peak GB"]
     for record, figures in zip(records, runs, strict=True):
-        lines += [
-            "",
-            f"{machine(record)}:",
-            "",
-            "| what | who | GPUs | tokens/s | limit | reached | TFLOP/s | of bf16 products | peak GB |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        rows = [
+            [
+                f.what,
+                f.who,
+                f"{f.gpus}",
+                f"{f.rate:,.0f}",
+                f"{f.limit:,.0f}",
+                f"{f.share:.0%}",
+                f"{f.flops:,.0f}",
+                f"{f.flops * 1e12 / record['product_rates']['bf16']:.0%}",
+                f"{f.memory:.1f}",
+            ]
+            for f in figures
         ]
-        for f in figures:
-            of_products = f.flops * 1e12 / record["product_rates"]["bf16"]
-            lines.append(
-                f"| {f.what} | {f.who} | {f.gpus} | {f.rate:,.0f} | {f.limit:,.0f} | {f.share:.0%} | {f.flops:,.0f} | "
-                f"{of_products:.0%} | {f.memory:.1f} |"
-            )
-    notes = page.with_name(f"{page.stem}-notes.md")
-    if notes.exists():
-        lines += ["", notes.read_text().rstrip()]
-    page.write_text("\n".join(lines) + "\n")
-
-
-def draw(figures: list[Figure], path: Path) -> None:
-    """Bars of the figures' shares of their limits."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "llama-te"
-    from matplotlib import pyplot
-
-    bars = figures[::-1]
-    colours = {"llama-te": "#2a6f97", "transformers": "#d4a373"}
-    figure = pyplot.figure(figsize=(8, 0.32 * len(bars) + 1))
-    axes = figure.add_subplot()
-    axes.barh(range(len(bars)), [100 * f.share for f in bars], color=[colours.get(f.who, "#61a5c2") for f in bars])
-    axes.set_yticks(
-        range(len(bars)), [f"{f.what}, {f.who}, {f.gpus} GPU{'s' * (f.gpus > 1)}" for f in bars], fontsize=8
-    )
-    axes.set_xlabel("% of the limit")
-    axes.set_xlim(0, 100)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
+        lines += ["", f"{machine(record)}:", "", *pages.table(head, rows)]
+    pages.write(page, lines)
 
 
 def say(text: str) -> None:
@@ -523,6 +511,5 @@ def world_size() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its kernels.py is not the package of that name which transformers looks for
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -14,22 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+import loss_curves
+
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The program, on a standard library of a few modules."""
-    path = Path(__file__).parents[2] / "benchmarks" / "loss_curves.py"
-    spec = importlib.util.spec_from_file_location("benchmark_of_loss_curves", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     library = tmp_path / "library"
     (library / "site-packages").mkdir(parents=True)
     for name in ("argparse.py", "ast.py", "textwrap.py"):
         shutil.copy(Path(sysconfig.get_path("stdlib")) / name, library)
     (library / "site-packages" / "other.py").write_text('"""Of another library."""\n')
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(library)}[name])
-    return module
+    return loss_curves
 
 
 def start(program: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: Any) -> None:

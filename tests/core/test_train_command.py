@@ -323,12 +323,12 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
         ({"parallel__context": 3}, 2, "data.tokens_per_batch=256 is no multiple of 2 x parallel.context=6"),
         ({"parallel__tensor": 0}, 2, "tensor=0: it must be an integer of at least 1"),
         ({"precision__weights": "bf16"}, 2, "precision.compute='fp32', but precision.weights='bf16'"),
-        ({"precision__quantized_weights": True}, 2, "it needs compute 'fp8', 'mxfp8' or 'nvfp4'"),
+        ({"precision__quantized_weights": True}, 2, "it needs compute='fp8' with one scale for each weight"),
         ({"precision__compute": "fp8", "precision__bf16_first_layers": 4}, 2, "leave none of 4 layers for fp8"),
         (
             {"precision__compute": "fp8", "precision__weights": "bf16", "precision__quantized_weights": True},
             2,
-            "checkpoints cannot hold such weights",
+            "fp8_recipe='current' and weights='bf16': it needs",
         ),
         ({"activation_offload_layers": -1}, 2, "activation_offload_layers=-1: it must be an integer of at least 0"),
         (
@@ -346,9 +346,7 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
             {
                 "log__inspect": "x.yaml",
                 "precision__compute": "fp8",
-                "precision__weights": "bf16",
                 "precision__quantized_weights": True,
-                "checkpoint__interval": None,
             },
             2,
             "log.inspect='x.yaml' and precision.quantized_weights=True: what weights lose",

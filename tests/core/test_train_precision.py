@@ -10,23 +10,28 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from core import fake_transformer_engine
 from core.fake_transformer_engine import FakeTransformerEngine
 from core.training_runs import docstrings, write
 from llama_te_core.train.batch_stream import BatchStream
 from llama_te_core.train.byte_tokenizer import byte_tokenizer
+from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
 from llama_te_core.train.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     PrecisionConfig,
     ShapeConfig,
     TrainConfig,
     check_machine,
 )
-from llama_te_core.train.models import build_model, random_weights
+from llama_te_core.train.models import build_model, export_te, random_weights
+from llama_te_core.train.optimizers import make_optimizer
 
 SHAPE = ShapeConfig(
     vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -84,12 +89,192 @@ def test_layers_compute_in_the_format_asked_for(
     assert type(states[1][1]).__name__ == recipe
 
 
-def test_quantized_weights_are_asked_for(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = config(compute="fp8", quantized_weights=True, bf16_first_layers=1)
-    check_machine(run, 1)
-    assert run.model_config().use_quantized_model_init
-    with pytest.raises(ValueError, match="precision.quantized_weights=True with 2 processes: it is for one"):
-        check_machine(run, 2)
+class FusedAdam(torch.optim.Optimizer):
+    """What Transformer Engine's does with FP32 weights of quantized ones, without its kernels."""
+
+    def __init__(self, groups: Any, lr: float, betas: Any, eps: float, weight_decay: float = 0, **options: Any) -> None:
+        assert options == {"master_weights": True}
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def initialize_state(self, parameter: torch.Tensor, store_param_remainders: bool) -> None:
+        value = parameter.detach().as_subclass(torch.Tensor).float()
+        self.state[parameter] = {"exp_avg": value * 0, "exp_avg_sq": value * 0, "master_param": value.clone()}
+
+    def set_scaled_state(self, parameter: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        assert value.dtype == torch.float32
+        self.state[parameter].setdefault(name, torch.empty_like(value)).copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            self.state[parameter] = {}
+            for key, value in state_dict["state"][name].items():
+                self.set_scaled_state(parameter, key, value)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["exp_avg"].lerp_(parameter.grad.float(), 0.1)
+                weight = state.get("master_param", parameter)
+                weight.sub_(group["lr"] * state["exp_avg"].sign())
+                if weight is not parameter:
+                    parameter.copy_(weight)
+
+
+def to_fp8(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float8_e4m3fn).to(value.dtype)
+
+
+@pytest.fixture
+def quantizing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Quantized weights that round what is copied into them, and the optimizer that there is for them."""
+
+    def copy_(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.Tensor.copy_(weight, to_fp8(value.as_subclass(torch.Tensor)))
+
+    monkeypatch.setattr(fake_transformer_engine.QuantizedTensor, "copy_", copy_, raising=False)
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))  # where layers say they are built
+    optimizers = types.SimpleNamespace(FusedAdam=FusedAdam)
+    monkeypatch.setattr(sys.modules["transformer_engine.pytorch"], "optimizers", optimizers, raising=False)
+    return engine
+
+
+QUANTIZED = {"compute": "fp8", "weights": "fp32", "quantized_weights": True}
+
+
+class Training:
+    """A run with quantized weights in all layers but the first."""
+
+    def __init__(self, seed: int = 0, **precision: Any) -> None:
+        self.config = config(**QUANTIZED | {"bf16_first_layers": 1} | precision)
+        model_config = self.config.model_config()
+        weights = random_weights(seed, model_config)
+        self.model, self.called = build_model(self.config, model_config, weights, None, torch.device("cpu"))
+        self.begin = {name: weights(name, parameter) for name, parameter in self.model.named_parameters()}
+        self.optimizer = make_optimizer(self.model, OptimizerConfig(learning_rate=1e-4))
+
+    def step(self) -> None:
+        ids_BS = torch.arange(16)[None]
+        self.called(input_ids=ids_BS, shift_labels=ids_BS, num_items_in_batch=torch.tensor(16)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @property
+    def quantized(self) -> dict[str, torch.Tensor]:
+        """What the layers compute with."""
+        return {
+            name: parameter.detach().as_subclass(torch.Tensor).clone()
+            for name, parameter in self.model.named_parameters()
+            if isinstance(parameter, fake_transformer_engine.QuantizedTensor)
+        }
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        assert {type(value) for value in state.values()} == {torch.Tensor}
+        return state
+
+
+def test_the_optimizer_has_quantized_weights_in_fp32_too(quantizing: Any) -> None:
+    run = Training()
+    check_machine(run.config, 2)
+    assert isinstance(run.optimizer, FusedAdam)
+    decays = [group["weight_decay"] for group in run.optimizer.param_groups]
+    assert [len(group["params"]) for group in run.optimizer.param_groups] == [18, 9]
+    assert decays == [OptimizerConfig().weight_decay, 0]
+    assert len(run.quantized) == 3 * 4
+    for name, parameter in run.model.named_parameters():
+        assert ("master_param" in run.optimizer.state[parameter]) == (name in run.quantized)
+        assert not hasattr(parameter, "value_before_rounding")
+    # They begin with what was not rounded yet.
+    torch.testing.assert_close(run.state, run.begin, rtol=0, atol=0)
+    for name, weight in run.quantized.items():
+        torch.testing.assert_close(weight, to_fp8(run.begin[name]), rtol=0, atol=0)
+    assert not torch.equal(run.quantized[name], run.begin[name])
+
+
+def test_small_steps_are_not_lost_in_rounding(quantizing: Any) -> None:
+    run = Training()
+    for _ in range(3):
+        run.step()
+    state = run.state
+    for name, weight in run.quantized.items():
+        # All steps are far smaller than the distance of two FP8 numbers, and all of them are there.
+        assert 2e-4 < (state[name] - run.begin[name]).abs().max() < 4e-4
+        torch.testing.assert_close(weight, to_fp8(state[name]), rtol=0, atol=0)
+
+
+def test_checkpoints_hold_what_the_optimizer_has(quantizing: Any, tmp_path: Path) -> None:
+    run = Training()
+    run.step()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, run.optimizer)
+    checkpoints.wait()
+    saved = FileSystemReader(tmp_path / "step-00000001").read_metadata()
+    assert not any("master_param" in path for path in saved.planner_data.values())
+
+    other = Training(seed=1)
+    other.step()
+    checkpoints.load(1, other.model, other.optimizer)
+    for _ in range(2):
+        torch.testing.assert_close(other.state, run.state, rtol=0, atol=0)
+        torch.testing.assert_close(other.quantized, run.quantized, rtol=0, atol=0)
+        run.step()
+        other.step()
+    assert [group["step"] for group in other.optimizer.param_groups] == [3, 3]
+
+    ordinary = Training(quantized_weights=False)
+    assert isinstance(ordinary.optimizer, torch.optim.AdamW)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*step"):
+        checkpoints.load(1, ordinary.model, ordinary.optimizer)
+    checkpoints.load(1, ordinary.model)  # the weights alone
+    ordinary.step()
+    checkpoints.save(2, ordinary.model, ordinary.optimizer)
+    with pytest.raises(
+        CheckpointError, match=r"that of the checkpoint kept .*'step'.*same precision.quantized_weights"
+    ):
+        checkpoints.load(2, run.model, run.optimizer)
+
+
+def test_what_is_exported_was_not_rounded(quantizing: Any, tmp_path: Path) -> None:
+    run = Training()
+    run.step()
+    export_te(run.model, None, tmp_path / "te")
+    exported = load_file(tmp_path / "te" / "model.safetensors")
+    torch.testing.assert_close(exported, run.state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("precision", "others", "message"),
+    [
+        ({"compute": "mxfp8"}, {}, "compute='mxfp8', fp8_recipe='current' and weights='fp32': it needs compute='fp8'"),
+        ({"fp8_recipe": "block"}, {}, "fp8_recipe='block' and weights='fp32': it needs .* 'current' or 'delayed'"),
+        ({"weights": "bf16"}, {}, "weights='bf16': it needs .* weights='fp32' for what the optimizer keeps"),
+        ({}, {"parallel": ParallelConfig(tensor=2)}, "parallel.tensor=2: tensor ranks cannot share .* Use shard"),
+        ({}, {"activation_checkpointing": "full"}, "activation_checkpointing='full': .* Use .*'none', or"),
+        ({}, {"activation_offload_layers": 1}, "activation_offload_layers=1: .* Use 0, or"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_quantized_weights_is_refused(
+    precision: dict[str, Any], others: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"precision.quantized_weights=True.*{message}"):
+        dataclasses.replace(config(**QUANTIZED | precision), **others)
+
+
+def test_parts_of_different_sizes_are_refused(quantizing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(**QUANTIZED)
+    model_config = run.model_config()
+    monkeypatch.setattr("llama_te_core.train.models.return_loss_alone", lambda *args, **options: None)
+    mesh: Any = types.SimpleNamespace(shape=(1, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"parallel.shard x context=3 does not divide the 64 rows of layers.0.*qkv"):
+        build_model(run, model_config, random_weights(0, model_config), mesh, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("activations", "layers"), [("none", 0), ("selective", 2), ("full", 4)])

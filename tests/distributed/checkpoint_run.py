@@ -177,13 +177,18 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
         found = {name: trained_and_resumed(folder, name) for name in ("fsdp", "hsdp", "ddp", "tensor")}
         found["errors"] = errors(folder)
     else:
-        found = {
+        # Tensor ranks alone, without FSDP, and on with their weights in other parts.
+        found = {"tensor": trained_and_resumed(folder / "two", "tensor")}
+        found |= {
+            "tensor as fsdp": loaded(folder / "two" / "tensor", "fsdp", folder / "two" / "tensor, then fsdp"),
+            "fsdp as tensor": loaded(folder / "two" / "tensor, then fsdp", "tensor", folder / "two" / "and tensor"),
             "fsdp of 4 as fsdp": loaded(folder / "fsdp", "fsdp", folder / "fsdp of 4, then 2"),
             "ddp of 4 as fsdp": loaded(folder / "ddp", "fsdp", folder / "ddp of 4, then fsdp of 2"),
             "hsdp of 4 as ddp": loaded(folder / "hsdp", "ddp", folder / "hsdp of 4, then ddp of 2"),
             "tensor of 4 as fsdp": loaded(folder / "tensor", "fsdp", folder / "tensor of 4, then fsdp of 2"),
             "fsdp of 4 as tensor": loaded(folder / "fsdp", "tensor", folder / "fsdp of 4, then tensor of 2"),
             "1 as fsdp": loaded(folder / "plain", "fsdp", folder / "1, then fsdp of 2"),
+            "1 as tensor": loaded(folder / "plain", "tensor", folder / "1, then tensor of 2"),
         }
     torch.save(found, folder / f"found-{world_size}-{rank}.pt")
     dist.destroy_process_group()

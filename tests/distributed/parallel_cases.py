@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -66,6 +67,7 @@ CASES = {
         Case(replicate=2, batch="padded right", tied=True),
         Case(replicate=2),
         Case(tensor=2, from_meta=True),
+        Case(tensor=2, from_meta=True, tied=True, batch="packed with padding"),
         Case(tensor=2, tied=True, batch="padded left", through_checkpoint=True),
         Case(tensor=2, batch="padded right", format="bshd", checkpointing=True),
         Case(tensor=2, dtype=torch.float32),
@@ -203,6 +205,12 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
     gradients = {
         name.removeprefix("module."): whole(parameter.grad).clone() for name, parameter in model.named_parameters()
     }
+    # Summed, as optimizers take them to be.
+    misplaced += [
+        f"gradient of {name}"
+        for name, weight in model.named_parameters()
+        if isinstance(weight, DTensor) and weight.grad.placements != weight.placements
+    ]
     norm = clip_gradients(model, 0.1)
     optimizer.step()
     result = {
@@ -262,6 +270,24 @@ def compute_in_bfloat16() -> float:
     loss.backward()
     kept = all(parameter.dtype == parameter.grad.dtype == torch.float32 for parameter in model.parameters())
     return float((loss - expected).abs()) if kept else float("inf")
+
+
+def wrapped_in_fsdp() -> dict[str, bool]:
+    """Which models of float32 are, by their mesh and the dtypes that are asked for."""
+
+    def is_wrapped(case: Case, **dtypes: torch.dtype) -> bool:
+        mesh = make_mesh(case.sizes, torch.get_default_device().type)
+        return isinstance(parallelize(new_model(case), mesh, **dtypes), FSDPModule)
+
+    tensor, shard = Case(tensor=2, dtype=torch.float32), Case(shard=2, dtype=torch.float32)
+    return {
+        "tensor": is_wrapped(tensor),
+        "tensor, float32 summed in bfloat16": is_wrapped(
+            tensor, compute_dtype=torch.float32, reduce_dtype=torch.bfloat16
+        ),
+        "tensor, computed in bfloat16": is_wrapped(tensor, compute_dtype=torch.bfloat16),
+        "shard": is_wrapped(shard),
+    }
 
 
 def between_the_layers() -> dict[str, Any]:
@@ -355,6 +381,7 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
             findings[str(case)] = errors_of(case, folder)
         if world_size == 2:
             findings["bfloat16"] = compute_in_bfloat16()
+            findings["wrapped in FSDP"] = wrapped_in_fsdp()
             findings["between the layers"] = between_the_layers()
         findings["refusals"] = refusals()
     except Exception:

@@ -5,12 +5,14 @@ Each step sees the same batches, whatever the mesh, which only decides how many 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
@@ -30,8 +32,9 @@ from llama_te_core.train.config import (
     TrainConfig,
 )
 from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.loop import make_optimizer, train_step
+from llama_te_core.train.loop import train_step
 from llama_te_core.train.models import build_model, random_weights
+from llama_te_core.train.optimizers import make_optimizer
 from llama_te_core.train.parallel import make_mesh
 from llama_te_core.train.tensor_parallel import whole
 
@@ -61,7 +64,9 @@ MESHES: dict[str, dict[str, Any]] = {
     "context, all_gather": {"shard": 1, "context": -1, "context_kind": "all_gather"},
     "context, a2a": {"shard": 1, "context": -1, "context_kind": "a2a"},
     "FSDP and context": {"context": 2},
+    "tensor": {"shard": 1, "tensor": -1},
 }
+WEIGHTS_IN_BF16 = ("DDP", "tensor")  # which are those that no weight is cast in, and no FSDP then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Case:
 
     Attributes:
         layers: "reference" or "transformer_engine".
-        compute: "fp32", "bf16", "fp8 delayed" or "fp8 current".
+        compute: "fp32", "bf16", "fp8 delayed" or "fp8 current", the last two also with " quantized" weights.
         mesh: A name of `MESHES`.
         resumes: Go on from the checkpoint of the run of the same name by so many processes.
     """
@@ -84,9 +89,13 @@ class Case:
         return f"{self.layers} {self.compute}, {self.mesh}" + (f", from {self.resumes}" if self.resumes else "")
 
     @property
+    def has_quantized_weights(self) -> bool:
+        return self.compute.endswith(" quantized")
+
+    @property
     def alone(self) -> Case:
-        """The same on one GPU: with DDP, weights and sums are in bf16."""
-        return Case(self.layers, self.compute, "DDP" if self.mesh == "DDP" else "FSDP")
+        """The same on one GPU, with weights and sums in bf16 where the mesh has them."""
+        return Case(self.layers, self.compute, "DDP" if self.mesh in WEIGHTS_IN_BF16 else "FSDP")
 
     @property
     def exact(self) -> Case:
@@ -94,12 +103,13 @@ class Case:
         return Case("reference", "fp32", "FSDP")
 
     def config(self, world_size: int) -> TrainConfig:
-        compute, _, recipe = self.compute.partition(" ")
+        compute, *fp8 = self.compute.split()
+        recompute = self.mesh.endswith("activation checkpointing")
         sizes = {name: world_size if size == -1 else size for name, size in MESHES[self.mesh].items()}
         parallel = ParallelConfig(**sizes)
         resolved = parallel.sizes.resolve(world_size)
-        kept: Any = "bf16" if self.mesh == "DDP" else "fp32"
-        quantized = {"fp8_recipe": recipe} if recipe else {}
+        kept: Any = "bf16" if self.mesh in WEIGHTS_IN_BF16 else "fp32"
+        quantized: dict[str, Any] = {"fp8_recipe": fp8[0]} if fp8 else {}
         return TrainConfig(
             data=DataConfig(
                 source="none",
@@ -108,9 +118,11 @@ class Case:
             ),
             model=ModelConfig(shape=SHAPE, layer_implementation=self.layers),
             steps=WARM_UP + STEPS,
-            activation_checkpointing="full" if self.mesh.endswith("activation checkpointing") else "none",
+            activation_checkpointing="full" if recompute else "none",
             parallel=parallel,
-            precision=PrecisionConfig(compute=compute, weights=kept, reduce=kept, **quantized),
+            precision=PrecisionConfig(
+                compute=compute, weights=kept, reduce=kept, quantized_weights=self.has_quantized_weights, **quantized
+            ),
             optimizer=OptimizerConfig(learning_rate=1e-3, max_norm=math.inf),
         )
 
@@ -143,6 +155,8 @@ def new_batch(index: int) -> dict[str, Any]:
 def train(case: Case, folder: Path) -> dict[str, Any]:
     """Losses by step, gradients of the first that counts, and how all steps together have changed the weights.
 
+    Also the sizes in bytes of what this process gave to FSDP's gathers in that step.
+
     Args:
         case: What to do; all processes do the same.
         folder: Where runs save their checkpoints.
@@ -161,12 +175,14 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         Checkpoints(folder / f"{case.resumes} {saver}").load(step, called, optimizer)
     losses: dict[int, torch.Tensor] = {}
     gradients: dict[str, torch.Tensor] = {}
+    gathered: set[int] = set()
     while step < config.steps:
         step += 1
         if step == WARM_UP + 1:
             hook = optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(model)))
         rate = 0.0 if step <= WARM_UP else config.optimizer.learning_rate
-        loss, _ = train_step(config, called, optimizer, rate, batches, Mock())
+        with _recording_gathers(gathered if step == WARM_UP + 1 else set()):
+            loss, _ = train_step(config, called, optimizer, rate, batches, Mock())
         if step == WARM_UP + 1:
             hook.remove()
         dist.all_reduce(loss)
@@ -179,11 +195,26 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         "losses": losses,
         "gradients": gradients,
         "change": {name: end[name] - begin[name] for name in end},
+        "gathered": gathered,
     }
 
 
+@contextlib.contextmanager
+def _recording_gathers(sizes: set[int]) -> Iterator[None]:
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(dist, name)
+
+    def recorded(output: torch.Tensor, part: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.add(part.nbytes)
+        return gather(output, part, *args, **kwargs)
+
+    with patch.object(dist, name, recorded):
+        yield
+
+
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: whole(parameter.detach()).cpu().float().clone() for name, parameter in model.named_parameters()}
+    state = model.state_dict()  # with the FP32 weights of an optimizer that keeps them
+    return {name: whole(state[name]).cpu().float().clone() for name, _ in model.named_parameters()}
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:

@@ -6,21 +6,26 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+import train
 from distributed import benchmark_run
-from distributed.benchmark_run import PRODUCT_RATE, ROW, benchmark
+from distributed.benchmark_run import PRODUCT_RATE, ROW
 from distributed.processes import start
 from llama_te_core import NVLlamaConfig
+from llama_te_core.train.config import ParallelConfig
 from llama_te_core.train.metrics import training_flops
 
 
 @pytest.mark.parametrize(
     ("world_size", "meshes"),
     [
-        pytest.param(2, ["shard=-1", "context=2"], marks=pytest.mark.processes(2)),
+        pytest.param(
+            2, ["shard=2,reshard_after_forward=false,reduce=bf16", "context=2"], marks=pytest.mark.processes(2)
+        ),
         pytest.param(4, ["replicate=2,shard=2", "shard=1,context=4,context_kind=a2a"], marks=pytest.mark.processes(4)),
     ],
 )
@@ -49,6 +54,12 @@ def test_a_row_on_one_gpu_and_on_meshes(device: str, tmp_path: Path, world_size:
         (["--parallel", "shard"], None, "'shard' is no mesh: name integers"),
         (["--parallel", "shard=2,depth=2"], None, "'shard=2,depth=2' is no mesh: name integers"),
         (["--parallel", "context=0"], None, "'context=0' is no mesh: name integers"),
+        (["--parallel", "reduce=fp16"], None, "(context_kind of p2p, all_gather, a2a; reshard_after_forward of true, "),
+        (
+            ["--parallel", "context=2,context_kind=ring"],
+            None,
+            "'context=2,context_kind=ring' is no mesh: name integers",
+        ),
         (["--parallel", "shard=2"], None, "--parallel shard=2: processes are started by torchrun"),
         (["--page", "x.md"], None, "--page x.md: its figures come from a file, so give --json FILE as well"),
         (["--no-runs", "--json", "x.json"], None, "--add and --no-runs are for writing a page: give --page FILE"),
@@ -67,25 +78,44 @@ def test_what_cannot_be_done_is_refused(
     if processes is not None:
         monkeypatch.setenv("WORLD_SIZE", processes)
     with pytest.raises(SystemExit):
-        benchmark().arguments(words)
+        train.arguments(words)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_rows_and_meshes_that_are_meant(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = benchmark()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert program.arguments([]).rows == program.ROWS
-    assert program.arguments([]).parallel == []
-    chosen = program.arguments(["--rows", "131,072"])
+    assert train.arguments([]).rows == train.ROWS
+    assert train.arguments([]).parallel == []
+    chosen = train.arguments(["--rows", "131,072"])
     assert chosen.rows == ["8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 current"]
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert program.arguments([]).parallel == ["shard=-1"]
-    assert program.arguments(["--parallel", "shard=4", "context=4"]).parallel == ["shard=4", "context=4"]
+    assert train.arguments([]).parallel == ["shard=-1"]
+    assert train.arguments(["--parallel", "shard=4", "context=4"]).parallel == ["shard=4", "context=4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parallel", "reduce"),
+    [
+        ("shard=2,tensor=4", ParallelConfig(shard=2, tensor=4), "fp32"),
+        ("reduce=bf16,reshard_after_forward=false", ParallelConfig(reshard_after_forward=False), "bf16"),
+        ("context=2,context_kind=a2a", ParallelConfig(context=2, context_kind="a2a"), "fp32"),
+    ],
+)
+def test_a_run_is_what_the_name_of_its_mesh_says(
+    name: str, parallel: ParallelConfig, reduce: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    build = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr("llama_te_core.train.models.build_model", build)
+    with pytest.raises(InterruptedError):
+        train.llama_te_step(train.SHAPES["1B"], "bf16", train.LOADS["1B"], name, None)
+    config = build.call_args.args[0]
+    assert config.parallel == parallel
+    assert config.precision.reduce == reduce
 
 
 def test_the_limit_has_weights_of_layers_in_fp8_and_the_rest_in_bf16() -> None:
-    program = benchmark()
     config = NVLlamaConfig(
         vocab_size=50, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, head_dim=8,
@@ -95,30 +125,28 @@ def test_the_limit_has_weights_of_layers_in_fp8_and_the_rest_in_bf16() -> None:
     # much backward, 2 operations for each.
     layers = 3 * 2 * 14 * 3 * (2 * 24 * 48 + 2 * 24 * 16 + 3 * 24 * 40)
     rest = training_flops(config, 14, 14**2) - layers
-    least = program.least_seconds(config, 14, 14**2, "FP8 block", rates)
+    least = train.least_seconds(config, 14, 14**2, "FP8 block", rates)
     assert least == pytest.approx(layers / 4e12 + rest / 1e12)
-    assert program.least_seconds(config, 14, 14**2, "bf16", rates) == pytest.approx((layers + rest) / 1e12)
+    assert train.least_seconds(config, 14, 14**2, "bf16", rates) == pytest.approx((layers + rest) / 1e12)
 
 
 def test_products_are_timed_in_the_formats_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    program = benchmark()
-    monkeypatch.setattr(program, "DEVICE", "cpu")
-    monkeypatch.setattr(program, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    monkeypatch.setattr(train, "PRODUCT_SIZE", 64)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert list(program.product_rates(["1B bf16"])) == ["bf16"]
-    rates = program.product_rates(["1B bf16", "1B FP8 block"])
+    assert list(train.product_rates(["1B bf16"])) == ["bf16"]
+    rates = train.product_rates(["1B bf16", "1B FP8 block"])
     assert list(rates) == ["bf16", "FP8"] and min(rates.values()) > 0
 
 
 def test_a_page_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    program = benchmark()
 
     def keep(name: str, gpus: int, **figures: list[Any]) -> Path:
         record = {
             "gpu": "NVIDIA H200", "gpus": gpus, "torch": "2.11", "transformer_engine": "2.20", "transformers": "5.17",
             "product_rates": {"bf16": 800e12, "FP8": 1500e12},
-            "figures": [vars(program.Figure(what, *values)) for what, values in figures.items()],
+            "figures": [vars(train.Figure(what, *values)) for what, values in figures.items()],
         }  # fmt: skip
         (tmp_path / name).write_text(json.dumps(record))
         return tmp_path / name
@@ -130,7 +158,7 @@ def test_a_page_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     words = ["--no-runs", "--json", str(one), "--add", str(four), "--page", str(page)]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    program.main()
+    train.main()
     lines = page.read_text().splitlines()
     assert (
         "4 NVIDIA H200, torch 2.11, Transformer Engine 2.20, transformers 5.17; large products reach "
@@ -138,6 +166,6 @@ def test_a_page_of_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert "| 1B FP8 block | llama-te | 1 | 60,000 | 80,000 | 75% | 600 | 75% | 53.2 |" in lines
     assert "| 8B, 131,072 tokens bf16 | context=4 | 4 | 2,000 | 8,000 | 25% | 200 | 25% | 70.0 |" in lines
-    assert "(1B: 4 sequences of 4,096 tokens; 8B, 131,072 tokens: 1 sequence of 131,072 tokens, act" in page.read_text()
+    assert "(1B: 4 sequences of 4,096 tokens, 8 steps; 8B, 131,072 tokens: 1 sequence of 131,072 t" in page.read_text()
     assert lines[-1] == "## What is missed, and why"
     assert "1B FP8 block, llama-te, 1 GPU" in page.with_suffix(".svg").read_text()

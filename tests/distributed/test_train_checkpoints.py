@@ -28,6 +28,7 @@ LOADED = {
     "tensor of 4 as fsdp": ("tensor", "tensor of 4, then fsdp of 2"),
     "fsdp of 4 as tensor": ("fsdp", "fsdp of 4, then tensor of 2"),
     "1 as fsdp": ("plain", "1, then fsdp of 2"),
+    "1 as tensor": ("plain", "1, then tensor of 2"),
 }
 
 
@@ -81,6 +82,26 @@ def test_each_process_goes_on_as_it_would_have(four, name):
     weights, _ = four[0][name]["saved"]
     later, _ = four[0][name]["gone on"]
     assert not any(torch.equal(weights[key], later[key]) for key in weights)
+
+
+@pytest.mark.processes(4)
+def test_tensor_ranks_without_fsdp_go_on_and_others_do_from_there(folder, two):
+    for rank, found in enumerate(two):
+        saved = found["tensor"]["saved"]
+        assert_same(found["tensor"]["loaded"], saved)
+        assert found["tensor"]["placed"]
+        assert_same(found["tensor"]["resumed"], found["tensor"]["gone on"])
+        for name in ("tensor as fsdp", "fsdp as tensor"):
+            assert_same(found[name]["loaded"], saved)
+            assert found[name]["warnings"] == [] and found[name]["rank"] == rank
+    weights, _ = two[0]["tensor"]["saved"]
+    later, _ = two[0]["tensor"]["gone on"]
+    assert not any(torch.equal(weights[key], later[key]) for key in weights)
+    for name in ("tensor", "tensor, then fsdp", "and tensor"):
+        run = Run("plain")
+        with pytest.warns(UserWarning, match="saved by 2 processes and is loaded by 1"):
+            Checkpoints(folder / "two" / name).load(2, run.module, run.optimizer)
+        assert_same(run.state(), two[0]["tensor"]["saved"])
 
 
 @pytest.mark.processes(4)

@@ -35,10 +35,8 @@ def local_norm(weight: torch.Tensor, mesh: DeviceMesh | None, placement: Placeme
         mesh: The processes.
         placement: Of the tokens: `Replicate()`, all have them, or `Shard(0)`.
     """
-    if mesh is None:
-        return weight
-    assert isinstance(weight, DTensor)
-    return weight.to_local(grad_placements=[Partial() if placement.is_shard() else placement])
+    own = local(weight, mesh)
+    return shared(own, mesh, Replicate()) if placement.is_shard() else own
 
 
 def shared(x: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> torch.Tensor:

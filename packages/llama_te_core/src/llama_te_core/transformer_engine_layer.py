@@ -145,11 +145,14 @@ class CachedAttention:
         self._cache, self._angles = cache, kwargs["rotary_pos_emb"]
         return args, {**kwargs, "rotary_pos_emb": None}
 
-    def _append(self, projection: nn.Module, args: Any, qkv: torch.Tensor) -> None:
-        if self._cache is not None:
-            assert self._angles is not None
-            qkv = qkv.unflatten(-1, self.shape_KGD)
-            self._query = self._cache.append_rope(self.layer_number, qkv, self._angles, self.qkv_format)
+    def _append(self, projection: nn.Module, args: Any, qkv: torch.Tensor) -> torch.Tensor | None:
+        if self._cache is None:
+            return None
+        assert self._angles is not None
+        qkv_xKGD = qkv.unflatten(-1, self.shape_KGD)
+        self._query = self._cache.append_rope(self.layer_number, qkv_xKGD, self._angles, self.qkv_format)
+        # Nobody reads it any more, but TE would copy the queries out of it: of one number, any shape is a view.
+        return qkv.new_zeros(()).expand(qkv.shape)
 
     def _hand_over(self, core_attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache: KVCache | None = kwargs.get("inference_params")
@@ -254,8 +257,6 @@ def _refuse_cache(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 def split_context(layers: Iterable[nn.Module], mesh: DeviceMesh, kind: ContextKind) -> None:
     """Share the tokens of each sequence out over the ranks of a mesh of one dimension.
-
-    Written after TE's sources. On several GPUs "p2p" has run, without a comparison of its results; the others never.
 
     Args:
         layers: Of the class `te.TransformerLayer`; their input is a rank's part of each sequence from now on, as

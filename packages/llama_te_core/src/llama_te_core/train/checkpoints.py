@@ -14,7 +14,7 @@
 it, which `llama-te-convert` reads. Its state dict holds
 
 - `model` and `optimizer.state`: tensors by the names of the parameters, in parts, so that any number of processes can
-  load them;
+  load them; of weights that layers have in FP8 only, `model` has what the optimizer keeps of them in FP32;
 - `optimizer.groups`: the options of the parameter groups;
 - `ranks`: for each process its random numbers, its `extra` and the scaling state of its FP8 layers.
 
@@ -55,6 +55,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .optimizers import MASTER
 from .tensor_parallel import gather_halves, scatter_halves
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -131,14 +132,15 @@ class Checkpoints:
                 for example.
             TypeError: The model is of another kind.
             ValueError: `step` is not larger than those that there are, or weights exist in a quantized format only.
+                `optimizers.make_optimizer` keeps them in FP32 too.
         """
         self.wait()
         inner = _unwrapped(model)
-        _check_weights(inner)
+        weights = _weights(inner)
         self._on_rank_0(lambda: self._begin(step, inner))
         state = gather_halves(
             {
-                "model": get_model_state_dict(inner),
+                "model": weights,
                 "optimizer": _optimizer_state(inner, optimizer),
                 "ranks": {str(self._rank): _to_bytes(_own_state(inner, extra or {}))},
             }
@@ -199,14 +201,14 @@ class Checkpoints:
         Raises:
             CheckpointError: There is no such checkpoint, or it does not fit. The model may be loaded in part then.
             TypeError: The model is of another kind.
-            ValueError: Weights exist in a quantized format only.
+            ValueError: Weights exist in a quantized format only; see `save`.
         """
         steps = self.steps()
         if step not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}: {there}.")
         model = _unwrapped(model)
-        _check_weights(model)
+        weights = _weights(model)
         reader = FileSystemReader(self._path(step))
         try:
             paths = set(reader.read_metadata().planner_data.values())
@@ -216,10 +218,18 @@ class Checkpoints:
         same_ranks = len(ranks) == self._ranks
         own = str(self._rank if same_ranks else 0)
 
-        state: dict[str, Any] = {"model": get_model_state_dict(model), "ranks": {own: b""}}
+        state: dict[str, Any] = {"model": weights, "ranks": {own: b""}}
         if optimizer is not None:
-            saved = {path[2] for path in paths if path[:2] == ("optimizer", "state")}
-            state["optimizer"] = {"state": _empty_optimizer_state(model, optimizer, saved), "groups": b""}
+            saved = {path[2:] for path in paths if path[:2] == ("optimizer", "state")}
+            empty = _empty_optimizer_state(model, optimizer, {path[0] for path in saved})
+            kept, kept_there = {key for each in empty.values() for key in each}, {path[1] for path in saved}
+            if kept < kept_there:  # torch names what the checkpoint lacks, but passes over what it has beyond
+                raise CheckpointError(
+                    f"optimizer keeps {sorted(kept)} of a parameter, but that of the checkpoint kept "
+                    f"{sorted(kept_there)}: go on with one of the same kind (in a training run, with the same "
+                    "precision.quantized_weights)."
+                )
+            state["optimizer"] = {"state": empty, "groups": b""}
         whole = gather_halves(state)
         try:
             state_dict_loader.load(whole, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
@@ -227,11 +237,12 @@ class Checkpoints:
             raise CheckpointError(f"{self._path(step)} cannot be loaded: {_reason(error)}.") from error
         state = scatter_halves(whole, state)
 
+        # First, since with delayed scaling it has the scales that weights are quantized with.
+        _set_own_state(_from_bytes(state["ranks"][own]), model, {} if extra is None else extra, same_ranks)
         set_model_state_dict(model, state["model"])
         if optimizer is not None:
             groups = _from_bytes(state["optimizer"]["groups"])
             _set_optimizer_state(model, optimizer, state["optimizer"]["state"], groups)
-        _set_own_state(_from_bytes(state["ranks"][own]), model, {} if extra is None else extra, same_ranks)
         if not same_ranks:
             warnings.warn(
                 f"step {step} was saved by {len(ranks)} processes and is loaded by {self._ranks}: random numbers go on "
@@ -348,14 +359,19 @@ def _config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+@torch.no_grad()
+def _weights(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's state dict, which shares its memory, or that of the optimizer where that has the weights in FP32."""
+    state: dict[str, Any] = get_model_state_dict(model)
+    for name, value in state.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
         if type(local) not in (nn.Parameter, torch.Tensor):
             raise ValueError(
                 f"{name} is a {type(local).__name__}, which a checkpoint of a training run does not hold: train with "
+                "llama_te_core.train.optimizers.make_optimizer, which keeps weights in FP32 too, or with "
                 "use_quantized_model_init=False."
             )
+    return state
 
 
 def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -365,7 +381,12 @@ def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -
         # torch has made a state by a step without gradients, which would count.
         optimizer.state.clear()
         state["state"] = {}
-    return {"state": state["state"], "groups": _to_bytes(state["param_groups"])}
+    return {"state": _without_masters(state["state"]), "groups": _to_bytes(state["param_groups"])}
+
+
+def _without_masters(state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """An optimizer's state without weights, which are saved as the model's."""
+    return {name: {key: value for key, value in each.items() if key != MASTER} for name, each in state.items()}
 
 
 def _empty_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: Set[str]) -> dict[str, Any]:
@@ -377,7 +398,7 @@ def _empty_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimi
         # of every optimizer, since in some versions Adagrad has its state from the beginning, and no step makes it.
         optimizer.state.clear()
         state = get_optimizer_state_dict(model, optimizer)
-    return {name: value for name, value in state["state"].items() if name in saved}
+    return _without_masters({name: value for name, value in state["state"].items() if name in saved})
 
 
 def _set_optimizer_state(
@@ -391,6 +412,9 @@ def _set_optimizer_state(
             f"optimizer has groups of {list(map(len, there))} parameters, but the checkpoint has groups of "
             f"{list(map(len, saved))}, or of others: give each group the parameters that it had."
         )
+    for name, each in state.items():
+        if MASTER in target["state"].get(name, {}):
+            each[MASTER] = target["state"][name][MASTER]  # loaded with the model's weights, whose memory it is
     # Not strict: what had no state when it was saved, such as a parameter that no step has changed yet, has none now.
     set_optimizer_state_dict(
         model, optimizer, {"state": state, "param_groups": groups}, options=StateDictOptions(strict=False)

@@ -218,8 +218,8 @@ class PrecisionConfig:
         reduce: Dtype in which gradients are summed over processes.
         bf16_first_layers: So many first layers compute in bf16, whatever compute is.
         bf16_last_layers: So many last layers compute in bf16.
-        quantized_weights: Keep the weights of quantized layers in that format only. For one process, without
-            checkpoints.
+        quantized_weights: Keep the weights of fp8 layers in FP8, in which FSDP gathers them, and in the optimizer in
+            fp32. With current or delayed scaling.
     """
 
     compute: Literal["bf16", "fp32", "fp8", "mxfp8", "nvfp4"] = "bf16"
@@ -238,10 +238,12 @@ class PrecisionConfig:
                 "precision.compute='fp32', but precision.weights='bf16': weights of fewer bits than what is computed "
                 "with them gain nothing. Use weights='fp32', or compute='bf16'."
             )
-        if self.quantized_weights and (not self.is_quantized or self.weights != "bf16"):
+        if self.quantized_weights and (self.compute != "fp8" or self.fp8_recipe == "block" or self.weights != "fp32"):
             raise ValueError(
-                f"precision.quantized_weights=True, but compute={self.compute!r} and weights={self.weights!r}: it "
-                "needs compute 'fp8', 'mxfp8' or 'nvfp4', and weights='bf16' for what is not quantized."
+                f"precision.quantized_weights=True, but compute={self.compute!r}, fp8_recipe={self.fp8_recipe!r} and "
+                f"weights={self.weights!r}: it needs compute='fp8' with one scale for each weight (fp8_recipe "
+                "'current' or 'delayed'), and weights='fp32' for what the optimizer keeps. Change them, or use "
+                "quantized_weights=False."
             )
 
     @property
@@ -489,11 +491,8 @@ class TrainConfig:
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}: the learning "
                 "rate would never be reached. Lower the one or raise the other."
             )
-        if self.precision.quantized_weights and self.checkpoint.interval is not None:
-            raise ValueError(
-                "precision.quantized_weights=True: checkpoints cannot hold such weights. Set checkpoint.interval to "
-                "null, and do without going on after a stop; or use quantized_weights=False."
-            )
+        if self.precision.quantized_weights:
+            self._check_quantized_weights()
         pieces = 2 * self.parallel.context
         if self.parallel.context > 1 and self.data.tokens_per_batch % pieces:
             raise ValueError(
@@ -555,6 +554,25 @@ class TrainConfig:
                 f"{config.num_hidden_layers - 1}."
             )
 
+    def _check_quantized_weights(self) -> None:
+        given = "precision.quantized_weights=True"
+        if self.parallel.tensor > 1:
+            raise ValueError(
+                f"{given} and parallel.tensor={self.parallel.tensor}: tensor ranks cannot share weights that layers "
+                "have in FP8 only. Use shard, or quantized_weights=False."
+            )
+        if self.activation_checkpointing != "none":
+            raise ValueError(
+                f"{given} and activation_checkpointing={self.activation_checkpointing!r}: for the backward pass, "
+                "Transformer Engine has such weights transposed, and cannot rightly compute activations anew with "
+                "them. Use activation_checkpointing='none', or quantized_weights=False."
+            )
+        if self.activation_offload_layers:
+            raise ValueError(
+                f"{given} and activation_offload_layers={self.activation_offload_layers}: what is kept for the "
+                "backward pass would have such weights in it. Use 0, or quantized_weights=False."
+            )
+
     def _check_inspection(self) -> None:
         given, precision = f"log.inspect={self.log.inspect!r}", self.precision
         if not precision.is_quantized:
@@ -587,11 +605,6 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
         ValueError: The mesh, the data or the checkpoint do not fit.
     """
     config.parallel.sizes.resolve(world_size)
-    if config.precision.quantized_weights and world_size > 1:
-        raise ValueError(
-            f"precision.quantized_weights=True with {world_size} processes: it is for one. Use False, and "
-            "FSDP shares the weights out."
-        )
     problem = transformer_engine_problem()
     if config.precision.is_quantized and (problem or config.model.layer_implementation == "reference"):
         problem = problem or "model.layer_implementation is 'reference'"

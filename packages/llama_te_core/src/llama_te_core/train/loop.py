@@ -23,11 +23,12 @@ from ..modeling_nvllama import NVLlamaForCausalLM
 from .batch_stream import BatchStream
 from .byte_tokenizer import byte_tokenizer
 from .checkpoints import Checkpoints
-from .config import OptimizerConfig, TrainConfig, check_machine
+from .config import TrainConfig, check_machine
 from .inspection import Inspection
 from .interruption import Interruption
 from .metrics import Metrics
 from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
+from .optimizers import make_optimizer
 from .parallel import clip_gradients, make_mesh, process_rank
 from .profiling import Profiler
 from .schedule import learning_rate
@@ -160,20 +161,6 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack(losses).sum(), norm
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU, of a model's parameters; norms' weights do not decay."""
-    parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
-    norms = [parameter for parameter in parameters if parameter.dim() <= 1]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": norms, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=parameters[0].device.type == "cuda",
-    )
 
 
 def load_tokenizer(name: str | None) -> Any:

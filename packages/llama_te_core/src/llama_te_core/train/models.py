@@ -25,6 +25,7 @@ from ..modeling_nvllama import NVLlamaForCausalLM
 from .activation_checkpointing import checkpoint_activations
 from .activation_offload import offload_activations
 from .config import DTYPES, TrainConfig
+from .optimizers import quantized_parameters, scale_parts_as_one, set_value
 from .parallel import parallelize, process_rank, whole_state_dict
 from .tensor_parallel import own_part
 from .training_loss import return_loss_alone
@@ -55,6 +56,8 @@ def build_model(
     precision, parallel = config.precision, config.parallel
     sizes = (1, 1, 1, 1) if mesh is None else mesh.shape
     in_parts = sizes[1] * sizes[2] * sizes[3] > 1  # whole on no process
+    if precision.quantized_weights and mesh is not None:
+        in_parts = True  # only what FSDP has split can be quantized so that it gathers it
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(precision.weights_dtype)
     try:
@@ -70,39 +73,48 @@ def build_model(
         fill(model, weights)
     called: nn.Module = model
     if mesh is not None:
+        if precision.quantized_weights:
+            _check_even_rows(model, sizes[1] * sizes[2])
         called = parallelize(
             model,
             mesh,
-            compute_dtype=_unless(precision.compute_dtype, precision.weights_dtype),
-            reduce_dtype=_unless(DTYPES[precision.reduce], precision.weights_dtype),
+            compute_dtype=precision.compute_dtype,
+            reduce_dtype=DTYPES[precision.reduce],
             reshard_after_forward=parallel.reshard_after_forward,
             context_kind=parallel.context_kind,
         )
     if in_parts:
         model.init_empty_weights(device)
+        scale_parts_as_one(model)
         fill(model, weights)
     model.train()
     return model, called
 
 
-def _unless(dtype: torch.dtype, same: torch.dtype) -> torch.dtype | None:
-    return None if dtype == same else dtype
+def _check_even_rows(model: NVLlamaForCausalLM, parts: int) -> None:
+    for name, weight in model.model.layers.named_parameters():
+        if weight.dim() == 2 and weight.shape[0] % parts:
+            raise ValueError(
+                f"parallel.shard x context={parts} does not divide the {weight.shape[0]} rows of layers.{name}, but "
+                "Transformer Engine gathers quantized weights of equal parts alone: choose numbers that do, or use "
+                "precision.quantized_weights=False."
+            )
 
 
 @torch.no_grad()
-def fill(model: nn.Module, weights: Weights) -> None:
+def fill(model: NVLlamaForCausalLM, weights: Weights) -> None:
     """Give a model's parameters their values, each process its part; tied ones once.
 
     Args:
         model: Before or after `parallelize`.
         weights: Where values come from; asked for each parameter in turn.
     """
+    quantized = set(quantized_parameters(model))
     for name, parameter in model.named_parameters():
         value = weights(name, parameter)
         if isinstance(parameter, DTensor):
-            parameter.to_local().copy_(own_part(value, parameter))
-        else:
-            parameter.copy_(value)
+            value = own_part(value, parameter)
+        set_value(parameter, value, parameter in quantized)
 
 
 def random_weights(seed: int, config: NVLlamaConfig) -> Weights:
@@ -184,13 +196,12 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
         tokenizer: Goes along; None for none.
         folder: Replaced if it is there.
     """
-    quantized = model.config.use_quantized_model_init
-    state = None if quantized else whole_state_dict(model)
+    state = whole_state_dict(model)
     if process_rank() != 0:
         return
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
+    model.save_pretrained(partial, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)

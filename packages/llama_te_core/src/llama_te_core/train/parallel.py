@@ -15,7 +15,7 @@ The mesh has four dimensions, the last one the innermost, whose processes should
 | `replicate` | nothing: each has the whole model | the batch |
 | `shard` | the weights, gathered layer by layer (FSDP2) | the batch |
 | `context` | the tokens of each sequence; the weights as in `shard` | |
-| `tensor` | heads, features of the MLP, vocabulary; the tokens between the layers | |
+| `tensor` | heads, features of the MLP, vocabulary, with their weights; the tokens between the layers | |
 
 All processes of one place in `replicate` and `shard` must be given the same batch.
 """
@@ -132,7 +132,8 @@ def parallelize(
 
     Weights become `DTensor`s with their ordinary names and shapes, so that a state dict is one of the whole model. To
     write it with torch.distributed.checkpoint see `gather_halves`. Of a model of plain copies (only `replicate` above
-    1, without dtypes), the weights stay as they are and the result is torch's `DistributedDataParallel`.
+    1, without other dtypes), the weights stay as they are and the result is torch's `DistributedDataParallel`. Where
+    only `tensor` is above 1 and no weight is cast, each process has its part of them for good and FSDP has no share.
 
     Gradients are means over all processes that have different tokens; `shard_context` prepares batches for that. The
     model is trained afterwards: it cannot generate with a cache.
@@ -170,9 +171,11 @@ def parallelize(
     if context > 1:
         _apply_context_parallel(model, mesh, context_kind)
 
-    if shard * context * tensor == 1 and compute_dtype is None and reduce_dtype is None:
-        if replicate == 1:
-            return model
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    computes_with_weights = compute_dtype is None or dtypes == {compute_dtype}
+    if computes_with_weights and replicate * shard * context == 1:
+        return model  # FSDP would copy all weights and gradients, to gather and sum what is whole already
+    if computes_with_weights and shard * context * tensor == 1 and (reduce_dtype is None or dtypes == {reduce_dtype}):
         return DistributedDataParallel(model, process_group=mesh.get_group("replicate"))
     weights_mesh = _weights_mesh(mesh)["replicate", "shard"] if replicate > 1 else _weights_mesh(mesh)["shard"]
     precision = MixedPrecisionPolicy(

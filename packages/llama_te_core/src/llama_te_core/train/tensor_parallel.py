@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils import _pytree as pytree
 
-from ..collectives import local, summed
+from ..collectives import local, local_norm, summed
 from ..modeling_nvllama import NVLlamaForCausalLM
 from ..reference_layer import ReferenceLayer
 
@@ -58,11 +58,8 @@ def apply_tensor_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh) -> None:
             _distribute(attention.proj, mesh, weight=Shard(1))
             split_tensor(layer, config, decoder.rotary_angles.softmax_scale, mesh, placement)
 
-    def place_input(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
-        return tuple(DTensor.from_local(x, mesh, [placement]) for x in inputs)
-
-    output_fn: Any = _local_output  # torch declares that it returns nothing
-    distribute_module(decoder.norm, mesh, input_fn=place_input, output_fn=output_fn)
+    _distribute(decoder.norm, mesh, weight=Replicate())
+    decoder.norm = TokenParallelRMSNorm(decoder.norm, mesh, placement)
     tied = model.lm_head.weight is decoder.embed_tokens.weight
     _distribute(decoder.embed_tokens, mesh, weight=Shard(0))
     decoder.embed_tokens = VocabularyParallelEmbedding(decoder.embed_tokens, mesh, placement)
@@ -102,6 +99,26 @@ class VocabularyParallelEmbedding(nn.Embedding):
             padding if padding is not None and 0 <= padding < size else None,
         )
         return summed(hidden_bE.masked_fill(elsewhere_b[..., None], 0), self.tensor_mesh, self.token_placement)
+
+
+class TokenParallelRMSNorm(nn.RMSNorm):
+    """A norm of the tokens that a process has; its weight's gradient is that of the tokens of all.
+
+    Args:
+        norm: With its weight, [E], the same on all processes.
+        mesh: The processes, of one dimension.
+        token_placement: `Replicate()`: all have all tokens. `Shard(0)`: each its part of the first dimension.
+    """
+
+    def __init__(self, norm: nn.RMSNorm, mesh: DeviceMesh, token_placement: Placement) -> None:
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight = norm.weight
+        self.tensor_mesh = mesh
+        self.token_placement = token_placement
+
+    def forward(self, hidden_bE: torch.Tensor) -> torch.Tensor:  # noqa: D102
+        weight_E = local_norm(self.weight, self.tensor_mesh, self.token_placement)
+        return nn.functional.rms_norm(hidden_bE, self.normalized_shape, weight_E, self.eps)
 
 
 def is_interleaved(tensor: Any) -> bool:
@@ -196,8 +213,3 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, **placements: Placement) ->
         weight = getattr(module, name)
         sharded = distribute_tensor(weight.detach(), mesh, [placement])
         setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
-
-
-def _local_output(module: nn.Module, output: Any, mesh: DeviceMesh) -> torch.Tensor:
-    local_output: torch.Tensor = output.to_local()
-    return local_output
