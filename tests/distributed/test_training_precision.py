@@ -152,14 +152,16 @@ def test_another_number_of_processes_goes_on(
 )
 def test_processes_gather_weights_in_fp8_where_layers_have_them_so(runs: Runs, world_size: int, case: Case) -> None:
     result = runs.on_mesh(world_size, case)
-    layer, rest = 0, 0
+    layer, head, rest = 0, 0, 0
     for name, weight in result["change"].items():
         byte = 1 if case.has_quantized_weights and weight.dim() == 2 else 2
         if ".layers.0." in name:
             layer += byte * weight.numel() // world_size
+        elif name == "lm_head.weight":
+            head += 2 * weight.numel() // world_size
         elif ".layers." not in name:
             rest += 2 * weight.numel() // world_size
-    assert result["gathered"] == {layer, rest}
+    assert result["gathered"] == {layer, head, rest}
 
 
 @pytest.mark.processes(2, device="cuda")

@@ -84,8 +84,16 @@ def test_a_context_of_one_rank_changes_no_bit(kind: str, attn_input_format: str,
     assert torch.equal(model(**batch).logits, expected)
 
 
-@pytest.mark.parametrize("compute", ["bf16", "fp8"])
-def test_the_training_command(compute: str, tmp_path: Path, measured: Measured) -> None:
+@pytest.mark.parametrize(
+    "precision",
+    [
+        ["--precision.compute", "bf16"],
+        ["--precision.compute", "fp8"],
+        ["--precision.compute", "fp8", "--precision.quantized_weights", "true"],
+    ],
+    ids=["bf16", "fp8", "fp8, quantized weights"],
+)
+def test_the_training_command(precision: list[str], tmp_path: Path, measured: Measured) -> None:
     source = write(tmp_path, docstrings(126)[:16])
 
     def run(name: str, *more: str) -> list[float]:
@@ -95,6 +103,6 @@ def test_the_training_command(compute: str, tmp_path: Path, measured: Measured) 
         return losses(tmp_path / name)
 
     exact = run("exact", "--model.layer_implementation", "reference")
-    found = run("quantized", "--precision.compute", compute)
+    found = run("quantized", *precision)
     worst = max(abs(loss - expected) for loss, expected in zip(found, exact, strict=True))
     measured("losses of 20 steps against FP32, the largest difference", worst, 0.1)

@@ -62,10 +62,10 @@ def test_what_the_kernel_takes() -> None:
 
 
 def test_workspace_grows_with_what_must_be_merged() -> None:
-    sizes = [workspace_size(2, 8, 4, 128, capacity) for capacity in (1, 256, 257, 512, 8192, 131072)]
+    sizes = [workspace_size(2, 8, 4, 128, capacity) for capacity in (1, 256, 257, 512, 4096, 8192, 131072)]
     assert sizes == sorted(sizes)
     part = 2 * 8 * 4 * 132
-    assert [(size - sizes[0]) // part for size in sizes] == [0, 0, 1, 1, 31, 31]
+    assert [(size - sizes[0]) // part for size in sizes] == [0, 0, 1, 1, 15, 15, 47]
 
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]

@@ -183,11 +183,16 @@ def parallelize(
         reduce_dtype=reduce_dtype,
         cast_forward_inputs=False,  # it would round the rotary angles
     )
-    for module in (*model.model.layers, model):
+    modules: list[nn.Module] = [*model.model.layers, model]
+    if tensor == 1 and model.lm_head.weight is not model.model.embed_tokens.weight:
+        # By itself, so that its weight is gathered, and the gradient summed, while layers compute.
+        modules.insert(-1, model.lm_head)
+    for module in modules:
         fully_shard(
             module,
             mesh=weights_mesh,
-            reshard_after_forward=reshard_after_forward and module is not model,  # backward begins with the head
+            # The backward pass begins with the head and the last norm, which is the model's.
+            reshard_after_forward=reshard_after_forward and module not in (model, model.lm_head),
             mp_policy=precision,
             shard_placement_fn=_shard_placement,
         )

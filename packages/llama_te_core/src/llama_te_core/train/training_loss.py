@@ -21,8 +21,8 @@ def return_loss_alone(
 ) -> None:
     """Make a model's forward pass return the loss of a batch, from `linear_cross_entropy`.
 
-    The forward pass is replaced rather than gone around: FSDP and DDP do their work around the call of the model. It
-    takes what `shard_context` returns, and returns a float32 [].
+    Forward passes are replaced rather than gone around: FSDP and DDP do their work around the call of a module. The
+    model's takes what `shard_context` returns, and returns a float32 [].
 
     Args:
         model: It is changed, before or after `parallelize`. Saving it is not concerned.
@@ -32,8 +32,7 @@ def return_loss_alone(
     """
     tensor_mesh = mesh["tensor"] if mesh is not None and mesh["tensor"].size() > 1 else None
 
-    def forward(*, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor, **batch: Any) -> torch.Tensor:
-        hidden_BSE = model.model(**batch).last_hidden_state
+    def loss_of(hidden_BSE: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:
         return linear_cross_entropy(
             hidden_BSE,
             local(model.lm_head.weight, tensor_mesh),
@@ -43,5 +42,14 @@ def return_loss_alone(
             chunk_tokens=chunk_tokens,
             vocabulary_group=None if tensor_mesh is None else tensor_mesh.get_group(),
         )
+
+    head: Any = loss_of
+    if tensor_mesh is None:
+        # FSDP gathers the head's weight around the call of the module. (Tensor parallelism has other plans for it.)
+        head = model.lm_head
+        head.forward = loss_of
+
+    def forward(*, shift_labels: torch.Tensor, num_items_in_batch: torch.Tensor, **batch: Any) -> torch.Tensor:
+        return head(model.model(**batch).last_hidden_state, shift_labels, num_items_in_batch)
 
     model.forward = forward
