@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import pages
+from limits import copy_bandwidth
 from shapes import LLAMA_3, VOCABULARY
 
 CONTEXT = 128
@@ -58,21 +59,6 @@ class Figure:
         if self.limit is None:
             return None
         return self.limit / self.value if self.unit == "ms a step" else self.value / self.limit
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written in a second, of a copy of 4 GB."""
-    source = torch.empty(2**32, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(10):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * source.numel() / statistics.median(times)
 
 
 def make_model(size: str, fp8: bool = False, positions: int = 16384) -> Any:

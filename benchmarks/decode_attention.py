@@ -7,8 +7,6 @@ none of them any more. "of copy" is the rate at which keys and values are read, 
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import torch
 
 from llama_te_infer import operators
 from llama_te_infer.decode_attention import decode_attention, workspace_size
-from operators import DTYPE, Figure, Run, as_text, copy_bandwidth, int32, microseconds, random
+from operators import DTYPE, Figure, Run, int32, microseconds, random, report
 
 KV_HEADS, GROUP = 8, 4
 MODELS = {"1B": 64, "8B": 128}  # size of a head
@@ -104,26 +102,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
-    torch.manual_seed(0)
-    figures = []
-    with torch.no_grad():
-        copy = copy_bandwidth()
-        torch.cuda.empty_cache()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copies at {copy:.3f} TB/s", flush=True)
+
+    def measure() -> list[Figure]:
+        figures = []
         for model in MODELS:
             for rows, tokens in CONTEXTS:
                 for layout in LAYOUTS:
                     figures.append(figure(model, rows, tokens, layout, arguments.baseline))
                     torch.cuda.empty_cache()
-    print(as_text(figures, copy))
-    if arguments.json is not None:
-        report = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "copy_terabytes_per_second": copy,
-            "figures": [asdict(one) | {"bandwidth": one.bandwidth} for one in figures],
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        return figures
+
+    report(measure, arguments.json)
 
 
 if __name__ == "__main__":

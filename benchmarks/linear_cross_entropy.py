@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from limits import copy_bandwidth
 from shapes import VOCABULARY
 
 LOADS = {"1B": (16384, 2048), "8B": (8192, 4096)}  # tokens, hidden size
@@ -151,15 +152,6 @@ def product_rate() -> float:
     for _ in range(WARM_UP):
         a @ b
     return 2 * 8192**3 / timed(lambda: a @ b, "products") * 1000
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a large copy on the device, read plus written."""
-    source = torch.empty(2**30, dtype=torch.int32, device="cuda").random_()
-    target = torch.empty_like(source)
-    for _ in range(WARM_UP):
-        target.copy_(source)
-    return 2 * source.nbytes / timed(lambda: target.copy_(source), "copies") * 1000
 
 
 if __name__ == "__main__":

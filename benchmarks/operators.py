@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from limits import copy_bandwidth
 from llama_te_infer import operators
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
@@ -73,25 +74,6 @@ def microseconds(runs: Sequence[Run], launches: int = 64, replays: int = 50) -> 
             times.append(start.elapsed_time(end) * 1000 / (rounds * len(runs)))
     del graph
     return statistics.median(times)
-
-
-def copy_bandwidth() -> float:
-    """TB/s of a large copy on the device, bytes read plus bytes written.
-
-    Not in a graph: there a copy is a node for the copy engine, which is slower than the kernel that runs otherwise.
-    """
-    source = torch.randint(0, 2**31, (2**30,), dtype=torch.int32, device="cuda")
-    target = torch.empty_like(source)
-    times = []
-    for repeat in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        if repeat >= 3:
-            times.append(start.elapsed_time(end) / 1000)
-    return 2 * source.nbytes / 1e12 / statistics.median(times)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -301,29 +283,32 @@ def as_text(figures: list[Figure], copy: float) -> str:
     return "\n".join(lines)
 
 
+def report(measure: Callable[[], list[Figure]], json_file: Path | None) -> None:
+    """Print figures, beside the bandwidth of a copy that is taken ahead of them, and write them to a file."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        copy = copy_bandwidth() / 1e12
+        torch.cuda.empty_cache()
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copies at {copy:.3f} TB/s", flush=True)
+        figures = measure()
+    print(as_text(figures, copy))
+    if json_file is not None:
+        record = {
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "copy_terabytes_per_second": copy,
+            "figures": [asdict(figure) | {"bandwidth": figure.bandwidth} for figure in figures],
+        }
+        json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        copy = copy_bandwidth()
-        torch.cuda.empty_cache()
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copies at {copy:.3f} TB/s", flush=True)
-        figures = []
-        for measure in (append_figures, row_figures, page_figures):
-            figures += measure()
-    print(as_text(figures, copy))
-    if arguments.json is not None:
-        report = {
-            "gpu": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "copy_terabytes_per_second": copy,
-            "figures": [asdict(figure) | {"bandwidth": figure.bandwidth} for figure in figures],
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report(lambda: append_figures() + row_figures() + page_figures(), arguments.json)
 
 
 if __name__ == "__main__":

@@ -201,16 +201,9 @@ void launch(const AppendArguments &a, int vectors, int most_threads, cudaStream_
     const int tokens = kHeads == 1 ? 1 : most_threads / threads;
     const Shape shape(vectors, a.group + 2, heads_of_block, head_step);
 
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(divide_up(a.tokens, tokens), divide_up(a.heads(), heads_of_block));
-    config.blockDim = dim3(threads, tokens);
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, append_rope_kernel<kElement, kHeads>, a, shape), "append_rope");
+    const dim3 grid(divide_up(a.tokens, tokens), divide_up(a.heads(), heads_of_block));
+    launch_overlapping(append_rope_kernel<kElement, kHeads>, {grid, dim3(threads, tokens)}, stream, "append_rope", a,
+                       shape);
 }
 
 template <ElementType kElement>

@@ -5,9 +5,9 @@
 // heads go to neighbouring blocks, which so read neighbouring memory at about the same time.
 //
 // A warp of a block is on its own between the start and the end of an item: it takes every fourth tile of 16 keys, has
-// the copy engine bring tiles into a ring of its own in shared memory, so that one copy at least is always under way, and
-// keeps a softmax of its own. Then the block mixes what its warps have. If the row has more parts, that goes to the workspace,
-// and the block that draws the last ticket of a row's head mixes the parts, in their order.
+// the copy engine bring tiles into a ring of its own in shared memory, so that one copy at least is always under way,
+// and keeps a softmax of its own. Then the block mixes what its warps have. If the row has more parts, that goes to the
+// workspace, and the block that draws the last ticket of a row's head mixes the parts, in their order.
 //
 // Products run on tensor cores with keys, or dimensions of values, as the 16 rows of a fragment and query heads as its
 // 8 columns: scores^T = keys query^T and output^T = values^T weights^T. So up to 8 query heads cost as much as one, and
@@ -789,18 +789,9 @@ void launch(const Arguments &a, int device, cudaStream_t stream) {
     blocks *= multiprocessors(device);
     const int items = a.rows * a.kv_heads * most_parts_of(a.index.capacity);
 
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(items < blocks ? items : blocks);
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = kSharedBytes;
-    config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    const dim3 grid(items < blocks ? items : blocks);
     const Task task = {a, map_of<kHeadDim>(a.key, a), map_of<kHeadDim>(a.value, a)};
-    check_cuda(cudaLaunchKernelEx(&config, kernel, task), "decode_attention");
+    launch_overlapping(kernel, {grid, dim3(kThreads), kSharedBytes}, stream, "decode_attention", task);
 }
 
 template <ElementType kElement, int kHeadDim>

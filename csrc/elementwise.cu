@@ -4,9 +4,8 @@
 
 #include "elementwise.h"
 
-#include <cuda_bf16.h>
-
 #include "launch.cuh"
+#include "vector.cuh"
 
 namespace llama_te {
 
@@ -14,7 +13,9 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffU;
-constexpr int kVectorElements = 8;
+
+using Packed = Vector<ElementType::kBFloat16>;
+constexpr int kVectorElements = Packed::kElements;
 
 // A row's block holds this many vectors per thread, enough for 8,192 features; what is behind them it reads twice.
 constexpr int kNormThreads = 256;
@@ -23,59 +24,39 @@ constexpr int kHeld = 4;
 constexpr int kSwigluThreads = 128;
 constexpr int kSwigluVectors = 2;
 
-struct Values {
-    float at[kVectorElements];
-};
-
-__device__ Values widen(const uint4 &vector) {
-    const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
-    Values values;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        values.at[2 * i] = __uint_as_float(words[i] << 16);
-        values.at[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000U);
-    }
-    return values;
-}
-
-__device__ uint4 round_to_bf16(const Values &values) {
-    unsigned words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 pair = __floats2bfloat162_rn(values.at[2 * i], values.at[2 * i + 1]);
-        words[i] = *reinterpret_cast<const unsigned *>(&pair);
-    }
-    return make_uint4(words[0], words[1], words[2], words[3]);
-}
-
 __device__ uint4 add(const uint4 &one, const uint4 &other) {
-    Values sum = widen(one);
-    const Values addend = widen(other);
+    float sum[kVectorElements];
+    float addend[kVectorElements];
+    Packed::unpack(one, sum);
+    Packed::unpack(other, addend);
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) {
-        sum.at[i] += addend.at[i];
+        sum[i] += addend[i];
     }
-    return round_to_bf16(sum);
+    return Packed::pack(sum);
 }
 
 __device__ float sum_of_squares(const uint4 &vector) {
-    const Values values = widen(vector);
+    float values[kVectorElements];
+    Packed::unpack(vector, values);
     float sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) {
-        sum += values.at[i] * values.at[i];
+        sum += values[i] * values[i];
     }
     return sum;
 }
 
 __device__ uint4 scale(const uint4 &vector, float factor, const uint4 &weight) {
-    Values values = widen(vector);
-    const Values weights = widen(weight);
+    float values[kVectorElements];
+    float weights[kVectorElements];
+    Packed::unpack(vector, values);
+    Packed::unpack(weight, weights);
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) {
-        values.at[i] = values.at[i] * factor * weights.at[i];
+        values[i] = values[i] * factor * weights[i];
     }
-    return round_to_bf16(values);
+    return Packed::pack(values);
 }
 
 __device__ float sum_of_block(float value) {
@@ -182,14 +163,16 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(const __grid_con
     for (int i = 0; i < kSwigluVectors; ++i) {
         const int at = first + i * kSwigluThreads;
         if (at < vectors) {
-            Values values = widen(gates[i]);
-            const Values factors = widen(ups[i]);
+            float values[kVectorElements];
+            float factors[kVectorElements];
+            Packed::unpack(gates[i], values);
+            Packed::unpack(ups[i], factors);
 #pragma unroll
             for (int j = 0; j < kVectorElements; ++j) {
-                const float x = values.at[j];
-                values.at[j] = __fdividef(x, 1.0F + __expf(-x)) * factors.at[j];
+                const float x = values[j];
+                values[j] = __fdividef(x, 1.0F + __expf(-x)) * factors[j];
             }
-            output[at] = round_to_bf16(values);
+            output[at] = Packed::pack(values);
         }
     }
 }
@@ -199,16 +182,16 @@ __global__ void __launch_bounds__(kSwigluThreads) swiglu_kernel(const __grid_con
 void rms_norm_cuda(const RmsNormArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
     const auto kernel = arguments.addend == nullptr ? rms_norm_kernel<false> : rms_norm_kernel<true>;
-    launch_overlapping(kernel, arguments, dim3(arguments.rows), kNormThreads, reinterpret_cast<cudaStream_t>(stream),
-                       "rms_norm");
+    launch_overlapping(kernel, {dim3(arguments.rows), dim3(kNormThreads)}, reinterpret_cast<cudaStream_t>(stream),
+                       "rms_norm", arguments);
 }
 
 void swiglu_cuda(const SwigluArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
     constexpr int kElements = kSwigluThreads * kSwigluVectors * kVectorElements;
     const auto blocks = static_cast<unsigned>((arguments.features + std::int64_t{kElements} - 1) / kElements);
-    launch_overlapping(swiglu_kernel, arguments, dim3(arguments.rows, blocks), kSwigluThreads,
-                       reinterpret_cast<cudaStream_t>(stream), "swiglu");
+    launch_overlapping(swiglu_kernel, {dim3(arguments.rows, blocks), dim3(kSwigluThreads)},
+                       reinterpret_cast<cudaStream_t>(stream), "swiglu", arguments);
 }
 
 }  // namespace llama_te

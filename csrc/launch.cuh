@@ -53,21 +53,29 @@ inline int multiprocessors(int device) {
     return count;
 }
 
+// How many blocks of how many threads, and the shared memory that a block is given at its launch.
+struct LaunchShape {
+    dim3 grid;
+    dim3 block;
+    int shared_bytes = 0;
+};
+
 // Launches a kernel that may begin before the one ahead of it on the stream has ended, and waits for that itself
 // (programmatic dependent launch).
-template <typename Arguments>
-void launch_overlapping(void (*kernel)(Arguments), const Arguments &arguments, dim3 grid, int threads,
-                        cudaStream_t stream, const char *name) {
+template <typename... Arguments>
+void launch_overlapping(void (*kernel)(Arguments...), const LaunchShape &shape, cudaStream_t stream, const char *name,
+                        const Arguments &...arguments) {
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
+    config.gridDim = shape.grid;
+    config.blockDim = shape.block;
+    config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
     config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), name);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 }  // namespace llama_te

@@ -972,20 +972,12 @@ void launch(const std::vector<LinearArguments> &products, int device, cudaStream
                    "cudaFuncSetAttribute");
         allowed[device].store(true, std::memory_order_relaxed);
     }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(std::min(most_items, blocks));
-    config.blockDim = dim3(S::kAllThreads);
-    config.dynamicSmemBytes = S::kHead + stages * slot_bytes + S::kTailBytes;
-    config.stream = stream;
+    const int shared_bytes = S::kHead + stages * slot_bytes + S::kTailBytes;
     // Not a cooperative launch, although blocks of several products wait for each other: that could not begin before the
     // kernel ahead has ended. There are no more of them than multiprocessors, and what else may run ends by itself, but
     // for another such launch on another stream, against which the caller has to see.
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, task, stages, slot_bytes), "linear");
+    launch_overlapping(kernel, {dim3(std::min(most_items, blocks)), dim3(S::kAllThreads), shared_bytes}, stream,
+                       "linear", task, stages, slot_bytes);
 }
 
 template <WeightType kWeight>

@@ -85,8 +85,8 @@ __global__ void __launch_bounds__(kThreads) greedy_kernel(const __grid_constant_
 void embed_cuda(const EmbedArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
     const auto blocks = static_cast<unsigned>((arguments.row_bytes / 16 + kThreads - 1) / kThreads);
-    launch_overlapping(embed_kernel, arguments, dim3(blocks, arguments.rows), kThreads,
-                       reinterpret_cast<cudaStream_t>(stream), "embed");
+    launch_overlapping(embed_kernel, {dim3(blocks, arguments.rows), dim3(kThreads)},
+                       reinterpret_cast<cudaStream_t>(stream), "embed", arguments);
 }
 
 void greedy_cuda(const GreedyArguments &arguments, int device, std::uintptr_t stream) {
@@ -95,8 +95,8 @@ void greedy_cuda(const GreedyArguments &arguments, int device, std::uintptr_t st
     const int needed = (arguments.vocabulary / kVectorElements + kThreads - 1) / kThreads;
     const int useful = multiprocessors(device) * 4 / arguments.rows + 1;
     const auto blocks = static_cast<unsigned>(needed < useful ? needed : useful);
-    launch_overlapping(greedy_kernel, arguments, dim3(blocks, arguments.rows), kThreads,
-                       reinterpret_cast<cudaStream_t>(stream), "greedy");
+    launch_overlapping(greedy_kernel, {dim3(blocks, arguments.rows), dim3(kThreads)},
+                       reinterpret_cast<cudaStream_t>(stream), "greedy", arguments);
 }
 
 }  // namespace llama_te

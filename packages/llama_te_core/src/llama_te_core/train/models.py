@@ -55,9 +55,8 @@ def build_model(
     """
     precision, parallel = config.precision, config.parallel
     sizes = (1, 1, 1, 1) if mesh is None else mesh.shape
-    in_parts = sizes[1] * sizes[2] * sizes[3] > 1  # whole on no process
-    if precision.quantized_weights and mesh is not None:
-        in_parts = True  # only what FSDP has split can be quantized so that it gathers it
+    # Whole on no process, or to be quantized, which FSDP has to have split before it can gather it.
+    in_parts = sizes[1] * sizes[2] * sizes[3] > 1 or (precision.quantized_weights and mesh is not None)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(precision.weights_dtype)
     try:
