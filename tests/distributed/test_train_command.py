@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from core.training_runs import docstrings, losses, metrics, options, train, write
@@ -88,8 +89,10 @@ class Together:
         # The signal comes in the second step, and is heard of in the third, or the fourth.
         stop = (BATCHES // world_size) + 1
         runs.append((self.folder(world_size, "stopped"), self.source, saving | {"steps": 100, "stop": stop}))
-        ports = [_free_port() for _ in runs]
-        start(training_processes.run, world_size, ports, runs)
+        # Where the processes of a run meet is open before they start, as torchrun does it: no other program can take
+        # its port in between.
+        stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
+        start(training_processes.run, world_size, [store.port for store in stores], runs)
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,13 @@ def run(rank: int, world_size: int, ports: list[int], runs: list[tuple[Path, Pat
     Args:
         rank: Its number.
         world_size: How many there are.
-        ports: For each run, one where the processes meet.
+        ports: For each run, that of a TCPStore where the processes meet.
         runs: Folder, source and changes of `options`; with "stop" the last process gets a SIGTERM in that step.
     """
     for port, (folder, source, changes) in zip(ports, runs, strict=True):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-        os.environ |= {name: str(value) for name, value in environment.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
+        os.environ |= {name: str(value) for name, value in environment.items()}
         own = dict(changes)
         stop = own.pop("stop", None)
         with pytest.MonkeyPatch.context() as patch:
