@@ -212,5 +212,7 @@ def sanitize_hopper(session: nox.Session) -> None:
     # What torch.compile makes is not ours to check, and takes its processes minutes here.
     tests = ["-m", "pytest", *files, *[f"--deselect={file}::test_compiled_by_torch" for file in files]]
     for tool in ("memcheck", "racecheck", "synccheck"):
-        sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=9", sys.executable]
+        # Its backtraces of the host keep Python's frames alive, and with them the tensors of all tests.
+        options = [f"--tool={tool}", "--show-backtrace=device", "--error-exitcode=9"]
+        sanitizer = ["compute-sanitizer", *options, sys.executable]
         session.run(*sanitizer, *tests, *session.posargs, env=env, external=True)

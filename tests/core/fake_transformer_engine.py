@@ -239,7 +239,7 @@ class FakeTransformerEngine:
                 self.self_attention.proj.__class__ = Linear
                 self.layernorm_mlp.__class__ = LayerNormMLP
                 for module in (self.self_attention.layernorm_qkv, self.self_attention.proj, self.layernorm_mlp):
-                    module.tensor_group = group
+                    module.tensor_group, module.name = group, None
                 self.self_attention.core_attention = CoreAttention(arguments["kv_channels"] ** -0.5)
                 for module in self.modules():
                     for name, parameter in module.named_parameters(recurse=False):
@@ -254,6 +254,9 @@ class FakeTransformerEngine:
                 self.calls.append({"autocast": list(fake.autocasts), **arguments})
                 fake.events.append(("layer", self.arguments["layer_number"]))
                 self.self_attention.softmax_scale = self.self_attention.core_attention.softmax_scale
+                projections = (self.self_attention.layernorm_qkv, self.self_attention.proj)
+                projections[0].output_quantizer_role = projections[1].name or "dpa"
+                projections[1].grad_input_quantizer_role = projections[0].name or "dpa"
                 return ReferenceLayer.forward(self, hidden_bE, **arguments)
 
             def init_fp8_meta_tensors(self, recipe):

@@ -155,10 +155,13 @@ def te_model(monkeypatch: pytest.MonkeyPatch, base) -> NVLlamaForCausalLM:
 
 def test_weights_of_transformer_engine_are_adapted_alike(te_model, base) -> None:
     model = adapted(te_model)
-    wrapped = model.get_base_model().model.layers[0].self_attention.layernorm_qkv.base_layer
-    assert type(wrapped) is fake.LayerNormLinear
+    attention = model.get_base_model().model.layers[0].self_attention
+    projections = attention.layernorm_qkv.base_layer, attention.proj.base_layer
+    assert [type(projection) for projection in projections] == [fake.LayerNormLinear, fake.Linear]
     expected = logits(adapted(base))
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=BOUND)
+    # What attention tells its projections has reached them.
+    assert projections[0].output_quantizer_role == projections[1].grad_input_quantizer_role == "dpa"
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=BOUND)
 
 

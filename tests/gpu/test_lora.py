@@ -1,7 +1,7 @@
 """LoRA by PEFT on the weights of Transformer Engine layers: what an adapter computes, learns and leaves when merged.
 
-The oracle is the same adapter on reference layers in float32. Bounds: what layers without it are away from those, and for
-gradients what reference layers in bfloat16 are; e5m2 rounds 32 times as coarsely.
+The oracle is the same adapter on reference layers in float32. Bounds: what layers without it are away from those, and
+for gradients what reference layers in bfloat16 are; e5m2 rounds 32 times as coarsely.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import ParamWrapper
+from peft.tuners.lora import layer
 from torch import nn
 
 WEIGHTS = (
@@ -52,10 +52,28 @@ def on_weights(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def _of_base_layer(name: str) -> property:
+    return property(
+        lambda wrapper: getattr(wrapper.base_layer, name),
+        lambda wrapper, value: setattr(wrapper.base_layer, name, value),
+    )
+
+
+class ParamWrapper(layer.ParamWrapper):
+    """PEFT's own wrapper, with what Transformer Engine's attention asks its projections for, and tells them.
+
+    PEFT knows its wrappers by the name of their class.
+    """
+
+    name = _of_base_layer("name")
+    output_quantizer_role = _of_base_layer("output_quantizer_role")
+    grad_input_quantizer_role = _of_base_layer("grad_input_quantizer_role")
+
+
 def _adapt_weight(
     module: nn.Module, adapter_name: str, *, parameter_name: str | None = None, **arguments: Any
 ) -> nn.Module | None:
-    """PEFT's own wrapper for a parameter; `None` leaves a whole module to PEFT."""
+    """The wrapper for a parameter; `None` leaves a whole module to PEFT."""
     if parameter_name is None:
         return None
     adapted = ParamWrapper(module, adapter_name, parameter_name=parameter_name, **arguments)
