@@ -101,5 +101,6 @@ def test_the_adapter_alone_learns(precision: dict[str, Any], make_llama, measure
             losses[name].append(loss.item())
         assert all(torch.equal(weight, before[key]) for key, weight in model.named_parameters() if key in before)
     assert losses["exact"][-1] < losses["exact"][0] - 0.5
-    worst = max(abs(a / b - 1) for a, b in zip(losses["te"], losses["exact"], strict=True))
-    measured("losses of 20 steps against float32, the largest relative difference", worst, 0.03)
+    falls = {name: values[0] - values[-1] for name, values in losses.items()}
+    missing = abs(falls["te"] / falls["exact"] - 1)
+    measured("fall of the loss in 20 steps, relative difference from float32", missing, 0.1 if precision else 0.01)
