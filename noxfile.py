@@ -140,7 +140,7 @@ def build(session: nox.Session) -> None:
 
 # What the environment of the GPU sessions must bring.
 TRY_GPU_ENVIRONMENT = """
-import jsonargparse, pytest, torch, torchdata, transformers
+import jsonargparse, peft, pytest, torch, torchdata, transformers
 import transformer_engine.pytorch
 torch.zeros(1, device="cuda")
 """
