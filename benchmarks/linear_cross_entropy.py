@@ -15,15 +15,15 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 from unittest import mock
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from limits import copy_bandwidth
+from limits import copy_bandwidth, product_rate
 from shapes import VOCABULARY
+from timing import milliseconds
 
 LOADS = {"1B": (16384, 2048), "8B": (8192, 4096)}  # tokens, hidden size
 CHUNKS = (1024, 2048, 4096)
@@ -60,7 +60,7 @@ def main() -> None:
         parser.error("this needs a GPU.")
     import triton
 
-    products, copies = product_rate(), copy_bandwidth()
+    products, copies = product_rate(torch.bfloat16), copy_bandwidth()
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
         f"bf16 products {products / 1e12:.0f} TFLOP/s, copies {copies / 1e12:.2f} TB/s",
@@ -127,31 +127,11 @@ def measure(load: str, who: str, loss: Loss, products: float, copies: float) -> 
         run()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    milliseconds = timed(run, f"{load}, {who}")
+    passes = tqdm(range(REPEATS), desc=f"{load}, {who}", delay=2, leave=False, disable=None)
+    time = statistics.median([milliseconds(run) for _ in passes])
     memory = torch.cuda.max_memory_allocated() - before
     limit = 6 * tokens * VOCABULARY * size / products + 6 * tokens * VOCABULARY / copies
-    return Figure(f"{load}, {tokens:,} tokens", who, milliseconds, memory / 1e9, limit * 1000)
-
-
-def timed(run: Callable[[], Any], what: str) -> float:
-    """Median milliseconds of a run, the GPU's."""
-    times = []
-    for _ in tqdm(range(REPEATS), desc=what, delay=2, leave=False, disable=None):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def product_rate() -> float:
-    """Operations per second of a product of two matrices of 8,192 x 8,192 in bfloat16."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(WARM_UP):
-        a @ b
-    return 2 * 8192**3 / timed(lambda: a @ b, "products") * 1000
+    return Figure(f"{load}, {tokens:,} tokens", who, time, memory / 1e9, limit * 1000)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 from limits import copy_bandwidth
 from llama_te_infer import operators
+from timing import milliseconds
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
 DTYPE = torch.bfloat16
@@ -63,17 +64,9 @@ def microseconds(runs: Sequence[Run], launches: int = 64, replays: int = 50) -> 
         for _ in range(rounds):
             for run in runs:
                 run()
-    times = []
-    for replay in range(replays + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= 5:
-            times.append(start.elapsed_time(end) * 1000 / (rounds * len(runs)))
+    times = [milliseconds(graph.replay) for _ in range(replays + 5)]
     del graph
-    return statistics.median(times)
+    return statistics.median(times[5:]) * 1000 / (rounds * len(runs))
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -35,6 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
 import pages
+from limits import PRODUCT_SIZE, product_rate
 from shapes import LLAMA_3, VOCABULARY
 
 SHAPES = LLAMA_3 | {
@@ -77,7 +78,6 @@ MORE_ROWS = ["8B bf16", "8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 curre
 PEERS = ["1B bf16", "8B's width bf16"]
 COLOURS = {"llama-te": "#2a6f97", "transformers": "#d4a373"}
 MESH_COLOUR = "#61a5c2"
-PRODUCT_SIZE = 8192
 # What a mesh's name can say beside sizes, and what the words mean.
 MESH_CHOICES: dict[str, dict[str, Any]] = {
     "context_kind": {kind: kind for kind in ("p2p", "all_gather", "a2a")},
@@ -253,29 +253,10 @@ def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[F
 
 def product_rates(rows: list[str]) -> dict[str, float]:
     """Operations per second of a product of two large matrices, in the formats that rows compute in."""
-    a, b = (torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    rates = {"bf16": product_rate(lambda: a @ b)}
+    rates = {"bf16": product_rate(torch.bfloat16, DEVICE)}
     if any("FP8" in row for row in rows):
-        a8, b8 = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn).t()  # it takes a second factor by columns only
-        one = torch.ones((), device=DEVICE)
-        # Sums of less precision are the fastest there are; TE has them in the forward pass.
-        rates["FP8"] = product_rate(
-            lambda: torch._scaled_mm(a8, b8, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
-        )
+        rates["FP8"] = product_rate(torch.float8_e4m3fn, DEVICE)
     return rates
-
-
-def product_rate(product: Callable[[], torch.Tensor]) -> float:
-    """Operations per second of a product of two large matrices."""
-    seconds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(10):
-            product()
-        torch.cuda.synchronize()
-        seconds.append((time.perf_counter() - begin) / 10)
-    return 2 * PRODUCT_SIZE**3 / statistics.median(seconds)
 
 
 def measure(row: str, who: str, product_rates: dict[str, float], profile: Path | None) -> Figure:
@@ -366,7 +347,6 @@ def llama_te_step(
     model_config = config.model_config()
     device = torch.device(DEVICE, torch.cuda.current_device()) if DEVICE == "cuda" else torch.device(DEVICE)
     _, model = build_model(config, model_config, random_weights(0, model_config), mesh, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids_1T, labels_1T = tokens_and_labels(load, data_rank(mesh)[0])
     starts = torch.arange(0, ids_1T.numel() + 1, load.length, dtype=torch.int32, device=DEVICE)
     batch: dict[str, Any] = {
@@ -378,15 +358,7 @@ def llama_te_step(
         "max_length_k": load.length,
     }
     batch = shard_context(batch, mesh)
-
-    def step() -> torch.Tensor:
-        loss: torch.Tensor = model(**batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step, model_config
+    return make_step(model, lambda: model(**batch)), model_config
 
 
 def transformers_step(shape: dict[str, Any], load: Load) -> tuple[Callable[[], torch.Tensor], Any]:
@@ -401,18 +373,23 @@ def transformers_step(shape: dict[str, Any], load: Load) -> tuple[Callable[[], t
             model: Any = LlamaForCausalLM(config).train()
     finally:
         torch.set_default_dtype(torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids_1T, _ = tokens_and_labels(load, 0)
     ids_BS = ids_1T.view(load.sequences, load.length)
+    return make_step(model, lambda: model(input_ids=ids_BS, labels=ids_BS).loss), config
+
+
+def make_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A step of AdamW that returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> torch.Tensor:
-        loss: torch.Tensor = model(input_ids=ids_BS, labels=ids_BS).loss
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
-    return step, config
+    return step
 
 
 def tokens_and_labels(load: Load, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,17 +8,12 @@
 #include "kernels.h"
 #include "launch.cuh"
 #include "rotation.cuh"
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#error "llama_te needs compute capability 9.0 or later"
-#endif
+#include "warp.cuh"
 
 namespace llama_te {
 
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kWholeWarp = 0xffffffffU;
 constexpr int kPromptHeads = 4;  // of one thread
 constexpr int kPromptThreads = 256;
 // A step of generation is over sooner when its few tokens are spread over more multiprocessors.

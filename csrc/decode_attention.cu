@@ -18,10 +18,7 @@
 #include "copy_engine.cuh"
 #include "decode_attention.h"
 #include "rotation.cuh"
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-#error "llama_te needs compute capability 9.0 or later"
-#endif
+#include "warp.cuh"
 
 namespace llama_te {
 
@@ -35,8 +32,6 @@ struct Task {
     CUtensorMap values;
 };
 
-constexpr int kWarp = 32;
-constexpr unsigned kWholeWarp = 0xffffffffU;
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kRowsOfThread = kMaxDecodeRows / kThreads;
@@ -62,13 +57,6 @@ __device__ void copy_tile(unsigned to, const CUtensorMap &map, int block, int pl
 // Between what threads have written to shared memory and what the copy engine will write there.
 __device__ void fence_before_copies() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ void load_matrices(unsigned (&matrices)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
-                 : "r"(address)
-                 : "memory");
 }
 
 __device__ void load_transposed_matrices(unsigned (&matrices)[4], unsigned address) {

@@ -6,13 +6,11 @@
 
 #include "launch.cuh"
 #include "vector.cuh"
+#include "warp.cuh"
 
 namespace llama_te {
 
 namespace {
-
-constexpr int kWarp = 32;
-constexpr unsigned kWholeWarp = 0xffffffffU;
 
 using Packed = Vector<ElementType::kBFloat16>;
 constexpr int kVectorElements = Packed::kElements;

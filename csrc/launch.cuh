@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#error "llama_te needs compute capability 9.0 or later"
+#endif
+
 namespace llama_te {
 
 inline void check_cuda(cudaError_t error, const char *what) {

@@ -22,12 +22,12 @@
 
 #include "copy_engine.cuh"
 #include "linear.h"
+#include "warp.cuh"
 
 namespace llama_te {
 
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kVector = 16;   // bytes
 constexpr int kBoxBytes = 128;   // of one row of W: what the copy engine swizzles
 constexpr int kBoxVectors = kBoxBytes / kVector;
@@ -85,14 +85,6 @@ __device__ void copy_bulk(unsigned to, const char *from, int bytes, unsigned bar
 }
 
 // --- arithmetic
-
-// Four matrices of 8 rows of 16 bytes, of which a lane names a row and gets the fragments.
-__device__ void load_matrices(unsigned (&fragments)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(fragments[0]), "=r"(fragments[1]), "=r"(fragments[2]), "=r"(fragments[3])
-                 : "r"(row)
-                 : "memory");
-}
 
 __device__ uint2 load_shared(unsigned from) {
     uint2 vector;

@@ -6,13 +6,12 @@
 
 #include "kernels.h"
 #include "launch.cuh"
+#include "warp.cuh"
 
 namespace llama_te {
 
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kWholeWarp = 0xffffffffU;
 constexpr int kThreads = 128;
 constexpr int kHeldBytes = 256;
 

@@ -2,13 +2,12 @@
 
 #include "launch.cuh"
 #include "tokens.h"
+#include "warp.cuh"
 
 namespace llama_te {
 
 namespace {
 
-constexpr int kWarp = 32;
-constexpr unsigned kWholeWarp = 0xffffffffU;
 constexpr int kThreads = 128;
 constexpr int kVectorElements = 8;
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from infer.elementwise_operators_oracle import expected_rms_norm, expected_swiglu
 from infer.step_oracle import (
     FP8,
     NAN_BITS,
@@ -17,6 +16,8 @@ from infer.step_oracle import (
     assert_linear,
     before_nan,
     expected_greedy,
+    expected_rms_norm,
+    expected_swiglu,
     expected_whole_numbers,
     kinds,
     make_linear,

@@ -10,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.elementwise_operators_oracle import expected_rms_norm, expected_swiglu
 from infer.step_oracle import (
     FP8,
     NAN_BITS,
     LinearCase,
     assert_linear,
     expected_greedy,
+    expected_rms_norm,
+    expected_swiglu,
     kinds,
     make_linear,
     run_linear,

@@ -35,6 +35,9 @@ _FP8_TOKEN_MULTIPLE = 16
 # The forward product alone takes multiples of 8 (`assert_dim_for_fp8_exec` in TE 2.20).
 _FP8_FORWARD_MULTIPLE = 8
 
+# What TE's modules keep of delayed scaling, for the tensors of the forward and of the backward pass.
+_SCALING_TENSORS = [(direction, name) for direction in ("fwd", "bwd") for name in ("scale", "amax_history")]
+
 
 def transformer_engine() -> Any:
     """The module `transformer_engine.pytorch`.
@@ -138,6 +141,52 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
             count += 1
     if count == 0:
         raise ValueError("batches is empty: pass one batch at least, better as many as amax_history_len.")
+
+
+def scaling_state(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """What delayed scaling has seen of a model's tensors, on the host.
+
+    The model leaves it out of its state dict, since released checkpoints need none; a run that goes on does. TE's
+    `get_extra_state` has the same as a pickle, which TE does not load unless an environment variable allows it.
+
+    Returns:
+        By the names of TE's modules, scales [N] and the largest values of earlier steps [steps, N] of the N tensors of
+        the forward and the backward pass, float32. Modules that do not scale so, or have not computed yet, are left
+        out.
+    """
+    states = {}
+    for module_name, module in model.named_modules():
+        meta = getattr(module, "fp8_meta", {})
+        state = {
+            f"{name}_{direction}": getattr(meta[f"scaling_{direction}"], name).detach().cpu().clone()
+            for direction, name in _SCALING_TENSORS
+            if hasattr(meta.get(f"scaling_{direction}"), "amax_history")
+        }
+        if state:
+            states[module_name] = state
+    return states
+
+
+def set_scaling_state(model: torch.nn.Module, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Go on from what `scaling_state` returned.
+
+    Args:
+        model: Of the same kind, on its device. Modules that the state says nothing of, or that are not TE's, stay as
+            they are: the first steps find their scales.
+        states: What was returned.
+    """
+    module: Any  # of TE's own base class
+    for module_name, module in model.named_modules():
+        if module_name not in states or not hasattr(module, "fp8_meta"):
+            continue
+        state = states[module_name]
+        recipes = importlib.import_module("transformer_engine.common.recipe")
+        recipe = recipes.DelayedScaling(amax_history_len=state["amax_history_fwd"].shape[0])
+        module.fp8_meta["recipe"] = recipe
+        module.fp8_meta["num_gemms"] = state["scale_fwd"].numel() // 3  # each has an input, a weight and an output
+        module.init_fp8_meta_tensors(recipe)
+        for direction, name in _SCALING_TENSORS:
+            getattr(module.fp8_meta[f"scaling_{direction}"], name).copy_(state[f"{name}_{direction}"])
 
 
 class PrecisionPlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from .kv_cache import KVCache
 
 te = transformer_engine()
-
-_DIRECTIONS = ("fwd", "bwd")
 
 
 def build_transformer_engine_layer(
@@ -344,41 +341,6 @@ def quantize_loaded_weights(model: nn.Module) -> None:
 
 def _leave_as_it_is(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
-
-
-def scaling_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What delayed scaling has seen of a module's tensors, on the host.
-
-    TE's `get_extra_state` has the same as a pickle, which TE does not load unless an environment variable allows it.
-
-    Returns:
-        Scales [N] and the largest values of earlier steps [steps, N] of the N tensors of the forward and the backward
-        pass, float32. Empty for modules that do not scale so, or have not computed yet.
-    """
-    meta = getattr(module, "fp8_meta", {})
-    return {
-        f"{name}_{direction}": getattr(meta[f"scaling_{direction}"], name).detach().cpu().clone()
-        for direction in _DIRECTIONS
-        if hasattr(meta.get(f"scaling_{direction}"), "amax_history")
-        for name in ("scale", "amax_history")
-    }
-
-
-def set_scaling_state(module: Any, state: dict[str, torch.Tensor]) -> None:
-    """Go on from what `scaling_state` returned, which was not empty.
-
-    Args:
-        module: Of the same kind, on its device.
-        state: It.
-    """
-    recipes = importlib.import_module("transformer_engine.common.recipe")
-    recipe = recipes.DelayedScaling(amax_history_len=state["amax_history_fwd"].shape[0])
-    module.fp8_meta["recipe"] = recipe
-    module.fp8_meta["num_gemms"] = state["scale_fwd"].numel() // 3  # each has an input, a weight and an output
-    module.init_fp8_meta_tensors(recipe)
-    for direction in _DIRECTIONS:
-        for name in ("scale", "amax_history"):
-            getattr(module.fp8_meta[f"scaling_{direction}"], name).copy_(state[f"{name}_{direction}"])
 
 
 def _hide_extra_state(layer: nn.Module) -> None:

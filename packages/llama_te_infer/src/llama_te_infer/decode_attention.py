@@ -21,7 +21,7 @@ MAX_GROUP = 16
 MAX_KV_HEADS = 64
 HEAD_DIMS = (64, 80, 96, 128)
 
-_ELEMENTS = {torch.bfloat16: 0, torch.float16: 1}  # as in csrc/kernels.h
+_DTYPES = (torch.bfloat16, torch.float16)
 _TILE = 16  # keys, which a page must hold whole
 _VECTOR_BYTES = 16
 
@@ -94,7 +94,7 @@ def takes_decode_attention(dtype: torch.dtype, group: int, head_dim: int, page_s
         page_size: Places of a page, None for a contiguous cache.
     """
     whole_tiles = page_size is None or page_size % _TILE == 0
-    return dtype in _ELEMENTS and 1 <= group <= MAX_GROUP and head_dim in HEAD_DIMS and whole_tiles
+    return dtype in _DTYPES and 1 <= group <= MAX_GROUP and head_dim in HEAD_DIMS and whole_tiles
 
 
 def workspace_size(rows: int, kv_heads: int, group: int, head_dim: int, capacity: int) -> int:
@@ -130,31 +130,12 @@ def _decode_attention_cuda(
     workspace: torch.Tensor,
 ) -> None:
     capacity = _check(qkv, cos_sin, start, page_table, key_cache, value_cache, output)
-    rows, kv_heads, heads_of_group, head_dim = qkv.shape
-    group = heads_of_group - 2
+    rows = len(qkv)
     _check_for_kernel(qkv, cos_sin, page_table, key_cache, value_cache, output, workspace, capacity)
     if rows == 0:
         return
-    itemsize = qkv.itemsize
-    arguments = {
-        "element": _ELEMENTS[qkv.dtype],
-        "qkv": qkv.data_ptr(),
-        "kv_heads": kv_heads,
-        "group": group,
-        "head_dim": head_dim,
-        "cos_sin": cos_sin.data_ptr(),
-        "cos_sin_stride": operators.strides_of(cos_sin)[0] * cos_sin.itemsize,
-        "positions": cos_sin.shape[0],
-        "start": start.data_ptr(),
-        "rows": rows,
-        "page_table": operators.table_of(page_table),
-        "capacity": capacity,
-        "blocks": key_cache.shape[0],
-        "block_places": key_cache.shape[1],
-        "key": (key_cache.data_ptr(), *(stride * itemsize for stride in operators.strides_of(key_cache)[:3])),
-        "value": (value_cache.data_ptr(), *(stride * itemsize for stride in operators.strides_of(value_cache)[:3])),
-    }
-    row_stride = operators.strides_of(qkv)[0] * itemsize
+    arguments = operators.tokens_and_cache(qkv, cos_sin, start, page_table, key_cache, value_cache) | {"rows": rows}
+    row_stride = operators.strides_of(qkv)[0] * qkv.itemsize
     if operators.checks_values():
         appended = {"qkv_token_stride": row_stride, "tokens": rows, "width": 1, "query": output.data_ptr()}
         operators.check_on_host(
@@ -239,10 +220,9 @@ def _check(
         raise ValueError(f"output has the strides {output.stride()}: it must be contiguous.")
     if rows > 0 and not qkv[0].is_contiguous():
         raise ValueError(f"qkv has the strides {qkv.stride()}: all but the first dimension must be contiguous.")
-    cached_rows, capacity = key_cache.shape[:2]
     if page_table is not None:
         check("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
-        cached_rows, capacity = page_table.shape[0], page_table.shape[1] * key_cache.shape[1]
+    cached_rows, capacity = operators.rows_and_places(key_cache, page_table)
     for name, room in (
         ("start", start.shape[0]),
         ("page_table" if page_table is not None else "key_cache", cached_rows),
@@ -268,7 +248,7 @@ def _check_for_kernel(
     page_size = None if page_table is None else key_cache.shape[1]
     if not takes_decode_attention(qkv.dtype, group, head_dim, page_size):
         pages = "" if page_size is None else f" and pages of {page_size}"
-        dtypes = " and ".join(map(operators.name_of, _ELEMENTS))
+        dtypes = " and ".join(map(operators.name_of, _DTYPES))
         raise ValueError(
             f"qkv is {operators.name_of(qkv.dtype)} with G={group} and D={head_dim}{pages}: on a GPU allowed are "
             f"{dtypes}, G up to {MAX_GROUP}, D of {', '.join(map(str, HEAD_DIMS))} and "

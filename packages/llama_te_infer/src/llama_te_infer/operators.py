@@ -278,11 +278,9 @@ def _append_arguments(
         )
     if width > 0:
         rows = tokens // width
-    blocks, block_places = key_cache.shape[:2]
-    cached_rows, capacity = blocks, block_places
     if page_table is not None:
         check_tensor("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
-        cached_rows, capacity = page_table.shape[0], page_table.shape[1] * block_places
+    cached_rows, _ = rows_and_places(key_cache, page_table)
     for name, room in (
         ("start", start.shape[0]),
         ("page_table" if page_table is not None else "key_cache", cached_rows),
@@ -293,29 +291,13 @@ def _append_arguments(
         return None
     if not qkv[0].is_contiguous():
         raise ValueError(f"qkv has the strides {qkv.stride()}: all but the first dimension must be contiguous.")
-    itemsize = qkv.itemsize
-    return {
-        "element": _ELEMENTS[qkv.dtype],
-        "qkv": qkv.data_ptr(),
-        "qkv_token_stride": strides_of(qkv)[0] * itemsize,
+    return tokens_and_cache(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
+        "qkv_token_stride": strides_of(qkv)[0] * qkv.itemsize,
         "tokens": tokens,
         "width": width,
-        "kv_heads": kv_heads,
-        "group": group,
-        "head_dim": head_dim,
-        "cos_sin": cos_sin.data_ptr(),
-        "cos_sin_stride": strides_of(cos_sin)[0] * cos_sin.itemsize,
-        "positions": cos_sin.shape[0],
         "cu_new": cu_new.data_ptr(),
-        "start": start.data_ptr(),
         "rows": rows,
-        "page_table": table_of(page_table),
-        "capacity": capacity,
-        "blocks": blocks,
-        "block_places": block_places,
         "query": query.data_ptr(),
-        "key": (key_cache.data_ptr(), *(stride * itemsize for stride in strides_of(key_cache)[:3])),
-        "value": (value_cache.data_ptr(), *(stride * itemsize for stride in strides_of(value_cache)[:3])),
     }
 
 
@@ -363,7 +345,6 @@ def _reorder_arguments(
     if rows > MAX_REORDER_ROWS:
         raise ValueError(f"source_rows has B={rows} rows: allowed are up to {MAX_REORDER_ROWS}.")
     blocks, block_places = shape[:2]
-    cached_rows, capacity = blocks, block_places
     if page_table is not None:
         check_tensor("page_table", page_table, torch.int32, device, (None, None), "[at least B, pages per row]")
         assert ticket is not None
@@ -372,7 +353,7 @@ def _reorder_arguments(
             raise ValueError(
                 f"page_size={page_size}, but the pages of caches[0], {_shape(first)}, have {block_places}."
             )
-        cached_rows, capacity = page_table.shape[0], page_table.shape[1] * page_size
+    cached_rows, capacity = rows_and_places(first, page_table)
     if cached_rows < rows:
         name = "caches[0]" if page_table is None else "page_table"
         raise ValueError(f"source_rows has B={rows} rows, but {name} has {cached_rows}.")
@@ -491,6 +472,42 @@ def strides_of(tensor: torch.Tensor) -> list[int]:
 def table_of(page_table: torch.Tensor | None) -> tuple[int, int]:
     """A page table's address and its stride in bytes; zeros where there is none."""
     return (0, 0) if page_table is None else (page_table.data_ptr(), strides_of(page_table)[0] * page_table.itemsize)
+
+
+def rows_and_places(cache: torch.Tensor, page_table: torch.Tensor | None) -> tuple[int, int]:
+    """How many rows a cache has, and how many places each."""
+    blocks, block_places = cache.shape[:2]
+    return (blocks, block_places) if page_table is None else (len(page_table), page_table.shape[1] * block_places)
+
+
+def tokens_and_cache(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    start: torch.Tensor,
+    page_table: torch.Tensor | None,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+) -> dict[str, Any]:
+    """What a kernel takes that rotates tokens and appends them to a cache, of shapes that fit together."""
+    _, kv_heads, heads_of_group, head_dim = qkv.shape
+    itemsize = qkv.itemsize
+    return {
+        "element": _ELEMENTS[qkv.dtype],
+        "qkv": qkv.data_ptr(),
+        "kv_heads": kv_heads,
+        "group": heads_of_group - 2,
+        "head_dim": head_dim,
+        "cos_sin": cos_sin.data_ptr(),
+        "cos_sin_stride": strides_of(cos_sin)[0] * cos_sin.itemsize,
+        "positions": cos_sin.shape[0],
+        "start": start.data_ptr(),
+        "page_table": table_of(page_table),
+        "capacity": rows_and_places(key_cache, page_table)[1],
+        "blocks": key_cache.shape[0],
+        "block_places": key_cache.shape[1],
+        "key": (key_cache.data_ptr(), *(stride * itemsize for stride in strides_of(key_cache)[:3])),
+        "value": (value_cache.data_ptr(), *(stride * itemsize for stride in strides_of(value_cache)[:3])),
+    }
 
 
 def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:

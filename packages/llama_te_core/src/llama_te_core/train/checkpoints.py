@@ -51,12 +51,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..precision import scaling_state, set_scaling_state
 from .optimizers import MASTER
-from .tensor_parallel import gather_halves, scatter_halves
+from .tensor_parallel import gather_halves, local_part, scatter_halves
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
@@ -364,10 +364,10 @@ def _weights(model: PreTrainedModel) -> dict[str, Any]:
     """The model's state dict, which shares its memory, or that of the optimizer where that has the weights in FP32."""
     state: dict[str, Any] = get_model_state_dict(model)
     for name, value in state.items():
-        local = value.to_local() if isinstance(value, DTensor) else value
-        if type(local) not in (nn.Parameter, torch.Tensor):
+        part = local_part(value)
+        if type(part) not in (nn.Parameter, torch.Tensor):
             raise ValueError(
-                f"{name} is a {type(local).__name__}, which a checkpoint of a training run does not hold: train with "
+                f"{name} is a {type(part).__name__}, which a checkpoint of a training run does not hold: train with "
                 "llama_te_core.train.optimizers.make_optimizer, which keeps weights in FP32 too, or with "
                 "use_quantized_model_init=False."
             )
@@ -424,7 +424,7 @@ def _set_optimizer_state(
 def _own_state(model: nn.Module, extra: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "random": _random_state(),
-        "scaling": _scaling(model),
+        "scaling": scaling_state(model),
         "extra": {name: value.state_dict() if isinstance(value, Stateful) else value for name, value in extra.items()},
     }
 
@@ -438,39 +438,9 @@ def _set_own_state(state: dict[str, Any], model: nn.Module, extra: MutableMappin
             value.load_state_dict(state["extra"][name])
         else:
             extra[name] = state["extra"][name]
-    _set_scaling(model, state["scaling"])
+    set_scaling_state(model, state["scaling"])
     if same_ranks:
         _set_random_state(state["random"])
-
-
-def _scaling(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
-    """What delayed scaling of Transformer Engine's modules has seen.
-
-    The models leave it out of their state dict, since released checkpoints need none; a run that goes on does.
-    """
-    modules = _scaling_modules(model)
-    if not modules:
-        return {}
-    from ..transformer_engine_layer import scaling_state
-
-    states = {name: scaling_state(module) for name, module in modules.items()}
-    return {name: state for name, state in states.items() if state}
-
-
-def _set_scaling(model: nn.Module, states: dict[str, dict[str, torch.Tensor]]) -> None:
-    # A checkpoint of reference layers has none, for which the first steps find it.
-    known = {name: module for name, module in _scaling_modules(model).items() if name in states}
-    if not known:
-        return
-    from ..transformer_engine_layer import set_scaling_state
-
-    for name, module in known.items():
-        set_scaling_state(module, states[name])
-
-
-def _scaling_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Those of Transformer Engine, which keep beside their tensors how they scale."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "fp8_meta")}
 
 
 def _random_state() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..layers import is_transformer_engine
 from ..modeling_nvllama import NVLlamaForCausalLM
 from ..precision import transformer_engine
 from .config import OptimizerConfig
+from .tensor_parallel import local_part
 
 # What Transformer Engine calls the FP32 weight in the optimizer's state of a parameter.
 MASTER = "master_param"
@@ -74,7 +75,7 @@ def quantized_parameters(model: NVLlamaForCausalLM) -> list[nn.Parameter]:
         return []
     from ..transformer_engine_layer import is_quantized
 
-    return [parameter for parameter in model.parameters() if is_quantized(_local(parameter))]
+    return [parameter for parameter in model.parameters() if is_quantized(local_part(parameter))]
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def scale_parts_as_one(model: NVLlamaForCausalLM) -> None:
         model: After `parallelize`, with memory.
     """
     for parameter in quantized_parameters(model):
-        part: Any = _local(parameter)
+        part: Any = local_part(parameter)
         if isinstance(parameter, DTensor):
             part.amax_reduction_group = parameter.device_mesh.get_group("shard")
 
@@ -104,11 +105,7 @@ def set_value(parameter: nn.Parameter, value: torch.Tensor, quantized: bool) -> 
         quantized: Whether it is one of `quantized_parameters`, which round the value: the parameter then has the FP32
             one as an attribute, until `make_optimizer` takes it.
     """
-    _local(parameter).copy_(value)
+    local_part(parameter).copy_(value)
     if quantized:
         kept: Any = parameter
         kept.value_before_rounding = value.to(torch.float32, copy=True)  # the value can be a view of the whole
-
-
-def _local(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -132,6 +132,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that may be shared out, in the same memory. Nothing is sent."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def own_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
     """What this process has of a tensor that is shared out as another is. Nothing is sent.
 
