@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.documents import in_order
+from llama_te_core.train.documents import Document, in_order
 from llama_te_core.train.text_data import TextBatches, TextData, merge_states
 
 # Timing says nothing here, and a busy machine would miss a deadline.
@@ -491,7 +491,7 @@ def test_padding_is_the_collators(tmp_path, split_long):
 
 def test_empty_documents_are_passed_over_on_request(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in ("", "one", "", "two", "")])
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 has no tokens: text is empty\. Remove it, or pass skip_em"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 has no tokens: text is empty\. Remove it, or set skip_em"):
         list(TextBatches(text_data(tmp_path)))
     assert texts_of(text_data(tmp_path, skip_empty=True)) == ["one", "two"]
 
@@ -528,6 +528,26 @@ def test_a_missing_field_of_the_hubs_names_those_there_are(hub):
         list(TextBatches(text_data("someone/texts", text_field="body")))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach it\non the Hub"),
+        datasets.exceptions.DatasetNotFoundError("Dataset doesn't exist"),
+        ValueError("Unknown split"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_data_set_of_the_hub_that_cannot_be_loaded(monkeypatch, error):
+    def load_dataset(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = " ".join(str(error).split())
+    with pytest.raises(ValueError, match=rf"source='some/texts' is no file.*split='test'\. Check.*{said}$") as refused:
+        list(TextBatches(text_data("some/texts", split="test")))
+    assert refused.value.__cause__ is error
+
+
 def test_text_and_json_need_no_further_package(tmp_path, monkeypatch):
     for name in ("datasets", "pyarrow", "pyarrow.parquet", "torchdata"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -551,14 +571,20 @@ def test_text_and_json_need_no_further_package(tmp_path, monkeypatch):
             {},
             r"line 2 has no field 'text'; .* \['body', 'id'\]\. Change text_f",
         ),
-        ([{"text": "a"}], {"tokenizer": None}, r"line 1 has no field 'input_ids'; .*Pass a tokenizer if"),
+        (
+            [{"text": "a"}],
+            {"tokenizer": None},
+            r"line 1 has no field 'input_ids'; .*`data\.tokenizer`\) if it has text",
+        ),
         ([{"text": 7}], {}, r"line 1: the field 'text' is int; text_field must name a field of text"),
+        ([{"text": 7}], {}, r"Set tokenizer=None \(in a configuration `data\.tokenizer: null`\) for token ids"),
         ([{"text": None}], {}, r"the field 'text' is NoneType"),
         ([{"text": ["a", 1]}], {}, r"the field 'text' is a list of int and str"),
         ([{"input_ids": "abc"}], {"tokenizer": None}, r"line 1: input_ids is str; it must be a list of token ids"),
         ([{"input_ids": [1, 2.5]}], {"tokenizer": None}, r"input_ids is a list of float and int"),
         ([{"input_ids": [[1], [2]]}], {"tokenizer": None}, r"input_ids is a list of list"),
         ([{"input_ids": []}], {"tokenizer": None}, r"line 1 has no tokens: input_ids is empty"),
+        ([{"text": ""}], {}, r"or set skip_empty=True \(in a configuration `data\.skip_empty: true`\)\."),
         (["just text"], {}, r"line 1 is JSON of type str; each line .* must be one object"),
         ([], {}, r"has no tokens for shard 0 of 1 .*fewer documents than shards"),
         ([{"text": ""}], {"skip_empty": True, "epochs": None}, r"has no tokens for shard 0 of 1"),
@@ -584,6 +610,23 @@ def test_what_is_no_json_or_no_utf8(tmp_path):
         list(TextBatches(text_data(path)))
 
 
+@pytest.mark.parametrize(("ids", "wrong"), [([1, 9, 10, 3], 10), ([1, -2, 3], -2), ([2**70, 1], 2**70)])
+def test_ids_that_are_none_of_the_vocabulary(tmp_path, ids, wrong):
+    write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [0, 9]}, {"input_ids": ids}])
+    data = TextData(tmp_path, None, 8, shuffle_buffer=0, vocab_size=10)
+    message = rf"a\.jsonl, line 2 has the token id {wrong}; ids must be from 0 to 9, for vocab_size=10\. Use the tokens"
+    with pytest.raises(ValueError, match=message):
+        list(TextBatches(data))
+    assert dataclasses.replace(data, vocab_size=None).tokens(Document("", {"input_ids": ids})) == ids
+
+
+def test_a_tokenizer_of_a_larger_vocabulary(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    assert tokens_of(TextBatches(text_data(tmp_path, vocab_size=101))) == [1, 100, 2]
+    with pytest.raises(ValueError, match=r"a\.txt has the token id 100; ids must be from 0 to 99"):
+        list(TextBatches(text_data(tmp_path, vocab_size=100)))
+
+
 def test_an_error_in_a_worker_reaches_the_process(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"body": "b"}])
     with pytest.raises(ValueError, match=r"line 2 has no field 'text'"):
@@ -593,9 +636,35 @@ def test_an_error_in_a_worker_reaches_the_process(tmp_path):
 def test_fewer_documents_than_shards(tmp_path):
     data, _ = numbered_data(tmp_path / "data", [3, 3])
     with pytest.raises(
-        ValueError, match=r"no tokens for shard 2 of 3 \(ranks x workers\): .*Use more documents, or fewer"
+        ValueError, match=r"no tokens for shard 2 of 3 \(ranks x workers\): .*Use more documents.*`data\.workers: 0`"
     ):
         list(TextBatches(data, 2, 3))
+
+
+def test_fewer_documents_than_shards_are_counted_before_they_are_read(tmp_path):
+    pq.write_table(pa.table({"text": ["row 1", "row 2"]}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}])
+    (tmp_path / "c.txt").write_bytes(b"\xff\n\n")  # nobody looks into it
+    TextBatches(text_data(tmp_path), 0, 5).check_documents(workers=0)
+    TextBatches(text_data(tmp_path), 0, 2).check_documents(workers=2)
+    message = (
+        r"has 5 documents, fewer than the 6 shards \(ranks x workers\)\. .*a \.txt file is one.*`data\.workers: 0`"
+    )
+    for ranks, workers in ((6, 0), (2, 3)):
+        with pytest.raises(ValueError, match=message):
+            TextBatches(text_data(tmp_path), 0, ranks).check_documents(workers)
+
+    (tmp_path / "c.txt").write_text("one\n\ntwo")
+    TextBatches(text_data(tmp_path, text_document="paragraph"), 0, 6).check_documents(workers=1)
+    with pytest.raises(ValueError, match=r"c\.txt' has 1 document, fewer than the 2 shards"):
+        TextBatches(text_data(tmp_path / "c.txt")).check_documents(workers=2)
+
+
+def test_no_more_documents_are_read_than_are_counted(tmp_path):
+    """A folder can be large, and the rest of a file too."""
+    (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\n" + b"words\n" * 10_000 + b"\xff")
+    (tmp_path / "b.parquet").touch()
+    TextBatches(text_data(tmp_path, text_document="paragraph")).check_documents(workers=2)
 
 
 @pytest.mark.parametrize("source", ["texts", "./owner/name", "owner/name.jsonl", "a/b/c", "owner/"])
@@ -625,6 +694,7 @@ def test_a_source_without_text(tmp_path):
         ({"tokens_per_batch": True}, r"tokens_per_batch is True"),
         ({"sequence_length": 0}, r"sequence_length is 0; it must be an integer of at least 1 or None\."),
         ({"sequence_length": 1001}, r"sequence_length is 1001, more than tokens_per_batch=1000"),
+        ({"vocab_size": 0}, r"vocab_size is 0; it must be an integer of at least 1 or None"),
         ({"epochs": 0}, r"epochs is 0; it must be an integer of at least 1 or None"),
         ({"seed": -1}, r"seed is -1; it must be an integer of at least 0"),
         ({"shuffle_buffer": -1}, r"shuffle_buffer is -1"),
@@ -643,7 +713,10 @@ def test_bad_settings(fields, message):
 def test_a_tokenizer_without_a_special_token(token):
     tokenizer = ByteTokenizer()
     setattr(tokenizer, f"{token}_token_id", None)
-    with pytest.raises(ValueError, match=rf"add_{token} is True, but the tokenizer has no {token.upper()} token"):
+    with pytest.raises(
+        ValueError,
+        match=rf"add_{token} is True, but the tokenizer has no {token.upper()} token.*data\.add_{token}: false",
+    ):
         text_data("anything", tokenizer=tokenizer)
     text_data("anything", tokenizer=tokenizer, **{f"add_{token}": False})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -257,6 +258,62 @@ def test_a_compiled_model_is_the_same_model(tmp_path):
     resumed = Run().train(3)
     checkpoints.load(1, torch.compile(resumed.model), resumed.optimizer)
     assert_same(resumed.state()[:1], run.state()[:1])
+
+
+def groups(run: Run) -> list[dict]:
+    return [{key: value for key, value in each.items() if key != "params"} for each in run.optimizer.param_groups]
+
+
+def test_options_are_those_of_the_run_that_goes_on(tmp_path):
+    """All but the rate, which a scheduler computes from the last one."""
+    run = Run(options={"weight_decay": 0.1}).train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    options = {"betas": (0.7, 0.8), "eps": 1e-3, "weight_decay": 0.3}
+    resumed = Run(options=options)
+    checkpoints.load(2, resumed.model, resumed.optimizer, resumed.extra)
+    assert groups(resumed) == [each | options for each in groups(run)]
+    assert resumed.optimizer.param_groups[0]["lr"] != Run().optimizer.param_groups[0]["lr"]
+    assert_same(resumed.optimizer.state_dict()["state"], run.optimizer.state_dict()["state"])
+    # As if they had been changed in the run that was saved.
+    for group in run.optimizer.param_groups:
+        group.update(options)
+    torch.manual_seed(1)
+    run.train(2)
+    torch.manual_seed(1)
+    assert_same(resumed.train(2).state(), run.state())
+
+
+def test_options_stay_with_their_groups(tmp_path):
+    run = Run()
+    first, *others = run.model.parameters()
+
+    def optimizer(decay):
+        return torch.optim.AdamW([{"params": [first], "weight_decay": decay}, {"params": others}], weight_decay=0.0)
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, run.model, optimizer(0.1))
+    again = optimizer(0.2)
+    checkpoints.load(1, run.model, again)
+    assert [group["weight_decay"] for group in again.param_groups] == [0.2, 0.0]
+
+
+def test_a_scheduler_that_moves_betas_goes_on(tmp_path):
+    def new():
+        run = Run()
+        run.scheduler = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, max_lr=1e-2, total_steps=10)
+        return run
+
+    run = new().train(2)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    resumed = new()
+    assert groups(resumed)[0]["betas"] != groups(run)[0]["betas"]
+    checkpoints.load(2, resumed.model, resumed.optimizer, resumed.extra)
+    torch.manual_seed(1)
+    run.train(2)
+    torch.manual_seed(1)
+    assert_same(resumed.train(2).state(), run.state())
 
 
 # --- converting -------------------------------------------------------------------------------------------------------
@@ -554,15 +611,47 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
         checkpoints.load(2, run.model, run.optimizer, {"data": None})
 
 
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
-def test_a_damaged_checkpoint(tmp_path, file):
+@pytest.mark.parametrize(
+    ("file", "size", "what"),
+    [
+        (".metadata", 1000, r"\.metadata is damaged \(UnpicklingError: .*\)"),
+        (".metadata", 0, r"\.metadata is damaged \(EOFError: Ran out of input\)"),
+        (".metadata", None, r"\.metadata is missing"),
+        ("__0_0.distcp", 1000, r"__0_0\.distcp is damaged \(.*Error.*\) \(rank 0\)"),
+        ("__0_0.distcp", None, r"__0_0\.distcp is missing \(rank 0\)"),
+    ],
+)
+def test_a_damaged_checkpoint(tmp_path, file, size, what):
+    run = Run()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(60, run.model, run.optimizer)
+    checkpoints.save(80, run.model, run.optimizer)
+    checkpoints.wait()
+    path = tmp_path / "step-00000080" / file
+    data = path.read_bytes()
+    path.unlink()
+    if size is not None:
+        path.write_bytes(data[:size])
+    damaged = f"{path.parent} cannot be loaded: {what}\\. Remove {path.parent} to "
+    with pytest.raises(CheckpointError, match=damaged + r"go on from step 60\.$"):
+        checkpoints.load(80, run.model, run.optimizer)
+    shutil.rmtree(tmp_path / "step-00000060")
+    with pytest.raises(CheckpointError, match=damaged + r"begin anew\.$"):
+        checkpoints.load(80, run.model, run.optimizer)
+
+
+def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(tmp_path, monkeypatch):
     run = Run()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, run.model, run.optimizer)
     checkpoints.wait()
-    path = tmp_path / "step-00000001" / file
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=f"{path.parent} cannot be loaded: .*Error"):
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(module.FileSystemReader, "read_data", refuse)
+    message = r"step-00000001 cannot be loaded: PermissionError: .*Permission denied \(rank 0\)\.$"
+    with pytest.raises(CheckpointError, match=message):
         checkpoints.load(1, run.model, run.optimizer)
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.training_runs import Command, docstrings, losses, metrics, options, train, write
 from llama_te_convert import convert_llama_te_to_hf
+from llama_te_convert.command import main as convert
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_core.train.batch_stream import BatchStream
 from llama_te_core.train.byte_tokenizer import byte_tokenizer
@@ -314,11 +315,25 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
         ({"schedule__kind": "step"}, 2, "schedule.kind"),
         ({"schedule__final_fraction": 2}, 2, "schedule.final_fraction=2.0: it must be from 0 to 1"),
         ({"schedule__warmup_steps": 9}, 2, "schedule.warmup_steps=9 is more than steps=8"),
+        ({"schedule__warmup_steps": 9}, 2, "Give --schedule.warmup_steps 8 or less, or --steps 9 or more"),
+        ({"profile__trace_at": 9}, 2, "profile.trace_at=9 is after the last step, steps=8: nothing would be recorded"),
+        ({"profile__memory_at": 9}, 2, "profile.memory_at=9 is after the last step, steps=8"),
         ({"model__shape": None}, 2, "neither is given"),
         ({"model__checkpoint": "x/y"}, 2, "both are given"),
         ({"model__shape__hidden_size": 97}, 2, "hidden_size=97 is no multiple of num_attention_heads=4"),
+        (
+            {"model__shape__rope_parameters": "{rope_typ: x}"},
+            2,
+            "model.shape.rope_parameters has rope_typ: it may have",
+        ),
+        (
+            {"model__shape__rope_parameters": "{rope_type: x}"},
+            2,
+            "has rope_type='x': it must be one of default, linear",
+        ),
         ({"model__shape__num_key_value_heads": 3}, 2, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"data__sequence_length": 600, "data__tokens_per_batch": 600}, 2, "max_position_embeddings=512"),
+        ({"data__sequence_length": 0, "data__tokens_per_batch": 600}, 2, "sequence_length is 0; it must be an integer"),
         ({"data__sequence_length": 300}, 2, "sequence_length is 300, more than tokens_per_batch=256"),
         ({"parallel__context": 3}, 2, "data.tokens_per_batch=256 is no multiple of 2 x parallel.context=6"),
         ({"parallel__tensor": 0}, 2, "tensor=0: it must be an integer of at least 1"),
@@ -358,6 +373,12 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
         ),
         ({"export__hf": True}, 2, "export.hf=True, but export.te=False"),
         ({"nonsense": 1}, 2, "nonsense"),
+        (
+            {"config": "tinyy"},
+            2,
+            "--config tinyy: there is no such file, and presets are llama-3.1-70b, llama-3.1-8b, ",
+        ),
+        ({"config": "./no.yaml"}, 2, "--config ./no.yaml: there is no such file"),
         ({"parallel__shard": 2}, 1, "shard=2, context=1, tensor=1 need 2 processes, but there are 1"),
         ({"precision__compute": "fp8"}, 1, "needs Transformer Engine layers on an NVIDIA GPU, but"),
         ({"precision__compute": "nvfp4"}, 1, "needs Transformer Engine layers on an NVIDIA GPU, but"),
@@ -409,6 +430,18 @@ def test_a_checkpoint_of_another_model_is_refused(
     (tmp_path / "te" / "model.safetensors").unlink()
 
 
+def test_a_runs_own_checkpoint_is_to_be_converted(
+    whole_run: Path, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, start = whole_run / "checkpoints" / "step-00000006", tmp_path / "start"
+    changes = SHORT | {"model__shape": None, "steps": 1}
+    assert main(options(tmp_path / "run", source, **changes, model__checkpoint=checkpoint)) == 1
+    assert f"convert it (llama-te-convert to-hf {checkpoint} ./start) and give ./start" in capsys.readouterr().err
+    assert convert(["to-hf", str(checkpoint), str(start)]) == 0
+    (loss,) = train(tmp_path / "run", source, **changes, model__checkpoint=start)
+    assert loss < losses(whole_run)[0] - 0.5
+
+
 def test_a_run_does_not_go_on_with_other_data(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +466,24 @@ def test_help_and_the_printed_configuration_are_complete(tmp_path: Path) -> None
     read = read_config(["--config", str(file)])
     assert read == read_config(["--config=llama-3.2-1b", "--data.source", "x", "--steps", "700"])
     assert read.steps == 700
+
+
+def test_the_data_can_know_the_vocabulary() -> None:
+    assert DataConfig("x").text_data(None, 0, 1, 1).vocab_size is None
+    assert DataConfig("x").text_data(None, 0, 1, 1, vocab_size=5).vocab_size == 5
+
+
+def test_options_may_be_written_with_hyphens(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--config", "tiny", "--data.source", "a-b", "--data.tokens-per-batch", "512", "--folder=c-d"]
+    config = read_config(words)
+    assert (config.data.source, config.data.tokens_per_batch, config.folder) == ("a-b", 512, "c-d")
+    printed = []
+    for option in ("--print-config", "--print_config"):
+        with pytest.raises(SystemExit, match="0"):
+            read_config([*words, option])
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert "tokens_per_batch: 512" in printed[0]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from core.training_runs import docstrings, losses, metrics, train, write
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.config import ScheduleConfig
-from llama_te_core.train.metrics import peak_flops, training_flops
+from llama_te_core.train import metrics as module
+from llama_te_core.train.config import LogConfig, ScheduleConfig
+from llama_te_core.train.metrics import Metrics, bf16_product_rate, peak_flops, training_flops
 from llama_te_core.train.schedule import learning_rate
 
 
@@ -90,22 +92,72 @@ def test_the_kinds_of_schedule() -> None:
     assert rates("cosine") == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
 
 
-def test_metrics_go_to_file_tensorboard_and_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_products_are_timed_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PRODUCT_SIZE", 64)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    clock = iter([0.0, 5.0, 6.0, 6.5])  # the first time does not count
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(clock))
+    random = torch.get_rng_state()
+    assert bf16_product_rate(torch.device("cpu")) == module.PRODUCTS * 2 * 64**3 / 0.5
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_shares_of_the_peak_and_of_products(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = NVLlamaConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
+    told = Metrics(
+        LogConfig(), tmp_path, config, compute="bf16", device=torch.device("cpu"), ranks=1, step=0, steps=2, settings={}
+    )
+    assert told.peak is None and told.product_rate is None
+    for step in (1, 2):
+        told.add(step, torch.tensor(1.0), torch.tensor(1.0), 0.1)
+        told.count(14, 14**2)
+        told.report()
+        told.peak, told.product_rate = 8e9, 4e9
+    first, second = metrics(tmp_path)
+    assert not first.keys() & {"mfu", "share_of_bf16_products"}
+    flops = training_flops(config, 14, 14**2) * second["tokens_per_second"] / 14
+    assert (second["mfu"], second["share_of_bf16_products"]) == pytest.approx((flops / 8e9, flops / 4e9))
+    line = capsys.readouterr().err.splitlines()[1]
+    assert f"MFU {flops / 8e9:.1%}  {flops / 4e9:.0%} of bf16 products" in line
+
+
+def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], list[tuple[int, float]]]:
+    """What runs are started with, and what they log; the last is (-1, 0)."""
+    started: list[dict[str, Any]] = []
     logged: list[tuple[int, float]] = []
     run = types.SimpleNamespace(
         log=lambda values, step: logged.append((step, values["loss"])), finish=lambda: logged.append((-1, 0.0))
     )
-    started: dict[str, Any] = {}
     wandb: Any = types.ModuleType("wandb")
     wandb.__spec__ = types.SimpleNamespace()
-    wandb.init = lambda **arguments: started.update(arguments) or run
+    wandb.init = lambda **arguments: started.append(arguments) or run
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return started, logged
+
+
+def test_a_run_that_goes_on_is_one_run_of_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, logged = fake_wandb(monkeypatch)
+    source = write(tmp_path, docstrings(126)[:8])
+    settings: dict[str, Any] = {"log__wandb_project": "llamas", "schedule__kind": "constant"}
+    for steps in (2, 3):
+        train(tmp_path, source, steps=steps, **settings)
+    shutil.rmtree(tmp_path / "checkpoints")
+    train(tmp_path, source, steps=3, **settings)
+    first, second, anew = (each["id"] for each in started)
+    assert first == second != anew
+    assert [each["resume"] for each in started] == ["allow"] * 3
+    assert [step for step, _ in logged] == [1, 2, -1, 3, -1, 1, 2, 3, -1]
+
+
+def test_metrics_go_to_file_tensorboard_and_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started, logged = fake_wandb(monkeypatch)
     source = write(tmp_path, docstrings(126)[:8])
     curve = train(tmp_path, source, steps=5, log__interval=2, log__wandb_project="llamas", checkpoint__interval=None)
 
-    assert (started["project"], started["config"]["steps"]) == ("llamas", 5)
+    ((project, settings),) = [(each["project"], each["config"]) for each in started]
+    assert (project, settings["steps"]) == ("llamas", 5)
     assert logged == [*enumerate(curve, 1), (-1, 0.0)]
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]

@@ -116,8 +116,9 @@ def test_two_processes_load_what_four_or_one_saved(four, two, plain, name):
         (warning,) = found[name]["warnings"]
         saved = 1 if source == "plain" else 4
         assert warning == (
-            f"step 2 was saved by {saved} processes and is loaded by 2: random numbers go on as they are, and extra is "
-            "that of rank 0."
+            f"step 2 was saved by {saved} processes and is loaded by 2: weights and the optimizer's state are the "
+            "same, random numbers go on as they are, and extra is what rank 0 saved (in a run of llama-te-train the "
+            "place in the data, which is that of all ranks: none is lost or repeated)."
         )
 
 

@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     squared_lengths: int
 
 
+class UnusableDocumentError(ValueError):
+    """A document that cannot be trained on, met in the course of a run."""
+
+
 class BatchStream:
     """Batches without end, with a state that any number of processes can go on from.
 
@@ -51,6 +55,7 @@ class BatchStream:
         self.workers = workers
         rank, self.ranks = data_rank(mesh)
         self.batches = TextBatches(data, rank, self.ranks)
+        self.batches.check_documents(workers)
         for document in self.batches.source.documents(None):
             data.tokens(document)  # tells now what a worker would only once the model is loaded
             break
@@ -61,11 +66,16 @@ class BatchStream:
         """The next batch.
 
         Raises:
-            ValueError: A document cannot be used.
+            UnusableDocumentError: A document cannot be used.
         """
         if self._iterator is None:
             self._iterator = iter(self._loader)
-        batch = next(self._iterator)
+        try:
+            batch = next(self._iterator)
+        except ValueError as error:
+            # A worker's has the whole traceback for its message.
+            *_, message = str(error).strip().splitlines()
+            raise UnusableDocumentError(message.removeprefix("ValueError: ")) from error
         lengths = batch["cu_seq_lens_q"].diff()
         arguments = shard_context(batch, self.mesh)
         return Batch(
@@ -76,6 +86,14 @@ class BatchStream:
             batch["input_ids"].numel(),
             int(lengths.square().sum()),  # still on the host
         )
+
+    def close(self) -> None:
+        """End the workers; there are no more batches."""
+        iterator: Any = self._iterator
+        self._iterator = None
+        if self.workers and iterator is not None:
+            # At Python's exit they would get a SIGTERM, which they leave to this process, and be waited for for ever.
+            iterator._shutdown_workers()
 
     def state_dict(self) -> dict[str, Any]:
         """The place of all data-parallel ranks, the same in all processes, which call this together."""

@@ -15,7 +15,8 @@ it, which `llama-te-convert` reads. Its state dict holds
 
 - `model` and `optimizer.state`: tensors by the names of the parameters, in parts, so that any number of processes can
   load them; of weights that layers have in FP8 only, `model` has what the optimizer keeps of them in FP32;
-- `optimizer.groups`: the options of the parameter groups;
+- `optimizer.groups`: the options of the parameter groups, of which `load` leaves `betas`, `eps` and `weight_decay` to
+  the optimizer that it is given;
 - `ranks`: for each process its random numbers, its `extra` and the scaling state of its FP8 layers.
 
 The last two are bytes, which torch.load makes objects of: load what you trust.
@@ -23,6 +24,7 @@ The last two are bytes, which torch.load makes objects of: load what you trust.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import io
@@ -31,8 +33,9 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +46,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -60,6 +65,9 @@ from .tensor_parallel import gather_halves, local_part, scatter_halves
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
+# What an optimizer is made with and keeps. The rate is not: a scheduler may compute it from the last one. Others are
+# state, such as the number of steps that Transformer Engine's optimizer counts in its groups.
+_OPTIONS = ("betas", "eps", "weight_decay")
 
 T = TypeVar("T")
 
@@ -191,6 +199,10 @@ class Checkpoints:
         each; otherwise, with a warning, random numbers go on as they are, and every process gets rank 0's `extra` and
         scaling state.
 
+        Of the options of the optimizer's groups, `betas`, `eps` and `weight_decay` stay as they are, so that a run can
+        go on with others. All else comes from the checkpoint: the learning rate, what schedulers keep in the groups,
+        and `betas` too where a scheduler moves them (`OneCycleLR`, `CyclicLR`).
+
         Args:
             step: Which one.
             model: As for `save`.
@@ -199,7 +211,8 @@ class Checkpoints:
                 tensors in the host's memory.
 
         Raises:
-            CheckpointError: There is no such checkpoint, or it does not fit. The model may be loaded in part then.
+            CheckpointError: There is no such checkpoint, it is damaged, or it does not fit. The model may be loaded in
+                part then.
             TypeError: The model is of another kind.
             ValueError: Weights exist in a quantized format only; see `save`.
         """
@@ -209,11 +222,11 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} has no checkpoint of step {step}: {there}.")
         model = _unwrapped(model)
         weights = _weights(model)
-        reader = FileSystemReader(self._path(step))
+        reader = _Reader(self.path(step))
         try:
             paths = set(reader.read_metadata().planner_data.values())
-        except Exception as error:  # a damaged pickle can raise anything
-            raise CheckpointError(f"{self._path(step)} cannot be loaded: {_reason(error)}.") from error
+        except Exception as error:
+            raise self._not_loaded(step, steps, error) from error
         ranks = {path[1] for path in paths if path[0] == "ranks"}
         same_ranks = len(ranks) == self._ranks
         own = str(self._rank if same_ranks else 0)
@@ -234,7 +247,7 @@ class Checkpoints:
         try:
             state_dict_loader.load(whole, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
         except CheckpointException as error:
-            raise CheckpointError(f"{self._path(step)} cannot be loaded: {_reason(error)}.") from error
+            raise self._not_loaded(step, steps, error) from error
         state = scatter_halves(whole, state)
 
         # First, since with delayed scaling it has the scales that weights are quantized with.
@@ -245,12 +258,14 @@ class Checkpoints:
             _set_optimizer_state(model, optimizer, state["optimizer"]["state"], groups)
         if not same_ranks:
             warnings.warn(
-                f"step {step} was saved by {len(ranks)} processes and is loaded by {self._ranks}: random numbers go on "
-                "as they are, and extra is that of rank 0.",
+                f"step {step} was saved by {len(ranks)} processes and is loaded by {self._ranks}: weights and the "
+                "optimizer's state are the same, random numbers go on as they are, and extra is what rank 0 saved (in "
+                "a run of llama-te-train the place in the data, which is that of all ranks: none is lost or repeated).",
                 stacklevel=2,
             )
 
-    def _path(self, step: int) -> Path:
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint, there or not."""
         return self.folder / f"step-{step:08d}"
 
     def _partial(self, step: int) -> Path:
@@ -266,7 +281,7 @@ class Checkpoints:
         if isinstance(step, bool) or not isinstance(step, int) or step <= newest:
             raise ValueError(
                 f"step={step!r}: it must be an integer larger than {newest}"
-                + (f", since {self._path(newest)} exists. Remove it to go back behind it." if newest >= 0 else ".")
+                + (f", since {self.path(newest)} exists. Remove it to go back behind it." if newest >= 0 else ".")
             )
         try:
             for leftover in self.folder.glob(f"step-*{_PARTIAL}"):
@@ -293,22 +308,31 @@ class Checkpoints:
         partial = self._partial(step)
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        partial.rename(self._path(step))
+        partial.rename(self.path(step))
         _sync(self.folder)
 
     def _rotate(self) -> None:
         for step in self._found()[: -self.keep]:
             try:
                 # Half removed, it must not look whole.
-                self._path(step).rename(self._partial(step))
+                self.path(step).rename(self._partial(step))
                 shutil.rmtree(self._partial(step))
             except OSError as error:
-                raise CheckpointError(f"{self._path(step)} cannot be removed: {_reason(error)}.") from error
+                raise CheckpointError(f"{self.path(step)} cannot be removed: {_reason(error)}.") from error
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         newest = max(self._found(), default=None)
         stays = "There is no checkpoint yet." if newest is None else f"The last checkpoint is that of step {newest}."
         return CheckpointError(f"step {step} cannot be saved to {self.folder}: {_reason(error)}. {stays}")
+
+    def _not_loaded(self, step: int, steps: list[int], error: BaseException) -> CheckpointError:
+        message = f"{self.path(step)} cannot be loaded: {_reason(error)}."
+        if isinstance(_first(error)[0], _DamagedFileError):
+            newest = max((other for other in steps if other != step), default=None)
+            message += f" Remove {self.path(step)} to " + (
+                "begin anew." if newest is None else f"go on from step {newest}."
+            )
+        return CheckpointError(message)
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         """What an action of rank 0 returns or raises, in all processes."""
@@ -340,6 +364,39 @@ class _Writer(FileSystemWriter):
             while cause is not None and not isinstance(cause, OSError):
                 cause = cause.__context__
             raise cause or error from None
+
+
+class _DamagedFileError(RuntimeError):
+    """A file of a checkpoint is not what was saved."""
+
+
+class _Reader(FileSystemReader):
+    """Reads what torch's does, and says which file is damaged."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with _reading(".metadata"):
+            return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        for name, items in files.items():
+            with _reading(name):
+                super().read_data(replace(plan, items=items), planner)
+        return super().read_data(replace(plan, items=[]), planner)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _DamagedFileError(f"{name} is missing") from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # the machine's fault, which the file may outlive
+    except Exception as error:  # damaged bytes can raise anything
+        raise _DamagedFileError(f"{name} is damaged ({_reason(error)})") from error
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -412,6 +469,10 @@ def _set_optimizer_state(
             f"optimizer has groups of {list(map(len, there))} parameters, but the checkpoint has groups of "
             f"{list(map(len, saved))}, or of others: give each group the parameters that it had."
         )
+    groups = [
+        group | {name: own[name] for name in _OPTIONS if name in own and not (name == "betas" and _moves_betas(group))}
+        for group, own in zip(groups, target["param_groups"], strict=True)
+    ]
     for name, each in state.items():
         if MASTER in target["state"].get(name, {}):
             each[MASTER] = target["state"][name][MASTER]  # loaded with the model's weights, whose memory it is
@@ -419,6 +480,11 @@ def _set_optimizer_state(
     set_optimizer_state_dict(
         model, optimizer, {"state": state, "param_groups": groups}, options=StateDictOptions(strict=False)
     )
+
+
+def _moves_betas(group: dict[str, Any]) -> bool:
+    """Whether a scheduler of torch does, which then has their range in the group."""
+    return "base_momentum" in group
 
 
 def _own_state(model: nn.Module, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -492,13 +558,20 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
+def _first(error: BaseException) -> tuple[BaseException, str]:
+    """An error, or that of the first of several processes; and which process, in words."""
+    if not isinstance(error, CheckpointException):
+        return error, ""
+    number, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    return error, f" (rank {number})"
+
+
 def _reason(error: BaseException) -> str:
     """Why, in one line; for an error of several processes, that of the first."""
-    rank = ""
-    if isinstance(error, CheckpointException):
-        number, (error, _) = min(error.failures.items(), key=lambda item: item[0])
-        rank = f" (rank {number})"
+    error, rank = _first(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{rank}: make room, or keep fewer checkpoints"
+    if isinstance(error, _DamagedFileError):
+        return f"{error}{rank}"
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.') if lines else 'no message'}{rank}"
+    return type(error).__name__ + (f": {lines[0].rstrip('.')}" if lines else "") + rank

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments)
+        from .batch_stream import UnusableDocumentError
         from .checkpoints import CheckpointError
         from .loop import RefusedRunError, train
         from .metrics import NonFiniteLossError
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         train(config)
-    except (CheckpointError, NonFiniteLossError, RefusedRunError) as error:
+    except (CheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError) as error:
         print(f"llama-te-train: {error}", file=sys.stderr)
         return 1
     return 0
@@ -51,8 +54,8 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
         ImportError: jsonargparse is not installed.
     """
     parser = make_parser()
-    options = parser.parse_args(_with_presets(arguments))
     try:
+        options = parser.parse_args(_words(arguments))
         sections = parser.instantiate(options)
         return TrainConfig(**{field.name: getattr(sections, field.name) for field in fields(TrainConfig)})
     except ValueError as error:
@@ -84,15 +87,28 @@ def presets() -> dict[str, str]:
     return {file.name.removesuffix(".yaml"): str(file) for file in sorted(folder.iterdir(), key=str)}
 
 
-def _with_presets(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the files of presets in place of their names."""
-    known = presets()
+def _words(arguments: Sequence[str]) -> list[str]:
+    """The arguments as the parser has them: files of presets in place of their names, and _ for - in options.
+
+    Raises:
+        ValueError: `--config` has neither a file nor the name of a preset.
+    """
     words: list[str] = []
-    for word in arguments:
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
         if words and words[-1] == "--config":
-            word = known.get(word, word)
-        elif word.startswith("--config="):
-            name = word.removeprefix("--config=")
-            word = "--config=" + known.get(name, name)
-        words.append(word)
+            argument = _file(argument)
+        elif option == "--config" and equals:
+            argument = option + equals + _file(value)
+        elif option.startswith("--"):
+            argument = "--" + option.removeprefix("--").replace("-", "_") + equals + value
+        words.append(argument)
     return words
+
+
+def _file(name: str) -> str:
+    """The file of a preset for its name; anything else that can be read is left to the parser."""
+    known = presets()
+    if name not in known and re.fullmatch(r"[\w./-]*\w", name) and not Path(name).exists():
+        raise ValueError(f"--config {name}: there is no such file, and presets are {', '.join(known)}.")
+    return known.get(name, name)

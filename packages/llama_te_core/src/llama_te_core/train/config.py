@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from ..checkpoint_format import MODEL_TYPE
 from ..collectives import ContextKind
@@ -73,6 +74,19 @@ class ShapeConfig:
                 f"model.shape.hidden_size={self.hidden_size} is no multiple of "
                 f"num_attention_heads={self.num_attention_heads}: change one of them, or set head_dim."
             )
+        # transformers says nothing, or warns and takes the defaults.
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
+            raise ValueError(
+                f"model.shape.rope_parameters has rope_type={rope_type!r}: it must be one of "
+                f"{', '.join(['default', *ROPE_INIT_FUNCTIONS])}."
+            )
+        unknown = sorted(set(self.rope_parameters) - set(RopeParameters.__annotations__))
+        if unknown:
+            raise ValueError(
+                f"model.shape.rope_parameters has {', '.join(unknown)}: it may have "
+                f"{', '.join(sorted(RopeParameters.__annotations__))}, as its rope_type needs them."
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,13 @@ class ModelConfig:
     def is_converted(self) -> bool:
         """Whether the checkpoint is in Hugging Face's layout and has to be converted."""
         return self.checkpoint is not None and _content(Path(self.checkpoint)).get("model_type") != MODEL_TYPE
+
+    @property
+    def vocab_size(self) -> int | None:
+        """What token ids must be below; None where that is not known before a checkpoint is fetched or opened."""
+        if self.checkpoint is None:
+            return None if self.shape is None else self.shape.vocab_size
+        return _content(Path(self.checkpoint)).get("vocab_size")
 
 
 @dataclass(frozen=True)
@@ -151,7 +172,14 @@ class DataConfig:
         _at_least("data.workers", self.workers, 0)
         _at_least("data.batches_per_step", self.batches_per_step, 1)
 
-    def text_data(self, tokenizer: Tokenizer | None, seed: int, token_multiple: int, context: int) -> TextData:
+    def text_data(
+        self,
+        tokenizer: Tokenizer | None,
+        seed: int,
+        token_multiple: int,
+        context: int,
+        vocab_size: int | None = None,
+    ) -> TextData:
         """These settings for the data, which goes round for ever.
 
         Args:
@@ -159,6 +187,7 @@ class DataConfig:
             seed: Decides the order of documents.
             token_multiple: What the tokens of a context rank must be a multiple of.
             context: Processes that share each sequence.
+            vocab_size: The model's, which token ids must be below; None where it is not known.
 
         Raises:
             ValueError: A setting is out of its range, or does not go with another.
@@ -172,6 +201,7 @@ class DataConfig:
             seed=seed,
             pad_to_multiple_of=token_multiple * context if token_multiple > 1 else None,
             pad_sequences_to_be_divisible_by=2 * context if context > 1 else None,
+            vocab_size=vocab_size,
         )
 
 
@@ -489,8 +519,16 @@ class TrainConfig:
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}: the learning "
-                "rate would never be reached. Lower the one or raise the other."
+                f"rate would never be reached. Give --schedule.warmup_steps {self.steps} or less, or --steps "
+                f"{self.schedule.warmup_steps} or more."
             )
+        for name in ("trace_at", "memory_at"):
+            first = getattr(self.profile, name)
+            if first is not None and first > self.steps:
+                raise ValueError(
+                    f"profile.{name}={first} is after the last step, steps={self.steps}: nothing would be recorded. "
+                    f"Give --profile.{name} {self.steps} or less, or --steps {first} or more."
+                )
         if self.precision.quantized_weights:
             self._check_quantized_weights()
         pieces = 2 * self.parallel.context
@@ -540,9 +578,10 @@ class TrainConfig:
         Raises:
             ValueError: With both lengths, or both numbers of layers.
         """
-        length = self.data.sequence_length or self.data.tokens_per_batch
+        length, name = self.data.sequence_length, "sequence_length"
+        if length is None:
+            length, name = self.data.tokens_per_batch, "tokens_per_batch (sequence_length is null)"
         if length > config.max_position_embeddings:
-            name = "sequence_length" if self.data.sequence_length else "tokens_per_batch (sequence_length is null)"
             raise ValueError(
                 f"data.{name} is {length}, but the model has max_position_embeddings={config.max_position_embeddings}: "
                 "set data.sequence_length to that or less."
@@ -636,6 +675,16 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
     if config.model.is_converted:
         _needs("llama_te_convert", f"model.checkpoint={checkpoint!r} is not in the Transformer Engine layout, and this",
                "llama-te-convert")  # fmt: skip
+        if content := _content(path):
+            from llama_te_convert.architectures import te_config
+
+            config.check_model(te_config(content))  # before the conversion, which takes its time
+    elif (path / ".metadata").is_file():
+        raise ValueError(
+            f"model.checkpoint={checkpoint!r} is a checkpoint that a run goes on from in its own folder. To begin "
+            f"another run with its weights, convert it (llama-te-convert to-hf {checkpoint} ./start) and give ./start, "
+            "or give the `te` folder that a finished run exports."
+        )
     elif path.is_dir():
         config.check_model(config.model_config(path))
 

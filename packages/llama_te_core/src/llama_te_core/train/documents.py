@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -88,6 +89,22 @@ class Files:
         for file in self.files if random is None else sorted(self.files, key=lambda file: random.random()):
             yield from readers[file.suffix](file)
 
+    def count(self, most: int) -> int:
+        """How many documents there are, counted up to `most`; files are read no further than that takes."""
+        found = 0
+        for file in self.files:
+            if file.suffix == ".parquet":
+                with _table(file) as table:
+                    found += table.metadata.num_rows
+            elif file.suffix == ".txt" and self.text_document == "file":
+                found += 1
+            else:
+                documents = self._lines(file) if file.suffix == ".jsonl" else self._texts(file)
+                found += sum(1 for _ in islice(documents, most - found))
+            if found >= most:
+                return most
+        return found
+
     def _lines(self, file: Path) -> Iterator[Document]:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -95,13 +112,7 @@ class Files:
                     yield Document(f"{file}, line {number}", line)
 
     def _rows(self, file: Path) -> Iterator[Document]:
-        try:
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise ImportError(
-                f"{file} needs pyarrow, which is not installed: pip install 'llama-te-core[train]'."
-            ) from error
-        with ParquetFile(file) as table:
+        with _table(file) as table:
             # Without the field, all columns: whoever asks for it is told which ones there are.
             columns = [self.field] if self.field in table.schema_arrow.names else None
             rows = (row for batch in table.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
@@ -129,6 +140,9 @@ class HubDataset:
         subset: `load_dataset`'s `name`.
         split: Of the data set.
         streaming: Read over the network, in place of a download that is kept.
+
+    Raises:
+        ValueError: When documents are asked for: it cannot be loaded.
     """
 
     def __init__(self, name: str, field: str, subset: str | None, split: str, streaming: bool) -> None:
@@ -151,7 +165,14 @@ class HubDataset:
             raise ImportError(
                 f"source={self.name!r} needs datasets, which is not installed: pip install 'llama-te-core[train]'."
             ) from error
-        dataset = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+        try:
+            dataset = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"source={self.name!r} is no file or folder here, and cannot be loaded from the hub with "
+                f"subset={self.subset!r} and split={self.split!r}. Check the path, or the name, subset, split and the "
+                f"network; a private data set needs `hf auth login`. {' '.join(str(error).split())}"
+            ) from error
         if self.field in (dataset.column_names or ()):
             dataset = dataset.select_columns([self.field])
         number = 0
@@ -194,6 +215,17 @@ def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iter
         place = int(random.random() * len(buffer))
         buffer[place], buffer[-1] = buffer[-1], buffer[place]
         yield buffer.pop()
+
+
+def _table(file: Path) -> Any:
+    """An open `pyarrow.parquet.ParquetFile`."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError(
+            f"{file} needs pyarrow, which is not installed: pip install 'llama-te-core[train]'."
+        ) from error
+    return ParquetFile(file)
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[str]:

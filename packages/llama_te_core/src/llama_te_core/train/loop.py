@@ -31,6 +31,7 @@ from .models import build_model, checkpoint_weights, converted, export_hf, expor
 from .optimizers import make_optimizer
 from .parallel import clip_gradients, make_mesh, process_rank
 from .profiling import Profiler
+from .run_folder import check_same_model, check_same_run
 from .schedule import learning_rate
 
 
@@ -53,16 +54,28 @@ def train(config: TrainConfig) -> int:
         RefusedRunError: The run cannot begin; mostly this is known before the model is built.
         CheckpointError: A checkpoint could not be saved.
         NonFiniteLossError: The loss is no finite number.
-        ValueError: A document cannot be used.
+        UnusableDocumentError: A document cannot be used.
     """
+    folder, settings = Path(config.folder), asdict(config)
     with _refusals():
         check_machine(config, int(os.environ.get("WORLD_SIZE", "1")))
-    folder = Path(config.folder)
     with _processes(config) as (mesh, device), contextlib.ExitStack() as until_the_end:
         with _refusals():
+            checkpoints = Checkpoints(
+                folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
+            )
+            step = checkpoints.latest() or 0
+            if not step:
+                check_same_run(folder, settings)
+            elif step > config.steps:
+                raise ValueError(f"folder={config.folder!r} is at step {step}: steps={config.steps} is less.")
             tokenizer = load_tokenizer(config.data.tokenizer)
-            data = config.data.text_data(tokenizer, config.seed, config.token_multiple, config.parallel.context)
+            # What a tokenizer makes is known to be in the vocabulary by its size.
+            vocab_size = config.model.vocab_size if tokenizer is None else None
+            multiple, context = config.token_multiple, config.parallel.context
+            data = config.data.text_data(tokenizer, config.seed, multiple, context, vocab_size)
             stream = BatchStream(data, mesh, device, config.data.workers)
+            until_the_end.callback(stream.close)
 
             checkpoint = config.model.checkpoint
             if checkpoint is None:
@@ -73,34 +86,32 @@ def train(config: TrainConfig) -> int:
                 model_config = config.model_config(start)
                 weights = checkpoint_weights(start)
             config.check_model(model_config)
+            if step:
+                check_same_model(checkpoints.path(step), model_config)
             if tokenizer is not None:
                 _check_vocabulary(len(tokenizer), model_config.vocab_size)
                 model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
             inspection = None
             if config.log.inspect is not None:
                 inspection = until_the_end.enter_context(Inspection(config.log.inspect, folder))
+            rank = process_rank()
+            if rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(config.seed)
             model, called = build_model(config, model_config, weights, mesh, device)
         optimizer = make_optimizer(model, config.optimizer)
-
-        checkpoints = Checkpoints(
-            folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
-        )
-        step = checkpoints.latest() or 0
         if step:
             with _refusals():
                 checkpoints.load(step, called, optimizer, {"data": stream})
-        rank = process_rank()
         if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             _announce(config, model, mesh, device, step)
         if inspection is not None:
             inspection.begin(model, step)
         profiler = Profiler(config.profile, folder / "profile", rank)
         metrics = Metrics(
             config.log, folder, model_config, compute=config.precision.compute, device=device, ranks=stream.ranks,
-            step=step, steps=config.steps, settings=asdict(config),
+            step=step, steps=config.steps, settings=settings,
         )  # fmt: skip
         with contextlib.closing(metrics), Interruption() as interruption:
             stopped = False
@@ -167,14 +178,21 @@ def load_tokenizer(name: str | None) -> Any:
     """The tokenizer that `DataConfig.tokenizer` names, or None."""
     if name is None:
         return None
-    return byte_tokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    if name == "bytes":
+        return byte_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer={name!r} cannot be loaded: give a tokenizer's folder or hub id, or 'bytes'. {error}"
+        ) from error
 
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise RefusedRunError(str(error)) from error
 
 
@@ -221,7 +239,8 @@ def _announce(
     config: TrainConfig, model: NVLlamaForCausalLM, mesh: DeviceMesh | None, device: torch.device, step: int
 ) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    processes = "1 process" if mesh is None else f"{mesh.size()} processes"
+    ranks = 1 if mesh is None else mesh.size()
+    processes = "1 process" if ranks == 1 else f"{ranks} processes"
     begin = f"going on from step {step}" if step else "from the beginning"
     print(
         f"{parameters:,} parameters, {config.precision.compute} on {processes} ({device.type}), {begin}; "

@@ -1,6 +1,6 @@
 """What is told of a run: loss, norm of the gradients, speed, memory; on the console, in a file, TensorBoard and W&B.
 
-Shapes: N steps since the last look.
+Shapes: N steps since the last look, S rows and columns of a square matrix.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import re
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,10 @@ PEAKS = {
     "B300": {"bf16": 2250.0, "fp8": 4500.0, "mxfp8": 4500.0, "nvfp4": 13_500.0},
     "GB300": {"bf16": 2500.0, "fp8": 5000.0, "mxfp8": 5000.0, "nvfp4": 15_000.0},
 }
+
+
+PRODUCT_SIZE = 8192
+PRODUCTS = 20  # in a row, so that their launches count little: 30 ms of an H100
 
 
 class NonFiniteLossError(RuntimeError):
@@ -86,10 +91,38 @@ def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float)
     return 6 * weights * tokens + 6 * config.num_hidden_layers * heads * squared_lengths
 
 
+def bf16_product_rate(device: torch.device) -> float:
+    """Operations per second that products of two large matrices in BF16 reach on a GPU.
+
+    What a GPU has at most is for a clock that its power seldom allows; this is what there is to have. Random numbers of
+    training go on as they are.
+
+    Args:
+        device: The GPU, which is waited for.
+    """
+    own = torch.Generator(device).manual_seed(0)
+    a_SS, b_SS = (
+        torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, generator=own, device=device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    out_SS = torch.empty_like(a_SS)
+
+    def seconds() -> float:
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(PRODUCTS):
+            torch.mm(a_SS, b_SS, out=out_SS)
+        torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    seconds()  # kernels are loaded, and the clock settles
+    return PRODUCTS * 2 * PRODUCT_SIZE**3 / seconds()
+
+
 class Metrics:
     """Collects what the steps tell, without waiting for the GPU, and reports it when asked.
 
-    Rank 0 writes: a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B.
+    Rank 0 writes: a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B, whose
+    name for the run is in `wandb-id` there, so that a run that goes on is one run there too.
 
     Args:
         config: How much.
@@ -122,6 +155,9 @@ class Metrics:
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self.ranks_of_a_batch = self.world_size // ranks
         self.peak = peak_flops(torch.cuda.get_device_name(device), compute) if device.type == "cuda" else None
+        self.product_rate: float | None = None
+        if process_rank() == 0 and device.type == "cuda" and compute != "fp32":
+            self.product_rate = bf16_product_rate(device)
         self._rows: list[tuple[int, torch.Tensor, torch.Tensor, float]] = []
         self._tokens = self._squared_lengths = 0
         self._since = time.perf_counter()
@@ -138,7 +174,7 @@ class Metrics:
             self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         if config.wandb_project is not None:
             self._wandb = importlib.import_module("wandb").init(
-                project=config.wandb_project, dir=folder, config=settings, resume="allow"
+                project=config.wandb_project, dir=folder, config=settings, id=_wandb_id(folder, step), resume="allow"
             )
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
@@ -185,6 +221,8 @@ class Metrics:
             torch.cuda.reset_peak_memory_stats(self.device)
         if self.peak is not None:
             speed["mfu"] = flops / self.peak
+        if self.product_rate is not None:
+            speed["share_of_bf16_products"] = flops / self.product_rate
         if self._file is not None:
             self._write(losses, norms, speed, seconds)
         rows, self._rows = self._rows, []
@@ -232,11 +270,21 @@ class Metrics:
             parts.append(f"{speed['teraflops_per_gpu']:.0f} TFLOP/s")
         if "mfu" in speed:
             parts.append(f"MFU {speed['mfu']:.1%}")
+        if "share_of_bf16_products" in speed:
+            parts.append(f"{speed['share_of_bf16_products']:.0%} of bf16 products")
         if "memory_gib" in speed:
             parts.append(f"{speed['memory_gib']:.1f} GiB")
         minutes = round(seconds / len(self._rows) * (self.steps - step) / 60)
         parts.append(f"{minutes // 60}:{minutes % 60:02} h left")
         print("  ".join(parts), file=sys.stderr, flush=True)
+
+
+def _wandb_id(folder: Path, step: int) -> str:
+    """What a run is called at W&B: a new name from the beginning, and the same when it goes on."""
+    file = folder / "wandb-id"
+    if step == 0 or not file.exists():
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def drop_behind(file: Path, step: int) -> None:

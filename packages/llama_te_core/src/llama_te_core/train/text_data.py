@@ -13,6 +13,7 @@ Shapes: B sequences of a batch, S tokens of the longest.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,12 @@ from ..collators import DataCollatorWithFlattening
 from ..packing import TokenPackingDataset
 from .documents import SUFFIXES, Document, Files, HubDataset, Source, TextDocument, in_order
 
+# What to do where a document, or documents, do not fit the settings.
+_TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
+_SHARES = (
+    "Use more documents (a .txt file is one, or each of its paragraphs with text_document='paragraph'), or fewer "
+    "processes or workers (num_workers=0 of the loader, in a configuration `data.workers: 0`)."
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -78,6 +85,7 @@ class TextData:
         pad_to_multiple_of: As `DataCollatorWithFlattening` has it: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
             `tokens_per_batch` here, the last batch is as long as all others.
         pad_sequences_to_be_divisible_by: As `DataCollatorWithFlattening` has it, for context parallelism.
+        vocab_size: What token ids must be below; None for any.
 
     Raises:
         ValueError: A setting is out of its range, or does not go with another.
@@ -101,6 +109,7 @@ class TextData:
     streaming: bool = False
     pad_to_multiple_of: int | None = None
     pad_sequences_to_be_divisible_by: int | None = None
+    vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -116,8 +125,8 @@ class TextData:
         for token in ("bos", "eos") if self.tokenizer is not None else ():
             if getattr(self, f"add_{token}") and getattr(self.tokenizer, f"{token}_token_id") is None:
                 raise ValueError(
-                    f"add_{token} is True, but the tokenizer has no {token.upper()} token. Pass add_{token}=False, or "
-                    "set the token on the tokenizer."
+                    f"add_{token} is True, but the tokenizer has no {token.upper()} token. Set "
+                    f"{_setting(f'add_{token}', False)}, or the token on the tokenizer."
                 )
         self.collator()  # checks its own arguments
         multiple = self.pad_sequences_to_be_divisible_by or 1
@@ -161,38 +170,48 @@ class TextData:
             document: Of the source.
 
         Raises:
-            ValueError: The document has no such field, another kind of value there, or no tokens.
+            ValueError: The document has no such field, another kind of value there, no tokens, or ids that are no
+                tokens of the vocabulary.
         """
         fields = document.fields()
         if self.field not in fields:
             raise ValueError(
                 f"{document.place} has no field {self.field!r}; its fields are {sorted(fields)}. "
-                + ("Pass a tokenizer if it has text." if self.tokenizer is None else "Change text_field.")
+                + (f"{_TOKENIZER} if it has text." if self.tokenizer is None else "Change text_field.")
             )
         value = fields[self.field]
         if self.tokenizer is None:
             if not isinstance(value, list) or not set(map(type, value)) <= {int}:
                 raise ValueError(
-                    f"{document.place}: input_ids is {_kind(value)}; it must be a list of token ids. Pass a tokenizer "
-                    "if it is text."
+                    f"{document.place}: input_ids is {_kind(value)}; it must be a list of token ids. {_TOKENIZER} if "
+                    "it is text."
                 )
             tokens = value
         else:
             if not isinstance(value, str):
                 raise ValueError(
                     f"{document.place}: the field {self.text_field!r} is {_kind(value)}; text_field must name a field "
-                    "of text. Pass tokenizer=None for token ids in a field input_ids."
+                    f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
                 )
             tokens = self.tokenizer.encode(value, add_special_tokens=False, verbose=False)
         if not tokens and not self.skip_empty:
             raise ValueError(
-                f"{document.place} has no tokens: {self.field} is empty. Remove it, or pass skip_empty=True."
+                f"{document.place} has no tokens: {self.field} is empty. Remove it, or set "
+                f"{_setting('skip_empty', True)}."
             )
-        if not tokens or self.tokenizer is None:
-            return tokens
-        before = [self.tokenizer.bos_token_id] if self.add_bos else []
-        after = [self.tokenizer.eos_token_id] if self.add_eos else []
-        return [*before, *tokens, *after]
+        if tokens and self.tokenizer is not None:
+            before = [self.tokenizer.bos_token_id] if self.add_bos else []
+            after = [self.tokenizer.eos_token_id] if self.add_eos else []
+            tokens = [*before, *tokens, *after]
+        if tokens and self.vocab_size is not None:
+            least, most = min(tokens), max(tokens)
+            if least < 0 or most >= self.vocab_size:
+                raise ValueError(
+                    f"{document.place} has the token id {least if least < 0 else most}; ids must be from 0 to "
+                    f"{self.vocab_size - 1}, for vocab_size={self.vocab_size}. Use the tokens of the model's own "
+                    "tokenizer, or a model with a larger vocabulary."
+                )
+        return tokens
 
     def collator(self) -> DataCollatorWithFlattening:
         """What makes one packed batch of sequences."""
@@ -205,10 +224,11 @@ class TextData:
         )
 
     def _check_numbers(self) -> None:
-        least = {"tokens_per_batch": 1, "sequence_length": 1, "epochs": 1, "seed": 0, "shuffle_buffer": 0}
+        least = {"tokens_per_batch": 1, "sequence_length": 1, "vocab_size": 1, "epochs": 1}
+        least |= {"seed": 0, "shuffle_buffer": 0}
         for name, at_least in least.items():
             value = getattr(self, name)
-            optional = name in ("sequence_length", "epochs")
+            optional = name in ("sequence_length", "vocab_size", "epochs")
             if optional and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
@@ -274,6 +294,22 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         self._position = Position(0, 0, 0)
         self._earlier: list[list[Position]] = []
         self._loaded: Mapping[str, Any] | None = None
+
+    def check_documents(self, workers: int) -> None:
+        """Refuse fewer documents than shards before the first batch is asked for, where files are here to be counted.
+
+        Args:
+            workers: Of the loader of each rank.
+
+        Raises:
+            ValueError: A shard would get no documents in a whole epoch.
+        """
+        shards = self.ranks * max(workers, 1)
+        if isinstance(self.source, Files) and (found := self.source.count(shards)) < shards:
+            raise ValueError(
+                f"source={os.fspath(self.data.source)!r} has {found} document{'s' * (found != 1)}, fewer than the "
+                f"{shards} shards (ranks x workers). {_SHARES}"
+            )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._earlier, self._position = self._start()
@@ -426,8 +462,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
             if empty and self._is_whole(epoch):
                 raise ValueError(
                     f"source={os.fspath(self.data.source)!r} has no tokens for shard {self.shard} of {self.shards} "
-                    "(ranks x workers): it has fewer documents than shards, or empty ones. Use more documents, or "
-                    "fewer workers."
+                    f"(ranks x workers): it has fewer documents than shards, or empty ones. {_SHARES}"
                 )
 
     def _share(self, epoch: int) -> Iterator[tuple[Document, int]]:
@@ -498,6 +533,11 @@ def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
     else:
         for value in state.values():
             yield from _states_in(value)
+
+
+def _setting(name: str, value: Any) -> str:
+    """How messages name a setting with its value: in Python, and in the command's configuration."""
+    return f"{name}={value!r} (in a configuration `data.{name}: {json.dumps(value)}`)"
 
 
 def _kind(value: Any) -> str:
