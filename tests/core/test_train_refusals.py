@@ -144,3 +144,11 @@ def test_fewer_documents_than_readers_are_refused(
 ) -> None:
     assert "has 4 documents, fewer than the 5 shards" in refused(tmp_path / "run", source, capsys, data__workers=5)
     assert not (tmp_path / "run").exists()
+
+
+def test_angles_without_what_their_type_needs_are_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = '{"rope_type": "linear", "rope_theta": 10000.0}'
+    message = refused(tmp_path / "run", source, capsys, model__shape__rope_parameters=rope)
+    assert "has no 'factor', which rope_type='linear' needs" in message

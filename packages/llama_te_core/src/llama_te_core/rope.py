@@ -24,12 +24,21 @@ class RotaryAngles:
 
     Args:
         config: A Llama configuration.
+
+    Raises:
+        ValueError: `rope_parameters` lack what their type needs.
     """
 
     def __init__(self, config: Any) -> None:
         self._config = config
         self.rope_type: str = config.rope_parameters["rope_type"]
-        _, self._scaling = self._frequencies(None)
+        try:
+            _, self._scaling = self._frequencies(None)
+        except KeyError as missing:
+            raise ValueError(
+                f"rope_parameters={dict(config.rope_parameters)} has no {missing}, which rope_type={self.rope_type!r} "
+                "needs: add it, as the model's authors give it."
+            ) from missing
         self._tables: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     @property
