@@ -171,3 +171,9 @@ def test_a_configuration_is_changed_in_place_like_any_other(tmp_path):
     assert (loaded.pretraining_tp, loaded.use_cache) == (4, False)
     assert repr(config)
     assert json.loads(config.to_json_string())["use_cache"] is False
+
+
+def test_angles_of_an_unknown_type_are_refused() -> None:
+    config = NVLlamaConfig(**TINY, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="rope_type='spiral': it must be one of default, linear, "):
+        NVLlamaModel(config)

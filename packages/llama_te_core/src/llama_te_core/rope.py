@@ -15,6 +15,17 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
+def check_rope_type(rope_type: str) -> None:
+    """Refuse a type of `rope_parameters` that nothing is known of: transformers warns at most.
+
+    Raises:
+        ValueError: With the type, and those that there are.
+    """
+    known = ["default", *ROPE_INIT_FUNCTIONS]
+    if rope_type not in known:
+        raise ValueError(f"rope_parameters has rope_type={rope_type!r}: it must be one of {', '.join(known)}.")
+
+
 class RotaryAngles:
     """Angles of every `rope_parameters` type that transformers' Llama knows.
 
@@ -26,12 +37,13 @@ class RotaryAngles:
         config: A Llama configuration.
 
     Raises:
-        ValueError: `rope_parameters` lack what their type needs.
+        ValueError: `rope_parameters` are of an unknown type, or lack what theirs needs.
     """
 
     def __init__(self, config: Any) -> None:
         self._config = config
         self.rope_type: str = config.rope_parameters["rope_type"]
+        check_rope_type(self.rope_type)
         try:
             _, self._scaling = self._frequencies(None)
         except KeyError as missing:

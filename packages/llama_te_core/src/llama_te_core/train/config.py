@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import RopeParameters
 
 from ..checkpoint_format import MODEL_TYPE
 from ..collectives import ContextKind
 from ..configuration_nvllama import NVLlamaConfig
 from ..layers import transformer_engine_problem
 from ..precision import recipe_token_multiple
+from ..rope import check_rope_type
 from .documents import TextDocument
 from .parallel import ParallelSizes
 from .text_data import TextData, Tokenizer
@@ -74,13 +75,8 @@ class ShapeConfig:
                 f"model.shape.hidden_size={self.hidden_size} is no multiple of "
                 f"num_attention_heads={self.num_attention_heads}: change one of them, or set head_dim."
             )
+        check_rope_type(self.rope_parameters.get("rope_type", "default"))
         # transformers says nothing, or warns and takes the defaults.
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
-            raise ValueError(
-                f"model.shape.rope_parameters has rope_type={rope_type!r}: it must be one of "
-                f"{', '.join(['default', *ROPE_INIT_FUNCTIONS])}."
-            )
         unknown = sorted(set(self.rope_parameters) - set(RopeParameters.__annotations__))
         if unknown:
             raise ValueError(

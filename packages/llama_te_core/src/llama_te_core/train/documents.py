@@ -85,9 +85,8 @@ class Files:
 
     def documents(self, random: Random | None) -> Iterator[Document]:
         """All documents, once: files in an order drawn from `random`, or with None in that of their names."""
-        readers = {".jsonl": self._lines, ".parquet": self._rows, ".txt": self._texts}
         for file in self.files if random is None else sorted(self.files, key=lambda file: random.random()):
-            yield from readers[file.suffix](file)
+            yield from self._read(file)
 
     def count(self, most: int) -> int:
         """How many documents there are, counted up to `most`; files are read no further than that takes."""
@@ -99,11 +98,14 @@ class Files:
             elif file.suffix == ".txt" and self.text_document == "file":
                 found += 1
             else:
-                documents = self._lines(file) if file.suffix == ".jsonl" else self._texts(file)
-                found += sum(1 for _ in islice(documents, most - found))
+                found += sum(1 for _ in islice(self._read(file), most - found))
             if found >= most:
                 return most
         return found
+
+    def _read(self, file: Path) -> Iterator[Document]:
+        readers = {".jsonl": self._lines, ".parquet": self._rows, ".txt": self._texts}
+        return readers[file.suffix](file)
 
     def _lines(self, file: Path) -> Iterator[Document]:
         with file.open("rb") as lines:
