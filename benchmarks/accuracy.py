@@ -190,9 +190,9 @@ def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
 
 def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:
     """Log-probabilities [W, S - 1] from steps of one token for all windows, by what an engine decodes with here."""
-    from llama_te_infer.engine_cache import EngineCache
-    from llama_te_infer.fused_decode import FusedDecode, takes_fused_decode
-    from llama_te_infer.model_runner import DecodeState, ModelDecode
+    from llama_te_infer.decode.fused import FusedDecode, takes_fused_decode
+    from llama_te_infer.kv_cache.engine_cache import EngineCache
+    from llama_te_infer.runner.model_runner import DecodeState, ModelDecode
 
     windows, tokens = ids_WS.shape
     pages = -(-tokens // PAGE_SIZE)

@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of each batch (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement (default: %(default)s)")
     options = parser.parse_args()
-    from llama_te_core.train.text_data import TextBatches, TextData
+    from llama_te_core.train.data.text_data import TextBatches, TextData
 
     tokenizer = load_tokenizer(options.tokenizer)
     texts = list(tqdm(docstrings(), desc="docstrings", leave=False, disable=None))

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from llama_te_infer import operators
-from llama_te_infer.decode_attention import decode_attention, workspace_size
+from llama_te_infer.ops import operators
+from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 from operators import DTYPE, Figure, Run, int32, microseconds, random, report
 
 KV_HEADS, GROUP = 8, 4

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from limits import copy_bandwidth
-from llama_te_infer import operators
+from llama_te_infer.ops import operators
 from timing import milliseconds
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llama_te_core import layers
+from llama_te_core.layers import backend as layers
 
 pytest_plugins = ["verification"]
 

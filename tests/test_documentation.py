@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.command import main as convert
+from llama_te_convert.cli import main as convert
 from llama_te_core.train.command import main as train
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -52,7 +52,7 @@ def test_dependencies_point_one_way() -> None:
 
 def test_the_command_is_installed() -> None:
     (command,) = metadata.entry_points(group="console_scripts", name="llama-te-convert")
-    assert command.load() is import_module("llama_te_convert.command").main
+    assert command.load() is import_module("llama_te_convert.cli").main
     assert names(dependencies("llama-te-convert", extra="gguf")) == {"gguf"}
 
 

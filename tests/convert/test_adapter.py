@@ -20,7 +20,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from conftest import TINY
 from llama_te_convert import CheckpointError, convert_adapter, convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert.command import main
+from llama_te_convert.cli import main
 from llama_te_core.lora import WEIGHTS, on_weights
 
 BOUND = 1e-4

@@ -21,9 +21,9 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert.architectures import ARCHITECTURES, TE_CLASSES, architecture_of, hf_config, te_config
-from llama_te_convert.mapping import plan
-from llama_te_convert.tensor_source import CheckpointError
+from llama_te_convert.configs.architectures import ARCHITECTURES, TE_CLASSES, architecture_of, hf_config, te_config
+from llama_te_convert.layout.mapping import plan
+from llama_te_convert.sources.tensor_source import CheckpointError
 from llama_te_core import (
     NVLlamaConfig,
     NVLlamaForCausalLM,
@@ -250,7 +250,7 @@ class TestConfigurations:
 
 def test_importing_looks_up_no_model():
     code = (
-        "import sys, llama_te_convert.architectures\n"
+        "import sys, llama_te_convert.configs.architectures\n"
         "print([name for name in sys.modules if name.endswith(('.modeling_llama', '.modeling_mistral'))])"
     )
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
-from llama_te_convert.command import main, parser
+from llama_te_convert.cli import main, parser
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_interrupted(source: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llama_te_convert.converting.convert_checkpoint", interrupt)
+    monkeypatch.setattr("llama_te_convert.on_disk.convert_checkpoint", interrupt)
     status, out, err = run(capsys, "to-te", source, tmp_path / "te")
     assert (status, out) == (130, "")
     assert err == "llama-te-convert: interrupted; the same command goes on from here.\n"

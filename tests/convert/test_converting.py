@@ -30,7 +30,7 @@ from transformers import (
 
 from convert.slow_conversion import convert_slowly
 from llama_te_convert import CheckpointError, convert_checkpoint, convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert import writing as writing_module
+from llama_te_convert.targets import writing as writing_module
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
 SHARD = 40_000  # bytes: a tiny model has several shards then
@@ -135,7 +135,7 @@ def test_dtype_and_fields(source: Path, tmp_path: Path) -> None:
 
 def test_parts_smaller_than_tensors(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert_checkpoint(str(source), tmp_path / "whole", to_te=True)
-    monkeypatch.setattr("llama_te_convert.tensor_source.PART_BYTES", 700)
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 700)
     convert_checkpoint(str(source), tmp_path / "parts", to_te=True)
     same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
 
@@ -327,7 +327,7 @@ def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "expected")
     expected = contents(tmp_path / "expected")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llama_te_convert.converting", "llama_te_convert.models", "pytest"])
+    context.set_forkserver_preload(["llama_te_convert.on_disk", "llama_te_convert.in_memory", "pytest"])
 
     def start(folder: Path) -> Any:
         process = context.Process(target=convert_slowly, args=(source, folder, SHARD))

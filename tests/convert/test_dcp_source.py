@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.dcp_source import METADATA, DCPSource
-from llama_te_convert.mapping import plan
-from llama_te_convert.tensor_source import CheckpointError
-from llama_te_convert.torch_tensors import info_of, read_tensor
+from llama_te_convert.layout.mapping import plan
+from llama_te_convert.sources.dcp_source import METADATA, DCPSource
+from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.sources.torch_tensors import info_of, read_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 EMBEDDING = "model.embed_tokens.weight"

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama_te_convert.gguf_source import GGUFSource, gguf_config, save_gguf_tokenizer
-from llama_te_convert.tensor_source import CheckpointError
-from llama_te_convert.torch_tensors import read_tensor
+from llama_te_convert.sources.gguf_source import GGUFSource, gguf_config, save_gguf_tokenizer
+from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.sources.torch_tensors import read_tensor
 
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16"))
 Q8_0, Q4_1 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1

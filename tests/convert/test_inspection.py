@@ -21,9 +21,9 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.inspection import DtypeUse, ModelSizes, inspect
-from llama_te_convert.tensor_source import Checkpoint, TensorInfo
-from llama_te_convert.torch_tensors import info_of
+from llama_te_convert.sources.tensor_source import Checkpoint, TensorInfo
+from llama_te_convert.sources.torch_tensors import info_of
+from llama_te_convert.verify.inspection import DtypeUse, ModelSizes, inspect
 
 QKV = "model.layers.{}.self_attention.layernorm_qkv.weight"
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_te_convert.mapping import (
+from llama_te_convert.layout.mapping import (
     LLAMA,
     InterleavedQKV,
     Same,

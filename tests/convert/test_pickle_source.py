@@ -8,9 +8,9 @@ import zipfile
 import pytest
 import torch
 
-from llama_te_convert.pickle_source import INDEX, SINGLE, PickleSource
-from llama_te_convert.tensor_source import CheckpointError
-from llama_te_convert.torch_tensors import info_of, read_tensor
+from llama_te_convert.sources.pickle_source import INDEX, SINGLE, PickleSource
+from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.sources.torch_tensors import info_of, read_tensor
 
 
 def tensors():

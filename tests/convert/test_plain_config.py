@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-import llama_te_core.checkpoint_format
+import llama_te_core.models.checkpoint_format
 from conftest import TINY
-from llama_te_convert import core_format
-from llama_te_convert.architectures import hf_config, te_config
-from llama_te_convert.inspection import model_fields
-from llama_te_convert.plain_config import _COMMON, _OF_LLAMA, plain_fields, write_plain_config
-from llama_te_convert.tensor_source import Checkpoint
+from llama_te_convert.configs import core_format
+from llama_te_convert.configs.architectures import hf_config, te_config
+from llama_te_convert.configs.plain_config import _COMMON, _OF_LLAMA, plain_fields, write_plain_config
+from llama_te_convert.sources.tensor_source import Checkpoint
+from llama_te_convert.verify.inspection import model_fields
 from llama_te_core import NVLlamaConfig
 
 LABELS: dict[str, Any] = {
@@ -235,7 +235,7 @@ def test_whatever_is_taken_for_plain_is_what_the_classes_write(tmp_path_factory,
 
 
 def test_the_constants_are_those_of_the_package() -> None:
-    theirs = vars(llama_te_core.checkpoint_format)
+    theirs = vars(llama_te_core.models.checkpoint_format)
     ours = vars(core_format.checkpoint_format)
     names = [name for name in theirs if name.isupper()]
     assert {"AUTO_MAP", "FIELDS", "MODEL_TYPE"} <= set(names)
@@ -246,7 +246,7 @@ def test_a_plain_llama_is_converted_without_torch_and_transformers(tiny_llama, t
     tiny_llama().bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     code = (
         "import sys\n"
-        "from llama_te_convert.command import main\n"
+        "from llama_te_convert.cli import main\n"
         "hf, te, back = sys.argv[1:]\n"
         "assert main(['to-te', hf, te]) == main(['to-hf', te, back]) == 0\n"
         "print([name for name in ('torch', 'transformers', 'llama_te_core') if name in sys.modules])"

@@ -12,15 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llama_te_convert.safetensors_format import (
+from llama_te_convert.sources.safetensors_format import (
     DTYPES,
     SafetensorsFile,
     SafetensorsFolder,
     header_bytes,
     read_index,
 )
-from llama_te_convert.tensor_source import CheckpointError, TensorInfo, parts
-from llama_te_convert.torch_tensors import as_bytes, info_of, read_tensor, torch_dtype
+from llama_te_convert.sources.tensor_source import CheckpointError, TensorInfo, parts
+from llama_te_convert.sources.torch_tensors import as_bytes, info_of, read_tensor, torch_dtype
 
 SETTINGS = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -79,9 +79,9 @@ def test_any_rows_are_read(tmp_path: Path, rows: int, bounds: tuple[int, int]) -
 
 def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     info = TensorInfo("float32", (10, 4))
-    monkeypatch.setattr("llama_te_convert.tensor_source.PART_BYTES", 50)
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 50)
     assert list(parts(info, 1, 10)) == [(1, 4), (4, 7), (7, 10)]
-    monkeypatch.setattr("llama_te_convert.tensor_source.PART_BYTES", 1)
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 1)
     assert list(parts(info, 8, 10)) == [(8, 9), (9, 10)]
     assert list(parts(TensorInfo("float32", (3, 0)), 0, 3)) == [(0, 1), (1, 2), (2, 3)]
 

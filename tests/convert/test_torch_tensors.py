@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from llama_te_convert.safetensors_format import DTYPES
-from llama_te_convert.tensor_source import TensorInfo
-from llama_te_convert.torch_tensors import as_bytes, as_tensor, cast, dtype_name, info_of, torch_dtype
+from llama_te_convert.sources.safetensors_format import DTYPES
+from llama_te_convert.sources.tensor_source import TensorInfo
+from llama_te_convert.sources.torch_tensors import as_bytes, as_tensor, cast, dtype_name, info_of, torch_dtype
 
 EVERY = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 

@@ -29,11 +29,13 @@ from transformers import (
 )
 
 from conftest import TINY
-from llama_te_convert import convert_llama_hf_to_te, logits, verification
-from llama_te_convert.logits import compare_logits
-from llama_te_convert.tensor_source import Checkpoint, CheckpointError
-from llama_te_convert.torch_tensors import as_bytes, info_of
-from llama_te_convert.verification import TOLERANCES, ConfigDifference, compare
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_convert.sources.tensor_source import Checkpoint, CheckpointError
+from llama_te_convert.sources.torch_tensors import as_bytes, info_of
+from llama_te_convert.verify import logits
+from llama_te_convert.verify import tensors as verification
+from llama_te_convert.verify.logits import compare_logits
+from llama_te_convert.verify.tensors import TOLERANCES, ConfigDifference, compare
 
 BITS = {2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

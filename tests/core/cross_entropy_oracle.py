@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch.nn import functional as F
 
-from llama_te_core.linear_cross_entropy import _statistics, _write_gradient
+from llama_te_core.loss.linear_cross_entropy import _statistics, _write_gradient
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 INF = math.inf
@@ -24,7 +24,7 @@ class Kernels:
     """The kernels, and how far from PyTorch's numbers theirs may be.
 
     Attributes:
-        module: `llama_te_core.cross_entropy_kernels`.
+        module: `llama_te_core.loss.kernels`.
         device: Where they run.
         tolerance: Relative, for each dtype that is computed in, before it is rounded to the logits' own.
         rounds: Whether a conversion to bfloat16 rounds; Triton's interpreter cuts off.

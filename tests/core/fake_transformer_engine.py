@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from llama_te_core import layers, reference_layer
-from llama_te_core.reference_layer import ReferenceLayer
+from llama_te_core.layers import backend as layers
+from llama_te_core.layers import reference as reference_layer
+from llama_te_core.layers.reference import ReferenceLayer
 
 
 class DelayedScaling:
@@ -293,8 +294,8 @@ class FakeTransformerEngine:
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
         # The module that imports Transformer Engine is imported anew with the fake, and again after the test.
-        monkeypatch.setitem(sys.modules, "llama_te_core.transformer_engine_layer", None)
-        del sys.modules["llama_te_core.transformer_engine_layer"]
+        monkeypatch.setitem(sys.modules, "llama_te_core.layers.te", None)
+        del sys.modules["llama_te_core.layers.te"]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.checkpoints import Checkpoints
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints
 
 CONFIG = NVLlamaConfig(
     vocab_size=31,

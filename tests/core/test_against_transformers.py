@@ -18,7 +18,7 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.mapping import convert_tensors, plan
+from llama_te_convert.layout.mapping import convert_tensors, plan
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
 LOSS = {"atol": 1e-5, "rtol": 0}

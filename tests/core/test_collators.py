@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from llama_te_core.collators import DataCollatorWithFlattening
+from llama_te_core.data.collators import DataCollatorWithFlattening
 
 PAD = 1  # not 0, so that padding with a constant zero is seen
 VOCABULARY = 40

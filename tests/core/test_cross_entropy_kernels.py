@@ -43,7 +43,7 @@ def kernels() -> Kernels:
     """The kernels, interpreted."""
     # Triton looks when it is imported, which transformers may have done long ago.
     assert os.environ.get("TRITON_INTERPRET") == "1", "start pytest with TRITON_INTERPRET=1, as nox -s tests does"
-    from llama_te_core import cross_entropy_kernels
+    from llama_te_core.loss import kernels as cross_entropy_kernels
 
     return Kernels(cross_entropy_kernels, "cpu", TOLERANCE, rounds=False)
 

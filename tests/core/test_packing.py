@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
-from llama_te_core.collators import DataCollatorWithFlattening
-from llama_te_core.packing import TokenPackingDataset
+from llama_te_core.data.collators import DataCollatorWithFlattening
+from llama_te_core.data.packing import TokenPackingDataset
 
 
 def numbered(lengths):

@@ -19,7 +19,7 @@ from core.fake_transformer_engine import (
     QuantizedTensor,
 )
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaModel
-from llama_te_core.precision import PrecisionPlan, calibrate, check_recipe, recipe_name
+from llama_te_core.precision.plan import PrecisionPlan, calibrate, check_recipe, recipe_name
 
 RECIPES = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
 # What each GPU runs; anything else is refused with the last recipe, or none, as the nearest.
@@ -306,7 +306,7 @@ class TestContexts:
             NVLlamaModel(config)
 
     def test_parts_of_a_weight_in_fp8(self, te):
-        from llama_te_core.transformer_engine_layer import fp8_parts
+        from llama_te_core.layers.te import fp8_parts
 
         values = torch.arange(256, dtype=torch.uint8).view(16, 16)
         scale = torch.tensor([0.5])

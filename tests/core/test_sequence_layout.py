@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_te_core.sequence_layout import PackedSequences, lay_out
+from llama_te_core.layers.sequence_layout import PackedSequences, lay_out
 
 FORMATS = ("thd", "bshd")
 

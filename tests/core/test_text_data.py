@@ -25,8 +25,8 @@ from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.documents import Document, in_order
-from llama_te_core.train.text_data import TextBatches, TextData, merge_states
+from llama_te_core.train.data.documents import Document, in_order
+from llama_te_core.train.data.text_data import TextBatches, TextData, merge_states
 
 # Timing says nothing here, and a busy machine would miss a deadline.
 checked = settings(deadline=None)

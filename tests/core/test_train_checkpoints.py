@@ -21,10 +21,10 @@ from core import killed_run
 from core.fake_transformer_engine import DelayedScaling, FakeTransformerEngine
 from core.full_disk import full_disk
 from llama_te_convert import convert_llama_te_to_hf
-from llama_te_convert.command import main
+from llama_te_convert.cli import main
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train import checkpoints as module
-from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
+from llama_te_core.train.checkpoint import checkpoints as module
+from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
 
 TINY = {
     "vocab_size": 31,

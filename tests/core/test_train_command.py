@@ -25,10 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.training_runs import Command, docstrings, losses, metrics, options, train, write
 from llama_te_convert import convert_llama_te_to_hf
-from llama_te_convert.command import main as convert
+from llama_te_convert.cli import main as convert
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_core.train.batch_stream import BatchStream
-from llama_te_core.train.byte_tokenizer import byte_tokenizer
 from llama_te_core.train.command import main, read_config
 from llama_te_core.train.config import (
     DataConfig,
@@ -38,6 +36,8 @@ from llama_te_core.train.config import (
     ShapeConfig,
     TrainConfig,
 )
+from llama_te_core.train.data.batch_stream import BatchStream
+from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
 from llama_te_core.train.models import build_model, random_weights
 from llama_te_core.train.schedule import learning_rate
 

@@ -16,9 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from core import fake_transformer_engine
 from core.fake_transformer_engine import FakeTransformerEngine
 from core.training_runs import docstrings, write
-from llama_te_core.train.batch_stream import BatchStream
-from llama_te_core.train.byte_tokenizer import byte_tokenizer
-from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
+from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
 from llama_te_core.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +28,8 @@ from llama_te_core.train.config import (
     TrainConfig,
     check_machine,
 )
+from llama_te_core.train.data.batch_stream import BatchStream
+from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
 from llama_te_core.train.models import build_model, export_te, random_weights
 from llama_te_core.train.optimizers import make_optimizer
 

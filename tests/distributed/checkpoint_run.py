@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from core.full_disk import full_disk
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.checkpoints import CheckpointError, Checkpoints
-from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
-from llama_te_core.train.tensor_parallel import whole
+from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
+from llama_te_core.parallel.tensor import whole
+from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
 
 CONFIG = NVLlamaConfig(
     vocab_size=31,  # which no number of processes divides

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from conftest import TINY
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.parallel import ParallelSizes, clip_gradients, make_mesh, parallelize, whole_state_dict
-from llama_te_core.train.tensor_parallel import gather_halves, own_part, scatter_halves, whole
+from llama_te_core.parallel.context import shard_context
+from llama_te_core.parallel.mesh import ParallelSizes, clip_gradients, make_mesh, parallelize, whole_state_dict
+from llama_te_core.parallel.tensor import gather_halves, own_part, scatter_halves, whole
 
 PAD = 200  # occurs as a token too: its embedding gets no gradient
 

@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 from core.fake_transformer_engine import FakeTransformerEngine
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, next_token_labels
+from llama_te_core.parallel.context import shard_context
+from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
+from llama_te_core.parallel.tensor import whole
 from llama_te_core.train.activation_checkpointing import checkpoint_activations
-from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
-from llama_te_core.train.tensor_parallel import whole
 from llama_te_core.train.training_loss import return_loss_alone
 
 SIZES: dict[str, Any] = {
@@ -160,7 +160,7 @@ def transformer_engine(device: torch.device) -> Iterator[FakeTransformerEngine |
     has_gpu = torch.cuda.is_available
     with pytest.MonkeyPatch.context() as patch:
         fake = FakeTransformerEngine().install(patch)
-        from llama_te_core import layers
+        from llama_te_core.layers import backend as layers
 
         assert layers.transformer_engine_problem() is None  # remembered, so that torch can learn the truth again
         patch.setattr(torch.cuda, "is_available", has_gpu)

@@ -16,9 +16,9 @@ from distributed import parallel_cases
 from distributed.parallel_cases import CASES, Case
 from distributed.processes import Processes
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.sequence_layout import whole_places
-from llama_te_core.train.context_parallel import shard_context
-from llama_te_core.train.parallel import ParallelSizes, make_mesh, parallelize
+from llama_te_core.layers.sequence_layout import whole_places
+from llama_te_core.parallel.context import shard_context
+from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
 
 # Relative to the largest value of each tensor. Measured: 8e-15 and 2e-6, since sums are in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -226,7 +226,7 @@ def test_heads_that_cannot_be_exchanged_for_tokens_are_refused(monkeypatch):
 
 def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
     FakeTransformerEngine().install(monkeypatch)
-    from llama_te_core import transformer_engine_layer
+    from llama_te_core.layers import te as transformer_engine_layer
 
     class Layer(torch.nn.Module):
         def set_context_parallel_group(self, *arguments):

@@ -9,7 +9,7 @@ import pytest
 from distributed import te_tensor_parallel_cases
 from distributed.processes import Processes
 from distributed.te_tensor_parallel_cases import CASES, FP8_CASES, SIZES, TOKENS, Case
-from llama_te_core.reference_layer import CACHE_OF_SPLIT_MODEL
+from llama_te_core.layers.reference import CACHE_OF_SPLIT_MODEL
 
 # On a CPU sums are in another order: 6e-16 and 4e-15 measured, of float64.
 TOLERANCE = 1e-12

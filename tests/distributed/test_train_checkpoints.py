@@ -16,8 +16,8 @@ from distributed import checkpoint_run
 from distributed.checkpoint_run import Run
 from distributed.processes import start
 from llama_te_convert import convert_llama_te_to_hf
-from llama_te_convert.command import main
-from llama_te_core.train.checkpoints import Checkpoints
+from llama_te_convert.cli import main
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints
 
 DISTRIBUTIONS = ["fsdp", "hsdp", "ddp", "tensor"]
 # What two processes load: the run that has saved it, and where they save it again.

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from core.training_runs import options
-from llama_te_core.train.batch_stream import Batch, BatchStream
 from llama_te_core.train.command import main
+from llama_te_core.train.data.batch_stream import Batch, BatchStream
 
 
 def run(rank: int, world_size: int, ports: list[int], runs: list[tuple[Path, Path, dict[str, Any]]]) -> None:

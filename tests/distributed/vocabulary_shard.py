@@ -31,7 +31,7 @@ def main(folder: Path, rank: int) -> None:
 
 def kernels() -> Any:
     """Makes the loss run its Triton kernels, interpreted (TRITON_INTERPRET=1)."""
-    from llama_te_core import cross_entropy_kernels
+    from llama_te_core.loss import kernels as cross_entropy_kernels
 
     passes = (cross_entropy_kernels.statistics, cross_entropy_kernels.write_gradient)
     return mock.patch.object(sys.modules["llama_te_core.linear_cross_entropy"], "_passes", return_value=passes)

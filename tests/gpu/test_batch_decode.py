@@ -14,8 +14,9 @@ from call_counts import Calls
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_infer import batch_decode, inference_params_for
-from llama_te_infer.fused_decode import FusedDecode
+from llama_te_infer import inference_params_for
+from llama_te_infer.decode import backend as batch_decode
+from llama_te_infer.decode.fused import FusedDecode
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 COLUMNS, NEW = 20, 24

@@ -17,8 +17,8 @@ from infer.decode_attention_oracle import (
     same_bits,
 )
 from infer.operator_oracle import on_device
-from llama_te_infer.decode_attention import HEAD_DIMS, decode_attention, workspace_size
-from llama_te_infer.step_operators import LinearWorkspace, linear
+from llama_te_infer.ops.decode_attention import HEAD_DIMS, decode_attention, workspace_size
+from llama_te_infer.ops.step_operators import LinearWorkspace, linear
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 

@@ -18,8 +18,8 @@ from gpu.small_llama import MODEL
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import Engine, SamplingParams
-from llama_te_infer.fused_decode import FusedDecode
-from llama_te_infer.model_runner import ModelDecode
+from llama_te_infer.decode.fused import FusedDecode
+from llama_te_infer.runner.model_runner import ModelDecode
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 40

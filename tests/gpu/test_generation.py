@@ -15,7 +15,8 @@ from transformer_engine.common import recipe as recipes
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_infer import InferenceParams, inference_params_for, operators
+from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer.ops import operators
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 24
@@ -26,7 +27,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whether kernels compute steps of one token; else, whether they rotate and store, or TE and plain PyTorch do."""
     assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
     if request.param != "fused steps":
-        monkeypatch.setattr("llama_te_infer.cache.choose_decode", lambda *arguments: None)
+        monkeypatch.setattr("llama_te_infer.generate.inference_params.choose_decode", lambda *arguments: None)
     if request.param == "TE's own":
         monkeypatch.setattr(operators, "available", lambda device_type: False)
     return str(request.param)

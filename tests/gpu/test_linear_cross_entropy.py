@@ -23,8 +23,9 @@ from core.cross_entropy_oracle import (
     assert_wider_rows_are_left_alone,
     make_chunk,
 )
-from llama_te_core import cross_entropy_kernels, linear_cross_entropy
-from llama_te_core.linear_cross_entropy import _passes
+from llama_te_core import linear_cross_entropy
+from llama_te_core.loss import kernels as cross_entropy_kernels
+from llama_te_core.loss.linear_cross_entropy import _passes
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 

@@ -19,7 +19,7 @@ from core.training_runs import docstrings, losses, options, write
 from distributed.precision_cases import SAVED_AT, STEPS, WARM_UP, Case, new_batch, train
 from distributed.test_training_precision import distance
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.transformer_engine_layer import split_context
+from llama_te_core.layers.te import split_context
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 

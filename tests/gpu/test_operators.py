@@ -25,7 +25,7 @@ from infer.operator_oracle import (
     on_device,
     steps,
 )
-from llama_te_infer import operators
+from llama_te_infer.ops import operators
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 

@@ -23,7 +23,7 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
-from llama_te_infer.step_operators import (
+from llama_te_infer.ops.step_operators import (
     MAX_LINEAR_ROWS,
     MAX_PRODUCTS,
     LinearWorkspace,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from infer.operator_oracle import random, table_of
-from llama_te_infer import operators
-from llama_te_infer.decode_attention import decode_attention, workspace_size
+from llama_te_infer.ops import operators
+from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 
 # What a rounding to the dtype changes a number by, at the most and relative to it. The sums are float32, whose own
 # errors were at most 3e-6 of a head's norm.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llama_te_infer import operators
+from llama_te_infer.ops import operators
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256)

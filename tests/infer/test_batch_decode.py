@@ -19,10 +19,12 @@ from transformers import PreTrainedModel
 from call_counts import Calls
 from core.fake_transformer_engine import FakeTransformerEngine
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_core.reference_layer import ReferenceLayer
-from llama_te_infer import InferenceParams, batch_decode, inference_params_for, operators
-from llama_te_infer.batch_decode import BatchDecode, choose_decode, decode_problem
-from llama_te_infer.fused_decode import FusedDecode
+from llama_te_core.layers.reference import ReferenceLayer
+from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer.decode import backend as batch_decode
+from llama_te_infer.decode.backend import BatchDecode, choose_decode, decode_problem
+from llama_te_infer.decode.fused import FusedDecode
+from llama_te_infer.ops import operators
 
 NEW, COLUMNS, PAGE = 12, 9, 16
 LAYOUTS = pytest.mark.parametrize(

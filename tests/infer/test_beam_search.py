@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from llama_te_infer.beam_search import BeamHistory, BeamStep, Hypothesis, first_scores, select_beams
+from llama_te_infer.runner.beam_search import BeamHistory, BeamStep, Hypothesis, first_scores, select_beams
 
 SETTINGS = settings(
     max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]

@@ -19,8 +19,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from llama_te_core.kv_cache import KVCache
-from llama_te_infer import InferenceParams, PagedKVCacheManager, operators
+from llama_te_core.layers.kv_cache import KVCache
+from llama_te_infer import InferenceParams, PagedKVCacheManager
+from llama_te_infer.ops import operators
 
 LAYERS = (1, 2)
 ROWS, LENGTH, PAGE = 4, 12, 4

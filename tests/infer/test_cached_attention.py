@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.fake_transformer_engine import FakeTransformerEngine
-from llama_te_core.reference_layer import split_qkv
-from llama_te_core.rope import rotate
+from llama_te_core.layers.reference import split_qkv
+from llama_te_core.layers.rope import rotate
 from llama_te_infer import InferenceParams
 
 HEADS, KV_HEADS, DIM, WIDTH = 4, 2, 16, 24
@@ -121,7 +121,7 @@ def test_outputs_are_those_of_a_padded_batch(
     qkv_format: str, filling: int, fuses_rope: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeTransformerEngine().install(monkeypatch)
-    from llama_te_core.transformer_engine_layer import CachedAttention
+    from llama_te_core.layers.te import CachedAttention
 
     torch.manual_seed(0)
     plain, hooked = Layer("bshd"), Layer(qkv_format)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from infer.decode_attention_oracle import DecodeCase, assert_decoded, make_decode, same_bits
 from infer.operator_oracle import DTYPES, HEAD_DIMS
-from llama_te_infer.decode_attention import decode_attention, takes_decode_attention, workspace_size
+from llama_te_infer.ops.decode_attention import decode_attention, takes_decode_attention, workspace_size
 
 pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
 

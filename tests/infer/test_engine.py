@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import llama_te_infer.engine
-import llama_te_infer.model_runner
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer.engine import Engine
-from llama_te_infer.model_runner import DecodeState, ModelRunner, Pending
-from llama_te_infer.request import RequestOutput, TokenEvent
-from llama_te_infer.sampler import SamplingNeeds
+from llama_te_infer.engine import engine as engine_module
+from llama_te_infer.engine.engine import Engine
+from llama_te_infer.engine.scheduler import Scheduler
+from llama_te_infer.engine.sequence import RequestOutput, TokenEvent
+from llama_te_infer.runner import model_runner
+from llama_te_infer.runner.model_runner import DecodeState, ModelRunner, Pending
+from llama_te_infer.runner.sampler import SamplingNeeds
 from llama_te_infer.sampling_params import SamplingParams
-from llama_te_infer.scheduler import Scheduler
 
 NEW = 12
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
@@ -240,8 +240,8 @@ def test_rows_that_do_not_run_hold_nothing(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, multiple: int
 ) -> None:
     """Steps may be computed for more rows than run: of quantized products, or in a graph for so many."""
-    monkeypatch.setattr(llama_te_infer.engine, "padded_multiple", lambda model: multiple)
-    monkeypatch.setattr(llama_te_infer.model_runner, "padded_multiple", lambda model: multiple)
+    monkeypatch.setattr(engine_module, "padded_multiple", lambda model: multiple)
+    monkeypatch.setattr(model_runner, "padded_multiple", lambda model: multiple)
     engine = Engine(te, page_size=4, max_batch_size=6)
     decode, counts = engine._runner.decode, set()
 
@@ -296,8 +296,8 @@ def test_without_a_seed_torchs_generator_decides(thd: PreTrainedModel) -> None:
 
 def test_greedy_steps_do_nothing_but_take_the_best(thd: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     needs: list[SamplingNeeds] = []
-    sample = llama_te_infer.model_runner.sample
-    monkeypatch.setattr(llama_te_infer.model_runner, "sample", lambda *args: needs.append(args[3]) or sample(*args))
+    sample = model_runner.sample
+    monkeypatch.setattr(model_runner, "sample", lambda *args: needs.append(args[3]) or sample(*args))
     engine = Engine(thd)
     engine.generate(prompts(4, 5), SamplingParams(max_tokens=3, top_p=0.5, logprobs=2, repetition_penalty=1.2, n=2))
     assert all(need.random and need.filtered and need.masked and need.top_logprobs for need in needs)
@@ -524,7 +524,7 @@ def test_progress_shows_on_a_terminal_only(
     thd: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, stderr: io.StringIO
 ) -> None:
     monkeypatch.setattr("sys.stderr", stderr)
-    monkeypatch.setattr(llama_te_infer.engine, "SECONDS_BEFORE_PROGRESS", 0)
+    monkeypatch.setattr(engine_module, "SECONDS_BEFORE_PROGRESS", 0)
     Engine(thd).generate(prompts(3, 4), GREEDY)
     assert ("2/2" in stderr.getvalue()) == stderr.isatty()
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer.engine import Engine
-from llama_te_infer.request import RequestOutput
+from llama_te_infer.engine.engine import Engine
+from llama_te_infer.engine.sequence import RequestOutput
 from llama_te_infer.sampling_params import SamplingParams
 
 MIXES = int(os.environ.get("LLAMA_TE_RANDOM_MIXES", "400"))

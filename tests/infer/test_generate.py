@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-import llama_te_core.kv_cache
+import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import InferenceParams, inference_params_for
 
@@ -253,15 +253,15 @@ def use_installed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     [(group, entries)] = points.items()
     found = [EntryPoint(name, value, group) for name, value in entries.items()]
     monkeypatch.setattr(
-        llama_te_core.kv_cache, "entry_points", lambda *, group: [each for each in found if each.group == group]
+        llama_te_core.layers.kv_cache, "entry_points", lambda *, group: [each for each in found if each.group == group]
     )
 
 
 @pytest.fixture
 def forgotten_factory() -> Iterator[None]:
-    llama_te_core.kv_cache.default_cache_factory.cache_clear()
+    llama_te_core.layers.kv_cache.default_cache_factory.cache_clear()
     yield
-    llama_te_core.kv_cache.default_cache_factory.cache_clear()
+    llama_te_core.layers.kv_cache.default_cache_factory.cache_clear()
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_the_cache_that_generate_makes_is_just_long_enough(hf: PreTrainedModel, 
 def test_without_llama_te_infer_generate_warns_once(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_te_core.kv_cache, "entry_points", lambda *, group: [])
+    monkeypatch.setattr(llama_te_core.layers.kv_cache, "entry_points", lambda *, group: [])
     inputs = prompts(3)
     expected = generate(hf, inputs)
     with pytest.warns(UserWarning, match=r"without a key/value cache.*pip install llama-te-infer"):

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer import InferenceParams, inference_params_for, operators
+from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer.ops import operators
 
 ROWS, LENGTH, KV_HEADS, GROUP, DIM = 4, 48, 2, 3, 32
 

@@ -23,7 +23,7 @@ from infer.operator_oracle import (
     make_pages,
     make_rows,
 )
-from llama_te_infer import operators
+from llama_te_infer.ops import operators
 
 _extension = pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
 

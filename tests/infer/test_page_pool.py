@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from llama_te_infer.page_pool import PagePool
+from llama_te_infer.kv_cache.page_pool import PagePool
 
 SETTINGS = settings(
     max_examples=150,

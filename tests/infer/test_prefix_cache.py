@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from llama_te_infer.page_pool import PagePool
-from llama_te_infer.prefix_cache import PrefixCache
+from llama_te_infer.engine.prefix_cache import PrefixCache
+from llama_te_infer.kv_cache.page_pool import PagePool
 
 SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None, database=None, derandomize=True)
 

@@ -24,7 +24,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from llama_te_infer.sampler import RowSampling, Sampled, SamplingNeeds, gumbel_noise, keep_likely, largest, sample
+from llama_te_infer.runner.sampler import (
+    RowSampling,
+    Sampled,
+    SamplingNeeds,
+    gumbel_noise,
+    keep_likely,
+    largest,
+    sample,
+)
 from llama_te_infer.sampling_params import SamplingParams
 
 SETTINGS = settings(

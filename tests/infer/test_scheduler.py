@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from llama_te_infer.request import Request, Sequence
+from llama_te_infer.engine.scheduler import Plan, Scheduler
+from llama_te_infer.engine.sequence import Request, Sequence
 from llama_te_infer.sampling_params import SamplingParams
-from llama_te_infer.scheduler import Plan, Scheduler
 
 SETTINGS = settings(
     max_examples=200,

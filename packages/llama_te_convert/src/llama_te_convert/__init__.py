@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import convert_adapter
-    from .converting import Report, convert_checkpoint
-    from .models import convert_llama_hf_to_te, convert_llama_te_to_hf
-    from .standalone import export_te_checkpoint
-    from .tensor_source import CheckpointError
+    from .in_memory import convert_llama_hf_to_te, convert_llama_te_to_hf
+    from .on_disk import Report, convert_checkpoint
+    from .sources.tensor_source import CheckpointError
+    from .targets.standalone import export_te_checkpoint
 
 try:
     __version__ = version("llama-te-convert")
@@ -18,13 +18,13 @@ except PackageNotFoundError:  # used from a source folder
 
 # Imported when they are asked for: transformers' models take seconds, and the command does without them.
 _MODULES = {
-    "CheckpointError": "tensor_source",
-    "Report": "converting",
+    "CheckpointError": "sources.tensor_source",
+    "Report": "on_disk",
     "convert_adapter": "adapter",
-    "convert_checkpoint": "converting",
-    "convert_llama_hf_to_te": "models",
-    "convert_llama_te_to_hf": "models",
-    "export_te_checkpoint": "standalone",
+    "convert_checkpoint": "on_disk",
+    "convert_llama_hf_to_te": "in_memory",
+    "convert_llama_te_to_hf": "in_memory",
+    "export_te_checkpoint": "targets.standalone",
 }
 __all__ = [
     "CheckpointError",

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .architectures import architecture_of
-from .checkpoint import read_config
-from .conversion import HeadSizes
-from .core_format import checkpoint_format
-from .mapping import convert_tensors, plan
-from .tensor_source import CheckpointError, first_line
+from .configs.architectures import architecture_of
+from .configs.core_format import checkpoint_format
+from .layout.mapping import convert_tensors, plan
+from .layout.row_ranges import HeadSizes
+from .sources.checkpoint import read_config
+from .sources.tensor_source import CheckpointError, first_line
 
 # torch takes seconds to import, and refusing a configuration does without it.
 if TYPE_CHECKING:

@@ -16,11 +16,12 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .collators import DataCollatorWithFlattening
-from .configuration_nvllama import NVLlamaConfig
-from .labels import next_token_labels
-from .linear_cross_entropy import linear_cross_entropy
-from .modeling_nvllama import (
+from .data.collators import DataCollatorWithFlattening
+from .data.labels import next_token_labels
+from .data.packing import TokenPackingDataset
+from .loss.linear_cross_entropy import linear_cross_entropy
+from .models.configuration_nvllama import NVLlamaConfig
+from .models.modeling_nvllama import (
     NVLlamaForCausalLM,
     NVLlamaForQuestionAnswering,
     NVLlamaForSequenceClassification,
@@ -28,8 +29,7 @@ from .modeling_nvllama import (
     NVLlamaModel,
     NVLlamaPreTrainedModel,
 )
-from .packing import TokenPackingDataset
-from .precision import calibrate
+from .precision.plan import calibrate
 
 try:
     __version__ = version("llama-te-core")

@@ -2,10 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .cache import InferenceParams, inference_params_for
-from .cache_managers import NonPagedKVCacheManager, PagedKVCacheManager
-from .engine import Engine
-from .request import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from .engine.engine import Engine
+from .engine.sequence import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from .generate.inference_params import InferenceParams, inference_params_for
+from .kv_cache.managers import NonPagedKVCacheManager, PagedKVCacheManager
 from .sampling_params import SamplingParams
 
 try:

@@ -34,7 +34,7 @@ def gpus() -> list[dict[str, str]]:
 
 def layers() -> dict[str, str | None]:
     """Return the layer implementation that "auto" takes, and why it is not Transformer Engine's."""
-    from llama_te_core.layers import transformer_engine_problem
+    from llama_te_core.layers.backend import transformer_engine_problem
 
     problem = transformer_engine_problem()
     return {"auto": "reference" if problem else "transformer_engine", "transformer_engine_problem": problem}
@@ -43,7 +43,7 @@ def layers() -> dict[str, str | None]:
 def extension() -> dict[str, Any]:
     """Return how the compiled extension was built, and why its CUDA code does not run here."""
     try:
-        from llama_te_infer import _extension
+        from . import _extension
     except ImportError as error:
         return {"problem": f"the extension does not import: {error}"}
     return {**_extension.build_info(), "problem": _extension.cuda_problem()}

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-from ..layers import is_transformer_engine
-from ..modeling_nvllama import NVLlamaForCausalLM
+from ..layers.backend import is_transformer_engine
+from ..models.modeling_nvllama import NVLlamaForCausalLM
 
 
 def checkpoint_activations(model: NVLlamaForCausalLM, layers: Literal["none", "selective", "full"]) -> None:
@@ -23,7 +23,7 @@ def checkpoint_activations(model: NVLlamaForCausalLM, layers: Literal["none", "s
     for layer in list(model.model.layers)[chosen]:
         forward = layer.forward
         if is_transformer_engine(layer):
-            from ..transformer_engine_layer import checkpoint
+            from ..layers.te import checkpoint
 
             layer.forward = functools.partial(checkpoint, forward)
         else:

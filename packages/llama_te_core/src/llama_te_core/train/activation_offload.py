@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch.autograd.graph import save_on_cpu
 
-from ..layers import is_transformer_engine
-from ..modeling_nvllama import NVLlamaForCausalLM
-from ..precision import transformer_engine
+from ..layers.backend import is_transformer_engine
+from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..precision.plan import transformer_engine
 
 
 class _Forward(Protocol):

@@ -29,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments)
-        from .batch_stream import UnusableDocumentError
-        from .checkpoints import CheckpointError
+        from .checkpoint.checkpoints import CheckpointError
+        from .data.batch_stream import UnusableDocumentError
         from .loop import RefusedRunError, train
         from .metrics import NonFiniteLossError
     except ImportError as error:

@@ -16,15 +16,15 @@ from typing import Any, Literal
 import torch
 from transformers.modeling_rope_utils import RopeParameters
 
-from ..checkpoint_format import MODEL_TYPE
-from ..collectives import ContextKind
-from ..configuration_nvllama import NVLlamaConfig
-from ..layers import transformer_engine_problem
-from ..precision import recipe_token_multiple
-from ..rope import check_rope_type
-from .documents import TextDocument
-from .parallel import ParallelSizes
-from .text_data import TextData, Tokenizer
+from ..layers.backend import transformer_engine_problem
+from ..layers.collectives import ContextKind
+from ..layers.rope import check_rope_type
+from ..models.checkpoint_format import MODEL_TYPE
+from ..models.configuration_nvllama import NVLlamaConfig
+from ..parallel.mesh import ParallelSizes
+from ..precision.plan import recipe_token_multiple
+from .data.documents import TextDocument
+from .data.text_data import TextData, Tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -672,7 +672,7 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
         _needs("llama_te_convert", f"model.checkpoint={checkpoint!r} is not in the Transformer Engine layout, and this",
                "llama-te-convert")  # fmt: skip
         if content := _content(path):
-            from llama_te_convert.architectures import te_config
+            from llama_te_convert.configs.architectures import te_config
 
             config.check_model(te_config(content))  # before the conversion, which takes its time
     elif (path / ".metadata").is_file():

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..modeling_nvllama import NVLlamaForCausalLM
-from ..precision import transformer_engine
+from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..parallel.mesh import process_rank
+from ..precision.plan import transformer_engine
 from .metrics import drop_behind
-from .parallel import process_rank
 
 
 class Inspection:

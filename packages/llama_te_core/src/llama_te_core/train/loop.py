@@ -19,19 +19,19 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
-from ..modeling_nvllama import NVLlamaForCausalLM
-from .batch_stream import BatchStream
-from .byte_tokenizer import byte_tokenizer
-from .checkpoints import Checkpoints
+from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..parallel.mesh import clip_gradients, make_mesh, process_rank
+from .checkpoint.checkpoints import Checkpoints
+from .checkpoint.run_folder import check_same_model, check_same_run
 from .config import TrainConfig, check_machine
+from .data.batch_stream import BatchStream
+from .data.byte_tokenizer import byte_tokenizer
 from .inspection import Inspection
 from .interruption import Interruption
 from .metrics import Metrics
 from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
 from .optimizers import make_optimizer
-from .parallel import clip_gradients, make_mesh, process_rank
 from .profiling import Profiler
-from .run_folder import check_same_model, check_same_run
 from .schedule import learning_rate
 
 

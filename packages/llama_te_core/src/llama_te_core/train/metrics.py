@@ -18,9 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..configuration_nvllama import NVLlamaConfig
+from ..models.configuration_nvllama import NVLlamaConfig
+from ..parallel.mesh import process_rank
 from .config import LogConfig
-from .parallel import process_rank
 
 # Dense tensor-core operations per second of one GPU, 1e12, by words of what torch calls it; the first entry that fits
 # counts. `peak_flops` tells the sources.

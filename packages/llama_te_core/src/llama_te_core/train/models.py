@@ -20,14 +20,14 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..configuration_nvllama import NVLlamaConfig
-from ..modeling_nvllama import NVLlamaForCausalLM
+from ..models.configuration_nvllama import NVLlamaConfig
+from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..parallel.mesh import parallelize, process_rank, whole_state_dict
+from ..parallel.tensor import own_part
 from .activation_checkpointing import checkpoint_activations
 from .activation_offload import offload_activations
 from .config import DTYPES, TrainConfig
 from .optimizers import quantized_parameters, scale_parts_as_one, set_value
-from .parallel import parallelize, process_rank, whole_state_dict
-from .tensor_parallel import own_part
 from .training_loss import return_loss_alone
 
 # The whole tensor of a name, of the shape and dtype of the one given, on its device.

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..layers import is_transformer_engine
-from ..modeling_nvllama import NVLlamaForCausalLM
-from ..precision import transformer_engine
+from ..layers.backend import is_transformer_engine
+from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..parallel.tensor import local_part
+from ..precision.plan import transformer_engine
 from .config import OptimizerConfig
-from .tensor_parallel import local_part
 
 # What Transformer Engine calls the FP32 weight in the optimizer's state of a parameter.
 MASTER = "master_param"
@@ -73,7 +73,7 @@ def quantized_parameters(model: NVLlamaForCausalLM) -> list[nn.Parameter]:
     """Those that exist in a quantized format only; all processes have the same ones, or their parts of them."""
     if not model.config.use_quantized_model_init or not any(map(is_transformer_engine, model.model.layers)):
         return []
-    from ..transformer_engine_layer import is_quantized
+    from ..layers.te import is_quantized
 
     return [parameter for parameter in model.parameters() if is_quantized(local_part(parameter))]
 

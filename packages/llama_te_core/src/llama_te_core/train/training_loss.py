@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..collectives import local
-from ..linear_cross_entropy import linear_cross_entropy
-from ..modeling_nvllama import NVLlamaForCausalLM
+from ..layers.collectives import local
+from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..models.modeling_nvllama import NVLlamaForCausalLM
 
 
 def return_loss_alone(

@@ -1,0 +1,1 @@
+"""Configurations of the architectures that convert."""

@@ -1,0 +1,1 @@
+"""Which tensors of one layout make which tensors of the other."""

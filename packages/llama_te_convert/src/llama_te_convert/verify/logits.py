@@ -1,0 +1,186 @@
+"""Comparison of what two checkpoints compute."""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..sources.tensor_source import CheckpointError, first_line
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """How the logits of two models differ, at every position of a text.
+
+    Attributes:
+        tokens: Number of positions.
+        device: What the models ran on.
+        a_dtype: The dtype that the first ran in, as in "bfloat16".
+        b_dtype: Likewise.
+        largest: Largest absolute difference; infinite where one has a number and the other has none.
+        position: Where that is.
+        same_tokens: Number of positions with the same most likely token.
+        first_other: The first position with another one; `None` if there is none.
+    """
+
+    tokens: int
+    device: str
+    a_dtype: str
+    b_dtype: str
+    largest: float
+    position: int
+    same_tokens: int
+    first_other: int | None
+
+    @property
+    def same(self) -> bool:
+        """Whether the most likely token is the same at every position."""
+        return self.first_other is None
+
+    def lines(self) -> list[str]:
+        """A text for people."""
+        dtypes = self.a_dtype if self.a_dtype == self.b_dtype else f"{self.a_dtype} and {self.b_dtype}"
+        likely = (
+            f"the same at all {self.tokens} positions"
+            if self.same
+            else f"the same at {self.same_tokens} of {self.tokens} positions, first another one at {self.first_other}"
+        )
+        return [
+            f"logits of {self.tokens} tokens, in {dtypes} on {self.device}: largest difference {self.largest:.4g} at "
+            f"position {self.position}; most likely token {likely}"
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON types; an infinite difference is a text."""
+        largest = self.largest if math.isfinite(self.largest) else str(self.largest)
+        return {**asdict(self), "largest": largest, "same": self.same}
+
+
+def compare_logits(a_folder: Path, b_folder: Path, text: str) -> LogitsComparison:
+    """Run two checkpoints on a text, each in its own dtype, and compare their logits.
+
+    One model is in memory at a time; on a GPU if there is one. Layers with a precision of their own (`layer_precision`)
+    run in the checkpoint's dtype as well.
+
+    Args:
+        a_folder: A folder that transformers or `llama_te_core` can load, or a GGUF file.
+        b_folder: Another one.
+        text: What they read; the tokenizer is that of the first that has one.
+
+    Raises:
+        CheckpointError: A model or a tokenizer cannot be loaded, or they do not fit each other or the text.
+    """
+    ids = _tokens(a_folder, b_folder, text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a_SV, a_dtype = _logits(a_folder, ids, device)
+    b_SV, b_dtype = _logits(b_folder, ids, device)
+    if a_SV.shape != b_SV.shape:
+        raise CheckpointError(
+            f"{a_folder} has logits for {a_SV.shape[1]} tokens, but {b_folder} for {b_SV.shape[1]}: their vocabularies "
+            "cannot be compared."
+        )
+    gaps_SV = torch.where((a_SV == b_SV) | (a_SV.isnan() & b_SV.isnan()), 0.0, (a_SV - b_SV).abs())
+    gaps_S = gaps_SV.nan_to_num(math.inf, posinf=math.inf).amax(-1)
+    other = (a_SV.argmax(-1) != b_SV.argmax(-1)).nonzero().view(-1)
+    return LogitsComparison(
+        tokens=len(ids),
+        device=device,
+        a_dtype=a_dtype,
+        b_dtype=b_dtype,
+        largest=float(gaps_S.max()),
+        position=int(gaps_S.argmax()),
+        same_tokens=len(ids) - len(other),
+        first_other=int(other[0]) if len(other) else None,
+    )
+
+
+def _location(path: Path) -> tuple[Path, dict[str, str]]:
+    """What transformers wants to be told: a folder, and the name of a GGUF file in it."""
+    return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+
+
+def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    import llama_te_core  # noqa: F401  # so that transformers knows the configuration beside a tokenizer
+
+    having = [path for path in (a_folder, b_folder) if _has_tokenizer(path)]
+    if not having:
+        raise CheckpointError(
+            f"neither {a_folder} nor {b_folder} has a tokenizer: copy the files of the model's tokenizer "
+            f"({', '.join(_TOKENIZER_FILES)}) into one of them."
+        )
+    folder, file = _location(having[0])
+    try:
+        ids = list(AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)(text)["input_ids"])
+    except Exception as error:  # each kind of tokenizer has its own
+        raise CheckpointError(f"the tokenizer of {having[0]} cannot be used: {first_line(error)}") from error
+    if not ids:
+        raise CheckpointError(f"the text {text!r} has no tokens: give a longer one.")
+    return ids
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return path.is_file() or any((path / name).exists() for name in _TOKENIZER_FILES)
+
+
+def _logits(path: Path, ids: list[int], device: str) -> tuple[torch.Tensor, str]:
+    """Logits [S, V] in float32 on the CPU, and the dtype that they were computed in."""
+    model = _model(path)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if max(ids) >= vocabulary:
+        raise CheckpointError(
+            f"the text has the token {max(ids)}, but {path} has {vocabulary} tokens: the tokenizer is of another model."
+        )
+    try:
+        with torch.no_grad():
+            logits_1SV = model.to(device)(torch.tensor([ids], device=device), use_cache=False).logits
+    except RuntimeError as error:  # too little memory, say
+        raise CheckpointError(f"{path} cannot be run on {device}: {first_line(error)}") from error
+    dtype = str(model.dtype).removeprefix("torch.")
+    logits_SV = logits_1SV[0].float().cpu()
+    del model, logits_1SV
+    gc.collect()  # modules hold each other
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return logits_SV, dtype
+
+
+def _model(path: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llama_te_core import NVLlamaConfig
+
+    from ..configs.architectures import ARCHITECTURES
+
+    folder, file = _location(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **file)
+        if isinstance(config, NVLlamaConfig):
+            config.layer_precision, config.use_quantized_model_init = None, False
+        elif config.model_type not in ARCHITECTURES:
+            raise CheckpointError(
+                f"{path} has the model_type {config.model_type!r}: give one of {', '.join(ARCHITECTURES)}, "
+                f"{NVLlamaConfig.model_type}."
+            )
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, **file
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # each format and version has its own
+        raise CheckpointError(f"{path} cannot be loaded as a model: {first_line(error)}") from error
+    # transformers only warns of them, and fills them with random numbers.
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{path} lacks {missing[0]} (and {len(missing) - 1} more): logits need a complete causal language model."
+        )
+    return model.eval()

@@ -1,0 +1,1 @@
+"""Batches for training: packing, collators and labels."""

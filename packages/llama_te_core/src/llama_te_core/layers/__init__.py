@@ -1,0 +1,1 @@
+"""The decoder layer, in two implementations, and what goes into it."""

@@ -1,0 +1,152 @@
+"""What a model asks of a key/value cache, and where `generate` gets one from.
+
+The caches themselves are in the package llama_te_infer, which registers itself under an entry point; this package does
+not import it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+ENTRY_POINT_GROUP = "llama_te_core.layers.kv_cache"
+
+
+@runtime_checkable
+class KVCache(Protocol):
+    """Keys and values of the tokens seen so far, for every layer.
+
+    A superset of what Transformer Engine's layers use of `te.InferenceParams`.
+    """
+
+    batch_size: int
+    max_batch_size: int
+    max_sequence_length: int
+    num_heads_kv: int
+    head_dim_k: int
+    dtype: torch.dtype
+
+    def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
+        """Make room for the next `width` columns of a batch; returns how many tokens each row brings.
+
+        Args:
+            attention_mask: [batch_size, columns] over the columns seen so far and the new ones, or over the new ones
+                alone; nonzero for tokens. `None`: all new columns are tokens.
+            batch_size: Rows of the batch.
+            width: New columns.
+        """
+        ...
+
+    def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Compute the whole step of one new column itself, where it has a faster way than the model's layers.
+
+        Called without gradients, when nothing of the step is wanted but its logits.
+
+        Args:
+            model: The `NVLlamaForCausalLM`, in evaluation mode.
+            input_ids: int64 [batch_size, 1].
+            attention_mask: As of `begin_step`.
+
+        Returns:
+            Logits [batch_size, 1, V], and the step has begun and ended; `None` where it is left to the layers, and
+            nothing has begun.
+        """
+        ...
+
+    def longest(self) -> int:
+        """Tokens that the longest row has, those of the current step included."""
+        ...
+
+    def get_seqlens_pre_step(self) -> torch.Tensor:
+        """int32 [max_batch_size] on the device: tokens that each row had before the current step."""
+        ...
+
+    def repeat_rows(self, copies: int) -> None:
+        """Let `copies` rows go on as each row did, in its place."""
+        ...
+
+    def padded_places(self, width: int) -> torch.Tensor | None:
+        """Where the current step's packed tokens stand in a padded batch, tokens first, as int64 [tokens] indices.
+
+        Args:
+            width: Columns of the padded batch, at least as many as a row has new tokens.
+
+        Returns:
+            Places of the flattened batch [rows * width]; `None` if all of them are taken, in order.
+        """
+        ...
+
+    def step(self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str) -> Any:
+        """Store a layer's new keys and values, once in a step, and return what TE's attention takes: see TE."""
+        ...
+
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether `append_rope` is one kernel here, so that Transformer Engine's own rotation is not needed."""
+        ...
+
+    def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
+        """Rotate the current step's queries and keys by their positions, and store keys and values.
+
+        Args:
+            layer_number: The layer.
+            qkv: The fused projection's output, [T, K, G, D] ("thd") or [B, S, K, G, D] ("bshd"): for each of K
+                key/value heads its query heads, its key and its value.
+            angles: float32 [positions, 1, 1, D].
+            qkv_format: "thd" or "bshd".
+
+        Returns:
+            The rotated queries, [T, heads, D] or [B, S, heads, D].
+        """
+        ...
+
+    def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer as [batch, keys, K, D], with at least as many keys as the longest row has."""
+        ...
+
+
+def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
+    """Refuse a cache that does not fit the model or the batch, before anything is written to it.
+
+    Raises:
+        TypeError: It is of another kind.
+        ValueError: It has other heads, another dtype or too few rows.
+    """
+    if not isinstance(cache, KVCache):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}: the layers need llama_te_infer.InferenceParams, which takes "
+            "the arguments of Transformer Engine's class of that name "
+            "(or llama_te_infer.inference_params_for(model, ...))."
+        )
+    if (cache.num_heads_kv, cache.head_dim_k) != (num_kv_heads, head_dim):
+        raise ValueError(
+            f"the cache has num_heads_kv={cache.num_heads_kv} and head_dim_k={cache.head_dim_k}, but the model has "
+            f"{num_kv_heads} key/value heads of size {head_dim}: make the cache for this model."
+        )
+    if cache.dtype != dtype:
+        raise ValueError(f"the cache has dtype={cache.dtype}, but the layers compute in {dtype}: use the same.")
+    if batch_size > cache.max_batch_size:
+        raise ValueError(
+            f"a batch of {batch_size} rows (beams and returned sequences are rows too) does not fit the cache with "
+            f"max_batch_size={cache.max_batch_size}: make it larger."
+        )
+    return cache
+
+
+@functools.cache
+def default_cache_factory() -> Callable[..., KVCache] | None:
+    """The installed function that makes a cache for `generate`, or `None`, with a warning, where there is none."""
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        factory: Callable[..., KVCache] = entry.load()
+        return factory
+    warnings.warn(
+        "generate runs without a key/value cache, reading the whole text again for each token: "
+        "pip install llama-te-infer for one.",
+        stacklevel=2,
+    )
+    return None

@@ -1,0 +1,1 @@
+"""The precision that each layer computes in."""

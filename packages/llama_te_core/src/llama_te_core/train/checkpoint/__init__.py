@@ -1,0 +1,1 @@
+"""The checkpoints and the folder of a training run."""

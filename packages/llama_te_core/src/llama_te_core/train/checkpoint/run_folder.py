@@ -1,0 +1,60 @@
+"""What the folder of a run has from the run before, and whether this one can go on there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...models.configuration_nvllama import NVLlamaConfig
+
+# What weights of one shape compute differently with.
+_MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps")
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
+
+
+def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
+    """Refuse to go on from a checkpoint of another model.
+
+    Args:
+        checkpoint: The folder of a checkpoint, with the model's `config.json`.
+        config: Of this run's model.
+
+    Raises:
+        ValueError: They differ in what weights have or mean.
+    """
+    saved, own = NVLlamaConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
+    other = [f"{name}={saved[name]!r} (here {own[name]!r})" for name in _SHAPE + _MEANING if saved[name] != own[name]]
+    if other:
+        raise ValueError(
+            f"{checkpoint} is of another model, with {', '.join(other)}: go on with that model, or give another folder."
+        )
+
+
+def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to begin in the folder of another run, which has no checkpoint to go on from.
+
+    One of the same settings, which was stopped before its first checkpoint, begins anew.
+
+    Args:
+        folder: Of the run, there or not.
+        settings: All of the configuration, by sections.
+
+    Raises:
+        FileExistsError: There is another run.
+        NotADirectoryError: The folder is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder={str(folder)!r} is a file: give a folder, there or not.")
+    if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
+        return
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    own = yaml.safe_load(yaml.safe_dump(dict(settings)))  # which has no tuples
+    names = sorted(name for name in own if not isinstance(before, dict) or before.get(name) != own[name])
+    if names:
+        raise FileExistsError(
+            f"folder={str(folder)!r} has a run with another {' and '.join(names)}, and no checkpoint of it: give "
+            "another folder, or remove that one."
+        )

@@ -1,0 +1,546 @@
+"""Packed batches from documents, for training: tokenised on the way, shared out over processes, resumed exactly.
+
+    data = TextData(source="./texts", tokenizer=tokenizer, tokens_per_batch=16_384)
+    loader = StatefulDataLoader(TextBatches(data, rank, ranks), batch_size=None, num_workers=2)
+
+All processes read the same documents in the same order. Document `n` of an epoch is of shard `n % shards`, and there is
+one shard for each worker of each rank. A shard packs its documents one after the other, through all epochs. How far it
+has come is its `Position`. The positions of all shards together say what of the data is left, which any other number of
+shards can share out anew: document `n` of what is left is of shard `n % shards` again.
+
+Shapes: B sequences of a batch, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...data.collators import DataCollatorWithFlattening
+from ...data.packing import TokenPackingDataset
+from .documents import SUFFIXES, Document, Files, HubDataset, Source, TextDocument, in_order
+
+# What to do where a document, or documents, do not fit the settings.
+_TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
+_SHARES = (
+    "Use more documents (a .txt file is one, or each of its paragraphs with text_document='paragraph'), or fewer "
+    "processes or workers (num_workers=0 of the loader, in a configuration `data.workers: 0`)."
+)
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; those of transformers have it."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text."""
+        ...
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
+        """The tokens of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextData:
+    """What to train on, and how batches are made of it.
+
+    Attributes:
+        source: A .txt, .jsonl or .parquet file, a folder with such files at any depth, or a hub id, `owner/name`, where
+            no such path exists. Nothing is downloaded but for a hub id.
+        tokenizer: Makes the tokens of a text. None: documents have them already, in a field `input_ids`, and they are
+            taken as they are.
+        tokens_per_batch: Of one shard's batch: at most, and with `split_long` exactly, but for the last one.
+        sequence_length: Tokens of the longest sequence; None for `tokens_per_batch`.
+        split_long: Cut a document where its sequence is full, and where the batch is. Each piece is a sequence of its
+            own. False keeps documents whole, but what is behind `sequence_length` is dropped.
+        text_field: The field of a document that is its text. A .txt file has text alone.
+        text_document: What a document of a .txt file is: the whole "file", or each "paragraph", between blank lines.
+        add_bos: Begin each text with the tokenizer's BOS token.
+        add_eos: End each text with its EOS token.
+        skip_empty: Pass over documents without tokens, which are an error otherwise.
+        epochs: How often all documents are gone through; None for ever. Batches go on over the end of an epoch.
+        seed: With the number of the epoch, it decides the order of documents.
+        shuffle_buffer: Documents that wait in memory, of which the next is drawn by chance; files come in random order
+            then. 0 leaves documents as they stand in the source.
+        subset: Of a data set of the hub, `load_dataset`'s `name`.
+        split: Of a data set of the hub.
+        streaming: Read a data set of the hub over the network, in place of a download that is kept.
+        pad_to_multiple_of: As `DataCollatorWithFlattening` has it: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
+            `tokens_per_batch` here, the last batch is as long as all others.
+        pad_sequences_to_be_divisible_by: As `DataCollatorWithFlattening` has it, for context parallelism.
+        vocab_size: What token ids must be below; None for any.
+
+    Raises:
+        ValueError: A setting is out of its range, or does not go with another.
+    """
+
+    source: str | os.PathLike[str]
+    tokenizer: Tokenizer | None
+    tokens_per_batch: int
+    sequence_length: int | None = None
+    split_long: bool = True
+    text_field: str = "text"
+    text_document: TextDocument = "file"
+    add_bos: bool = True
+    add_eos: bool = True
+    skip_empty: bool = False
+    epochs: int | None = 1
+    seed: int = 0
+    shuffle_buffer: int = 10_000
+    subset: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    pad_to_multiple_of: int | None = None
+    pad_sequences_to_be_divisible_by: int | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.text_document not in ("file", "paragraph"):
+            raise ValueError(f"text_document is {self.text_document!r}; it must be 'file' or 'paragraph'.")
+        if not isinstance(self.text_field, str):
+            raise ValueError(f"text_field is {self.text_field!r}; it must be a string, the name of one field.")
+        if self.longest_sequence > self.tokens_per_batch:
+            raise ValueError(
+                f"sequence_length is {self.sequence_length}, more than tokens_per_batch={self.tokens_per_batch}, which "
+                "a sequence must fit in. Lower the one or raise the other."
+            )
+        for token in ("bos", "eos") if self.tokenizer is not None else ():
+            if getattr(self, f"add_{token}") and getattr(self.tokenizer, f"{token}_token_id") is None:
+                raise ValueError(
+                    f"add_{token} is True, but the tokenizer has no {token.upper()} token. Set "
+                    f"{_setting(f'add_{token}', False)}, or the token on the tokenizer."
+                )
+        self.collator()  # checks its own arguments
+        multiple = self.pad_sequences_to_be_divisible_by or 1
+        if self.tokens_per_batch % multiple:
+            raise ValueError(
+                f"tokens_per_batch is {self.tokens_per_batch}; it must be a multiple of "
+                f"pad_sequences_to_be_divisible_by={multiple}, or no batch could be filled."
+            )
+
+    @property
+    def longest_sequence(self) -> int:
+        """`sequence_length`, or what None stands for."""
+        return self.tokens_per_batch if self.sequence_length is None else self.sequence_length
+
+    @property
+    def field(self) -> str:
+        """The field of a document that is read."""
+        return "input_ids" if self.tokenizer is None else self.text_field
+
+    def open(self) -> Source:
+        """The source of documents: what exists here, else a hub id. Nothing is downloaded yet.
+
+        Raises:
+            FileNotFoundError: `source` is neither.
+            ValueError: A folder has no file that can be read, or a file is of another kind.
+        """
+        name = os.fspath(self.source)
+        path = Path(name).expanduser()
+        if path.exists():
+            return Files(path, self.field, self.text_document)
+        if _HUB_ID.fullmatch(name) is None or path.suffix in SUFFIXES:
+            raise FileNotFoundError(
+                f"source={name!r} is no file or folder here, and no hub id (owner/name) either. Check the path."
+            )
+        return HubDataset(name, self.field, self.subset, self.split, self.streaming)
+
+    def tokens(self, document: Document) -> list[int]:
+        """A document's tokens, BOS and EOS included; none of one that is to be passed over.
+
+        Args:
+            document: Of the source.
+
+        Raises:
+            ValueError: The document has no such field, another kind of value there, no tokens, or ids that are no
+                tokens of the vocabulary.
+        """
+        fields = document.fields()
+        if self.field not in fields:
+            raise ValueError(
+                f"{document.place} has no field {self.field!r}; its fields are {sorted(fields)}. "
+                + (f"{_TOKENIZER} if it has text." if self.tokenizer is None else "Change text_field.")
+            )
+        value = fields[self.field]
+        if self.tokenizer is None:
+            if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+                raise ValueError(
+                    f"{document.place}: input_ids is {_kind(value)}; it must be a list of token ids. {_TOKENIZER} if "
+                    "it is text."
+                )
+            tokens = value
+        else:
+            if not isinstance(value, str):
+                raise ValueError(
+                    f"{document.place}: the field {self.text_field!r} is {_kind(value)}; text_field must name a field "
+                    f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
+                )
+            tokens = self.tokenizer.encode(value, add_special_tokens=False, verbose=False)
+        if not tokens and not self.skip_empty:
+            raise ValueError(
+                f"{document.place} has no tokens: {self.field} is empty. Remove it, or set "
+                f"{_setting('skip_empty', True)}."
+            )
+        if tokens and self.tokenizer is not None:
+            before = [self.tokenizer.bos_token_id] if self.add_bos else []
+            after = [self.tokenizer.eos_token_id] if self.add_eos else []
+            tokens = [*before, *tokens, *after]
+        if tokens and self.vocab_size is not None:
+            least, most = min(tokens), max(tokens)
+            if least < 0 or most >= self.vocab_size:
+                raise ValueError(
+                    f"{document.place} has the token id {least if least < 0 else most}; ids must be from 0 to "
+                    f"{self.vocab_size - 1}, for vocab_size={self.vocab_size}. Use the tokens of the model's own "
+                    "tokenizer, or a model with a larger vocabulary."
+                )
+        return tokens
+
+    def collator(self) -> DataCollatorWithFlattening:
+        """What makes one packed batch of sequences."""
+        return DataCollatorWithFlattening(
+            _padded,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            pad_sequences_to_be_divisible_by=self.pad_sequences_to_be_divisible_by,
+            # Padding is no target, and no sequence attends to it: any token will do.
+            pad_token_id=0,
+        )
+
+    def _check_numbers(self) -> None:
+        least = {"tokens_per_batch": 1, "sequence_length": 1, "vocab_size": 1, "epochs": 1}
+        least |= {"seed": 0, "shuffle_buffer": 0}
+        for name, at_least in least.items():
+            value = getattr(self, name)
+            optional = name in ("sequence_length", "vocab_size", "epochs")
+            if optional and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+                none = " or None" if optional else ""
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {at_least}{none}.")
+
+
+class Position(NamedTuple):
+    """How far a shard has come.
+
+    Attributes:
+        epoch: Counted from 0.
+        documents: How many of its documents of this epoch are used up, the next one not counted.
+        tokens: How many tokens of the next document are used, counted from its beginning; perhaps all.
+    """
+
+    epoch: int
+    documents: int
+    tokens: int
+
+
+class TextBatches(IterableDataset[dict[str, Any]]):
+    """The batches of one data-parallel rank, from the first epoch to the last.
+
+    An item is a whole batch, as `DataCollatorWithFlattening` makes it: `input_ids` and `labels` int64 [1, T],
+    `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`. Give a DataLoader `batch_size=None`. Workers
+    tokenise and pack.
+
+    **Processes.** Each (rank, worker) is a shard of its own, with documents of its own. Context- and tensor-parallel
+    processes of one data-parallel rank get the same batches: give them the same `rank`. Shards have as many documents,
+    to one, but not as many tokens: ranks need not come to the end at the same step.
+
+    **Resuming.** With torchdata's `StatefulDataLoader`, the loader's state gives the very next batch, in the middle of
+    an epoch and with workers too. For another number of ranks or workers, `merge_states` makes one state of those of
+    all ranks; after `load_state_dict` with it, each token that has been in no batch comes once, in other batches than
+    it would have. Documents are read again up to the place, but not tokenised.
+
+    Args:
+        data: The settings.
+        rank: This process's place among the data-parallel ranks.
+        ranks: Their number.
+
+    Raises:
+        ValueError: `rank` is out of its range, or the source cannot be read. While iterating: a document cannot be
+            used (the message says which one and why), or a shard gets no tokens in a whole epoch.
+        FileNotFoundError: `source` is no path that exists, and no hub id.
+        RuntimeError: While iterating: the state that was loaded is of other ranks or workers.
+    """
+
+    def __init__(self, data: TextData, rank: int = 0, ranks: int = 1) -> None:
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank is {rank} and ranks is {ranks}; rank must be at least 0 and less than ranks.")
+        self.data = data
+        self.rank = rank
+        self.ranks = ranks
+        self.source = data.open()
+        self._order = {
+            "source": self.source.identity,
+            "seed": data.seed,
+            "shuffle_buffer": data.shuffle_buffer,
+        }
+        # After the batch handed out last. The second is of the shards that there were before, see `_left`.
+        self._position = Position(0, 0, 0)
+        self._earlier: list[list[Position]] = []
+        self._loaded: Mapping[str, Any] | None = None
+
+    def check_documents(self, workers: int) -> None:
+        """Refuse fewer documents than shards before the first batch is asked for, where files are here to be counted.
+
+        Args:
+            workers: Of the loader of each rank.
+
+        Raises:
+            ValueError: A shard would get no documents in a whole epoch.
+        """
+        shards = self.ranks * max(workers, 1)
+        if isinstance(self.source, Files) and (found := self.source.count(shards)) < shards:
+            raise ValueError(
+                f"source={os.fspath(self.data.source)!r} has {found} document{'s' * (found != 1)}, fewer than the "
+                f"{shards} shards (ranks x workers). {_SHARES}"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._earlier, self._position = self._start()
+        self._loaded = None
+        return self._batches()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batch handed out last.
+
+        Returns:
+            A dict of numbers and strings, in lists and dicts: `positions`, a list of [shard, epoch, documents, tokens];
+            `shards`, their number; `earlier`, the positions at which earlier numbers of shards were left; `order`, what
+            the order of documents depends on.
+        """
+        earlier, position = (self._earlier, self._position) if self._loaded is None else self._start()
+        shard, shards = self._shard()
+        return {
+            "positions": [[shard, *position]],
+            "shards": shards,
+            "earlier": [[list(each) for each in positions] for positions in earlier],
+            "order": dict(self._order),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Makes the next iteration start at a saved position; the one after it starts at the beginning.
+
+        Args:
+            state_dict: What `state_dict` returned for this shard, or `merge_states` for all.
+
+        Raises:
+            ValueError: It is no such state, or of documents in another order.
+        """
+        if "order" not in state_dict:
+            raise ValueError(
+                f"load_state_dict was given a dict of {sorted(map(str, state_dict))}; it must be what state_dict or "
+                "merge_states returned. A loader's state is for the loader, or for merge_states."
+            )
+        for name, value in self._order.items():
+            saved = state_dict["order"][name]
+            if saved != value:
+                raise ValueError(
+                    f"load_state_dict was given a state with {name}={saved!r}, but {name} is {value!r} now: documents "
+                    "would repeat or be missed. Train on the same files with the same settings, or start anew."
+                )
+        self._loaded = state_dict
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        data, collate = self.data, self.data.collator()
+        packing = TokenPackingDataset(
+            _Sequences(data, self.source, *self._shard(), self._earlier, self._position),
+            data.tokens_per_batch,
+            drop_last=False,
+            split_samples=data.split_long,
+            pad_sequences_to_be_divisible_by=data.pad_sequences_to_be_divisible_by,
+        )
+        for sequences in packing:
+            self._position = _position_after(sequences, packing.state_dict()["carried"])
+            yield collate(sequences)
+
+    def _shard(self) -> tuple[int, int]:
+        worker = get_worker_info()
+        if worker is None:
+            return self.rank, self.ranks
+        return self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers
+
+    def _start(self) -> tuple[list[list[Position]], Position]:
+        """What earlier shards have left, and where this one starts in it."""
+        if self._loaded is None:
+            return [], Position(0, 0, 0)
+        shard, shards = self._shard()
+        positions = {shard: Position(*position) for shard, *position in self._loaded["positions"]}
+        earlier = [[Position(*position) for position in positions] for positions in self._loaded["earlier"]]
+        if self._loaded["shards"] == shards and shard in positions:
+            return earlier, positions[shard]
+        missing = sorted(set(range(self._loaded["shards"])) - set(positions))
+        if missing:
+            raise RuntimeError(
+                f"load_state_dict was given a state without shards {missing} of {self._loaded['shards']} (ranks x "
+                f"workers), but this is shard {shard} of {shards}: merge_states makes one state of those of all ranks."
+            )
+        last = [positions[shard] for shard in sorted(positions)]
+        return [*earlier, last], Position(min(position.epoch for position in last), 0, 0)
+
+
+def merge_states(states: Iterable[Any]) -> dict[str, Any]:
+    """One state of those of all data-parallel ranks, that any number of ranks and workers can load.
+
+    Args:
+        states: States of `TextBatches`, or of loaders of them, saved after the same step. Of ranks that have the same
+            batches, one is enough.
+
+    Returns:
+        A state for `TextBatches.load_state_dict`, to be loaded before the loader is made.
+
+    Raises:
+        ValueError: There is no state, they are not of one run and step, or a loader's state is of an earlier step.
+    """
+    found = [state for each in states for state in _states_in(each)]
+    if not found:
+        raise ValueError("states has no state of TextBatches; give what state_dict returned, of it or of its loaders.")
+    first = found[0]
+    places: dict[int, list[int]] = {}
+    for state in found:
+        for name in ("shards", "earlier", "order"):
+            if state[name] != first[name]:
+                raise ValueError(
+                    f"states are of different runs: {name} is {first[name]!r} in one and {state[name]!r} in another. "
+                    "Give the states that all ranks saved at one step."
+                )
+        for shard, *position in state["positions"]:
+            if places.setdefault(shard, position) != position:
+                raise ValueError(
+                    f"states have shard {shard} at {places[shard]} and at {position} (epoch, documents, tokens). Give "
+                    "the states that all ranks saved at one step."
+                )
+    return {**first, "positions": [[shard, *places[shard]] for shard in sorted(places)]}
+
+
+class _Sequences(IterableDataset[dict[str, Any]]):
+    """The sequences of one shard from a position on, each with its place for `_position_after`."""
+
+    def __init__(
+        self,
+        data: TextData,
+        source: Source,
+        shard: int,
+        shards: int,
+        earlier: list[list[Position]],
+        start: Position,
+    ) -> None:
+        self.data = data
+        self.source = source
+        self.shard = shard
+        self.shards = shards
+        self.earlier = earlier
+        self.start = start
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for epoch in count(self.start.epoch):
+            if self.data.epochs is not None and epoch >= self.data.epochs:
+                return
+            used_up = self.start.documents if epoch == self.start.epoch else 0
+            empty = True
+            for number, (document, used) in islice(enumerate(self._share(epoch)), used_up, None):
+                if (epoch, number) == self.start[:2]:
+                    used = max(used, self.start.tokens)
+                for piece in self._pieces(document, used):
+                    empty = False
+                    yield {"epoch": epoch, "document": number, **piece}
+            if empty and self._is_whole(epoch):
+                raise ValueError(
+                    f"source={os.fspath(self.data.source)!r} has no tokens for shard {self.shard} of {self.shards} "
+                    f"(ranks x workers): it has fewer documents than shards, or empty ones. {_SHARES}"
+                )
+
+    def _share(self, epoch: int) -> Iterator[tuple[Document, int]]:
+        """This shard's documents of an epoch, and how many tokens of each earlier shards have used."""
+        documents = in_order(self.source, self.data.seed, epoch, self.data.shuffle_buffer)
+        left: Iterable[tuple[Document, int]] = ((document, 0) for document in documents)
+        for positions in self.earlier:
+            left = _left(left, epoch, positions)
+        return islice(left, self.shard, None, self.shards)
+
+    def _pieces(self, document: Document, used: int) -> Iterator[dict[str, Any]]:
+        tokens = self.data.tokens(document)
+        longest = self.data.longest_sequence
+        if not self.data.split_long:
+            tokens = tokens[:longest]
+        # Pieces end at multiples of `longest` from the document's beginning, wherever this shard begins in it.
+        while used < len(tokens):
+            end = min((used // longest + 1) * longest, len(tokens))
+            yield {"input_ids": tokens[used:end], "end": end}
+            used = end
+
+    def _is_whole(self, epoch: int) -> bool:
+        """Whether nothing of the epoch was used before this iteration."""
+        before = [self.start, *(position for positions in self.earlier for position in positions)]
+        return all((epoch, 0, 0) >= position for position in before)
+
+
+def _left(
+    documents: Iterable[tuple[Document, int]], epoch: int, positions: list[Position]
+) -> Iterator[tuple[Document, int]]:
+    """What shards that stopped at `positions` have left of documents that were shared out to them."""
+    for number, (document, used) in enumerate(documents):
+        place, shard = divmod(number, len(positions))
+        reached = positions[shard]
+        if (epoch, place) > reached[:2]:
+            yield document, used
+        elif (epoch, place) == reached[:2]:
+            yield document, max(used, reached.tokens)
+
+
+def _position_after(batch: list[Mapping[str, Any]], carried: list[Mapping[str, Any]]) -> Position:
+    """The position after a batch, given what has been drawn and waits for the next one."""
+    if carried:
+        waiting = carried[0]
+        return Position(waiting["epoch"], waiting["document"], waiting["end"] - len(waiting["input_ids"]))
+    last = batch[-1]
+    return Position(last["epoch"], last["document"], last["end"])
+
+
+def _padded(sequences: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    tokens = [torch.tensor(sequence["input_ids"]) for sequence in sequences]
+    input_ids_BS = pad_sequence(tokens, batch_first=True)
+    mask_BS = pad_sequence([torch.ones_like(each, dtype=torch.bool) for each in tokens], batch_first=True)
+    return {"input_ids": input_ids_BS, "attention_mask": mask_BS, "labels": input_ids_BS}
+
+
+def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
+    """The states of `TextBatches` in a loader's state, whose form is the loader's affair."""
+    if not isinstance(state, Mapping):
+        return
+    if state.get("_steps_since_snapshot"):
+        raise ValueError(
+            f"states has a loader's state that is {state['_steps_since_snapshot']} batches old: it was made with "
+            "snapshot_every_n_steps above 1. Give the StatefulDataLoader snapshot_every_n_steps=1."
+        )
+    if {"positions", "shards", "earlier", "order"} <= set(state):
+        yield state
+    else:
+        for value in state.values():
+            yield from _states_in(value)
+
+
+def _setting(name: str, value: Any) -> str:
+    """How messages name a setting with its value: in Python, and in the command's configuration."""
+    return f"{name}={value!r} (in a configuration `data.{name}: {json.dumps(value)}`)"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list of " + (" and ".join(sorted({type(each).__name__ for each in value})) or "nothing")
+    return type(value).__name__

@@ -1,0 +1,442 @@
+"""An engine that continues many prompts at the same time: requests join and leave the running batch at any step.
+
+    engine = Engine(model, tokenizer)
+    for output in engine.generate(["The sky is blue because", "Two and two"], SamplingParams(temperature=0)):
+        print(output.outputs[0].text)
+
+The host is one step behind the device: it launches a step, and reads what the step before chose while that one runs. So
+it learns a step late that a sequence has ended, and drops the one token that this sequence got in the meantime.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..decode.fused import FusedDecode, takes_fused_decode
+from ..kv_cache.engine_cache import EngineCache
+from ..runner.beam_search import BeamHistory
+from ..runner.model_runner import BeamResult, ModelRunner, Pending, StepResult, padded_multiple
+from ..sampling_params import SamplingParams
+from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of
+from .output_text import Detokenizer
+from .scheduler import Scheduler
+from .sequence import Completion, FinishReason, Request, RequestOutput, TokenEvent, TokenLogprobs
+from .sequence import Sequence as Text
+
+Prompt = str | Sequence[int]
+
+SECONDS_BEFORE_PROGRESS = 2.0
+
+
+class Engine:
+    """Continues prompts. For one thread: a server hands requests over to the one that steps.
+
+    Args:
+        model: An `NVLlamaForCausalLM` in evaluation mode.
+        tokenizer: A tokenizer of transformers, for prompts, texts and stop strings; not needed for prompts of tokens.
+        max_batch_size: Sequences that run at the same time; each beam is one.
+        max_sequence_length: Most tokens of a sequence, prompt included; the configuration's
+            `max_position_embeddings` by default.
+        page_size: Tokens of a page of the cache.
+        total_num_pages: Pages of the cache. By default as many as `max_batch_size` sequences of
+            `max_sequence_length` need, at most as many as fit 85 % of the GPU's free memory, or 2 GiB on a CPU.
+        prefill_budget: Most tokens of prompts that a step reads.
+        prefix_caching: Whether prompts that begin like earlier texts take what is in the cache of these.
+
+    Raises:
+        ValueError: An argument is out of its range, or the model is in training mode.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any | None = None,
+        *,
+        max_batch_size: int = 32,
+        max_sequence_length: int | None = None,
+        page_size: int = 64,
+        total_num_pages: int | None = None,
+        prefill_budget: int = 2048,
+        prefix_caching: bool = True,
+    ) -> None:
+        for name, value in (
+            ("max_batch_size", max_batch_size),
+            ("max_sequence_length", 1 if max_sequence_length is None else max_sequence_length),
+            ("page_size", page_size),
+            ("total_num_pages", 1 if total_num_pages is None else total_num_pages),
+            ("prefill_budget", prefill_budget),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is not possible: give an integer of at least 1.")
+        check_model(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_sequence_length = max_sequence_length_of(model.config, max_sequence_length)
+        self.eos_token_ids = eos_token_ids_of(model, tokenizer)
+        if total_num_pages is None:
+            wanted = max_batch_size * -(-self.max_sequence_length // page_size)
+            total_num_pages = max(1, min(wanted, fitting_pages(model, page_size)))
+        # Made here, outside inference mode, and once for all lengths: a model may be trained with it afterwards.
+        model.model.rotary_angles(self.max_sequence_length, model.device)
+        multiple = padded_multiple(model)
+        self._rows = -(-max_batch_size // multiple) * multiple
+        self._cache = EngineCache(
+            model,
+            rows=self._rows,
+            max_sequence_length=self.max_sequence_length,
+            total_num_pages=total_num_pages,
+            page_size=page_size,
+        )
+        self._make_scheduler = functools.partial(
+            Scheduler, max_batch_size, total_num_pages, page_size, prefill_budget, prefix_caching
+        )
+        self._submitted = 0
+        self._outputs: dict[int, RequestOutput] = {}  # that nobody has fetched
+        self._start_over()
+
+    def __repr__(self) -> str:
+        pool = self.scheduler.pages.pool
+        return (
+            f"Engine({self.scheduler.max_rows} rows of {self.max_sequence_length} tokens, {pool.total_num_pages} pages "
+            f"of {pool.page_size}: {len(self.scheduler.rows)} sequences run, {len(self.scheduler.waiting)} requests "
+            f"wait)"
+        )
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, prompt: Prompt, params: SamplingParams | None = None, on_token: Callable[[TokenEvent], None] | None = None
+    ) -> int:
+        """Put a request in the queue.
+
+        Args:
+            prompt: Text, or tokens.
+            params: How to continue it.
+            on_token: Called, during `step`, with each token of each completion; those of beams at the end. If it
+                raises, the request ends with what it has; its output has the exception.
+
+        Returns:
+            The request's id.
+
+        Raises:
+            ValueError: The request does not fit the engine or the model.
+        """
+        params = SamplingParams() if params is None else params
+        tokens = self._tokens(prompt)
+        self._check(tokens, params)
+        request = Request(
+            self._submitted,
+            tokens,
+            params,
+            # From torch's generator, so that torch.manual_seed makes all requests repeatable.
+            int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed,
+            params.ending_tokens(self.eos_token_ids),
+            on_token,
+        )
+        self.scheduler.submit(request)
+        self._submitted += 1
+        self._requests[request.id] = request
+        for sequence in request.sequences:
+            sequence.detokenizer = Detokenizer(self.tokenizer, tuple(params.stop))
+        return request.id
+
+    def cancel(self, request_id: int) -> bool:
+        """End a request; its output has what was written so far. May be called from callbacks.
+
+        Returns:
+            Whether it was under way: `False` for an id that is not known, or no more.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do, or to return."""
+        return bool(self._requests or self._outputs)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one step, and return the requests that have finished.
+
+        An error in the step itself, such as too little memory, ends all requests without outputs; the engine is empty
+        then and can go on.
+        """
+        self._advance()
+        outputs, self._outputs = list(self._outputs.values()), {}
+        return outputs
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Continue prompts, and return when all are done.
+
+        Shows a progress bar on a terminal when it takes longer.
+
+        Args:
+            prompts: Texts, or lists of tokens.
+            params: For all of them, or for each.
+
+        Returns:
+            The outputs, in the order of the prompts.
+
+        Raises:
+            ValueError: A request does not fit; none has been started then.
+        """
+        ids = self._submit_all(prompts, params, None)
+        missing = set(ids)
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            with tqdm(total=len(ids), unit="prompt", disable=None, delay=SECONDS_BEFORE_PROGRESS) as progress:
+                while missing:
+                    self._advance()
+                    done = [request_id for request_id in self._outputs if request_id in missing]
+                    outputs |= {request_id: self._outputs.pop(request_id) for request_id in done}
+                    missing.difference_update(done)
+                    progress.update(len(done))
+        finally:
+            self._forget(missing)
+        return [outputs[request_id] for request_id in ids]
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """Continue one prompt or several, and yield tokens as they come. Leaving the loop cancels the rest.
+
+        Args:
+            prompts: One text or list of tokens, or several.
+            params: For all of them, or for each.
+
+        Raises:
+            ValueError: A request does not fit; none has been started then.
+        """
+        one = isinstance(prompts, str) or not isinstance(next(iter(prompts), None), str | Sequence)
+        events: deque[TokenEvent] = deque()
+        each: Any = [prompts] if one else prompts
+        ids = self._submit_all(each, params, events.append)
+        return self._events(set(ids), events)
+
+    # --- submitting ---------------------------------------------------------------------------------------------------
+
+    def _submit_all(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        on_token: Callable[[TokenEvent], None] | None,
+    ) -> list[int]:
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r} is one text: give a list of prompts.")
+        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one for each, or one.")
+        ids: list[int] = []
+        try:
+            for prompt, its_params in zip(prompts, each, strict=True):
+                ids.append(self.submit(prompt, its_params, on_token))
+        except BaseException:
+            self._forget(ids)
+            raise
+        return ids
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ValueError("prompt is a text, but the engine has no tokenizer: give it one, or give tokens.")
+        return list(self.tokenizer(prompt)["input_ids"])
+
+    def _check(self, tokens: list[int], params: SamplingParams) -> None:
+        vocab_size = self.model.lm_head.out_features
+        if not tokens:
+            raise ValueError("prompt has no tokens: give at least one, such as the BOS token.")
+        for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+                raise ValueError(
+                    f"{name} has the tokens {min(ids)} to {max(ids)}, but the model knows 0 to {vocab_size - 1}: use "
+                    "the model's own tokenizer."
+                )
+        if len(tokens) + params.max_tokens > self.max_sequence_length:
+            raise ValueError(
+                f"prompt has {len(tokens)} tokens and max_tokens={params.max_tokens}, but max_sequence_length="
+                f"{self.max_sequence_length}: shorten one of them, or make an engine for longer sequences."
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                f"stop={params.stop!r} needs text, but the engine has no tokenizer: give it one, or use stop_token_ids."
+            )
+
+    def _forget(self, ids: Sequence[int] | set[int]) -> None:
+        """Cancel what is under way, and keep no outputs."""
+        for request_id in ids:
+            self.cancel(request_id)
+            self._outputs.pop(request_id, None)
+
+    def _events(self, ids: set[int], events: deque[TokenEvent]) -> Iterator[TokenEvent]:
+        try:
+            while events or any(request_id in self._requests for request_id in ids):
+                if not events:
+                    self._advance()
+                while events:
+                    yield events.popleft()
+        finally:
+            self._forget(ids)
+
+    # --- stepping -----------------------------------------------------------------------------------------------------
+
+    def _start_over(self) -> None:
+        """Forget all requests, and what the cache holds."""
+        self.scheduler = self._make_scheduler()
+        decode = None
+        if self.model.device.type == "cuda" and takes_fused_decode(self.model, self._rows, self._cache.page_size):
+            decode = FusedDecode(self.model, self._cache, self._rows)
+        self._runner = ModelRunner(self.model, self._cache, decode)
+        self._requests: dict[int, Request] = {}  # that are under way
+        self._pending: Pending | None = None
+        self._is_stepping = False
+
+    @torch.inference_mode()
+    def _advance(self) -> None:
+        """Launch a step, and read the one before."""
+        if self._is_stepping:
+            raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
+        self._is_stepping = True
+        try:
+            plan = self.scheduler.plan()
+            for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
+                request.history = _history(request)
+            launched = None if plan.is_empty else self._runner.launch(plan)
+            pending, self._pending = self._pending, launched
+            if pending is not None:
+                self._read(pending.result())
+        except BaseException:
+            # Interrupted, or out of memory: it is not known what of the step was done, so nobody can go on from it.
+            self._start_over()
+            raise
+        self._is_stepping = False
+        if not self._requests:
+            self._pending = None  # nobody waits for it
+
+    def _read(self, result: StepResult) -> None:
+        for request, place, logprobs in result.prompt_logprobs:
+            request.prompt_logprobs.update(enumerate(logprobs, place))
+        for i, (sequence, token) in enumerate(result.tokens):
+            wanted = sequence.request.params.logprobs
+            here = None
+            if wanted is not None:
+                assert result.logprobs is not None
+                here = TokenLogprobs(result.logprobs[i], () if result.top is None else tuple(result.top[i][:wanted]))
+            self._append(sequence, token, here)
+        for beams in result.beams:
+            self._follow(beams)
+
+    def _append(self, sequence: Text, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """A sequence has one token more; perhaps its last."""
+        if sequence.finish_reason is not None:
+            return  # it ended while this step was under way, or a callback has just ended it
+        request, detokenizer = sequence.request, sequence.detokenizer
+        sequence.tokens.append(token)
+        if logprobs is not None:
+            sequence.logprobs.append(logprobs)
+        written = len(sequence.tokens) - len(request.prompt)
+        may_stop = written >= request.params.min_tokens
+        if token in request.ending_tokens and may_stop:
+            sequence.finish_reason, sequence.stop_reason = "stop", token
+        else:
+            detokenizer.add(token, may_stop)
+            if detokenizer.stopped_by is not None:
+                sequence.finish_reason, sequence.stop_reason = "stop", detokenizer.stopped_by
+            elif written == request.params.max_tokens:
+                sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            self.scheduler.remove([sequence])
+            detokenizer.end()
+        if request.on_token is not None:
+            self._tell(sequence, token, logprobs)
+        if sequence.finish_reason is not None and request.is_finished:
+            self._end(request)
+
+    def _follow(self, beams: BeamResult) -> None:
+        """A search has gone one step further; perhaps its last."""
+        request, history = beams.request, beams.request.history
+        if request.id not in self._requests:
+            return  # it ended while this step was under way
+        assert history is not None
+        history.add(beams.candidate_tokens, beams.candidate_sources, beams.candidate_scores)
+        if not history.done:
+            self.scheduler.reorder(request.sequences, beams.sources, beams.length)
+            return
+        self.scheduler.remove(request.sequences)
+        del request.sequences[request.params.n :]
+        best = list(zip(request.sequences, history.best(request.params.n), strict=True))
+        for sequence, hypothesis in best:
+            sequence.score = hypothesis.score
+        for sequence, hypothesis in best:
+            for token in hypothesis.token_ids:
+                self._append(sequence, token)
+
+    def _tell(self, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None) -> None:
+        """Call the request's callback; end the request if it raises."""
+        request = sequence.request
+        if request.on_token is None or request.error is not None:
+            return
+        text = sequence.detokenizer.take(sequence.finish_reason is not None)
+        event = TokenEvent(
+            request.id, sequence.index, token, text, logprobs, sequence.finish_reason, sequence.stop_reason
+        )
+        try:
+            request.on_token(event)
+        except Exception as error:  # whatever it is, it is this request's own: others go on
+            request.error = error
+            self._end(request, "error")
+
+    def _end(self, request: Request, reason: FinishReason = "cancelled") -> None:
+        """Make the output of a request; what has not come to an end by itself ends for a reason."""
+        if self._requests.pop(request.id, None) is None:
+            return  # a callback has ended it
+        self.scheduler.remove(request.sequences)
+        del request.sequences[request.params.n :]  # of beams
+        broken_off = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        for sequence in broken_off:
+            sequence.finish_reason = reason
+            sequence.detokenizer.end()
+        for sequence in broken_off:
+            self._tell(sequence, None)
+        self._outputs[request.id] = RequestOutput(
+            request.id,
+            request.prompt,
+            [_completion(sequence) for sequence in request.sequences],
+            _prompt_logprobs(request),
+            request.error,
+        )
+
+
+def _history(request: Request) -> BeamHistory:
+    params = request.params
+    return BeamHistory(
+        params.num_beams, request.ending_tokens, params.max_tokens, params.length_penalty, params.early_stopping
+    )
+
+
+def _completion(sequence: Text) -> Completion:
+    assert sequence.finish_reason is not None
+    return Completion(
+        sequence.index,
+        sequence.written,
+        sequence.detokenizer.text,
+        sequence.finish_reason,
+        sequence.stop_reason,
+        sequence.logprobs if sequence.request.params.logprobs is not None else None,
+        sequence.score,
+    )
+
+
+def _prompt_logprobs(request: Request) -> list[float | None] | None:
+    if not request.params.prompt_logprobs or len(request.prompt_logprobs) < len(request.prompt) - 1:
+        return None
+    return [None, *(request.prompt_logprobs[place] for place in range(1, len(request.prompt)))]
