@@ -265,7 +265,7 @@ def test_rows_that_do_not_run_hold_nothing(
             check(state, rows)
             decode.advance(state, rows)
 
-    engine._runner.decode = Checked()
+    monkeypatch.setattr(engine, "_select_backend", Checked)
     texts = prompts(9, 4, 17, 3, 6, 12, 5)
     params = [SamplingParams(max_tokens=1 + 2 * place, temperature=0) for place in range(7)]
     for text, its_params, output in zip(texts, params, engine.generate(texts, params), strict=True):
