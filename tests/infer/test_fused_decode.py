@@ -14,7 +14,8 @@ from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_infer.decode import fused as fused_decode
 from llama_te_infer.decode.fused import FusedDecode, Weight, _multiply_many, takes_fused_decode
 from llama_te_infer.kv_cache.engine_cache import EngineCache
-from llama_te_infer.ops.step_operators import Product, rms_norm
+from llama_te_infer.ops.linear import Product
+from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.runner.model_runner import DecodeState, ModelDecode
 
 ROWS, STEPS, PAGE_SIZE = 5, 20, 16

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kv_cache.managers import PagedKVCacheManager
-from ..ops import operators
-from ..ops.decode_attention import MAX_ROWS
+from ..ops import library
+from ..ops.checks import name_of
 from .fused import FusedDecode, StepRows, takes_fused_decode, weights_of
 
 if TYPE_CHECKING:
@@ -116,13 +116,13 @@ def decode_problem(model: Any, cache: InferenceParams) -> str | None:
     if not decoder.rotary_angles.are_fixed(cache.max_sequence_length):
         rope_type = decoder.rotary_angles.rope_type
         return f"with rope_type={rope_type!r} angles change within max_sequence_length={cache.max_sequence_length}"
-    if cache.batch_size > MAX_ROWS:
-        return f"the batch has {cache.batch_size} rows, and the kernels take {MAX_ROWS}"
+    if library.available(device.type) and cache.batch_size > (most := library.limits().max_decode_rows):
+        return f"the batch has {cache.batch_size} rows, and the kernels take {most}"
     page_size = cache.page_size if cache.is_paged else None
     if not takes_fused_decode(model, cache.batch_size, page_size):
         pages = "" if page_size is None else f", pages of {page_size} tokens"
         return (
-            f"there are no kernels for this model ({operators.name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
+            f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
             "; docs/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None

@@ -22,7 +22,8 @@ from llama_te_core.layers.rope import rotate
 
 from ..decode.backend import IMPLEMENTATIONS, BatchDecode, choose_decode
 from ..kv_cache.managers import CacheManager, NonPagedKVCacheManager, PagedKVCacheManager, default_device
-from ..ops import operators
+from ..ops import library
+from ..ops.append_rope import append_rope, takes_heads
 
 
 class InferenceParams:
@@ -498,7 +499,7 @@ class InferenceParams:
 
     def _takes_kernels(self) -> bool:
         same = self.head_dim_k == self.head_dim_v
-        return same and operators.takes_heads(self.dtype, self.head_dim_k) and operators.available(self.device.type)
+        return same and library.available(self.device.type) and takes_heads(self.dtype, self.head_dim_k)
 
     def _append_compiled(
         self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str
@@ -507,7 +508,7 @@ class InferenceParams:
         qkv_NKGD = qkv.flatten(0, -4)
         heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
         query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
-        operators.append_rope(
+        append_rope(
             qkv_NKGD,
             self.cos_sin(angles),
             self.cu_seqlens_q[: self.batch_size + 1],

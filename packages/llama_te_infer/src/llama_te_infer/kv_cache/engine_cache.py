@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..generate.inference_params import InferenceParams
-from ..ops import operators
+from ..ops import library
+from ..ops.reorder import reorder_pages, takes_reorder
 from .managers import PagedKVCacheManager
 
 
@@ -105,11 +106,9 @@ class EngineCache(InferenceParams):
             lengths: Tokens of each row, which are those of its source.
         """
         length_B = send(lengths, torch.int32, self.device)
-        compiled = operators.available(self.device.type) and operators.takes_reorder(self._tensors, len(lengths))
+        compiled = library.available(self.device.type) and takes_reorder(self._tensors, len(lengths))
         if compiled:
-            operators.reorder_pages(
-                self._tensors, page_table_BP, source_B, length_B, self._manager.page_size, self._ticket
-            )
+            reorder_pages(self._tensors, page_table_BP, source_B, length_B, self._manager.page_size, self._ticket)
             return
         source_BP = page_table_BP[source_B]
         full_B1 = (length_B // self._manager.page_size)[:, None]

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import torch
 
-from ..ops import operators
+from ..ops import library
+from ..ops.reorder import reorder_pages, reorder_rows, takes_reorder
 from .page_pool import PagePool
 
 
@@ -108,8 +109,8 @@ class NonPagedKVCacheManager:
         """Copy rows, as far as they are filled; with the compiled operator in place, without a second copy."""
         rows, keys = len(lengths), max(lengths)
         caches = _tensors(self.cache)
-        if caches and operators.available(self.device.type) and operators.takes_reorder(caches, rows):
-            operators.reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
+        if caches and library.available(self.device.type) and takes_reorder(caches, rows):
+            reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
             return
         for tensor in caches:
             tensor[:rows, :keys] = tensor[:rows, :keys].index_select(0, source_rows)
@@ -216,13 +217,13 @@ class PagedKVCacheManager:
         does not apply, rows share these pages too, until they write to them.
         """
         caches = _tensors(self.cache)
-        compiled = caches and operators.available(self.device.type) and operators.takes_reorder(caches, len(lengths))
+        compiled = caches and library.available(self.device.type) and takes_reorder(caches, len(lengths))
         if not (compiled and self._own_last_pages and list(lengths) == self._lengths):
             # Which rows these are has to be known here: a wait for the device.
             self.assign_rows(source_rows.tolist(), lengths, lengths)
             return
         length_B = torch.tensor(lengths, dtype=torch.int32).to(self.device)
-        operators.reorder_pages(caches, self.page_table, source_rows, length_B, self.page_size, self._ticket)
+        reorder_pages(caches, self.page_table, source_rows, length_B, self.page_size, self._ticket)
         self._pending.append((source_rows.to(torch.int64, copy=True), list(lengths)))
 
     def _have_room(self, sources: Sequence[int | None], starts: Sequence[int], lengths: Sequence[int]) -> bool:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import operators
-from ..ops.step_operators import greedy
+from ..ops import library
+from ..ops.greedy import greedy
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 
 
@@ -227,7 +227,7 @@ def take_likeliest(
         length_B: int32; 1 is added to those that are not 0, which rows that only fill up a batch have.
     """
     takes_kernel = choice_BV.is_cuda and choice_BV.dtype == torch.bfloat16 and choice_BV.shape[1] % 8 == 0
-    if takes_kernel and choice_BV.is_contiguous() and operators.available("cuda"):
+    if takes_kernel and choice_BV.is_contiguous() and library.available("cuda"):
         rows = len(choice_BV)
         greedy(choice_BV, token_B, length_B, sampling.best_R[:rows], sampling.ticket_R[:rows])
         return
