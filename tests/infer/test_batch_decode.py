@@ -24,7 +24,7 @@ from llama_te_infer import InferenceParams, inference_params_for
 from llama_te_infer.decode import backend as batch_decode
 from llama_te_infer.decode.backend import decode_problem, select_backend
 from llama_te_infer.decode.fused import FusedDecode
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
 
 NEW, COLUMNS, PAGE = 12, 9, 16
 LAYOUTS = pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def te(hf: PreTrainedModel, attn_input_format: str) -> PreTrainedModel:
 @pytest.fixture
 def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the kernels compute whatever model there is."""
-    assert operators.available("cpu"), "the extension is not built: install the package"
+    assert library.available("cpu"), "the extension is not built: install the package"
     monkeypatch.setattr(batch_decode, "takes_fused_decode", lambda *arguments: True)
 
 

@@ -18,7 +18,8 @@ from llama_te_infer.decode.fused import FusedDecode, _multiply_many, takes_fused
 from llama_te_infer.decode.layers import LayersDecode
 from llama_te_infer.decode.weights import Weight
 from llama_te_infer.kv_cache.engine_cache import EngineCache
-from llama_te_infer.ops.step_operators import Product, rms_norm
+from llama_te_infer.ops.linear import Product
+from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.runner.state import DecodeState
 
 ROWS, STEPS, PAGE_SIZE = 5, 20, 16
@@ -99,7 +100,7 @@ def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None
 
 @torch.inference_mode()
 def test_more_rows_than_one_launch_takes() -> None:
-    """8 to 40 rows: on either side of `MAX_LINEAR_ROWS`."""
+    """8 to 40 rows: on either side of `limits().max_linear_rows`."""
     exact = logits_of(make_model(), fused=False, most_rows=40)
     model = make_model().to(torch.bfloat16)
     fused, plain = (logits_of(model, fused, most_rows=40) for fused in (True, False))

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from ..kv_cache.step import CacheStep
-from ..ops import operators
-from ..ops.decode_attention import MAX_ROWS
+from ..ops import library
+from ..ops.checks import name_of
 from .fused import FusedDecode, takes_fused_decode
 from .inputs import StepInputs
 from .weights import LAYER_PARAMETERS
@@ -111,12 +111,12 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     if not decoder.rotary_angles.are_fixed(cache.max_sequence_length):
         rope_type = decoder.rotary_angles.rope_type
         return f"with rope_type={rope_type!r} angles change within max_sequence_length={cache.max_sequence_length}"
-    if rows > MAX_ROWS:
-        return f"the batch has {rows} rows, and the kernels take {MAX_ROWS}"
+    if library.available(device.type) and rows > (most := library.limits().max_decode_rows):
+        return f"the batch has {rows} rows, and the kernels take {most}"
     if not takes_fused_decode(model, rows, cache.page_size):
         pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
         return (
-            f"there are no kernels for this model ({operators.name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
+            f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
             "; docs/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None

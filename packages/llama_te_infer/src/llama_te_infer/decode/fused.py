@@ -19,19 +19,12 @@ from torch.nn import functional as F
 
 from ..kv_cache.step import CacheStep
 from ..kv_cache.storage import tensors_of
-from ..ops import operators
-from ..ops.decode_attention import MAX_ROWS, decode_attention, takes_decode_attention, workspace_size
-from ..ops.step_operators import (
-    MAX_LINEAR_ROWS,
-    LinearWorkspace,
-    Product,
-    embed,
-    linear_chain,
-    one_at_a_time,
-    rms_norm,
-    swiglu,
-    takes_linear,
-)
+from ..ops import library
+from ..ops.decode_attention import decode_attention, takes_decode_attention, workspace_size
+from ..ops.embed import embed
+from ..ops.linear import LinearWorkspace, Product, linear_chain, one_at_a_time, takes_linear
+from ..ops.rms_norm import rms_norm
+from ..ops.swiglu import swiglu
 from .buckets import bucket_of
 from .greedy import GreedyWorkspace, take_likeliest
 from .inputs import StepInputs
@@ -48,7 +41,9 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
     """
     config, dtype = model.config, model.get_input_embeddings().weight.dtype
     group = config.num_attention_heads // config.num_key_value_heads
-    if dtype != torch.bfloat16 or rows > MAX_ROWS or not operators.available(model.device.type):
+    if dtype != torch.bfloat16 or not library.available(model.device.type):
+        return False
+    if rows > library.limits().max_decode_rows:
         return False
     if not takes_decode_attention(dtype, group, config.head_dim, page_size):
         return False
@@ -198,13 +193,13 @@ class FusedDecode:
 
     def _multiply(self, products: list[Product]) -> None:
         """Compute products in order: each may read the output of the one before."""
-        rows = len(products[0].input)
+        rows, most_rows = len(products[0].input), library.limits().max_linear_rows
         for is_fp8, some in groupby(products, lambda product: product.scale is not None):
-            if is_fp8 or rows <= MAX_LINEAR_ROWS:
+            if is_fp8 or rows <= most_rows:
                 # Reading FP8 weights again for each part of the rows takes less time than widening them.
                 whole = list(some)
-                for first in range(0, rows, MAX_LINEAR_ROWS):
-                    part = slice(first, first + MAX_LINEAR_ROWS)
+                for first in range(0, rows, most_rows):
+                    part = slice(first, first + most_rows)
                     linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
             else:
                 # Arithmetic bounds the products of more rows, and cuBLAS reaches that bound.

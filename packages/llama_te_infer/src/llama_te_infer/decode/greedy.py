@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from ..ops import operators
-from ..ops.step_operators import greedy
+from ..ops import library
+from ..ops.greedy import greedy
 
 
 class GreedyWorkspace:
@@ -36,7 +36,7 @@ def take_likeliest(
         length_B: int32; 1 is added to each length that is not 0, as `StepInputs` says.
     """
     takes_kernel = choice_BV.is_cuda and choice_BV.dtype == torch.bfloat16 and choice_BV.shape[1] % 8 == 0
-    if takes_kernel and choice_BV.is_contiguous() and operators.available("cuda"):
+    if takes_kernel and choice_BV.is_contiguous() and library.available("cuda"):
         rows = len(choice_BV)
         greedy(choice_BV, token_B, length_B, workspace.best_R[:rows], workspace.ticket_R[:rows])
         return

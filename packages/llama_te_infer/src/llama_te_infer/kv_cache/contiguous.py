@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops import operators
+from ..ops import library
+from ..ops.reorder import reorder_rows, takes_reorder
 from .storage import allocate, default_device, tensors_of
 
 
@@ -69,8 +70,8 @@ class NonPagedKVCacheManager:
         """Copy the filled part of each source row. The compiled operator needs no second copy of the memory."""
         rows, keys = len(lengths), max(lengths)
         caches = tensors_of(self.cache)
-        if caches and operators.available(self.device.type) and operators.takes_reorder(caches, rows):
-            operators.reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
+        if caches and library.available(self.device.type) and takes_reorder(caches, rows):
+            reorder_rows(caches, source_rows, torch.tensor(lengths, dtype=torch.int32).to(self.device))
             return
         for tensor in caches:
             tensor[:rows, :keys] = tensor[:rows, :keys].index_select(0, source_rows)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..ops import operators
+from ..ops import library
+from ..ops.reorder import reorder_pages, takes_reorder
 from .page_pool import PagePool
 from .row_pages import RowPages
 from .storage import allocate, default_device, tensors_of
@@ -69,7 +70,7 @@ class PagedStorage:
     def takes_reorder(self, rows: int) -> bool:
         """Return whether `reorder_pages` can reorder this many rows here."""
         caches = tensors_of(self.cache)
-        return bool(caches) and operators.available(self.device.type) and operators.takes_reorder(caches, rows)
+        return bool(caches) and library.available(self.device.type) and takes_reorder(caches, rows)
 
     def reorder_pages(self, page_table_BP: torch.Tensor, source_B: torch.Tensor, length_B: torch.Tensor) -> None:
         """Let rows continue other rows, on the device: share the full pages, copy the last page if it is not full.
@@ -80,7 +81,7 @@ class PagedStorage:
             length_B: int32, tokens of each row, and of its source.
         """
         caches = tensors_of(self.cache)
-        operators.reorder_pages(caches, page_table_BP, source_B, length_B, self.page_size, self._ticket)
+        reorder_pages(caches, page_table_BP, source_B, length_B, self.page_size, self._ticket)
 
 
 class PagedKVCacheManager(PagedStorage):

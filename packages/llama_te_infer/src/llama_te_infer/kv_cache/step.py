@@ -13,7 +13,8 @@ import torch
 from llama_te_core.layers.reference import split_qkv
 from llama_te_core.layers.rope import rotate
 
-from ..ops import operators
+from ..ops import library
+from ..ops.append_rope import append_rope, takes_heads
 from .storage import KVStorage
 
 
@@ -228,7 +229,7 @@ class CacheStep:
 
     def _takes_kernels(self) -> bool:
         same = self.head_dim_k == self.head_dim_v
-        return same and operators.takes_heads(self.dtype, self.head_dim_k) and operators.available(self.device.type)
+        return same and library.available(self.device.type) and takes_heads(self.dtype, self.head_dim_k)
 
     def _append_compiled(
         self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str
@@ -237,7 +238,7 @@ class CacheStep:
         qkv_NKGD = qkv.flatten(0, -4)
         heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
         query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
-        operators.append_rope(
+        append_rope(
             qkv_NKGD,
             self.cos_sin(angles),
             self.cu_seqlens_q[: self.batch_size + 1],
