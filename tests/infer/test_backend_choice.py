@@ -26,7 +26,7 @@ NEW = 12
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
 DRAWN = SamplingParams(max_tokens=NEW, seed=3)
 PROMPT = [5, 77, 31, 200, 8, 41, 9]
-SIZES = {  # that there are kernels for
+SIZES = {  # for which there are kernels
     "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 192,

@@ -195,7 +195,7 @@ def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 values with a scale compute what the widened weights do."""
+    """FP8 values with a scale compute the same as the widened weights."""
     model = make_model().to(torch.bfloat16)
     values = {}
 
