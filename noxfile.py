@@ -179,13 +179,15 @@ def build(session: nox.Session) -> None:
 # The Pythons that a release of llama-te-infer has wheels for.
 RELEASE_PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
+# Without torch, which the extension does not link.
 TRY_EXTENSION = """
 import sys, sysconfig
-from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 path = sysconfig.get_path("platlib") + "/llama_te_infer/_extension" + sysconfig.get_config_var("EXT_SUFFIX")
-extension = module_from_spec(spec_from_file_location("_extension", path))
-print(sys.version.split()[0], extension.build_info())
+spec = spec_from_file_location("_extension", path)
+extension = module_from_spec(spec)
+spec.loader.exec_module(extension)
+print("Python", sys.version.split()[0], extension.build_info())
 """
 
 
