@@ -100,7 +100,7 @@ def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None
 
 @torch.inference_mode()
 def test_more_rows_than_one_launch_takes() -> None:
-    """8 to 40 rows: on either side of `limits().max_linear_rows`."""
+    """8 to 40 rows: on either side of the limit of `linear`."""
     exact = logits_of(make_model(), fused=False, most_rows=40)
     model = make_model().to(torch.bfloat16)
     fused, plain = (logits_of(model, fused, most_rows=40) for fused in (True, False))
@@ -195,7 +195,7 @@ def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 values with a scale compute the same as the widened weights."""
+    """FP8 values with a scale compute what the widened weights do."""
     model = make_model().to(torch.bfloat16)
     values = {}
 
