@@ -103,7 +103,7 @@ def snapshot(cache: InferenceParams) -> dict[str, Any]:
         "sequences": list(cache.sequences.items()),
         "before": list(cache.sequences_pre_step.items()),
         "batch_size": cache.batch_size,
-        "books": cache._books.tolist(),
+        "lengths": cache._lengths.tolist(),
         "columns": cache.get_seq_length(),
         "tokens": None if cache._token_BC is None else cache._token_BC.tolist(),
         "memory": {layer: [tensor.tolist() for tensor in pair] for layer, pair in manager.cache.items()},
