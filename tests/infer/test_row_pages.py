@@ -42,7 +42,7 @@ class PoolMachine(RuleBasedStateMachine):
         choose = random.Random(seed)
         size = self.pool.page_size
         sources = [choose.choice([None, *range(len(self.pages))]) for _ in range(rows)]
-        if choose.random() < 0.5 and rows >= len(self.pages):  # as in most steps: everybody goes on
+        if choose.random() < 0.5 and rows >= len(self.pages):  # as in most steps, all rows continue
             sources[: len(self.pages)] = range(len(self.pages))
         wholes = [0 if source is None else len(self.tokens[source]) for source in sources]
         starts = [whole if choose.random() < 0.7 else choose.randint(0, whole) for whole in wholes]
@@ -52,13 +52,13 @@ class PoolMachine(RuleBasedStateMachine):
         ]
         state = (list(self.pool.holders), sorted(self.pool.free))
 
-        # Pages that are needed at the least: what is kept whole may be shared, what is written to may not.
+        # The least number of pages: rows may share pages that they keep whole, not pages that they write to.
         shared = {
-            self.pages[source][place]
+            self.pages[source][index]
             for source, start, length in zip(sources, starts, lengths, strict=True)
             if source is not None
-            for place in range(-(-start // size))
-            if (place + 1) * size <= start or length == start
+            for index in range(-(-start // size))
+            if (index + 1) * size <= start or length == start
         }
         own = sum(
             -(-length // size) - start // size for start, length in zip(starts, lengths, strict=True) if length > start
@@ -80,14 +80,14 @@ class PoolMachine(RuleBasedStateMachine):
             self.memory[to] = list(self.memory[page])
         self.pages, self.tokens = self.row_pages.rows, kept
         for row, start, length in zip(range(rows), starts, lengths, strict=True):
-            for place in range(start, length):
-                self.memory[self.pages[row][place // size]][place % size] = self.next_token
+            for index in range(start, length):
+                self.memory[self.pages[row][index // size]][index % size] = self.next_token
                 self.tokens[row].append(self.next_token)
                 self.next_token += 1
 
     @rule(seed=st.integers(0, 2**16))
     def replace(self, seed: int) -> None:
-        """Beams change places; a row's page that is not full stays its own."""
+        """Beams are reordered; a row keeps its own partly filled page."""
         choose, size = random.Random(seed), self.pool.page_size
         sources = [
             choose.choice([i for i, other in enumerate(self.tokens) if len(other) == len(row)]) for row in self.tokens
