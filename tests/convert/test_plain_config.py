@@ -17,10 +17,10 @@ from transformers import LlamaConfig, MistralConfig
 import llama_te_core.models.checkpoint_format
 from conftest import TINY
 from llama_te_convert.configs import core_format
-from llama_te_convert.configs.architectures import hf_config, te_config
+from llama_te_convert.configs.model_config import hf_config, te_config
 from llama_te_convert.configs.plain_config import _COMMON, _OF_LLAMA, plain_fields, write_plain_config
-from llama_te_convert.sources.tensor_source import Checkpoint
-from llama_te_convert.verify.inspection import model_fields
+from llama_te_convert.sources.checkpoint import Checkpoint
+from llama_te_convert.verify.model_fields import model_fields
 from llama_te_core import NVLlamaConfig
 
 LABELS: dict[str, Any] = {

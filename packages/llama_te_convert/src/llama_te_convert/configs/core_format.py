@@ -1,7 +1,7 @@
-"""The module `llama_te_core.models.checkpoint_format`, by itself.
+"""Loads `llama_te_core.models.checkpoint_format` without its package.
 
-Importing its package imports torch and transformers, which takes longer than converting a small checkpoint. That module
-needs neither.
+Importing the package imports torch and transformers, which takes longer than converting a small checkpoint. The module
+itself needs neither.
 """
 
 from __future__ import annotations

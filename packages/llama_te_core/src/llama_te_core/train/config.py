@@ -672,7 +672,7 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
         _needs("llama_te_convert", f"model.checkpoint={checkpoint!r} is not in the Transformer Engine layout, and this",
                "llama-te-convert")  # fmt: skip
         if content := _content(path):
-            from llama_te_convert.configs.architectures import te_config
+            from llama_te_convert.configs.model_config import te_config
 
             config.check_model(te_config(content))  # before the conversion, which takes its time
     elif (path / ".metadata").is_file():
