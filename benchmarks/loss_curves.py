@@ -124,8 +124,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def run(shape: str, precisions: list[str], steps: int, json_file: Path | None) -> None:
     """Train in each precision, and keep the curves, those of each as soon as it is done."""
-    from llama_te_core.layers.backend import transformer_engine_problem
-    from llama_te_core.train.config import check_machine
+    from llama_te_core.layers import transformer_engine_problem
+    from llama_te_core.train.config.machine import check_machine
 
     layers = "plain PyTorch layers"
     if transformer_engine_problem() is None:
