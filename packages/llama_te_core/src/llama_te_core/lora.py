@@ -82,7 +82,7 @@ def _adapt_weight(
     if is_quantized(adapted.get_param()):
         raise ValueError(
             f"{parameter_name} of {type(adapted.get_base_layer()).__name__} is held in a quantized format only, "
-            "to which an adapter cannot add anything: load the model with use_quantized_model_init=False. Its layers still "
-            "compute in FP8."
+            "to which an adapter cannot add anything: load the model with use_quantized_model_init=False. Its layers "
+            "still compute in FP8."
         )
     return adapted

@@ -185,7 +185,7 @@ def _last_tokens(
     pad_token_id: int | None,
     packed: PackedSequences | None,
 ) -> torch.Tensor:
-    """Return hidden states at the sequences' last tokens, [sequences, E]; a pad token is padding, as in transformers."""
+    """Return hidden states at the sequences' last tokens, [sequences, E]; pad tokens are padding."""
     if packed is not None:
         starts = packed.cu_seq_lens_q if packed.cu_seq_lens_q_padded is None else packed.cu_seq_lens_q_padded
         lengths = packed.cu_seq_lens_q.diff()

@@ -1,7 +1,5 @@
 """The sizes of the mesh of processes. Importing this module does not import torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -41,7 +39,7 @@ class ParallelSizes:
                 rest = ", or -1 for all processes that the others leave" if field.name == "shard" else ""
                 raise ValueError(f"{field.name}={size!r}: it must be an integer of at least 1{rest}.")
 
-    def resolve(self, world_size: int) -> ParallelSizes:
+    def resolve(self, world_size: int) -> "ParallelSizes":
         """Return these sizes with the value of `shard` for a number of processes.
 
         Args:

@@ -2,6 +2,9 @@
 
 `TrainConfig` is the whole, with one dataclass for each section of the YAML file. Each checks itself when it is made;
 `machine.check_machine` checks it against the machine. Importing this package imports neither torch nor transformers.
+
+The modules of the sections do without `from __future__ import annotations`: to resolve such annotations, jsonargparse
+would import everything that `TYPE_CHECKING` guards.
 """
 
 from .checkpoint import CheckpointConfig

@@ -1,7 +1,5 @@
 """The section `checkpoint` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .bounds import at_least

@@ -1,7 +1,5 @@
 """The section `data` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -37,12 +35,12 @@ class DataConfig(TextSettings):
 
     def text_data(
         self,
-        tokenizer: Tokenizer | None,
+        tokenizer: "Tokenizer | None",
         seed: int,
         token_multiple: int,
         context: int,
         vocab_size: int | None = None,
-    ) -> TextData:
+    ) -> "TextData":
         """Return the data with these settings, in epochs without end.
 
         Args:

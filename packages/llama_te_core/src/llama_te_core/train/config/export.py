@@ -1,7 +1,5 @@
 """The section `export` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """The section `model` of a configuration."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The section `optimizer` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from .bounds import at_least, finite

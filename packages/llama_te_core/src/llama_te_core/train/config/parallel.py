@@ -1,7 +1,5 @@
 """The section `parallel` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 
 from ...parallel.sizes import ContextKind, ParallelSizes

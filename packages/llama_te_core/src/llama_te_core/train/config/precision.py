@@ -1,7 +1,5 @@
 """The section `precision` of a configuration."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,17 +71,17 @@ class PrecisionConfig:
         return {"mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}.get(self.compute)
 
     @property
-    def weights_dtype(self) -> torch.dtype:
+    def weights_dtype(self) -> "torch.dtype":
         """The dtype of weights and optimizer."""
         return _dtype(self.weights)
 
     @property
-    def reduce_dtype(self) -> torch.dtype:
+    def reduce_dtype(self) -> "torch.dtype":
         """The dtype in which processes sum gradients."""
         return _dtype(self.reduce)
 
     @property
-    def compute_dtype(self) -> torch.dtype:
+    def compute_dtype(self) -> "torch.dtype":
         """The dtype of products that are not quantized."""
         return _dtype("fp32" if self.compute == "fp32" else "bf16")
 
@@ -112,7 +110,7 @@ class PrecisionConfig:
         return {argument: make_recipe(self.recipe)}
 
 
-def _dtype(name: Literal["bf16", "fp32"]) -> torch.dtype:
+def _dtype(name: Literal["bf16", "fp32"]) -> "torch.dtype":
     import torch  # here, since it takes a second
 
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]

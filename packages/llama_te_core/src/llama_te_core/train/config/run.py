@@ -1,7 +1,5 @@
 """The whole configuration of a run, and the checks of its sections against each other."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -106,7 +104,7 @@ class TrainConfig:
         """The divisor of the number of tokens of a context rank, whose tensor ranks share them."""
         return self.precision.token_multiple * self.parallel.tensor
 
-    def model_config(self, folder: str | Path | None = None) -> NVLlamaConfig:
+    def model_config(self, folder: str | Path | None = None) -> "NVLlamaConfig":
         """Return the configuration of the model, in this run's precision.
 
         Args:
@@ -130,7 +128,7 @@ class TrainConfig:
         config.check()
         return config
 
-    def check_model(self, config: NVLlamaConfig) -> None:
+    def check_model(self, config: "NVLlamaConfig") -> None:
         """Refuse sequences that are too long for the model, and more offloaded layers than it allows.
 
         Args:

@@ -1,7 +1,5 @@
 """The settings of training data. Importing this module does not import torch."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from typing import Any
