@@ -255,7 +255,7 @@ def test_what_is_exported_was_not_rounded(quantizing: Any, tmp_path: Path) -> No
     [
         ({"compute": "mxfp8"}, {}, "compute='mxfp8', fp8_recipe='current' and weights='fp32': it needs compute='fp8'"),
         ({"fp8_recipe": "block"}, {}, "fp8_recipe='block' and weights='fp32': it needs .* 'current' or 'delayed'"),
-        ({"weights": "bf16"}, {}, "weights='bf16': it needs .* weights='fp32' for what the optimizer keeps"),
+        ({"weights": "bf16"}, {}, "weights='bf16': it needs .* weights='fp32' for the optimizer"),
         ({}, {"parallel": ParallelConfig(tensor=2)}, "parallel.tensor=2: tensor ranks cannot share .* Use shard"),
         ({}, {"activation_checkpointing": "full"}, "activation_checkpointing='full': .* Use .*'none', or"),
         ({}, {"activation_offload_layers": 1}, "activation_offload_layers=1: .* Use 0, or"),
