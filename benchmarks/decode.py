@@ -1,8 +1,10 @@
-"""Time the engine from token to token, beside the memory's limit and other ways to run the same model, on one GPU.
+"""Time a decoding step of the engine on one GPU, beside the memory's limit and other ways to run the same model.
 
-Models have Llama 3's shapes and random weights. A step's time is that of the whole loop: launch, kernels, what comes
-back to the host, scheduling. The limit of a step is the bytes that it must read (weights, and keys and values of the
-texts so far) at the bandwidth of a large copy, measured in the same run.
+    python benchmarks/decode.py --json benchmarks/results/DATE_GPU_decode.json --page docs/results/decode-GPU.md
+
+Models have the shapes of Llama 3 and random weights. The time of a step is the time of the whole loop: scheduling,
+launch, kernels and the copy of the tokens to the host. The limit of a step is the time to read the weights and the
+cached keys and values once, at the bandwidth of a large copy in the same run.
 """
 
 from __future__ import annotations
@@ -41,10 +43,10 @@ class Figure:
 
     Attributes:
         what: Model, precision and load.
-        who: What ran it.
-        value: In `unit`.
+        who: The software that ran it.
+        value: The measured value, in `unit`.
         unit: "ms a step", "TFLOP/s" or "tok/s".
-        limit: What the machine allows, in the same unit.
+        limit: The best value that the machine allows, in the same unit.
     """
 
     what: str
@@ -55,14 +57,14 @@ class Figure:
 
     @property
     def share(self) -> float | None:
-        """Of the limit that is reached."""
+        """The part of the limit that is reached."""
         if self.limit is None:
             return None
         return self.limit / self.value if self.unit == "ms a step" else self.value / self.limit
 
 
 def make_model(size: str, fp8: bool = False, positions: int = 16384) -> Any:
-    """A model with random weights on the GPU, with TE's layers."""
+    """Build a model with random weights on the GPU, with TE's layers."""
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 
     recipe: dict[str, Any] = {}
@@ -87,25 +89,25 @@ def make_model(size: str, fp8: bool = False, positions: int = 16384) -> Any:
 
 
 def read_bytes(model: Any, fp8: bool) -> int:
-    """Of the weights that a step reads: all but the embedding, unless the head has the same."""
+    """Count the bytes of the weights that a step reads: the layers and the head."""
     layer_bytes = sum(p.numel() for n, p in model.model.layers.named_parameters() if not n.endswith("norm_weight"))
     return layer_bytes * (1 if fp8 else 2) + model.lm_head.weight.numel() * 2
 
 
 def cache_bytes(model: Any, rows: int, length: int) -> int:
-    """Of keys and values that a step reads."""
+    """Count the bytes of the keys and values that a step reads."""
     config = model.config
     return rows * length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
-    """Of random tokens, so that none begins like another."""
+    """Make prompts of random tokens, so that no two begin alike."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for _ in range(count)]
 
 
 def clear() -> None:
-    """Give the memory of what is no more needed back."""
+    """Free the memory that is no longer in use."""
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -114,7 +116,7 @@ def clear() -> None:
 
 
 def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
-    """Milliseconds from one token to the next, the host's loop included, with all requests running."""
+    """Return the milliseconds from one token to the next, host included, while all requests are running."""
     from llama_te_infer import Engine, SamplingParams
 
     ahead = 8 + STEPS * REPEATS // 2
@@ -149,7 +151,7 @@ def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
 
 
 def prefill_rate(model: Any, tokens: int = 8192) -> float:
-    """TFLOP/s of reading one prompt; the head's product, over one token only, is left out."""
+    """Return the TFLOP/s of prefilling one prompt, without the head, which sees one token only."""
     from llama_te_infer import Engine, SamplingParams
 
     config = model.config
@@ -168,7 +170,7 @@ def prefill_rate(model: Any, tokens: int = 8192) -> float:
         engine.generate([prompt], params)
         times.append(time.perf_counter() - begin)
     weights = sum(p.numel() for n, p in model.model.layers.named_parameters() if not n.endswith("norm_weight"))
-    # Each weight is multiplied and added once for a token; a token attends to half of the others on average.
+    # A token multiplies and adds each weight once, and attends to half of the other tokens on average.
     attention = 2 * 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2 / 2
     del engine
     clear()
@@ -176,7 +178,7 @@ def prefill_rate(model: Any, tokens: int = 8192) -> float:
 
 
 def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) -> float:
-    """Output tokens in a second, of requests that are all there at the beginning."""
+    """Return the output tokens per second of requests that are all submitted at the beginning."""
     from llama_te_infer import Engine, SamplingParams
 
     engine = Engine(
@@ -188,7 +190,7 @@ def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) 
     )
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
     requests = prompts(count, length)
-    for _ in range(2):  # the first time captures graphs for each number of rows on the way to all
+    for _ in range(2):  # the first round captures a graph for each number of rows that occurs
         torch.cuda.synchronize()
         begin = time.perf_counter()
         engine.generate(requests, params)
@@ -202,7 +204,7 @@ def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) 
 
 
 def replayed(step: Callable[[], object]) -> float:
-    """Milliseconds of a step inside a CUDA graph."""
+    """Return the milliseconds of a step inside a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -223,12 +225,12 @@ def replayed(step: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def te_in_a_graph(model: Any, rows: int, context: int) -> float:
-    """TE's layers with TE's own cache object in one CUDA graph: a step of one token, without a loop around it."""
+    """Time one step of TE's layers with TE's own cache in a CUDA graph, without a loop around it."""
     from transformer_engine.pytorch import InferenceParams, TransformerLayer
 
     config = model.config
     capacity = context + 64
-    # Not the model's layers, which want one of our caches.
+    # New layers: the model's own layers accept only the caches of llama-te.
     layers = [
         TransformerLayer(
             config.hidden_size,
@@ -287,7 +289,7 @@ def te_in_a_graph(model: Any, rows: int, context: int) -> float:
 
 
 def transformers_compiled(size: str, rows: int, context: int) -> float:
-    """The Llama of transformers, with a static cache and `torch.compile(mode="reduce-overhead")`, greedy."""
+    """Time the Llama of transformers: static cache, `torch.compile(mode="reduce-overhead")`, greedy."""
     from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
     torch.manual_seed(0)
@@ -325,7 +327,7 @@ def transformers_compiled(size: str, rows: int, context: int) -> float:
 
 
 class Table:
-    """Prints figures as they come, and keeps them."""
+    """Prints each figure when it is measured, and keeps it."""
 
     def __init__(self, bandwidth: float) -> None:
         self.bandwidth = bandwidth
@@ -334,10 +336,10 @@ class Table:
     def add(
         self, what: str, who: str, unit: str, measure: Callable[[], float], limit: float | None = None
     ) -> Figure | None:
-        """Measure, unless it cannot be done here, which is said."""
+        """Measure and print a figure; print the error where the measurement fails."""
         try:
             figure = Figure(what, who, measure(), unit, limit)
-        except Exception as error:  # one that fails must not take the others' figures along
+        except Exception as error:  # a failed measurement must not lose the others
             print(f"{what:<38} {who:<26} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             clear()
             return None
@@ -347,21 +349,21 @@ class Table:
 
     @staticmethod
     def line(figure: Figure) -> str:
-        """One line of text."""
+        """Format a figure as one line of text."""
         share = "" if figure.limit is None else f"limit {figure.limit:9.2f}  {figure.share:5.0%}"
         return f"{figure.what:<38} {figure.who:<26} {figure.value:10.3f} {figure.unit:<10} {share}"
 
     def step(
         self, model: Any, what: str, rows: int, *, context: int = CONTEXT, beams: int = 1, fp8: bool = False
     ) -> None:
-        """The engine's step."""
+        """Measure a step of the engine."""
         total = read_bytes(model, fp8) + cache_bytes(model, rows * beams, context)
         limit = total / self.bandwidth * 1e3
         self.add(what, "engine", "ms a step", functools.partial(step_time, model, rows, context, beams=beams), limit)
 
 
 def run(table: Table, rows: set[str], peers: set[str]) -> None:
-    """All rows whose names begin with one of `rows`; all if there are none."""
+    """Measure the rows whose names begin with one of `rows`, or all rows if `rows` is empty."""
 
     def wanted(what: str) -> bool:
         return not rows or any(what.startswith(name) for name in rows)
@@ -415,17 +417,17 @@ def run(table: Table, rows: set[str], peers: set[str]) -> None:
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Figures of two runs on the same kind of machine; of rows that both have, the new ones."""
+    """Join the figures of two runs on the same kind of machine; new figures replace old ones of the same row."""
     same = all(old.get(name) == new[name] for name in ("gpu", "torch", "transformers", "transformer_engine"))
     if not same:
-        raise SystemExit("the file has figures of another machine or other versions: give another --json file.")
+        raise SystemExit("--json: the file has figures of another machine or of other versions; name another file.")
     known = {(figure["what"], figure["who"]) for figure in new["figures"]}
     kept = [figure for figure in old["figures"] if (figure["what"], figure["who"]) not in known]
     return {**new, "figures": sorted(kept + new["figures"], key=lambda f: ORDER.index(f["what"]))}
 
 
 def write_page(record: dict[str, Any], page: Path) -> None:
-    """The documentation page of the figures, and its plot beside it."""
+    """Write the documentation page of the figures, and its plot beside it."""
     figures = [Figure(**figure) for figure in record["figures"]]
     plot = page.with_suffix(".svg")
     steps = [
@@ -445,14 +447,17 @@ def write_page(record: dict[str, Any], page: Path) -> None:
         for figure in figures
     ]
     lines = [
-        "# Performance",
+        f"# Decoding on one {record['gpu']}",
         "",
-        f"Written by `python benchmarks/decode.py --json {record['file']} --page {page.as_posix()}` on one "
-        f"{record['gpu']}: torch {record['torch']}, Transformer Engine {record['transformer_engine']}, transformers "
-        f"{record['transformers']}. Llama 3's shapes with random weights, {CONTEXT} tokens of context where nothing "
-        "else is said, greedy. A step is the time from one token to the next, the host's loop included. The limit of a "
-        "step is what it must read (weights, keys and values) at the bandwidth of a large copy in the same run, "
-        f"{record['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        f"Written by `python benchmarks/decode.py --json {record['file']} --page {page.as_posix()}`.",
+        "",
+        f"Measured with torch {record['torch']}, Transformer Engine {record['transformer_engine']} and transformers "
+        f"{record['transformers']}. The models have the shapes of Llama 3 and random weights. Decoding is greedy, with "
+        f"a context of {CONTEXT} tokens unless the row names another. A step is the time from one token to the next, "
+        "the host's loop included. The limit of a step is the time to read the weights and the cached keys and values "
+        f"once, at the bandwidth of a large copy in the same run: {record['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        "",
+        "[Decode performance](../internals/decode-performance.md) explains where the time goes and what was tried.",
         "",
         f"![Share of the memory's limit that a step reaches]({plot.name})",
         "",
@@ -462,18 +467,25 @@ def write_page(record: dict[str, Any], page: Path) -> None:
 
 
 def main() -> None:
-    """Parse arguments, measure, print, keep."""
+    """Parse the arguments, measure, and write the files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", nargs="*", default=[], metavar="ROW", help='rows that begin so, such as "1B" "8B FP8"'
+        "--rows",
+        nargs="*",
+        default=[],
+        metavar="ROW",
+        help='measure the rows that begin with these words, such as "1B" "8B FP8"',
     )
-    parser.add_argument("--peers", nargs="*", default=["te", "transformers"], choices=["te", "transformers"])
-    parser.add_argument("--json", type=Path, help="keep the figures in this file, beside those that it has")
+    parser.add_argument(
+        "--peers", nargs="*", default=["te", "transformers"], choices=["te", "transformers"],
+        help="measure these beside the engine (default: both)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--page", type=Path, help="write a page in Markdown with all figures of the --json file")
-    parser.add_argument("--no-runs", action="store_true", help="measure nothing: write the page again")
+    parser.add_argument("--no-runs", action="store_true", help="measure nothing, only write the page again")
     arguments = parser.parse_args()
     if arguments.page and not arguments.json:
-        parser.error("--page needs --json FILE")
+        parser.error(f"--page {arguments.page}: the figures come from a file, so give --json FILE as well.")
     if not arguments.no_runs:
         measure(arguments)
     if arguments.page:
@@ -481,7 +493,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Run, print and keep."""
+    """Measure, print, and write the --json file."""
     bandwidth = copy_bandwidth()
     clear()
     import transformers

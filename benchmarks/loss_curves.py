@@ -2,9 +2,9 @@
 
     python benchmarks/loss_curves.py --json curves.json --page curves.md
 
-Each run has the same random weights, the same batches in the same order and the same learning rates, and is one of the
-training command's own function, `train`. The text is the docstrings of Python's standard library, a byte a token.
-Losses are smoothed by the mean of a window of steps before they are compared with those of the first precision.
+All runs have the same random weights, the same batches in the same order and the same learning rates. Each run calls
+`train`, the function of the training command. The text is the docstrings of Python's standard library, one token a
+byte. The program smooths the losses with a moving average, and compares them with the losses of the first precision.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WINDOW = 20  # steps
 PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"compute": "fp32"},
     "bf16": {"compute": "bf16"},
-    "bf16-again": {"compute": "bf16"},  # cuDNN adds in another order each time: how far that alone takes two runs
+    "bf16-again": {"compute": "bf16"},  # the control: cuDNN sums in another order each time
     "fp8-delayed": {"compute": "fp8", "fp8_recipe": "delayed"},
     "fp8-current": {"compute": "fp8", "fp8_recipe": "current"},
     "fp8-block": {"compute": "fp8", "fp8_recipe": "block"},
@@ -41,11 +41,11 @@ DEFAULT = ["bf16", "bf16-again", "fp8-delayed", "fp8-current", "fp8-block"]
 
 
 class Load(NamedTuple):
-    """What is trained, on how much at a time."""
+    """A model and the work of one step."""
 
-    shape: dict[str, Any] | str  # or the preset that has it
-    tokens: int  # of a step
-    length: int  # of a sequence, at most
+    shape: dict[str, Any] | str  # sizes, or the name of a preset
+    tokens: int  # in a step
+    length: int  # maximum of a sequence
     learning_rate: float
     workers: int
 
@@ -77,11 +77,12 @@ class Curve:
     """One run.
 
     Attributes:
-        precision: What it computed in.
-        losses: Of each step.
+        precision: Name of the precision, a key of `PRECISIONS`.
+        losses: Loss of each step.
         last: Mean loss of the last window.
-        mean_difference: Of the smoothed losses from the first run's, relative to those; the mean over all windows.
-        greatest_difference: Likewise, the greatest.
+        mean_difference: Mean over all windows of the relative difference between this run's smoothed loss and the
+            first run's.
+        greatest_difference: The greatest of these differences.
     """
 
     precision: str
@@ -92,7 +93,7 @@ class Curve:
 
 
 def main() -> None:
-    """Train, compare, keep."""
+    """Train, compare, and write the files."""
     options = arguments(sys.argv[1:])
     if not options.no_runs:
         run(options.shape, options.precisions, options.steps, options.json)
@@ -101,29 +102,29 @@ def main() -> None:
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
-    """What the command line asks for, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=LOADS, default="110M", help="of the model (default: %(default)s)")
+    parser.add_argument("--shape", choices=LOADS, default="110M", help="size of the model (default: %(default)s)")
     parser.add_argument(
         "--precisions", nargs="+", choices=PRECISIONS, default=DEFAULT,
-        help=f"the others are compared with the first (default: {' '.join(DEFAULT)})",
+        help=f"train in each, and compare with the first (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=500, help="of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="steps of each run (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the losses to this file")
     parser.add_argument("--page", type=Path, help="write a page in Markdown with the losses of the --json file")
-    parser.add_argument("--no-runs", action="store_true", help="train nothing: write the page again")
+    parser.add_argument("--no-runs", action="store_true", help="train nothing, only write the page again")
     options = parser.parse_args(words)
     if options.steps < WINDOW:
         parser.error(f"--steps {options.steps}: losses are means of {WINDOW} steps, so give at least as many.")
     if options.page and not options.json:
-        parser.error(f"--page {options.page}: its losses come from a file, so give --json FILE as well.")
+        parser.error(f"--page {options.page}: the losses come from a file, so give --json FILE as well.")
     if options.no_runs and not options.page:
-        parser.error("--no-runs is for writing a page: give --page FILE as well.")
+        parser.error("--no-runs only writes a page, so give --page FILE as well.")
     return options
 
 
 def run(shape: str, precisions: list[str], steps: int, json_file: Path | None) -> None:
-    """Train in each precision, and keep the curves, those of each as soon as it is done."""
+    """Train in each precision, and write its curve as soon as its run is done."""
     from llama_te_core.layers import transformer_engine_problem
     from llama_te_core.train.config.machine import check_machine
 
@@ -167,12 +168,12 @@ def run(shape: str, precisions: list[str], steps: int, json_file: Path | None) -
 
 
 def docstrings() -> list[str]:
-    """Those of the modules of Python's standard library and of what they define, each once."""
+    """Return the docstrings of Python's standard library, each text once."""
     root = Path(sysconfig.get_path("stdlib"))
     texts: dict[str, None] = {}
     for file in sorted(root.rglob("*.py")):
         if {"site-packages", "dist-packages", "test", "tests", "lib2to3"} & set(file.relative_to(root).parts):
-            continue  # not of the library, or, in tests, not in today's Python
+            continue  # other packages, and tests, whose files need not parse
         for node in ast.walk(ast.parse(file.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 texts[ast.get_docstring(node) or ""] = None
@@ -181,7 +182,7 @@ def docstrings() -> list[str]:
 
 
 def training_config(shape: str, precision: str, steps: int, source: Path) -> Any:
-    """The configuration of one run, a `TrainConfig`."""
+    """Return the `TrainConfig` of one run."""
     import yaml
 
     from llama_te_core.train.command import presets
@@ -221,7 +222,7 @@ def training_config(shape: str, precision: str, steps: int, source: Path) -> Any
 
 
 def losses_of(config: Any) -> list[float]:
-    """Train in this process; the loss of each step."""
+    """Train in this process, and return the loss of each step."""
     from llama_te_core.train.loop import train
 
     train(config)
@@ -231,7 +232,7 @@ def losses_of(config: Any) -> list[float]:
 
 
 def compare(losses: dict[str, list[float]]) -> list[Curve]:
-    """The curves of several precisions beside the first of them."""
+    """Compare the losses of several precisions with the first."""
     first = smoothed(next(iter(losses.values())))
     curves = []
     for precision, values in losses.items():
@@ -242,12 +243,12 @@ def compare(losses: dict[str, list[float]]) -> list[Curve]:
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Means of all windows, the first of which ends at step `WINDOW`."""
+    """Return the means of all windows; the first window ends at step `WINDOW`."""
     return [sum(losses[end - WINDOW : end]) / WINDOW for end in range(WINDOW, len(losses) + 1)]
 
 
 def write_page(json_file: Path, page: Path) -> None:
-    """The documentation page of the curves, and their plot beside it."""
+    """Write the documentation page of the curves, and its plot beside it."""
     record = json.loads(json_file.read_text())
     curves = [Curve(**curve) for curve in record["curves"]]
     plot = page.with_suffix(".svg")
@@ -259,16 +260,20 @@ def write_page(json_file: Path, page: Path) -> None:
         differences = [f"{curve.mean_difference:.3%}", f"{curve.greatest_difference:.3%}"]
         rows.append([curve.precision, f"{curve.last:.4f}", *differences])
     lines = [
-        "# Training curves",
+        "# Loss curves by precision",
         "",
         f"Written by `python benchmarks/loss_curves.py --shape {record['shape']} --precisions "
         f"{' '.join(curve.precision for curve in curves)} --steps {steps} --json {json_file.as_posix()} --page "
-        f"{page.as_posix()}` on {record['device']}: torch {record['torch']}, {record['layers']}. A model of the shape "
-        f"{record['shape']} was trained by the [training command's](training.md) own function for {steps} steps of "
-        f"{load.tokens:,} tokens in sequences of at most {load.length:,}, from the same random weights on the same "
-        f"batches in the same order. The text is the docstrings of Python {record['python']}'s standard library, a "
-        f"byte a token, {record['text_bytes']:,} of them, gone through as often as it takes. Losses are means of "
-        f"{WINDOW} steps; differences are those from {first.precision}, relative to its losses, over all such means.",
+        f"{page.as_posix()}`.",
+        "",
+        f"Measured on {record['device']} with torch {record['torch']} and {record['layers']}. The "
+        f"[training command](../guides/train.md) trained a model of the shape {record['shape']} for {steps} steps of "
+        f"{load.tokens:,} tokens, in sequences of at most {load.length:,}. All runs have the same random weights and "
+        f"the same batches in the same order. The text is the docstrings of Python {record['python']}'s standard "
+        f"library, one token a byte: {record['text_bytes']:,} tokens, repeated as often as needed. Losses are means of "
+        f"{WINDOW} steps. Differences are relative to the loss of {first.precision}, over all such means.",
+        "",
+        "[Numerics](../guides/numerics.md#training) says what these curves show.",
         "",
         f"![Losses and their differences from those of {first.precision}]({plot.name})",
         "",
@@ -278,15 +283,16 @@ def write_page(json_file: Path, page: Path) -> None:
 
 
 def draw(curves: list[Curve], path: Path) -> None:
-    """The smoothed losses, and below their differences from the first's."""
+    """Draw the smoothed losses, and below them their differences from the first run."""
     first = smoothed(curves[0].losses)
-    steps = range(WINDOW, WINDOW + len(first))
+    drawn = slice(None, None, 2)  # every second mean: twenty steps wide, neighbours differ little
+    steps = range(WINDOW, WINDOW + len(first))[drawn]
     with pages.plot(path, (8, 6)) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         for curve in curves:
             smooth = smoothed(curve.losses)
-            above.plot(steps, smooth, label=curve.precision, linewidth=1)
-            below.plot(steps, [100 * (a - b) / b for a, b in zip(smooth, first, strict=True)], linewidth=1)
+            above.plot(steps, smooth[drawn], label=curve.precision, linewidth=1)
+            below.plot(steps, [100 * (a - b) / b for a, b in zip(smooth, first, strict=True)][drawn], linewidth=1)
         above.set_ylabel(f"loss, mean of {WINDOW} steps")
         above.legend()
         below.set_ylabel(f"% from {curves[0].precision}")

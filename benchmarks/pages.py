@@ -1,10 +1,12 @@
-"""What documentation pages of figures consist of: plots, tables and notes.
+"""Parts of the result pages that benchmarks write: plots and tables.
 
-The same figures give the same files, byte by byte, by the same matplotlib.
+The same figures give the same files, byte for byte, with the same version of matplotlib.
 """
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+PATH = re.compile(r' d="[^"]*"')
+
 
 class Bar(NamedTuple):
-    """One of a plot of shares."""
+    """One bar of a plot of shares."""
 
     label: str
     share: float  # of the limit, 0 to 1
@@ -24,27 +29,36 @@ class Bar(NamedTuple):
 
 @contextmanager
 def plot(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """What to draw on, kept as an SVG file at the end.
+    """Yield a figure to draw on, and save it as a small SVG file at the end.
 
     Args:
-        path: Of the file.
-        size: Width and height, inches.
+        path: The file to write.
+        size: Width and height in inches.
     """
-    import matplotlib  # which only pages need
+    import matplotlib  # only pages need it
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(size)
-    FigureCanvasSVG(figure)  # so that the layout has the sizes of the file's letters
+    FigureCanvasSVG(figure)  # so that the layout knows the sizes of the file's letters
     yield figure
     figure.tight_layout()
-    # Without these the file has random names and the time in it.
-    with matplotlib.rc_context({"svg.hashsalt": "llama-te"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+    text = io.StringIO()
+    # The salt and the missing date make the file the same each time. Text stays text, instead of a path per letter.
+    with matplotlib.rc_context({"svg.hashsalt": "llama-te", "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    path.write_text(compact(text.getvalue()))
+
+
+def compact(svg: str) -> str:
+    """Round coordinates to hundredths of a point and write each path on one line."""
+    rounded = LONG_NUMBER.sub(lambda number: f"{float(number[0]):.2f}", svg)
+    one_line = PATH.sub(lambda path: path[0].replace("\n", ""), rounded)
+    return "\n".join(line.rstrip() for line in one_line.splitlines()) + "\n"
 
 
 def plot_shares(path: Path, bars: Sequence[Bar]) -> None:
-    """Bars of what is reached of limits, the first on top."""
+    """Draw how much of its limit each bar reaches, the first bar on top."""
     upwards, places = bars[::-1], range(len(bars))
     with plot(path, (8, 0.32 * len(bars) + 1)) as figure:
         axes = figure.add_subplot()
@@ -55,12 +69,10 @@ def plot_shares(path: Path, bars: Sequence[Bar]) -> None:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def write(page: Path, lines: Sequence[str]) -> None:
-    """Write a page, and at its end what `<its stem>-notes.md` beside it says, if that is there."""
-    notes = page.with_name(f"{page.stem}-notes.md")
-    ending = ["", notes.read_text().rstrip()] if notes.exists() else []
-    page.write_text("\n".join([*lines, *ending]) + "\n")
+    """Write a page."""
+    page.write_text("\n".join(lines) + "\n")

@@ -4,15 +4,14 @@
     torchrun --nproc-per-node 4 benchmarks/train.py --rows 8B --parallel shard=4 shard=2,context=2 --json four.json
     python benchmarks/train.py --no-runs --json one.json --add four.json --page page.md
 
-Of several GPUs, each takes a row by itself first, unless that is too much for one, and then all together as meshes:
-every data-parallel process has a batch like that of one GPU, context ranks share one. Tokens and operations per second
-are those of a GPU.
+With several GPUs, each GPU first measures a row alone, unless the row is too large for one GPU. Then the GPUs measure
+it together, as meshes. Every data-parallel process has a batch as large as the batch of one GPU; context ranks share
+one batch. Tokens and operations per second are per GPU.
 
-Models have Llama 3's shapes and random weights; weights, gradients and the optimizer's states are bfloat16. A step's
-time is that of the whole step, the host's work included. Model operations are counted as the training command counts
-them (`training_flops`). The limit is what a step takes if all of them run as fast as a product of large matrices does
-in the same run: those of FP8 layers' weights as one in FP8, and attention and the head, which stay in bfloat16, as one
-in bfloat16.
+Models have the shapes of Llama 3 and random weights; weights, gradients and optimizer states are bfloat16. The time of
+a step includes the host's work. `training_flops` counts the model's operations, as in the training command. The limit
+is the time of a step if all of these operations ran as fast as a product of large matrices in the same run: an FP8
+product for the weights of FP8 layers, a bfloat16 product for attention and the head, which stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -45,16 +44,16 @@ SHAPES = LLAMA_3 | {
 
 
 class Load(NamedTuple):
-    """What a step has to do."""
+    """The work of one step."""
 
     sequences: int
-    length: int  # tokens of each
+    length: int  # tokens of one sequence
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    steps: int = 8  # that are measured, after half as many
+    steps: int = 8  # measured steps; half as many run before them
     for_one_gpu: bool = True
 
     def in_words(self) -> str:
-        """For the page."""
+        """Describe the load for the page."""
         words = f"{self.sequences} sequence{'s' * (self.sequences > 1)} of {self.length:,} tokens"
         if self.activation_checkpointing != "none":
             words += f", activation checkpointing {self.activation_checkpointing}"
@@ -73,12 +72,12 @@ ROWS = [
     "8B FP8 delayed",
     "8B FP8 current",
 ]
-# Of what several GPUs are for.
+# Rows for several GPUs.
 MORE_ROWS = ["8B bf16", "8B, 131,072 tokens bf16", "8B, 131,072 tokens FP8 current"]
 PEERS = ["1B bf16", "8B's width bf16"]
 COLOURS = {"llama-te": "#2a6f97", "transformers": "#d4a373"}
 MESH_COLOUR = "#61a5c2"
-# What a mesh's name can say beside sizes, and what the words mean.
+# Settings that the name of a mesh can have beside its sizes, and the meaning of each word.
 MESH_CHOICES: dict[str, dict[str, Any]] = {
     "context_kind": {kind: kind for kind in ("p2p", "all_gather", "a2a")},
     "reshard_after_forward": {"true": True, "false": False},
@@ -93,13 +92,13 @@ class Figure:
 
     Attributes:
         what: Model and precision.
-        who: What ran it: a package on one GPU, or this one on a mesh.
-        gpus: How many that were.
+        who: A package on one GPU, or the name of a mesh of llama-te.
+        gpus: Number of GPUs.
         rate: Tokens per second and GPU, of the median step.
-        memory: Greatest allocated on one GPU, GB (1e9 bytes).
-        flops: Model operations per second and GPU, 1e12.
-        loss: Of the last step.
-        limit: Tokens per second and GPU, if all model operations ran as fast as large products.
+        memory: Peak of allocated memory on one GPU, in GB (1e9 bytes).
+        flops: Model operations per second and GPU, in 1e12.
+        loss: Loss of the last step.
+        limit: Tokens per second and GPU if all model operations ran as fast as large products.
     """
 
     what: str
@@ -113,12 +112,12 @@ class Figure:
 
     @property
     def share(self) -> float:
-        """Of the limit that is reached."""
+        """The part of the limit that is reached."""
         return self.rate / self.limit
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print, and write the files."""
     options = arguments(sys.argv[1:])
     if "WORLD_SIZE" in os.environ:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -132,7 +131,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure all rows and keep them with what they were measured on."""
+    """Measure all rows, and write them with a description of the machine."""
     import transformer_engine
     import transformers
 
@@ -151,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def machine(record: dict[str, Any]) -> str:
-    """What figures were measured on."""
+    """Describe the machine of a record."""
     rates = " and ".join(f"{rate / 1e12:,.0f} TFLOP/s in {name}" for name, rate in record["product_rates"].items())
     return (
         f"{record['gpus']} {record['gpu']}, torch {record['torch']}, Transformer Engine "
@@ -160,62 +159,67 @@ def machine(record: dict[str, Any]) -> str:
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
-    """What the command line asks for, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--rows", nargs="*", help=f"parts of rows' names, of: {'; '.join(ROWS)} (the default); {'; '.join(MORE_ROWS)}"
+        "--rows",
+        nargs="*",
+        help="measure the rows whose names contain one of these words; "
+        f"the default rows: {'; '.join(ROWS)}; more rows: {'; '.join(MORE_ROWS)}",
     )
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers as well")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="measure transformers as well"
+    )
     parser.add_argument(
         "--parallel", nargs="*", type=mesh_name, metavar="SIZE=N,...", default=[],
-        help="meshes, by their sizes (replicate, shard, context, tensor), context_kind and reshard_after_forward, as "
-        "parallel has them in the training command, and reduce, as precision has it; by default shard over all "
-        "processes that torchrun started",
+        help="meshes to measure. A name has sizes (replicate, shard, context, tensor) and may have context_kind and "
+        "reshard_after_forward, all as in `parallel` of the training command, and reduce, as in its `precision`. "
+        "The default is shard over all processes that torchrun started",
     )  # fmt: skip
     parser.add_argument("--profile", type=Path, help="write a trace of one step of each row to this folder")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--page", type=Path, help="write a page in Markdown with the figures of the --json file")
     parser.add_argument(
         "--add", type=Path, nargs="*", metavar="JSON", default=[],
-        help="files of other runs, on more GPUs for instance, whose figures the page has too",
+        help="also show the figures of these files, such as runs on more GPUs",
     )  # fmt: skip
-    parser.add_argument("--no-runs", action="store_true", help="measure nothing: write the page again")
+    parser.add_argument("--no-runs", action="store_true", help="measure nothing, only write the page again")
     options = parser.parse_args(words)
     every = ROWS + MORE_ROWS
     options.rows = ROWS if options.rows is None else [row for row in every if any(part in row for part in options.rows)]
     if "WORLD_SIZE" in os.environ:
         options.parallel = options.parallel or ["shard=-1"]
     elif options.parallel:
-        parser.error(f"--parallel {options.parallel[0]}: processes are started by torchrun.")
+        parser.error(f"--parallel {options.parallel[0]}: start the processes with torchrun.")
     for name in options.parallel:
         try:
             mesh_settings(name)[0].sizes.resolve(int(os.environ["WORLD_SIZE"]))
         except ValueError as error:
             parser.error(f"--parallel {name}: {error}")
     if options.page and not options.json:
-        parser.error(f"--page {options.page}: its figures come from a file, so give --json FILE as well.")
+        parser.error(f"--page {options.page}: the figures come from a file, so give --json FILE as well.")
     if not options.page and (options.add or options.no_runs):
-        parser.error("--add and --no-runs are for writing a page: give --page FILE as well.")
+        parser.error("--add and --no-runs only write a page, so give --page FILE as well.")
     if not options.no_runs and not torch.cuda.is_available():
-        parser.error("this needs a GPU.")
+        parser.error("measuring needs a GPU; --no-runs writes a page without one.")
     return options
 
 
 def mesh_name(text: str) -> str:
-    """The text, if it tells the sizes of a mesh."""
+    """Return the text if it names a mesh."""
     try:
         mesh_settings(text)
     except (KeyError, TypeError, ValueError) as error:
-        choices = "; ".join(f"{name} of {', '.join(meant)}" for name, meant in MESH_CHOICES.items())
+        choices = "; ".join(f"{name}: {', '.join(meant)}" for name, meant in MESH_CHOICES.items())
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no mesh: name integers of at least 1 for some of replicate, shard, context and tensor, and "
-            f"what else is wanted ({choices}), as in shard=2,context=2,context_kind=a2a."
+            f"{text!r} is not a mesh: give sizes of at least 1 for some of replicate, shard, context and tensor, and "
+            f"any other settings ({choices}), as in shard=2,context=2,context_kind=a2a."
         ) from error
     return text
 
 
 def mesh_settings(name: str) -> tuple[Any, Any]:
-    """What a mesh's name means for the training command: `parallel`, a `ParallelConfig`, and `precision.reduce`."""
+    """Return the `ParallelConfig` and the `precision.reduce` that the name of a mesh stands for."""
     from llama_te_core.train.config import ParallelConfig
 
     words = dict(part.split("=") for part in name.split(","))
@@ -225,7 +229,7 @@ def mesh_settings(name: str) -> tuple[Any, Any]:
 
 
 def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[Figure]:
-    """Print the table, row by row, and return it."""
+    """Measure all rows, print each when it is done, and return them."""
     say(f"{'':<30} {'':<20} {'GPUs':>4} {'tok/s':>9} {'limit':>9} {'TFLOP/s':>8} {'GB':>6} {'loss':>7}")
     runs = []
     for row in options.rows:
@@ -239,7 +243,7 @@ def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[F
             figure = measure(row, who, product_rates, options.profile)
         except torch.cuda.OutOfMemoryError:
             if who in options.parallel:
-                raise  # where one process of a mesh has no memory, the others wait for it
+                raise  # the other processes of the mesh wait for this one
             say(f"{row:<30} {who:<20} {1:4} out of memory")
             continue
         finally:
@@ -252,7 +256,7 @@ def take(options: argparse.Namespace, product_rates: dict[str, float]) -> list[F
 
 
 def product_rates(rows: list[str]) -> dict[str, float]:
-    """Operations per second of a product of two large matrices, in the formats that rows compute in."""
+    """Measure the operations per second of a product of two large matrices, in each format of the rows."""
     rates = {"bf16": product_rate(torch.bfloat16, DEVICE)}
     if any("FP8" in row for row in rows):
         rates["FP8"] = product_rate(torch.float8_e4m3fn, DEVICE)
@@ -260,7 +264,7 @@ def product_rates(rows: list[str]) -> dict[str, float]:
 
 
 def measure(row: str, who: str, product_rates: dict[str, float], profile: Path | None) -> Figure:
-    """Train a model on one batch for some steps."""
+    """Train a model on one batch for some steps, and return the figure."""
     from llama_te_core.parallel.mesh import data_rank, make_mesh
     from llama_te_core.train.metrics import training_flops
 
@@ -307,14 +311,14 @@ def measure(row: str, who: str, product_rates: dict[str, float], profile: Path |
 
 
 def shape_and_precision(row: str) -> tuple[str, str]:
-    """What a row's name consists of."""
+    """Split the name of a row into its shape and its precision."""
     return next((shape, row.removeprefix(f"{shape} ")) for shape in reversed(SHAPES) if row.startswith(f"{shape} "))
 
 
 def least_seconds(
     config: Any, tokens: int, squared_lengths: int, precision: str, product_rates: dict[str, float]
 ) -> float:
-    """What one GPU takes for all model operations, if they run as fast as large products."""
+    """Return the seconds that one GPU needs for all model operations at the speed of large products."""
     from llama_te_core.train.metrics import training_flops
 
     head = 6 * config.vocab_size * config.hidden_size * tokens
@@ -327,7 +331,7 @@ def least_seconds(
 def llama_te_step(
     shape: dict[str, Any], precision: str, load: Load, parallel: str, mesh: DeviceMesh | None
 ) -> tuple[Callable[[], torch.Tensor], Any]:
-    """A step of this package, with the model and the batch of the training command."""
+    """Make a step of llama-te, with the model and the batch of the training command."""
     from llama_te_core.parallel.context import shard_context
     from llama_te_core.parallel.mesh import data_rank
     from llama_te_core.train.config import DataConfig, ModelConfig, PrecisionConfig, ShapeConfig, TrainConfig
@@ -361,7 +365,7 @@ def llama_te_step(
 
 
 def transformers_step(shape: dict[str, Any], load: Load) -> tuple[Callable[[], torch.Tensor], Any]:
-    """A step of transformers' own Llama, uncompiled, on sequences side by side, in bfloat16."""
+    """Make a step of transformers' own Llama, uncompiled, on a batch without padding, in bfloat16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**shape, vocab_size=VOCABULARY, max_position_embeddings=load.length, use_cache=False)
@@ -378,7 +382,7 @@ def transformers_step(shape: dict[str, Any], load: Load) -> tuple[Callable[[], t
 
 
 def make_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """A step of AdamW that returns the loss."""
+    """Make a step of AdamW that returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> torch.Tensor:
@@ -392,7 +396,7 @@ def make_step(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor]) -> Ca
 
 
 def tokens_and_labels(load: Load, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens [1, T] of a batch and the next ones, -100 behind the last of each sequence."""
+    """Return random tokens [1, T] and their labels: the next token, and -100 at the end of each sequence."""
     generator = torch.Generator(DEVICE).manual_seed(1 + index)
     ids_BS = torch.randint(0, VOCABULARY, (load.sequences, load.length), device=DEVICE, generator=generator)
     labels_BS = ids_BS.roll(-1, 1)
@@ -401,7 +405,7 @@ def tokens_and_labels(load: Load, index: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def write_profile(step: Callable[[], torch.Tensor], path: Path) -> None:
-    """What one step's time on the GPU goes to."""
+    """Write how the GPU spends the time of one step."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         step()
@@ -415,7 +419,7 @@ def write_profile(step: Callable[[], torch.Tensor], path: Path) -> None:
 
 
 def write_page(json_file: Path, others: list[Path], page: Path) -> None:
-    """The documentation page of several runs' figures, and its plot beside it."""
+    """Write the documentation page of the figures of several runs, and its plot beside it."""
     records = [json.loads(file.read_text()) for file in (json_file, *others)]
     runs = [[Figure(**figure) for figure in record["figures"]] for record in records]
     plot = page.with_suffix(".svg")
@@ -433,20 +437,26 @@ def write_page(json_file: Path, others: list[Path], page: Path) -> None:
     lines = [
         "# Training performance",
         "",
-        f"Written by `python benchmarks/train.py {' '.join(words)} --page {page.as_posix()}`. Llama 3's shapes with "
-        "random weights and random tokens in packed sequences; weights, gradients and AdamW's states are bfloat16. A "
-        f"step is forward, backward and AdamW, the host's work included; the median of several counts. A process has a "
-        f"batch of its own ({loads}), or shares one where a mesh has context ranks.",
+        f"Written by `python benchmarks/train.py {' '.join(words)} --page {page.as_posix()}`.",
         "",
-        "llama-te runs on one GPU. Names such as `shard=4` are its meshes of several GPUs, by the sizes that "
-        "[training](training.md#many-processes) has; what else they tell is chosen as in the training command's "
-        "`parallel`, and `reduce` as in its `precision` (gradients are summed in fp32 by default). Tokens, operations "
-        "and limits are per second and GPU. Model operations are counted as the training command counts them, those "
-        "that are computed twice once; their rate is "
-        f"also given as a share of what a bf16 product of {PRODUCT_SIZE:,} x {PRODUCT_SIZE:,} matrices reached in the "
-        "same run. The limit is how many tokens it would be if all model operations ran as fast as such products: "
-        "those of FP8 layers' weights as one in FP8 (`torch._scaled_mm`), and attention and the head, which stay in "
-        "bf16, as one in bf16. AdamW, norms, conversions and traffic between GPUs take no time in it.",
+        "The models have the shapes of Llama 3 and random weights. They train on random tokens in packed sequences. "
+        "Weights, gradients and AdamW's states are bfloat16. A step is forward, backward and AdamW, the host's work "
+        f"included; the figure is the median of several steps. Each process has a batch of its own ({loads}). The "
+        "context ranks of a mesh share one batch.",
+        "",
+        "`llama-te` is a run on one GPU. A name such as `shard=4` is a mesh of several GPUs, with the sizes of "
+        "[training on many processes](../guides/train.md#many-processes). The other settings in a name are those of "
+        "the training command's `parallel`; `reduce` is that of its `precision` (gradients are summed in fp32 by "
+        "default). Tokens, operations and limits are per second and GPU.",
+        "",
+        "Model operations are counted as the training command counts them; an operation that is computed twice counts "
+        f"once. Their rate is also given as a share of the rate of a bf16 product of {PRODUCT_SIZE:,} x "
+        f"{PRODUCT_SIZE:,} matrices in the same run. The limit is the number of tokens if all model operations ran as "
+        "fast as such products: an FP8 product (`torch._scaled_mm`) for the weights of FP8 layers, and a bf16 product "
+        "for attention and the head, which stay in bf16. AdamW, norms, conversions and traffic between GPUs take no "
+        "time in the limit.",
+        "",
+        "[Training performance](../internals/training-performance.md) explains where the time goes and what was tried.",
         "",
         f"![Share of the limit that training reaches]({plot.name})",
     ]
@@ -471,18 +481,18 @@ def write_page(json_file: Path, others: list[Path], page: Path) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line, if this is the first process."""
+    """Print a line on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 
 
 def rank() -> int:
-    """This process's number."""
+    """Return the rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -1,10 +1,13 @@
-"""The Python blocks of README.md and docs/ run as written, page by page, in a folder with a checkpoint `./llama`.
+"""The Python blocks of the Markdown pages run as written, page by page, in a folder with a checkpoint `./llama`.
 
-So do `llama-te-convert` and `llama-te-train` commands. Blocks marked `python gpu` need one and are only compiled.
+So do the commands `llama-te-convert` and `llama-te-train`. A block marked `python gpu` needs a GPU and is only compiled.
+Links, paths and module names on the pages lead to something that exists.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import re
 import shlex
 from collections.abc import Callable
@@ -19,10 +22,19 @@ from llama_te_convert.cli import main as convert
 from llama_te_core.train.command import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted((ROOT / "packages").glob("*/*.md"))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 BLOCK = re.compile(r"^```(python|python gpu|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMANDS = {"llama-te-convert": convert, "llama-te-train": train}
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]+))?\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+CODE = re.compile(r"`([^`\n]+)`")
+# What code spans name of this repository: paths, dotted names of modules, and what mkdocstrings documents.
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "packages", "tests")
+REPOSITORY_PATH = re.compile(rf"\.?(?:{'|'.join(FOLDERS)}|\.devcontainer)/[\w./-]*")
+PACKAGE_PATH = re.compile(r"llama_te_(?:core|convert|infer)/[\w./]+")
+DOTTED = re.compile(r"llama_te_(?:core|convert|infer)(?:\.\w+)+")
 WORDS = ["The", "sky", "is", "blue", "because", "Two", "and", "two", "make", "four", "Yes", "No", "then", "?"]
 
 
@@ -42,7 +54,7 @@ def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Pa
     return tmp_path
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@each_page
 def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint)
     text = page.read_text(encoding="utf-8")
@@ -62,7 +74,65 @@ def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.Mon
     assert text.count("```python") == len(seen), "a block that the pattern does not see"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs make them."""
+    headings = HEADING.findall(page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        path = page.parent / target
+        assert path.exists(), target
+        if anchor:
+            assert anchor in anchors(path), f"{target}#{anchor}"
+
+
+def exists_as_module(name: str) -> bool:
+    """Whether a dotted name is a module, or a name that a module defines or imports."""
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:
+        pass
+    module, _, attribute = name.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return False
+    if spec is None or spec.origin is None:
+        return False
+    if not spec.origin.endswith(".py"):  # the compiled extension
+        return True
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    names = {getattr(node, "name", getattr(node, "id", None)) for node in ast.walk(tree)}
+    return attribute in names | {
+        alias.name for node in ast.walk(tree) for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)
+    }
+
+
+@each_page
+def test_paths_and_modules_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    missing = []
+    for span in [*CODE.findall(text), *re.findall(r"^::: (\S+)$", text, re.MULTILINE)]:
+        for word in span.replace(",", " ").split():
+            if REPOSITORY_PATH.fullmatch(word) and not (ROOT / word.partition("::")[0]).exists():
+                missing.append(word)
+            if PACKAGE_PATH.fullmatch(word):
+                package = word.partition("/")[0]
+                if not (ROOT / "packages" / package / "src" / word).exists():
+                    missing.append(word)
+            if DOTTED.fullmatch(word) and not exists_as_module(word):
+                missing.append(word)
+    assert not missing
+
+
+def test_a_missing_module_is_found() -> None:
+    assert exists_as_module("llama_te_core.train.metrics")
+    assert exists_as_module("llama_te_core.train.metrics.training_flops")
+    assert exists_as_module("llama_te_infer.Engine")
+    assert not exists_as_module("llama_te_core.train.nowhere")
+    assert not exists_as_module("llama_te_core.nowhere.at_all")
+    assert not exists_as_module("llama_te_core.train.metrics.nowhere")

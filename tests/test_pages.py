@@ -1,4 +1,4 @@
-"""`benchmarks/pages.py`, and the pages that are written with it: each is what the command that it names writes."""
+"""`benchmarks/pages.py`, and the result pages: each is the output of the command that it names."""
 
 from __future__ import annotations
 
@@ -12,19 +12,27 @@ import pytest
 
 import pages
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "results"
 WRITTEN_BY = re.compile("^Written by `python benchmarks/(.+?)`", re.MULTILINE)
-COMMANDS = {page.name: found[1] for page in sorted(DOCS.glob("*.md")) if (found := WRITTEN_BY.search(page.read_text()))}
+COMMANDS = {
+    page.name: found[1] for page in sorted(PAGES.glob("*.md")) if (found := WRITTEN_BY.search(page.read_text()))
+}
+LARGEST_PLOT = 60_000  # bytes
+PLOTS = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in {".png", ".svg"})
 
 
-def test_pages_are_found() -> None:
-    assert {"performance.md", "training-curves.md", "training-performance.md"} <= set(COMMANDS)
+def test_pages_and_plots_are_found() -> None:
+    assert {"decode-h100.md", "decode-h200.md", "loss-curves.md", "training.md"} <= set(COMMANDS)
+    assert {page.removesuffix(".md") for page in COMMANDS} == {plot.stem for plot in PLOTS}
 
 
 @pytest.mark.parametrize("page", COMMANDS)
-def test_a_page_is_what_its_command_writes(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_the_output_of_its_command(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    written = shutil.copytree(DOCS, tmp_path / "docs") / page
+    for folder in ("docs/results", "benchmarks/results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    written = tmp_path / "docs" / "results" / page
     written.unlink()
     written.with_suffix(".svg").unlink()
     monkeypatch.chdir(tmp_path)
@@ -32,8 +40,13 @@ def test_a_page_is_what_its_command_writes(page: str, tmp_path: Path, monkeypatc
     program, *words = COMMANDS[page].split()
     monkeypatch.setattr(sys, "argv", [program, *words, "--no-runs"])
     importlib.import_module(program.removesuffix(".py")).main()
-    assert written.read_text() == (DOCS / page).read_text()
+    assert written.read_text() == (PAGES / page).read_text()
     assert "<svg" in written.with_suffix(".svg").read_text()
+
+
+@pytest.mark.parametrize("plot", PLOTS, ids=lambda plot: plot.name)
+def test_a_plot_is_small(plot: Path) -> None:
+    assert plot.stat().st_size <= LARGEST_PLOT
 
 
 def test_plots_are_the_same_each_time(tmp_path: Path) -> None:
@@ -44,15 +57,17 @@ def test_plots_are_the_same_each_time(tmp_path: Path) -> None:
         pages.plot_shares(file, bars)
     assert files[0].read_bytes() == files[1].read_bytes()
     text = files[0].read_text()
-    assert text.index("<!-- 8B, transformers -->") < text.index("<!-- 8B, engine -->")  # which is above it
+    assert text.index(">8B, transformers</text>") < text.index(">8B, engine</text>")  # the first bar is on top
 
 
-def test_a_page_ends_with_its_notes(tmp_path: Path) -> None:
+def test_a_plot_has_a_path_on_a_line_and_short_coordinates() -> None:
+    assert (
+        pages.compact('<path d="M 1.23456 2\nL -3.999999 4.5\n" x="1.5"/>')
+        == '<path d="M 1.23 2L -4.00 4.5" x="1.5"/>\n'
+    )
+
+
+def test_a_page_is_lines_and_tables(tmp_path: Path) -> None:
     page = tmp_path / "speed.md"
-    lines = ["# Speed", "", *pages.table(["what", "tokens/s"], [["1B", "60,000"], ["8B", ""]])]
-    text = "# Speed\n\n| what | tokens/s |\n| --- | --- |\n| 1B | 60,000 |\n| 8B |  |\n"
-    pages.write(page, lines)
-    assert page.read_text() == text
-    (tmp_path / "speed-notes.md").write_text("## What is missed\n\n")
-    pages.write(page, lines)
-    assert page.read_text() == text + "\n## What is missed\n"
+    pages.write(page, ["# Speed", "", *pages.table(["what", "tokens/s"], [["1B", "60,000"], ["8B", ""]])])
+    assert page.read_text() == "# Speed\n\n| what | tokens/s |\n| --- | --- |\n| 1B | 60,000 |\n| 8B |  |\n"

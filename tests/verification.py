@@ -1,4 +1,7 @@
-"""The record of what ran on GPUs and what was measured: the fixture `measured` and the option `--verification`."""
+"""The record of a GPU test run: the fixture `measured` and the option `--verification`.
+
+The record has the hardware, the versions, the counts, the measured figures, and each test that did not pass.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,11 @@ _OUTCOMES = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--verification", type=Path, help="write what ran and what was measured to this Markdown file")
+    parser.addoption(
+        "--verification",
+        type=Path,
+        help="write the record of this run to this Markdown file, such as benchmarks/results/DATE_GPU_verification.md",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str, float, float], None]:
-    """`measured(what, value, bound)`: note a figure and assert that it is within its bound."""
+    """`measured(what, value, bound)`: record a figure and assert that it is within its bound."""
 
     def note(what: str, value: float, bound: float) -> None:
         name = request.node.nodeid.rpartition("/")[2]
@@ -70,18 +77,16 @@ def _record(figures: list[tuple[str, str, str, str]], outcomes: dict[str, str]) 
         "",
         "## Figures",
         "",
-        "Relative errors are ‖x - y‖ / ‖y‖ over all real tokens; each was asserted to be within its bound.",
+        "A relative error is ‖x - y‖ / ‖y‖ over all real tokens. A test asserts that each figure is within its bound.",
         "",
         "| test | what | measured | bound |",
         "| --- | --- | --- | --- |",
         *(f"| `{' | '.join((name + '`', what, value, bound))} |" for name, what, value, bound in figures),
-        "",
-        "## Tests",
-        "",
-        *(f"- {outcome}: `{name}`" for name, outcome in sorted(outcomes.items())),
-        "",
     ]
-    return "\n".join(lines)
+    others = [f"- {outcome}: `{name}`" for name, outcome in sorted(outcomes.items()) if outcome != "passed"]
+    if others:
+        lines += ["", "## Tests that did not pass", "", *others]
+    return "\n".join(lines) + "\n"
 
 
 def _machine() -> dict[str, str]:
@@ -101,7 +106,7 @@ def _without_folders(argument: str) -> str:
 
 
 def _gpus() -> dict[str, str]:
-    """What they are, and what goes between them in several processes."""
+    """Describe the GPUs, the driver, and NCCL where there are several GPUs."""
     if not torch.cuda.is_available():
         return {"GPU": "none"}
     driver = subprocess.run(

@@ -95,8 +95,8 @@ def test_precision_that_does_not_run_here_is_refused_before_any_run(
     ("words", "message"),
     [
         (["--steps", "19"], "--steps 19: losses are means of 20 steps, so give at least as many"),
-        (["--page", "x.md"], "--page x.md: its losses come from a file, so give --json FILE as well"),
-        (["--no-runs"], "--no-runs is for writing a page: give --page FILE as well"),
+        (["--page", "x.md"], "--page x.md: the losses come from a file, so give --json FILE as well"),
+        (["--no-runs"], "--no-runs only writes a page, so give --page FILE as well"),
         (["--precisions", "fp4"], "argument --precisions: invalid choice: 'fp4'"),
     ],
 )

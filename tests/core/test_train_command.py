@@ -529,7 +529,7 @@ def test_precision_says_what_each_layer_computes_in() -> None:
 
 
 def test_the_documented_configuration_is_valid(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "train.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     file = tmp_path / "config.yaml"
     file.write_text(block, encoding="utf-8")

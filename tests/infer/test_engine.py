@@ -1,4 +1,4 @@
-"""The engine writes what `generate` writes for each prompt alone, and serves what a server asks of it."""
+"""The engine writes what `generate` writes for each prompt alone, and does what a server needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
+from llama_te_infer.decode import layers as decode_layers
 from llama_te_infer.engine import engine as engine_module
 from llama_te_infer.engine.engine import Engine
+from llama_te_infer.engine.outputs import RequestOutput, TokenEvent
 from llama_te_infer.engine.scheduler import Scheduler
-from llama_te_infer.engine.sequence import RequestOutput, TokenEvent
-from llama_te_infer.runner import model_runner
-from llama_te_infer.runner.model_runner import DecodeState, ModelRunner, Pending
+from llama_te_infer.runner import model_runner, prefill
+from llama_te_infer.runner.model_runner import ModelRunner
+from llama_te_infer.runner.results import Pending
 from llama_te_infer.runner.sampler import SamplingNeeds
+from llama_te_infer.runner.state import DecodeState
 from llama_te_infer.sampling_params import SamplingParams
 
 NEW = 12
@@ -66,11 +69,12 @@ def tokens(output: RequestOutput) -> list[list[int]]:
 
 def check_empty(engine: Engine) -> None:
     """Nothing runs, and every page is free or remembered."""
-    pages = engine.scheduler.pages
+    blocks = engine.scheduler.blocks
     assert not engine.has_unfinished
     assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.scheduler.rows
-    assert pages.pool.used == len(pages.remembered)
-    assert Counter(pages.pool.holders) == Counter({0: len(pages.pool.free), 1: len(pages.remembered)})
+    assert blocks.pool.used == len(blocks.prefixes.remembered)
+    held = {0: len(blocks.pool.free), 1: len(blocks.prefixes.remembered)}
+    assert Counter(blocks.pool.holders) == Counter(held)
 
 
 class ByteTokenizer:
@@ -232,7 +236,7 @@ def test_the_tokens_of_a_known_prefix_are_not_computed_again(hf: PreTrainedModel
 
 def test_pages_by_default_are_enough_for_all_rows(te: PreTrainedModel) -> None:
     engine = Engine(te, max_batch_size=3, max_sequence_length=100, page_size=16)
-    assert engine.scheduler.pages.pool.total_num_pages == 3 * 7
+    assert engine.scheduler.blocks.pool.total_num_pages == 3 * 7
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -240,8 +244,8 @@ def test_rows_that_do_not_run_hold_nothing(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, multiple: int
 ) -> None:
     """Steps may be computed for more rows than run: of quantized products, or in a graph for so many."""
-    monkeypatch.setattr(engine_module, "padded_multiple", lambda model: multiple)
-    monkeypatch.setattr(model_runner, "padded_multiple", lambda model: multiple)
+    for module in (engine_module, decode_layers, prefill):
+        monkeypatch.setattr(module, "padded_multiple", lambda model: multiple)
     engine = Engine(te, page_size=4, max_batch_size=6)
     decode, counts = engine._runner.decode, set()
 
@@ -249,8 +253,8 @@ def test_rows_that_do_not_run_hold_nothing(
         counts.add(rows)
         assert state.length_R.tolist() == [*state.lengths, *[0] * (len(state.length_R) - rows)]
         assert not state.token_R[rows:].any()
-        assert (state.page_table_RP[rows:] == engine._cache.dump_page).all()
-        assert all((row != engine._cache.dump_page).any() for row in state.page_table_RP[:rows])
+        assert (state.page_table_RP[rows:] == engine._cache.padding_page).all()
+        assert all((row != engine._cache.padding_page).any() for row in state.page_table_RP[:rows])
 
     class Checked:
         def __call__(self, state: DecodeState, rows: int) -> torch.Tensor:
@@ -261,15 +265,15 @@ def test_rows_that_do_not_run_hold_nothing(
             check(state, rows)
             decode.advance(state, rows)
 
-    engine._runner.decode = Checked()
+    monkeypatch.setattr(engine, "_select_backend", Checked)
     texts = prompts(9, 4, 17, 3, 6, 12, 5)
-    params = [SamplingParams(max_tokens=1 + 2 * place, temperature=0) for place in range(7)]
+    params = [SamplingParams(max_tokens=1 + 2 * i, temperature=0) for i in range(7)]
     for text, its_params, output in zip(texts, params, engine.generate(texts, params), strict=True):
         assert tokens(output)[0] == generated(hf, text, max_new_tokens=its_params.max_tokens)[0]
     assert len(counts) > 3
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- sampling parameters ----------------------------------------------------------------------------------------------
 
 
 def test_drawn_tokens_depend_on_the_seed_alone(thd: PreTrainedModel) -> None:
@@ -324,12 +328,12 @@ def test_logprobs_are_those_of_the_model(te: PreTrainedModel, prefill_budget: in
         logprob_SV = te(torch.tensor([text + written])).logits[0].double().log_softmax(-1)
     assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
     assert output.prompt_logprobs[0] is None
-    expected = [logprob_SV[place - 1, text[place]].item() for place in range(1, len(text))]
+    expected = [logprob_SV[position - 1, text[position]].item() for position in range(1, len(text))]
     assert output.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
     assert len(output.outputs[0].logprobs) == 5
-    for place, (token, found) in enumerate(zip(written, output.outputs[0].logprobs, strict=True), len(text)):
-        assert found.logprob == pytest.approx(logprob_SV[place - 1, token].item(), abs=1e-4)
-        best = logprob_SV[place - 1].topk(3)
+    for position, (token, found) in enumerate(zip(written, output.outputs[0].logprobs, strict=True), len(text)):
+        assert found.logprob == pytest.approx(logprob_SV[position - 1, token].item(), abs=1e-4)
+        best = logprob_SV[position - 1].topk(3)
         assert [token for token, _ in found.top] == best.indices.tolist()
         assert [logprob for _, logprob in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert engine.generate([text], GREEDY)[0].prompt_logprobs is None
@@ -369,7 +373,7 @@ def test_a_stop_string_ends_a_text_before_it(thd: PreTrainedModel) -> None:
     whole = engine.generate([text], GREEDY)[0].outputs[0]
     assert whole.text == ByteTokenizer().decode(whole.token_ids)
     stop = whole.text[3:5]
-    place = whole.text.index(stop)
+    position = whole.text.index(stop)
     events: list[TokenEvent] = []
     params = SamplingParams(max_tokens=NEW, temperature=0, stop=["not in it", stop])
     engine.submit(text, params, events.append)
@@ -377,7 +381,7 @@ def test_a_stop_string_ends_a_text_before_it(thd: PreTrainedModel) -> None:
     while engine.has_unfinished:
         outputs += engine.step()
     completion = outputs[0].outputs[0]
-    assert completion.text == whole.text[:place] == "".join(event.text for event in events)
+    assert completion.text == whole.text[:position] == "".join(event.text for event in events)
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
     assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
     assert stop in ByteTokenizer().decode(completion.token_ids)
@@ -583,7 +587,7 @@ def test_many_requests_leave_nothing_behind(thd: PreTrainedModel) -> None:
     check_empty(engine)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused requests and engines -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

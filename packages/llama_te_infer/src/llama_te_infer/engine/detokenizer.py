@@ -1,0 +1,85 @@
+"""The text of a sequence whose tokens arrive one by one, and the stop string that appears in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode the first tokens of a character to it
+
+
+class Detokenizer:
+    """Turns tokens into text.
+
+    With each new token only the last tokens are decoded again. Decoding starts one readable piece early, because some
+    tokenizers write a token differently at the beginning of a text (without its space).
+
+    Args:
+        tokenizer: A tokenizer of transformers; with `None` the text is empty.
+        stop: Strings that end the text.
+
+    Attributes:
+        text: The readable text, up to a stop string.
+        stopped_by: The stop string that has appeared.
+    """
+
+    def __init__(self, tokenizer: Any | None = None, stop: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.text = ""
+        self.stopped_by: str | None = None
+        self._tokens: list[int] = []
+        self._piece = 0  # the index of the last readable piece's first token
+        self._readable = 0  # the index behind its last token
+        self._given = 0  # characters that `take` has returned
+
+    def add(self, token: int, may_stop: bool = True) -> None:
+        """Add one token. If the text may end, look for stop strings that end with it."""
+        if self.tokenizer is None:
+            return
+        self._tokens.append(token)
+        known, text = self._decode(self._readable), self._decode(len(self._tokens))
+        if len(text) > len(known) and not text.endswith(_UNFINISHED):
+            self._piece, self._readable = self._readable, len(self._tokens)
+            self._append(text[len(known) :], may_stop)
+
+    def end(self) -> None:
+        """Complete the text: no tokens follow. Incomplete characters stay as the tokenizer decodes them."""
+        if self.tokenizer is not None and self.stopped_by is None:
+            self._append(self._decode(len(self._tokens))[len(self._decode(self._readable)) :], False)
+            self._readable = len(self._tokens)
+
+    def take(self, is_whole: bool) -> str:
+        """Return the text since the last call.
+
+        Until the text is whole, the possible beginning of a stop string at its end is left out.
+        """
+        end = len(self.text) if is_whole else len(self.text) - self._beginning_of_stop()
+        given, self._given = self._given, max(end, self._given)
+        return self.text[given : self._given]
+
+    def _decode(self, end: int) -> str:
+        assert self.tokenizer is not None
+        text: str = self.tokenizer.decode(self._tokens[self._piece : end], skip_special_tokens=True)
+        return text
+
+    def _append(self, piece: str, may_stop: bool) -> None:
+        before = len(self.text)
+        self.text += piece
+        found = []
+        for string in self.stop if may_stop else ():
+            start = self.text.find(string, max(0, before - len(string) + 1))
+            if start >= 0:
+                found.append((start, string))
+        if found:
+            start, self.stopped_by = min(found, key=lambda pair: pair[0])
+            self.text = self.text[:start]
+
+    def _beginning_of_stop(self) -> int:
+        """Return how many characters at the text's end are the beginning of a stop string."""
+        longest = 0
+        for string in self.stop:
+            for count in range(min(len(string) - 1, len(self.text)), longest, -1):
+                if self.text.endswith(string[:count]):
+                    longest = count
+                    break
+        return longest

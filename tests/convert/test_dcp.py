@@ -1,0 +1,344 @@
+"""Checkpoints of torch.distributed.checkpoint are read bit for bit, and nothing in them is run."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_convert.layout.mapping import plan
+from llama_te_convert.sources.dcp import METADATA, DCPSource
+from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.sources.torch_tensors import info_of, read_tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def save(folder, state, **options):
+    dcp.save(state, checkpoint_id=folder, no_dist=True, **options)
+    return folder
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same(folder, expected):
+    source = DCPSource(folder)
+    assert source.tensors == {name: info_of(value) for name, value in expected.items()}
+    for name, value in expected.items():
+        rows = source.tensors[name].rows
+        for start, stop in ((0, rows), (0, 1), (rows // 3, rows), (rows // 2, rows // 2), (1, rows - 1)):
+            if start <= stop <= rows and (value.dim() or start < stop):
+                part = read_tensor(source, name, start, stop)
+                assert part.is_contiguous() and part.dtype == value.dtype and not part.requires_grad
+                assert torch.equal(bits(part), bits(value[start:stop] if value.dim() else value)), (name, start, stop)
+    source.close()
+
+
+def changed(folder, change):
+    """Write `.metadata` again with a change."""
+    metadata = pickle.loads((folder / METADATA).read_bytes())
+    change(metadata)
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize("to_te", [False, True], ids=["hf", "te"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"state": {"model": state}},
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"app": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    ],
+    ids=["plain", "model", "app", "prefix", "both"],
+)
+def test_model_is_found(tiny_llama, tmp_path, wrap, to_te):
+    model = tiny_llama(tie_word_embeddings=False)
+    state = (convert_llama_hf_to_te(model) if to_te else model).state_dict()
+    state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    assert_same(save(tmp_path, wrap(state)), state)
+    assert plan(DCPSource(tmp_path).tensors, to_te=not to_te)
+
+
+@pytest.mark.parametrize("to_te", [False, True], ids=["hf", "te"])
+def test_model_is_found_without_a_flattening_planner(tiny_llama, tmp_path, to_te):
+    state = tiny_llama(tie_word_embeddings=False).state_dict()
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False)
+    assert_same(save(tmp_path, {f"model.{name}": value for name, value in state.items()}, planner=planner), state)
+
+
+def test_decoder_alone(tiny_llama, tmp_path):
+    state = tiny_llama().model.state_dict()
+    source = DCPSource(save(tmp_path, {"model": state}))
+    assert source.tensors.keys() == state.keys()
+    assert plan(source.tensors, to_te=True)
+
+
+def test_all_else_is_left_out(tiny_llama, tmp_path):
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    state = model.state_dict()
+    extra = {
+        "model.layers.0.self_attention._extra_state": torch.zeros(4, dtype=torch.uint8),
+        "model.layers.1.self_attention._extra_state": b"bytes",
+    }
+    named = get_optimizer_state_dict(model, optimizer)
+    everything = {"model": {**state, **extra}, "optimizer": optimizer.state_dict(), "named": named, "step": 3}
+    everything["scheduler"] = {"last": torch.tensor(2), "weight": torch.ones(3)}
+    assert_same(save(tmp_path / "nested", everything), state)
+    flat = {**state, **extra, "optimizer": named, "step": 3}
+    assert_same(save(tmp_path / "flat", flat), state)
+
+
+def test_dtypes_and_shapes(tmp_path):
+    weight = torch.randn(6, 4)
+    state = {
+        EMBEDDING: weight.bfloat16(),
+        "half": weight.half(),
+        "fp8": weight.to(torch.float8_e4m3fn),
+        "numbers": torch.arange(5),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "empty": torch.empty(0, 4),
+        "no_columns": torch.empty(4, 0),
+        "cube": torch.randn(3, 4, 5),
+        "transposed": weight.T,
+        "parameter": torch.nn.Parameter(weight),
+        "view": weight[2:4],
+    }
+    assert_same(save(tmp_path, {"model": state}), state)
+
+
+def test_parts_are_held_no_longer_than_needed(tmp_path, monkeypatch):
+    state = {EMBEDDING: torch.randn(8, 4), **{f"model.{name}.weight": torch.randn(8, 4) for name in "abcd"}}
+    source = DCPSource(save(tmp_path, state))
+    loaded = []
+    monkeypatch.setattr(
+        torch, "load", lambda *_, original=torch.load, **options: loaded.append(1) or original(*_, **options)
+    )
+    for row in range(8):  # three tensors in turns, as query, key and value rows are read
+        for name in "abc":
+            read_tensor(source, f"model.{name}.weight", row, row + 1)
+    assert len(loaded) == 3
+    read_tensor(source, "model.d.weight", 0, 8)
+    assert len(source._held) == 3
+    read_tensor(source, "model.a.weight", 0, 8)
+    assert len(loaded) == 5
+    source.close()
+    assert not source._held
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import LlamaForCausalLM
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+model = LlamaForCausalLM.from_pretrained(f"{folder}/model")
+mesh = init_device_mesh("cpu", (2,))
+columns = {
+    name: distribute_tensor(tensor, mesh, [Shard(1) if tensor.dim() > 1 else Replicate()])
+    for name, tensor in model.state_dict().items()
+}
+dcp.save({"model": columns}, checkpoint_id=f"{folder}/columns")
+for layer in model.model.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+optimizer.step()
+state, optimizer_state = get_state_dict(model, optimizer)
+dcp.save({"app": {"model": state, "optim": optimizer_state}}, checkpoint_id=f"{folder}/rows")
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_over_two_processes(tiny_llama, tmp_path):
+    # A vocabulary of 257: the ranks' parts are not of one size.
+    model = tiny_llama(tie_word_embeddings=False, num_hidden_layers=1)
+    model.save_pretrained(tmp_path / "model")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
+    processes = [
+        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, env=environment, text=True) for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    for folder in ("rows", "columns"):
+        assert len(list((tmp_path / folder).glob("*.distcp"))) == 2
+        assert_same(tmp_path / folder, model.state_dict())
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_code_in_metadata_is_not_run(tmp_path):
+    trace = tmp_path / "was_run"
+    folder = save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})
+    assert DCPSource(folder).tensors
+
+    changed(folder, lambda metadata: vars(metadata).update(storage_meta=Malicious(trace)))
+    with pytest.raises(CheckpointError, match=r".metadata is refused: it asks for \w+.mkdir, .* could run any code"):
+        DCPSource(folder)
+    assert not trace.exists()
+    pickle.loads((folder / METADATA).read_bytes())
+    assert trace.exists()  # so it would have been
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "eval"),
+        ("torch", "load"),
+        ("torch", "hub.load"),
+        ("torch.distributed.checkpoint.metadata", "os.system"),
+        ("torch.distributed.checkpoint.metadata", "torch"),
+        ("torch.serialization", "load"),
+        ("pathlib", "os.system"),
+    ],
+)
+def test_only_names_that_metadata_need(tmp_path, module, name):
+    pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(each)]) + each.encode() for each in (module, name)) + b"\x93."
+    (tmp_path / METADATA).write_bytes(pickled)
+    with pytest.raises(CheckpointError, match=f"is refused: it asks for {module}.{name}, "):
+        DCPSource(tmp_path)
+
+
+def test_classes_are_not_changed_by_a_pickle(tmp_path):
+    """A pickle can set attributes on a class that it is allowed to name."""
+    module, name = (b"\x8c" + bytes([len(each)]) + each for each in (Metadata.__module__.encode(), b"Metadata"))
+    attributes = b"}\x8c\x07planted\x88s"
+    (tmp_path / METADATA).write_bytes(b"\x80\x04" + module + name + b"\x93N" + attributes + b"\x86b.")
+    with pytest.raises(CheckpointError, match="is no metadata of torch.distributed.checkpoint"):
+        DCPSource(tmp_path)
+    assert not hasattr(Metadata, "planted")
+    assert DCPSource(save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})).tensors
+
+
+def test_code_in_tensors_is_not_run(tmp_path):
+    trace = tmp_path / "was_run"
+    folder = save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})
+    (file,) = folder.glob("*.distcp")
+    torch.save(Malicious(trace), file)
+
+    def fit(metadata):
+        for place in metadata.storage_data.values():
+            place.offset, place.length = 0, file.stat().st_size
+
+    source = DCPSource(changed(folder, fit))
+    with pytest.raises(CheckpointError, match="distcp: the part of .*embed_tokens.weight at byte 0 cannot be read"):
+        read_tensor(source, EMBEDDING, 0, 2)
+    assert not trace.exists()
+
+
+def test_damaged_files(tmp_path):
+    folder = save(tmp_path / "a", {EMBEDDING: torch.randn(20, 20)})
+    source = DCPSource(folder)
+    (file,) = folder.glob("*.distcp")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="damaged, not complete, or holds something other"):
+        read_tensor(source, EMBEDDING, 0, 20)
+    torch.save(torch.zeros(3), file)
+    fitted = changed(
+        folder,
+        lambda metadata: [vars(place).update(length=file.stat().st_size) for place in metadata.storage_data.values()],
+    )
+    with pytest.raises(CheckpointError, match="at byte 0 is not the tensor that it should be"):
+        read_tensor(DCPSource(fitted), EMBEDDING, 0, 20)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="distcp cannot be read: No such file"):
+        read_tensor(source, EMBEDDING, 0, 20)
+
+
+def test_missing_metadata(tmp_path):
+    with pytest.raises(CheckpointError, match=".metadata cannot be read: No such file or directory. The folder of"):
+        DCPSource(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04N.", b"\x80\x04]\x94."])
+def test_metadata_that_is_none(tmp_path, content):
+    (tmp_path / METADATA).write_bytes(content)
+    with pytest.raises(CheckpointError, match=".metadata is no metadata of torch.distributed.checkpoint"):
+        DCPSource(tmp_path)
+
+
+def test_no_model(tmp_path):
+    save(tmp_path, {"net": {f"weight{number}": torch.zeros(1) for number in range(10)}})
+    with pytest.raises(CheckpointError, match="holds no Llama: .* There are net.weight0, .*net.weight7 and 2 more"):
+        DCPSource(tmp_path)
+    save(tmp_path / "empty", {"step": 1})
+    with pytest.raises(CheckpointError, match="There are no tensors"):
+        DCPSource(tmp_path / "empty")
+
+
+def test_several_models(tmp_path):
+    state = {EMBEDDING: torch.zeros(2, 2)}
+    save(tmp_path, {"model": state, "ema": state})
+    with pytest.raises(
+        CheckpointError, match="more than one model, in 'model.', 'ema.'. Save the one to convert alone"
+    ):
+        DCPSource(tmp_path)
+
+
+def change_chunk(**values):
+    return lambda metadata: vars(metadata.state_dict_metadata[EMBEDDING].chunks[0]).update(values)
+
+
+def change_place(**values):
+    return lambda metadata: [vars(place).update(values) for place in metadata.storage_data.values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_chunk(sizes=torch.Size((3, 2))), "has 8 elements, and its parts 6"),
+        (change_chunk(offsets=torch.Size((1, 0))), r"has the shape \[4, 2\], but a part that ends at \[5, 2\]"),
+        (change_chunk(sizes=(-4, 2)), r"\(-4, 2\) are not numbers from 0"),
+        (change_chunk(sizes="ab"), "'ab' are not numbers from 0"),
+        (change_place(relative_path="../outside"), "is in '../outside', but files must lie in the folder itself"),
+        (change_place(relative_path=Path("/etc/passwd")), "but files must lie in the folder itself"),
+        (change_place(offset=-1), "are not numbers from 0"),
+        (change_place(transform_descriptors=["zstd"]), r"is transformed by \['zstd'\], .* save without extensions"),
+        (lambda metadata: metadata.storage_data.clear(), "KeyError"),
+        (lambda metadata: vars(metadata).update(storage_data=None), "AttributeError"),
+        (lambda metadata: vars(metadata).pop("state_dict_metadata"), "KeyError: 'state_dict_metadata'"),
+    ],
+)
+def test_metadata_that_is_not_valid(tmp_path, change, message):
+    folder = changed(save(tmp_path, {EMBEDDING: torch.randn(4, 2)}), change)
+    with pytest.raises(CheckpointError, match=f"is not valid metadata of torch.distributed.checkpoint: .*{message}"):
+        DCPSource(folder)
+
+
+def test_dtype_that_is_none(tmp_path):
+    def change(metadata):
+        metadata.state_dict_metadata[EMBEDDING].properties.dtype = "float32"
+
+    with pytest.raises(CheckpointError, match="TypeError: 'float32' is no dtype"):
+        DCPSource(changed(save(tmp_path, {EMBEDDING: torch.randn(4, 2)}), change))
