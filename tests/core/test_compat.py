@@ -53,6 +53,17 @@ class TestTransformers:
         positional = [each.name for each in ours if each.kind is each.POSITIONAL_OR_KEYWORD]
         assert theirs[: len(positional)] == positional, moved("transformers", f"GenerationMixin.{name}")
 
+    def test_gradient_checkpointing_sets_a_function(self) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+        model = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        decoder = model.layers[0]  # transformers' own layers hold it, where a model has no layers of their class
+        holder = model if hasattr(model, "_gradient_checkpointing_func") else decoder
+        function: Any = compat_transformers.gradient_checkpointing_function(holder)
+        assert function.keywords["use_reentrant"], moved("transformers", "_gradient_checkpointing_func")
+
     def test_a_configuration_says_its_attention(self) -> None:
         from transformers import LlamaConfig
 

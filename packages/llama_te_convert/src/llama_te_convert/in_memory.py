@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llama_te_core import NVLlamaPreTrainedModel
+from llama_te_core.compat.transformers import attention_implementation
 
 from .configs.architectures import architecture_of, hf_class, hf_config, te_class, te_config
 from .layout.mapping import Row, check_targets, convert_tensors, plan
@@ -65,7 +66,7 @@ def _in_memory(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> 
     architectures = source.config.architectures
     if architectures == [type(source).__name__]:
         architectures = [target_class.__name__]
-    return {"architectures": architectures, "attn_implementation": source.config._attn_implementation}
+    return {"architectures": architectures, "attn_implementation": attention_implementation(source.config)}
 
 
 def _convert(

@@ -32,6 +32,18 @@ def mark_as_given(cache: Any) -> None:
     cache._is_user_defined = True
 
 
+def prefill(cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the `_prefill` of transformers' `GenerationMixin`, as `super()._prefill` would in the class `cls`."""
+    mixin: Any = super(cls, model)
+    return mixin._prefill(*args, **kwargs)
+
+
+def gradient_checkpointing_function(model: Any) -> Callable[..., Any]:
+    """Return the function that `gradient_checkpointing_enable` has set, with the user's arguments bound."""
+    function: Callable[..., Any] = model._gradient_checkpointing_func
+    return function
+
+
 def attention_implementation(config: Any) -> str | None:
     """Return the attention implementation that a configuration asks for."""
     name: str | None = config._attn_implementation

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..compat.transformers import cache_field
+from ..compat.transformers import cache_field, gradient_checkpointing_function
 from ..layers.collectives import gathered, scattered
 from ..layers.kv_cache import KVCache, check_cache
 from ..layers.rope import RotaryAngles
@@ -153,7 +153,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
 
     def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            checkpoint = self._gradient_checkpointing_func
+            checkpoint = gradient_checkpointing_function(self)
             return self.layer_backend.checkpoint(layer, hidden, torch_checkpoint=checkpoint, **arguments)
         output: torch.Tensor = layer(hidden, **arguments)
         return output

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from ..compat.transformers import cache_field, mark_as_given
+from ..compat.transformers import cache_field, mark_as_given, prefill
 from ..layers.kv_cache import KVCache, default_cache_factory
 
 
@@ -72,13 +72,13 @@ class CachedGenerationMixin(GenerationMixin):
         copies = _rows_of_a_prompt(generation_config)
         # A cache with content may have other content in each of the rows.
         if copies == 1 or cache is None or cache.get_seq_length() > 0:
-            return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+            return prefill(CachedGenerationMixin, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
         rows = input_ids.shape[0]
         once = {
             name: value[::copies] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
             for name, value in model_kwargs.items()
         }
-        outputs = super()._prefill(input_ids[::copies], generation_config, once, *args, **kwargs)
+        outputs = prefill(CachedGenerationMixin, self, input_ids[::copies], generation_config, once, *args, **kwargs)
         cache.repeat_rows(copies)
         outputs.logits = outputs.logits.repeat_interleave(copies, 0)
         if outputs.hidden_states is not None:
