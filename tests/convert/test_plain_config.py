@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-import llama_te_core.models.checkpoint_format
+import llama_te_core.checkpoint_format
 from conftest import TINY
 from llama_te_convert.configs import core_format
 from llama_te_convert.configs.model_config import hf_config, te_config
@@ -235,7 +235,7 @@ def test_whatever_is_taken_for_plain_is_what_the_classes_write(tmp_path_factory,
 
 
 def test_the_constants_are_those_of_the_package() -> None:
-    theirs = vars(llama_te_core.models.checkpoint_format)
+    theirs = vars(llama_te_core.checkpoint_format)
     ours = vars(core_format.checkpoint_format)
     names = [name for name in theirs if name.isupper()]
     assert {"AUTO_MAP", "FIELDS", "MODEL_TYPE"} <= set(names)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..layout.row_order import HeadSizes
-from .core_format import checkpoint_format
+from llama_te_core import checkpoint_format
 
 CONFIG_NAME = "config.json"
 

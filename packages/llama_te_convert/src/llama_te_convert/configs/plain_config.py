@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from .architectures import ARCHITECTURES, architecture_of, renamed
 from .config_file import CONFIG_NAME, has_te_layout, is_size
-from .core_format import checkpoint_format
+from llama_te_core import checkpoint_format
 
 _LLAMA = ARCHITECTURES["llama"]
 
