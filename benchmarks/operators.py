@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from limits import copy_bandwidth
-from llama_te_infer.ops import operators
+from llama_te_infer.ops.append_rope import append_rope
+from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 from timing import milliseconds
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
@@ -101,7 +102,7 @@ def append_run(rows: int, new: int, before: int, page_size: int, padded: bool) -
         "key_cache": random(*blocks, KV_HEADS, HEAD_DIM),
         "value_cache": random(*blocks, KV_HEADS, HEAD_DIM),
     }
-    return lambda: operators.append_rope(**arguments)
+    return lambda: append_rope(**arguments)
 
 
 def append_megabytes(tokens: int, positions: int) -> float:
@@ -203,7 +204,7 @@ def row_figures() -> list[Figure]:
                     part.copy_(part.index_select(0, source_rows))
 
             def reorder(caches: Any = caches, source_rows: Any = source_rows, lengths: Any = lengths) -> None:
-                operators.reorder_rows(caches, source_rows, lengths)
+                reorder_rows(caches, source_rows, lengths)
 
             runs.append(reorder)
             selects.append(select)
@@ -237,7 +238,7 @@ def page_figures() -> list[Figure]:
                 page_size: int = page_size,
                 ticket: Any = ticket,
             ) -> None:
-                operators.reorder_pages(caches, table, source_rows, lengths, page_size, ticket)
+                reorder_pages(caches, table, source_rows, lengths, page_size, ticket)
 
             def select(
                 caches: Any = caches,

@@ -10,6 +10,8 @@ namespace llama_te {
 constexpr int kTileKeys = 16;
 constexpr int kMaxDecodeRows = 256;
 constexpr int kMaxGroup = 16;
+constexpr int kMaxKvHeads = 64;
+constexpr int kDecodeHeadDims[] = {64, 80, 96, 128};
 
 // A row's keys are divided into parts, which different blocks take. The division depends on the row's length alone, so
 // that what comes out for a row does not depend on its batch. Parts of short rows are short, to have many blocks at work
@@ -46,7 +48,7 @@ LLAMA_TE_HOST_DEVICE constexpr int most_parts_of(int keys) {
 // The workspace begins with a ticket for each key/value head of each row: the number of its parts that are done. It is
 // as large for any batch, so that one workspace serves calls of different shapes. The parts' results lie behind it: for
 // each query head D sums of values, the greatest score and the sum of the weights, and 2 numbers to fill a vector.
-constexpr int kTickets = 64 * kMaxDecodeRows;
+constexpr int kTickets = kMaxKvHeads * kMaxDecodeRows;
 constexpr int kStatistics = 4;
 
 constexpr std::int64_t decode_attention_workspace(std::int64_t rows, int kv_heads, int group, int head_dim,

@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+#include <vector>
+
 #include "elementwise.h"
 #include "linear.h"
 #include "tokens.h"
@@ -12,39 +15,30 @@ namespace py = pybind11;
 void bind_decode([[maybe_unused]] py::module_ &module) {
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
     using Address = std::uintptr_t;
-    py::class_<llama_te::LinearArguments>(module, "Product")
-        .def(py::init([](Address input, Address weight, int weight_type, Address scale, Address norm_weight,
-                         float epsilon, Address residual, bool swiglu, Address output, Address partials,
-                         Address tickets, std::int32_t rows, std::int32_t in_features, std::int32_t out_features) {
-                 llama_te::LinearArguments a = {};
-                 a.input = reinterpret_cast<const char *>(input);
-                 a.weight = reinterpret_cast<const char *>(weight);
-                 a.scale = reinterpret_cast<const float *>(scale);
-                 a.norm_weight = reinterpret_cast<const char *>(norm_weight);
-                 a.epsilon = epsilon;
-                 a.residual = reinterpret_cast<const char *>(residual);
-                 a.output = reinterpret_cast<char *>(output);
-                 a.partials = reinterpret_cast<float *>(partials);
-                 a.tickets = reinterpret_cast<std::int32_t *>(tickets);
-                 a.rows = rows;
-                 a.in_features = in_features;
-                 a.out_features = out_features;
-                 a.weight_type = static_cast<llama_te::WeightType>(weight_type);
-                 a.swiglu = swiglu;
-                 return a;
-             }),
-             py::kw_only(), py::arg("input"), py::arg("weight"), py::arg("weight_type"), py::arg("scale"),
-             py::arg("norm_weight"), py::arg("epsilon"), py::arg("residual"), py::arg("swiglu"), py::arg("output"),
-             py::arg("partials"), py::arg("tickets"), py::arg("rows"), py::arg("in_features"),
-             py::arg("out_features"));
+    // Input, weight, output, scale, norm weight, epsilon, residual, swiglu, input features, output features.
+    using Product = std::tuple<Address, Address, Address, Address, Address, float, Address, bool, std::int32_t,
+                               std::int32_t>;
     module.def(
         "linear_cuda",
-        [](int device, Address stream, const std::vector<llama_te::LinearArguments> &products) {
-            llama_te::linear_cuda(products, device, stream);
+        [](int device, Address stream, std::int32_t rows, int weight_type, Address partials, Address tickets,
+           const std::vector<Product> &products) {
+            std::vector<llama_te::LinearArguments> arguments;
+            for (const auto &[input, weight, output, scale, norm_weight, epsilon, residual, swiglu, in_features,
+                              out_features] : products) {
+                arguments.push_back({reinterpret_cast<const char *>(input), reinterpret_cast<const char *>(weight),
+                                     reinterpret_cast<const float *>(scale),
+                                     reinterpret_cast<const char *>(norm_weight), epsilon,
+                                     reinterpret_cast<const char *>(residual), reinterpret_cast<char *>(output),
+                                     reinterpret_cast<float *>(partials), reinterpret_cast<std::int32_t *>(tickets),
+                                     rows, in_features, out_features, static_cast<llama_te::WeightType>(weight_type),
+                                     swiglu});
+            }
+            llama_te::linear_cuda(arguments, device, stream);
         },
-        py::arg("device"), py::arg("stream"), py::arg("products"));
+        py::arg("device"), py::arg("stream"), py::arg("rows"), py::arg("weight_type"), py::arg("partials"),
+        py::arg("tickets"), py::arg("products"));
     module.def("linear_partials", &llama_te::linear_partials, py::arg("device"));
-    module.def("linear_tickets", &llama_te::linear_tickets, py::arg("device"));
+    module.def("linear_semaphores", &llama_te::linear_tickets, py::arg("device"));
     module.def(
         "embed_cuda",
         [](int device, Address stream, Address tokens, Address table, Address output, std::int32_t rows,

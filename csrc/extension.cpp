@@ -8,7 +8,9 @@
 #include <tuple>
 #include <vector>
 
+#include "decode_attention.h"
 #include "kernels.h"
+#include "linear.h"
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
 #include "probe.h"
 #endif
@@ -49,6 +51,42 @@ py::object cuda_problem() {
 #else
     return py::str("built without CUDA");
 #endif
+}
+
+// Sizes and types that the kernels take. A build without CUDA has the same.
+py::dict limits() {
+    using llama_te::ElementType;
+    using llama_te::WeightType;
+    py::dict elements;
+    elements["bfloat16"] = static_cast<int>(ElementType::kBFloat16);
+    elements["float16"] = static_cast<int>(ElementType::kFloat16);
+    elements["float32"] = static_cast<int>(ElementType::kFloat32);
+    py::dict weights;
+    weights["bfloat16"] = static_cast<int>(WeightType::kBFloat16);
+    weights["float8_e4m3fn"] = static_cast<int>(WeightType::kFloat8E4M3);
+    py::list head_dims;
+    for (const int head_dim : llama_te::kDecodeHeadDims) {
+        head_dims.append(head_dim);
+    }
+    py::dict limits;
+    limits["vector_bytes"] = llama_te::kVectorBytes;
+    limits["element_types"] = elements;
+    limits["weight_types"] = weights;
+    limits["head_dim_multiple"] = llama_te::kHeadDimMultiple;
+    limits["max_head_dim"] = llama_te::kMaxHeadDim;
+    limits["max_reorder_rows"] = llama_te::kMaxReorderRows;
+    limits["max_reorder_caches"] = llama_te::kMaxCaches;
+    limits["decode_element_types"] = py::make_tuple("bfloat16", "float16");
+    limits["decode_head_dims"] = head_dims;
+    limits["decode_tile_keys"] = llama_te::kTileKeys;
+    limits["max_decode_rows"] = llama_te::kMaxDecodeRows;
+    limits["max_decode_group"] = llama_te::kMaxGroup;
+    limits["max_decode_kv_heads"] = llama_te::kMaxKvHeads;
+    limits["max_linear_rows"] = llama_te::kMaxLinearRows;
+    limits["max_linear_products"] = llama_te::kMaxProducts;
+    limits["linear_row_bytes_multiple"] = llama_te::kLinearRowBytes;
+    limits["linear_out_features_multiple"] = llama_te::kLinearOutFeatures;
+    return limits;
 }
 
 using llama_te::AppendArguments;
@@ -142,6 +180,7 @@ PYBIND11_MODULE(_extension, module) {
     module.def("cuda_problem", &cuda_problem,
                "Run an empty kernel on the current GPU: None where that works, else why it does not.");
 
+    module.def("limits", &limits, "Sizes and types that the kernels take.");
     bind_attention(module);
     bind_decode(module);
 

@@ -27,6 +27,10 @@ constexpr int kVectorBytes = 16;
 
 // Rows that a reorder can exchange, and caches that it takes: 2 of each of 128 layers. The caches' addresses travel in
 // the kernel's parameters (4 KiB at most), so that a captured graph needs no table of them in device memory.
+// Heads that append_rope takes: half of one is whole vectors of 2-byte elements.
+constexpr int kHeadDimMultiple = 16;
+constexpr int kMaxHeadDim = 256;
+
 constexpr int kMaxReorderRows = 64;
 constexpr int kMaxCaches = 256;
 

@@ -17,6 +17,10 @@ constexpr int kMaxLinearRows = 32;
 // Products that one launch of it does.
 constexpr int kMaxProducts = 4;
 
+// A row of the weight has a multiple of this many bytes, which TMA swizzles, and the weight a multiple of this many rows.
+constexpr int kLinearRowBytes = 128;
+constexpr int kLinearOutFeatures = 16;
+
 struct LinearArguments {
     const char *input;        // bfloat16 [B, K]
     const char *weight;       // [N, K]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from importlib import import_module, metadata
 from importlib.resources import files
@@ -48,6 +49,41 @@ def test_dependencies_point_one_way() -> None:
     assert names(dependencies("llama-te-core")) == {"torch", "transformers", "accelerate"}
     assert names(dependencies("llama-te-convert")) == {"llama-te-core", "huggingface-hub", "numpy", "tqdm"}
     assert names(dependencies("llama-te-infer")) == {"llama-te-core", "tqdm"}
+
+
+@pytest.mark.parametrize("distribution", ["llama-te-convert", "llama-te-infer"])
+def test_the_released_core_is_one_that_its_dependents_take(distribution: str) -> None:
+    (core,) = (each for each in dependencies(distribution) if each.name == "llama-te-core")
+    assert core.specifier.contains(metadata.version("llama-te-core"))
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_metadata_describes_the_package(distribution: str) -> None:
+    fields = metadata.metadata(distribution)
+    assert all(fields[name] for name in ("Summary", "Keywords", "Requires-Python"))
+    assert fields["Author"] or fields["Author-email"]
+    assert fields["Description-Content-Type"] == "text/markdown"
+    readme = REPOSITORY / "packages" / distribution.replace("-", "_") / "README.md"
+    assert fields.get_payload().strip() == readme.read_text(encoding="utf-8").strip()
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(fields.get_all("Classifier"))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import llama_te_core",
+        "import llama_te_convert",
+        "import llama_te_infer",
+        "from llama_te_core.train.command import main; main(['--help'])",
+        "from llama_te_convert.cli import main; main(['--help'])",
+    ],
+)
+def test_imports_and_help_do_not_wait_for_torch(statement: str) -> None:
+    slow = {"torch", "transformers", "transformer_engine", "triton"}
+    report = f"import atexit, sys; atexit.register(lambda: print('imported', sorted({slow} & sys.modules.keys())))"
+    run = subprocess.run([sys.executable, "-c", f"{report}; {statement}"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "imported []"
 
 
 def test_the_command_is_installed() -> None:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llama_te_convert.sources.safetensors_format import SafetensorsFolder
+from llama_te_convert.sources.safetensors import SafetensorsFolder
 from llama_te_convert.sources.tensor_source import Checkpoint
 
 

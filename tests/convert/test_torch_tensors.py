@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama_te_convert.sources.safetensors_format import DTYPES
+from llama_te_convert.sources.safetensors import DTYPES
 from llama_te_convert.sources.tensor_source import TensorInfo
 from llama_te_convert.sources.torch_tensors import as_bytes, as_tensor, cast, dtype_name, info_of, torch_dtype
 

@@ -17,11 +17,12 @@ from infer.decode_attention_oracle import (
     same_bits,
 )
 from infer.operator_oracle import on_device
-from llama_te_infer.ops.decode_attention import HEAD_DIMS, decode_attention, workspace_size
-from llama_te_infer.ops.step_operators import LinearWorkspace, linear
+from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
+from llama_te_infer.ops.linear import LinearWorkspace, linear
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
+HEAD_DIMS = (64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 # Lengths about the borders of tiles, of pages, of what a warp and what a block takes, and of what becomes two parts.
 LENGTHS = (0, 1, 14, 15, 16, 17, 31, 63, 64, 65, 127, 128, 200, 254, 255, 256, 257, 511, 512, 700)
@@ -36,9 +37,9 @@ def on_gpu(case: DecodeCase) -> dict[str, Any]:
     return on_device(make_decode(case), "cuda")
 
 
-def assert_tickets_are_back(arguments: dict[str, Any]) -> None:
-    tickets = workspace_size(0, 1, 1, 64, 1)
-    assert int(arguments["workspace"][:tickets].count_nonzero()) == 0
+def assert_semaphores_are_zero(arguments: dict[str, Any]) -> None:
+    semaphores = workspace_size(0, 1, 1, 64, 1)
+    assert int(arguments["workspace"][:semaphores].count_nonzero()) == 0
 
 
 @pytest.mark.parametrize("page_size", [0, 16, 64, 256])
@@ -51,7 +52,7 @@ def test_lengths(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
         assert_decoded(on_gpu(DecodeCase(before=(length,), **shared)))
     arguments = on_gpu(DecodeCase(before=LENGTHS, **shared))
     assert_decoded(arguments)
-    assert_tickets_are_back(arguments)
+    assert_semaphores_are_zero(arguments)
     assert_decoded(arguments)
 
 
@@ -81,7 +82,7 @@ def test_mixed_batches(seed: int) -> None:
     )
     arguments = on_gpu(case)
     assert_decoded(arguments)
-    assert_tickets_are_back(arguments)
+    assert_semaphores_are_zero(arguments)
 
 
 @pytest.mark.parametrize("before", [(8191,), (4095, 5), (4096, 4094), (33_000, 8193, 1), (131_071,)], ids=str)
@@ -92,7 +93,7 @@ def test_long_rows(page_size: int, before: tuple[int, ...]) -> None:
         DecodeCase(before=before, page_size=page_size, group=4, head_dim=128, dtype=torch.bfloat16, kv_heads=1)
     )
     assert_decoded(arguments)
-    assert_tickets_are_back(arguments)
+    assert_semaphores_are_zero(arguments)
 
 
 def test_more_rows_than_threads_and_all_of_them() -> None:
@@ -205,7 +206,7 @@ def test_in_a_graph(page_size: int) -> None:
             assert same_bits(layer["key_cache"], wanted["key_cache"])
             assert same_bits(layer["value_cache"], wanted["value_cache"])
             assert_output(layer["output"], wanted["output"])
-        assert_tickets_are_back(layers[0])
+        assert_semaphores_are_zero(layers[0])
 
 
 def test_it_waits_for_the_projection_ahead() -> None:
@@ -243,7 +244,7 @@ def test_rows_out_of_range_are_left_out_and_harm_nothing(name: str) -> None:
         rest = torch.tensor([0, 2], device="cuda")
         assert_output(arguments["output"][rest], expected["output"][rest])
         assert int(arguments["output"][1].count_nonzero()) == 0
-        assert_tickets_are_back(arguments)
+        assert_semaphores_are_zero(arguments)
         if name != "page_table":
             page, place = arguments["page_table"][1, 700 // 16], 700 % 16
             expected["key_cache"][page, place] = torch.nan

@@ -16,7 +16,7 @@ from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import InferenceParams, inference_params_for
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 24
@@ -25,11 +25,11 @@ NEW = 24
 @pytest.fixture(params=["fused steps", "kernels", "TE's own"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Whether kernels compute steps of one token; else, whether they rotate and store, or TE and plain PyTorch do."""
-    assert operators.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
+    assert library.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
     if request.param != "fused steps":
         monkeypatch.setattr("llama_te_infer.generate.inference_params.choose_decode", lambda *arguments: None)
     if request.param == "TE's own":
-        monkeypatch.setattr(operators, "available", lambda device_type: False)
+        monkeypatch.setattr(library, "available", lambda device_type: False)
     return str(request.param)
 
 

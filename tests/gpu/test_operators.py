@@ -25,7 +25,8 @@ from infer.operator_oracle import (
     on_device,
     steps,
 )
-from llama_te_infer.ops import operators
+from llama_te_infer.ops.append_rope import append_rope
+from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
@@ -115,8 +116,8 @@ def test_append_to_more_rows_than_one_round_of_the_search_takes() -> None:
 def assert_append_like_cpu(case: AppendCase) -> None:
     on_cpu = make_append(case)
     on_gpu = on_device(on_cpu, "cuda")
-    operators.append_rope(**on_cpu)
-    operators.append_rope(**on_gpu)
+    append_rope(**on_cpu)
+    append_rope(**on_gpu)
     assert most(steps(on_gpu["query"].cpu(), on_cpu["query"])) <= CUDA_STEPS[case.dtype]
     assert most(steps(on_gpu["key_cache"].cpu(), on_cpu["key_cache"])) <= CUDA_STEPS[case.dtype]
     assert torch.equal(on_gpu["value_cache"].cpu(), on_cpu["value_cache"])
@@ -192,8 +193,8 @@ def test_append_in_a_graph(page_size: int, padded: bool) -> None:
     second_layer = {name: arguments[name].clone() for name in ("query", "key_cache", "value_cache")}
 
     def run() -> None:
-        operators.append_rope(**arguments)
-        operators.append_rope(**(arguments | second_layer))
+        append_rope(**arguments)
+        append_rope(**(arguments | second_layer))
 
     graph = captured(run)
     for seed, (new, before) in enumerate([((1, 2, 3), (5, 17, 31)), ((3, 3, 0), (16, 0, 40)), ((0, 0, 0), (1, 1, 1))]):
@@ -226,16 +227,16 @@ def test_reorders_in_a_graph() -> None:
     """Replayed with other rows, lengths and pages."""
     first = ReorderCase(source_rows=(0, 0, 1, 2), lengths=(70, 70, 70, 70), wide=True)
     rows, pages = (on_device(make(first), "cuda") for make in (make_rows, make_pages))
-    rows_graph = captured(lambda: operators.reorder_rows(**rows))
-    pages_graph = captured(lambda: operators.reorder_pages(**pages))
+    rows_graph = captured(lambda: reorder_rows(**rows))
+    pages_graph = captured(lambda: reorder_pages(**pages))
     for source_rows, lengths in [
         ((3, 2, 1, 0), (1, 2, 3, 70)),
         ((0, 1, 2, 3), (9,) * 4),
         ((1, 1, 3, 1), (33, 0, 48, 47)),
     ]:
         for arguments, graph, function in (
-            (rows, rows_graph, operators.reorder_rows),
-            (pages, pages_graph, operators.reorder_pages),
+            (rows, rows_graph, reorder_rows),
+            (pages, pages_graph, reorder_pages),
         ):
             arguments["source_rows"].copy_(torch.tensor(source_rows))
             arguments["lengths"].copy_(torch.tensor(lengths))
@@ -260,7 +261,7 @@ def test_tokens_out_of_range_are_left_out_and_harm_nothing(tokens: int) -> None:
         arguments = on_device(make_append(case), "cuda")
         arguments[name][1] = bad
         before = arguments["key_cache"].clone()
-        operators.append_rope(**arguments)
+        append_rope(**arguments)
         assert int(arguments["query"][tokens:].count_nonzero()) == 0
         pages = arguments["page_table"][0].long()
         before[pages] = arguments["key_cache"][pages]
@@ -275,26 +276,26 @@ def test_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"page_table": torch.tensor([[0], [7]], dtype=torch.int32)}, r"page_table\[1, 0\]=7, but the cache has pages"),
     ):
         with pytest.raises(ValueError, match=message):
-            operators.append_rope(**on_device(make_append(case) | change, "cuda"))
+            append_rope(**on_device(make_append(case) | change, "cuda"))
     reorder = ReorderCase(source_rows=(1, 2), lengths=(17, 17))
-    for make, function in ((make_rows, operators.reorder_rows), (make_pages, operators.reorder_pages)):
+    for make, function in ((make_rows, reorder_rows), (make_pages, reorder_pages)):
         with pytest.raises(ValueError, match=r"source_rows\[1\]=2, but there are rows 0 to 1"):
             function(**on_device(make(reorder), "cuda"))
     arguments = on_device(make_append(case), "cuda")
     assert_appended(case, arguments, 2)
     with pytest.warns(UserWarning, match="values are not checked while a CUDA graph is captured"):
-        captured(lambda: operators.append_rope(**arguments))
+        captured(lambda: append_rope(**arguments))
 
 
 def test_devices_do_not_mix() -> None:
     for name in ("cos_sin", "cu_new", "start", "page_table", "query", "key_cache", "value_cache"):
         on_cpu = make_append(AppendCase(new=(2,), before=(0,), page_size=16))
         with pytest.raises(ValueError, match=f"{name} is on cpu; it must be on cuda:0, as the other tensors"):
-            operators.append_rope(**(on_device(on_cpu, "cuda") | {name: on_cpu[name]}))
+            append_rope(**(on_device(on_cpu, "cuda") | {name: on_cpu[name]}))
     on_cpu = make_rows(ReorderCase(source_rows=(1, 0), lengths=(3, 3)))
     for name in ("source_rows", "lengths"):
         with pytest.raises(ValueError, match=f"{name} is on cpu; it must be on cuda:0, as the other tensors"):
-            operators.reorder_rows(**(on_device(on_cpu, "cuda") | {name: on_cpu[name]}))
+            reorder_rows(**(on_device(on_cpu, "cuda") | {name: on_cpu[name]}))
 
 
 def test_other_streams_are_followed() -> None:
@@ -307,7 +308,7 @@ def test_other_streams_are_followed() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(20_000_000)
         arguments["qkv"].copy_(qkv)
-        operators.append_rope(**arguments)
+        append_rope(**arguments)
     torch.cuda.synchronize()
     assert not bool(arguments["query"].isnan().any())
 
@@ -317,18 +318,18 @@ def test_compiled_by_torch() -> None:
 
     @torch.compile(fullgraph=True)
     def step(arguments: dict[str, Any]) -> torch.Tensor:
-        operators.append_rope(**(arguments | {"qkv": arguments["qkv"] * 2}))
+        append_rope(**(arguments | {"qkv": arguments["qkv"] * 2}))
         return arguments["query"] + 0
 
     arguments = on_device(make_append(case), "cuda")
     doubled = on_device(make_append(case), "cuda")
     doubled["qkv"] = doubled["qkv"] * 2
-    operators.append_rope(**doubled)
+    append_rope(**doubled)
     assert torch.equal(step(arguments), doubled["query"])
     assert torch.equal(arguments["key_cache"], doubled["key_cache"])
     caches = on_device(make_rows(ReorderCase(source_rows=(1, 0), lengths=(3, 3))), "cuda")
     swapped = on_device(caches, "cuda")
-    operators.reorder_rows(**swapped)
-    torch.compile(operators.reorder_rows, fullgraph=True)(**caches)
+    reorder_rows(**swapped)
+    torch.compile(reorder_rows, fullgraph=True)(**caches)
     for got, wanted in zip(caches["caches"], swapped["caches"], strict=True):
         assert torch.equal(got, wanted)

@@ -23,21 +23,16 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
-from llama_te_infer.ops.step_operators import (
-    MAX_LINEAR_ROWS,
-    MAX_PRODUCTS,
-    LinearWorkspace,
-    Product,
-    embed,
-    greedy,
-    linear,
-    linear_chain,
-    rms_norm,
-    swiglu,
-)
+from llama_te_infer.ops.embed import embed
+from llama_te_infer.ops.greedy import greedy
+from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
+from llama_te_infer.ops.rms_norm import rms_norm
+from llama_te_infer.ops.swiglu import swiglu
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
+MAX_LINEAR_ROWS = 32
+MAX_PRODUCTS = 4
 # About the borders of what a warp's product takes, 8 and 16, and all.
 ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 32)
 # [N, K]: projections of models of 135M, 1B and 8B parameters, and one with tiles and stages that are mostly empty.
@@ -63,7 +58,7 @@ def workspace() -> LinearWorkspace:
 
 
 def assert_nothing_is_left(workspace: LinearWorkspace) -> None:
-    assert int(workspace.tickets.count_nonzero()) == 0
+    assert int(workspace.semaphores.count_nonzero()) == 0
 
 
 @pytest.mark.parametrize(("out_features", "in_features", "fp8"), SHAPES_AND_FORMATS)
@@ -638,7 +633,7 @@ def test_bad_linears(workspace: LinearWorkspace) -> None:
         ),
         (
             {"input": many.bfloat16(), "output": many[:, :32].bfloat16().contiguous(), "residual": None},
-            "input has B=33 rows: on a GPU allowed are up to 32. Call it for so many at a time",
+            "input has B=33 rows: on a GPU allowed are up to 32. Split them over more calls",
         ),
         (
             {"weight": uneven.view(25, 64)[:24], "output": wide[:3, :24].bfloat16().contiguous(), "residual": None},

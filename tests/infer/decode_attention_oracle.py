@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from infer.operator_oracle import random, table_of
-from llama_te_infer.ops import operators
+from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 
 # What a rounding to the dtype changes a number by, at the most and relative to it. The sums are float32, whose own
@@ -86,7 +86,7 @@ def expected_decode(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     key, value = arguments["key_cache"].clone(), arguments["value_cache"].clone()
     query = torch.empty_like(arguments["output"])
     cu_new = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device)
-    operators.append_rope(qkv, arguments["cos_sin"], cu_new, start, page_table, 1, query, key, value)
+    append_rope(qkv, arguments["cos_sin"], cu_new, start, page_table, 1, query, key, value)
     query_BKGD = query.view(batch, kv_heads, heads_of_group - 2, head_dim).double()
     output_BKGD = torch.empty_like(query_BKGD)
     for row, before in enumerate(start[:batch].tolist()):

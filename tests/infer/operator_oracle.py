@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from llama_te_infer.ops import operators
+from llama_te_infer.ops.append_rope import append_rope
+from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -168,7 +169,7 @@ def most(values: torch.Tensor) -> int:
 def assert_appended(case: AppendCase, arguments: dict[str, Any], allowed: int) -> None:
     """Run `append_rope` and compare: copies and what should not change bit by bit."""
     expected = expected_append(case, on_device(arguments, "cpu"))
-    operators.append_rope(**arguments)
+    append_rope(**arguments)
     off = {name: steps(arguments[name].cpu(), expected[name].to(case.dtype)) for name in expected if name != "new"}
     assert most(off["query"]) <= allowed
     assert most(off["key_cache"]) <= allowed
@@ -195,7 +196,7 @@ def assert_rows_reordered(case: ReorderCase, arguments: dict[str, Any]) -> None:
         before = cache.clone()
         for row, (source, length) in enumerate(zip(case.source_rows, case.lengths, strict=True)):
             cache[row, :length] = before[source, :length]
-    operators.reorder_rows(**arguments)
+    reorder_rows(**arguments)
     for got, wanted in zip(arguments["caches"], expected, strict=True):
         assert torch.equal(got.cpu(), wanted)
 
@@ -229,7 +230,7 @@ def assert_pages_reordered(case: ReorderCase, arguments: dict[str, Any]) -> None
         table[row, :full] = table_before[source, :full]
         for cache, cache_before in zip(expected, before, strict=True):
             cache[table_before[row, full], :rest] = cache_before[table_before[source, full], :rest]
-    operators.reorder_pages(**arguments)
+    reorder_pages(**arguments)
     assert torch.equal(arguments["page_table"].cpu(), table)
     assert int(arguments["ticket"]) == 0
     for got, wanted in zip(arguments["caches"], expected, strict=True):

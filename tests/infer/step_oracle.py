@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llama_te_infer.ops.step_operators import LinearWorkspace, linear
+from llama_te_infer.ops.linear import LinearWorkspace, linear
 
 FP8 = torch.float8_e4m3fn
 NAN_BITS = 0x7F  # of FP8, with either sign

@@ -22,9 +22,9 @@ from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core.layers.reference import ReferenceLayer
 from llama_te_infer import InferenceParams, inference_params_for
 from llama_te_infer.decode import backend as batch_decode
-from llama_te_infer.decode.backend import BatchDecode, choose_decode, decode_problem
+from llama_te_infer.decode.backend import decode_problem, select_backend
 from llama_te_infer.decode.fused import FusedDecode
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
 
 NEW, COLUMNS, PAGE = 12, 9, 16
 LAYOUTS = pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def te(hf: PreTrainedModel, attn_input_format: str) -> PreTrainedModel:
 @pytest.fixture
 def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the kernels compute whatever model there is."""
-    assert operators.available("cpu"), "the extension is not built: install the package"
+    assert library.available("cpu"), "the extension is not built: install the package"
     monkeypatch.setattr(batch_decode, "takes_fused_decode", lambda *arguments: True)
 
 
@@ -295,10 +295,10 @@ def test_automatic_choice_on_a_gpu_warns_once_where_it_is_the_layers(te: PreTrai
     cache = cache_for(te, 2, decode_implementation="auto")
     cache.device = torch.device("cuda")  # which is asked first; then float32 decides
     with pytest.warns(UserWarning, match="one token are computed by the model's layers, since there are no kernels"):
-        assert choose_decode(None, te, cache) is None
+        assert select_backend(te, cache, 2)[0] is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choose_decode(None, te, cache) is None
+        assert select_backend(te, cache, 2)[0] is None
     batch_decode._warn_once.cache_clear()
 
 
@@ -327,10 +327,10 @@ def test_kernels_that_there_are_not(tiny_llama: Callable[..., PreTrainedModel], 
 
 def test_models_that_have_more_than_the_kernels_compute(te: PreTrainedModel, any_dtype: None) -> None:
     cache = cache_for(te, 2)
-    assert decode_problem(te, cache) is None
+    assert decode_problem(te, cache, 2) is None
 
     def check(message: str) -> None:
-        problem = decode_problem(te, cache)
+        problem = decode_problem(te, cache, 2)
         assert problem is not None and re.search(message, problem), problem
 
     hook = te.model.layers[1].register_forward_hook(lambda *arguments: None)
@@ -359,9 +359,9 @@ def test_hooks_that_transformer_engine_layers_have(tiny_llama: Callable[..., Pre
     """They serve the cache, which the kernels do themselves."""
     model = convert_llama_hf_to_te(tiny_llama(**SIZES))
     assert model.model.layers[0]._forward_pre_hooks
-    assert decode_problem(model, cache_for(model, 2)) is None
+    assert decode_problem(model, cache_for(model, 2), 2) is None
     model.model.layers[0].register_forward_hook(lambda *arguments: None)
-    assert "model.layers.0 has hooks" in str(decode_problem(model, cache_for(model, 2)))
+    assert "model.layers.0 has hooks" in str(decode_problem(model, cache_for(model, 2), 2))
 
 
 def test_hooks_on_the_model_itself_run(te: PreTrainedModel, any_dtype: None, calls: Calls) -> None:
@@ -374,7 +374,7 @@ def test_hooks_on_the_model_itself_run(te: PreTrainedModel, any_dtype: None, cal
 def test_more_rows_than_the_kernels_take(te: PreTrainedModel, any_dtype: None) -> None:
     cache = cache_for(te, 257, max_length=4)
     cache.begin_step(None, 257, 2)
-    assert decode_problem(te, cache) == "the batch has 257 rows, and the kernels take 256"
+    assert decode_problem(te, cache, 257) == "the batch has 257 rows, and the kernels take 256"
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
@@ -497,7 +497,7 @@ def test_logits_stay(te: PreTrainedModel, any_dtype: None) -> None:
 def test_a_cache_is_freed_without_the_garbage_collector(te: PreTrainedModel, any_dtype: None, is_paged: bool) -> None:
     cache = cache_for(te, 2, is_paged)
     generate(te, prompts(2), cache)
-    assert isinstance(cache._decode, BatchDecode)
+    assert isinstance(cache._fused, FusedDecode)
     cache_ref, memory_ref = weakref.ref(cache), weakref.ref(cache.cache_manager.cache[1][0])
     gc.disable()
     try:

@@ -18,6 +18,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from llama_te_infer.runner.beam_search import BeamHistory, BeamStep, Hypothesis, first_scores, select_beams
+from llama_te_infer.runner.stopping import StopRule
 
 SETTINGS = settings(
     max_examples=150, deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
@@ -68,6 +69,10 @@ class Search:
     n: int = field(default=1)
 
 
+def stop_rule(search: Search) -> StopRule:
+    return StopRule(tuple(search.eos), (), search.min_tokens, search.max_tokens)
+
+
 def transformers_finds(model: PreTrainedModel, search: Search, **options: Any) -> list[Hypothesis]:
     output = model.generate(
         torch.tensor([search.prompt]),
@@ -104,8 +109,7 @@ def we_find(
     """Searches of equal width as groups of one batch; the host reads each step so many steps late."""
     groups, num_beams = len(searches), searches[0].num_beams
     histories = [
-        BeamHistory(num_beams, search.eos, search.max_tokens, search.length_penalty, search.early_stopping)
-        for search in searches
+        BeamHistory(num_beams, stop_rule(search), search.length_penalty, search.early_stopping) for search in searches
     ]
     most = max(len(search.eos) for search in searches)
     ending_GE = torch.tensor([search.eos + [-1] * (most - len(search.eos)) for search in searches]).long()
@@ -114,7 +118,7 @@ def we_find(
     unread: list[BeamStep] = []
     for written in range(max(search.max_tokens for search in searches) + late):
         logits_GBV = logits_of([text for beams in texts for text in beams]).unflatten(0, (groups, num_beams))
-        may_not_end_G = torch.tensor([written < search.min_tokens for search in searches])
+        may_not_end_G = torch.tensor([not stop_rule(search).may_end(written) for search in searches])
         step = select_beams(logits_GBV, score_GB, ending_GE, may_not_end_G)
         score_GB = step.score_GB
         texts = [
@@ -258,7 +262,7 @@ def test_nothing_depends_on_what_is_in_the_tensors() -> None:
 
 
 def test_a_history_by_hand() -> None:
-    history = BeamHistory(2, [9], max_tokens=3)
+    history = BeamHistory(2, StopRule((9,), (), 0, 3))
     history.add([1, 9, 2, 3], [0, 0, 0, 0], [-1.0, -2.0, -3.0, -4.0])
     assert history.best(2) == [Hypothesis((9,), -2.0)] and not history.done
     # An end behind the first two candidates does not count.
@@ -280,7 +284,7 @@ def test_when_a_history_is_done(
     early_stopping: bool | Literal["never"], length_penalty: float, done_after: int
 ) -> None:
     """Two ends of score -1 and -1.5; the best beam then has -1.25, -3.5 (-1.75 a token) and -200 over 100 tokens."""
-    history = BeamHistory(2, [9], 100, length_penalty, early_stopping)
+    history = BeamHistory(2, StopRule((9,), (), 0, 100), length_penalty, early_stopping)
     steps = [([9, 9, 1, 2], [-1.0, -1.5, -1.25, -4.0]), ([1, 2, 3, 4], [-3.5, -5.0, -6.0, -7.0])]
     steps.append(([1, 2, 3, 4], [-200.0, -201.0, -202.0, -203.0]))
     after = 0
@@ -293,7 +297,7 @@ def test_when_a_history_is_done(
 
 
 def test_scores_are_rounded_as_in_float32() -> None:
-    history = BeamHistory(1, [9], 10, length_penalty=0.3)
+    history = BeamHistory(1, StopRule((9,), (), 0, 10), length_penalty=0.3)
     history.add([1, 2], [0, 0], [-1.0, -2.0])
     history.add([9, 1], [0, 0], [-1.1, -2.0])
     score = history.best(1)[0].score

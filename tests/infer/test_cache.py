@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 
 from llama_te_core.layers.kv_cache import KVCache
 from llama_te_infer import InferenceParams, PagedKVCacheManager
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
 
 LAYERS = (1, 2)
 ROWS, LENGTH, PAGE = 4, 12, 4
@@ -103,7 +103,7 @@ def snapshot(cache: InferenceParams) -> dict[str, Any]:
         "sequences": list(cache.sequences.items()),
         "before": list(cache.sequences_pre_step.items()),
         "batch_size": cache.batch_size,
-        "books": cache._books.tolist(),
+        "lengths": cache._lengths.tolist(),
         "columns": cache.get_seq_length(),
         "tokens": None if cache._token_BC is None else cache._token_BC.tolist(),
         "memory": {layer: [tensor.tolist() for tensor in pair] for layer, pair in manager.cache.items()},
@@ -368,7 +368,7 @@ class PagedColumnMachine(ColumnMachine):
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
 def test_any_sequence_of_calls(machine: type[Machine], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiled:
-        monkeypatch.setattr(operators, "available", lambda device_type: False)
+        monkeypatch.setattr(library, "available", lambda device_type: False)
     run_state_machine_as_test(machine, settings=SETTINGS)
 
 

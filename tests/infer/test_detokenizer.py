@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.decoders import Metaspace
 from transformers import PreTrainedTokenizerFast
 
-from llama_te_infer.engine.output_text import Detokenizer
+from llama_te_infer.engine.detokenizer import Detokenizer
 
 SETTINGS = settings(max_examples=300, deadline=None, database=None, derandomize=True)
 TEXTS = st.text(st.sampled_from("abé€😀"), max_size=12)

@@ -14,13 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
+from llama_te_infer.decode import layers as decode_layers
 from llama_te_infer.engine import engine as engine_module
 from llama_te_infer.engine.engine import Engine
+from llama_te_infer.engine.outputs import RequestOutput, TokenEvent
 from llama_te_infer.engine.scheduler import Scheduler
-from llama_te_infer.engine.sequence import RequestOutput, TokenEvent
-from llama_te_infer.runner import model_runner
-from llama_te_infer.runner.model_runner import DecodeState, ModelRunner, Pending
+from llama_te_infer.runner import model_runner, prefill
+from llama_te_infer.runner.model_runner import ModelRunner
+from llama_te_infer.runner.results import Pending
 from llama_te_infer.runner.sampler import SamplingNeeds
+from llama_te_infer.runner.state import DecodeState
 from llama_te_infer.sampling_params import SamplingParams
 
 NEW = 12
@@ -66,11 +69,12 @@ def tokens(output: RequestOutput) -> list[list[int]]:
 
 def check_empty(engine: Engine) -> None:
     """Nothing runs, and every page is free or remembered."""
-    pages = engine.scheduler.pages
+    blocks = engine.scheduler.blocks
     assert not engine.has_unfinished
     assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.scheduler.rows
-    assert pages.pool.used == len(pages.remembered)
-    assert Counter(pages.pool.holders) == Counter({0: len(pages.pool.free), 1: len(pages.remembered)})
+    assert blocks.pool.used == len(blocks.prefixes.remembered)
+    held = {0: len(blocks.pool.free), 1: len(blocks.prefixes.remembered)}
+    assert Counter(blocks.pool.holders) == Counter(held)
 
 
 class ByteTokenizer:
@@ -232,7 +236,7 @@ def test_the_tokens_of_a_known_prefix_are_not_computed_again(hf: PreTrainedModel
 
 def test_pages_by_default_are_enough_for_all_rows(te: PreTrainedModel) -> None:
     engine = Engine(te, max_batch_size=3, max_sequence_length=100, page_size=16)
-    assert engine.scheduler.pages.pool.total_num_pages == 3 * 7
+    assert engine.scheduler.blocks.pool.total_num_pages == 3 * 7
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -240,8 +244,8 @@ def test_rows_that_do_not_run_hold_nothing(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, multiple: int
 ) -> None:
     """Steps may be computed for more rows than run: of quantized products, or in a graph for so many."""
-    monkeypatch.setattr(engine_module, "padded_multiple", lambda model: multiple)
-    monkeypatch.setattr(model_runner, "padded_multiple", lambda model: multiple)
+    for module in (engine_module, decode_layers, prefill):
+        monkeypatch.setattr(module, "padded_multiple", lambda model: multiple)
     engine = Engine(te, page_size=4, max_batch_size=6)
     decode, counts = engine._runner.decode, set()
 
@@ -249,8 +253,8 @@ def test_rows_that_do_not_run_hold_nothing(
         counts.add(rows)
         assert state.length_R.tolist() == [*state.lengths, *[0] * (len(state.length_R) - rows)]
         assert not state.token_R[rows:].any()
-        assert (state.page_table_RP[rows:] == engine._cache.dump_page).all()
-        assert all((row != engine._cache.dump_page).any() for row in state.page_table_RP[:rows])
+        assert (state.page_table_RP[rows:] == engine._cache.padding_page).all()
+        assert all((row != engine._cache.padding_page).any() for row in state.page_table_RP[:rows])
 
     class Checked:
         def __call__(self, state: DecodeState, rows: int) -> torch.Tensor:

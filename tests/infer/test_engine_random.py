@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer.engine.engine import Engine
-from llama_te_infer.engine.sequence import RequestOutput
+from llama_te_infer.engine.outputs import RequestOutput
 from llama_te_infer.sampling_params import SamplingParams
 
 MIXES = int(os.environ.get("LLAMA_TE_RANDOM_MIXES", "400"))
@@ -160,8 +160,9 @@ def test_every_request_of_a_mix_has_the_result_that_it_has_alone(
                 cancelled.add(request_id)
         outputs |= {output.request_id: output for output in engine.step()}
 
-    pages = engine.scheduler.pages
-    assert Counter(pages.pool.holders) == Counter({0: len(pages.pool.free), 1: len(pages.remembered)})
+    blocks = engine.scheduler.blocks
+    held = {0: len(blocks.pool.free), 1: len(blocks.prefixes.remembered)}
+    assert Counter(blocks.pool.holders) == Counter(held)
     assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.scheduler.rows
     assert outputs.keys() == ids.keys()
     for request_id, number in ids.items():

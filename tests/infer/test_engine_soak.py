@@ -73,8 +73,8 @@ def test_ten_thousand_requests_leave_nothing_behind(engine: Engine) -> None:
             continue
         while engine.has_unfinished:
             done += len(engine.step())
-        pages = engine.scheduler.pages
-        assert pages.pool.used == len(pages.remembered) <= pages.pool.total_num_pages
+        blocks = engine.scheduler.blocks
+        assert blocks.pool.used == len(blocks.prefixes.remembered) <= blocks.pool.total_num_pages
         assert not (engine.scheduler.running or engine.scheduler.waiting or engine.scheduler.rows)
         if number >= WARM_UP:
             gc.collect()

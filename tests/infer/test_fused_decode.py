@@ -12,10 +12,15 @@ from torch.nn import functional as F
 
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_infer.decode import fused as fused_decode
-from llama_te_infer.decode.fused import FusedDecode, Weight, _multiply_many, takes_fused_decode
+from llama_te_infer.decode import weights as weights_module
+from llama_te_infer.decode.backend import decode_problem
+from llama_te_infer.decode.fused import FusedDecode, _multiply_many, takes_fused_decode
+from llama_te_infer.decode.layers import LayersDecode
+from llama_te_infer.decode.weights import Weight
 from llama_te_infer.kv_cache.engine_cache import EngineCache
-from llama_te_infer.ops.step_operators import Product, rms_norm
-from llama_te_infer.runner.model_runner import DecodeState, ModelDecode
+from llama_te_infer.ops.linear import Product
+from llama_te_infer.ops.rms_norm import rms_norm
+from llama_te_infer.runner.state import DecodeState
 
 ROWS, STEPS, PAGE_SIZE = 5, 20, 16
 
@@ -52,7 +57,7 @@ def make_cache(model: NVLlamaForCausalLM, rows: int = ROWS) -> EngineCache:
 def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> torch.Tensor:
     """Logits [STEPS, most_rows, V] of rows that begin at five different steps, whose pages lie in no order."""
     cache = make_cache(model, most_rows)
-    decode = FusedDecode(model, cache, most_rows) if fused else ModelDecode(model, cache)
+    decode = FusedDecode(model, cache, most_rows) if fused else LayersDecode(model, cache)
     state = DecodeState(most_rows, cache, model.config.vocab_size)
     generator = torch.Generator().manual_seed(3)
     pages = torch.randperm(4 * most_rows, generator=generator).view(most_rows, 4).int()
@@ -67,7 +72,7 @@ def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> 
             rows += most_rows // 5
         state.token_R[:rows] = torch.randint(0, 320, (rows,), generator=generator)
         logits.append(F.pad(decode(state, rows).float(), (0, 0, 0, most_rows - rows)))
-        state.length_R[:rows] += 1
+        state.count_step(rows)
         state.lengths = [length + 1 for length in state.lengths]
     return torch.stack(logits)
 
@@ -95,7 +100,7 @@ def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None
 
 @torch.inference_mode()
 def test_more_rows_than_one_launch_takes() -> None:
-    """8 to 40 rows: on either side of `MAX_LINEAR_ROWS`."""
+    """8 to 40 rows: on either side of the limit of `linear`."""
     exact = logits_of(make_model(), fused=False, most_rows=40)
     model = make_model().to(torch.bfloat16)
     fused, plain = (logits_of(model, fused, most_rows=40) for fused in (True, False))
@@ -201,7 +206,7 @@ def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         return weight
 
     with monkeypatch.context() as patch:
-        patch.setattr(fused_decode, "_weight", quantized)
+        patch.setattr(weights_module, "_weight", quantized)
         from_fp8 = logits_of(model, fused=True)
     for parameter in model.parameters():
         if (weight := values.get(parameter.data_ptr())) is not None:
@@ -224,8 +229,9 @@ def test_tells_what_it_takes() -> None:
     assert not takes_fused_decode(make_model(head_dim=32).to(torch.bfloat16), ROWS, PAGE_SIZE)
     assert not takes_fused_decode(make_model(hidden_size=96).to(torch.bfloat16), ROWS, PAGE_SIZE)
     adapted = get_peft_model(model, LoraConfig(target_parameters=["self_attention.proj.weight"]))
-    assert not takes_fused_decode(model, ROWS, PAGE_SIZE)  # the weights are not all there is to its products
-    assert takes_fused_decode(adapted.merge_and_unload(), ROWS, PAGE_SIZE)
+    # The products have more operands than the weights.
+    assert "parameters of its own kind" in str(decode_problem(model, make_cache(model), ROWS))
+    assert decode_problem(adapted.merge_and_unload(), make_cache(model), ROWS) is None
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import InferenceParams, inference_params_for
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
 
 ROWS, LENGTH, KV_HEADS, GROUP, DIM = 4, 48, 2, 3, 32
 
@@ -19,7 +19,7 @@ ROWS, LENGTH, KV_HEADS, GROUP, DIM = 4, 48, 2, 3, 32
 @pytest.fixture
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Iterator[None]]:
     def switch_off() -> None:
-        monkeypatch.setattr(operators, "available", lambda device_type: False)
+        monkeypatch.setattr(library, "available", lambda device_type: False)
 
     return switch_off
 
@@ -62,7 +62,7 @@ def steps(cache: InferenceParams, qkv_format: str, dtype: torch.dtype) -> list[t
 @pytest.mark.parametrize("qkv_format", ["thd", "bshd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_and_plain_pytorch_agree(dtype, qkv_format, is_paged, without_kernels) -> None:
-    assert operators.available("cpu"), "the extension is not built: install the package"
+    assert library.available("cpu"), "the extension is not built: install the package"
     compiled = steps(make_cache(dtype, is_paged), qkv_format, dtype)
     without_kernels()
     plain = steps(make_cache(dtype, is_paged), qkv_format, dtype)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +26,9 @@ from infer.operator_oracle import (
     make_pages,
     make_rows,
 )
-from llama_te_infer.ops import operators
+from llama_te_infer.ops import library
+from llama_te_infer.ops.append_rope import append_rope
+from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 
 _extension = pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
 
@@ -107,7 +112,7 @@ def test_every_half_precision_number_is_read_and_rounded() -> None:
         arguments = make_append(case)
         arguments["qkv"] = every.expand(-1, 1, 3, -1).contiguous()
         arguments["cos_sin"][:, :32], arguments["cos_sin"][:, 32:] = 1, 0
-        operators.append_rope(**arguments)
+        append_rope(**arguments)
         assert torch.equal(arguments["query"], every[:, 0])
         assert torch.equal(arguments["key_cache"][0, : len(every)], every[:, 0])
 
@@ -121,7 +126,7 @@ def test_results_are_rounded_to_even() -> None:
         arguments["qkv"][..., 64:] = 0
         for mantissa in (1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1.999999):
             arguments["cos_sin"][0, :64], arguments["cos_sin"][0, 64:] = mantissa, 0
-            operators.append_rope(**arguments)
+            append_rope(**arguments)
             product = arguments["qkv"][0, 0, 0, :64].float() * torch.tensor(mantissa)
             assert torch.equal(arguments["query"][0, 0, :64], product.to(dtype))
 
@@ -140,10 +145,10 @@ def test_keys_and_values_may_lie_in_one_tensor() -> None:
 def test_nothing_to_do() -> None:
     arguments = make_append(AppendCase(new=(0, 0), before=(3, 4)))
     before = arguments["key_cache"].clone()
-    operators.append_rope(**arguments)
+    append_rope(**arguments)
     assert torch.equal(arguments["key_cache"], before)
     rows = make_rows(ReorderCase(source_rows=(0,), lengths=(4,)))
-    operators.reorder_rows(rows["caches"], rows["source_rows"][:0], rows["lengths"][:0])
+    reorder_rows(rows["caches"], rows["source_rows"][:0], rows["lengths"][:0])
 
 
 def test_more_columns_of_cu_new_than_rows_of_a_padded_batch() -> None:
@@ -240,7 +245,7 @@ def test_bad_appends(change: Change, message: str) -> None:
     arguments |= change(arguments)
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(ValueError, match=message):
-        operators.append_rope(**arguments)
+        append_rope(**arguments)
     for name in ("query", "key_cache", "value_cache"):
         assert torch.equal(arguments[name].nan_to_num(), before[name].nan_to_num()), f"{name} was written"
 
@@ -280,8 +285,8 @@ BAD_PAGES: list[tuple[Change, str]] = [
 
 @pytest.mark.parametrize(
     ("make", "function", "change", "message"),
-    [(make_rows, operators.reorder_rows, *bad) for bad in BAD_REORDERS]
-    + [(make_pages, operators.reorder_pages, *bad) for bad in BAD_REORDERS + BAD_PAGES],
+    [(make_rows, reorder_rows, *bad) for bad in BAD_REORDERS]
+    + [(make_pages, reorder_pages, *bad) for bad in BAD_REORDERS + BAD_PAGES],
 )
 def test_bad_reorders(make: Any, function: Any, change: Change, message: str) -> None:
     arguments = make(ReorderCase(source_rows=(1, 2, 0), lengths=(17, 20, 18)))
@@ -304,4 +309,64 @@ def test_torch_agrees_with_the_schemas() -> None:
 @pytest.mark.skipif(_extension.build_info()["cuda"] is not None, reason="the extension was built with CUDA")
 def test_cuda_without_cuda() -> None:
     with pytest.raises(RuntimeError, match="built without CUDA, so its operators take CPU tensors only: reinstall"):
-        operators.cuda_function("reorder_rows_cuda")
+        library.cuda_function("reorder_rows_cuda")
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out about the extension is forgotten before and after a test."""
+    found = (library.available, library.limits)
+    for function in found:
+        function.cache_clear()
+    yield
+    for function in found:
+        function.cache_clear()
+
+
+@pytest.mark.skipif(_extension.build_info()["cuda"] is not None, reason="the extension was built with CUDA")
+def test_a_gpu_without_kernels_warns_once(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    """One line says how to get the kernels where torch sees a GPU and the extension has none for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    message = "built without CUDA, so generation is slow: reinstall .*nvcc is on PATH .*llama_te_infer.info"
+    with pytest.warns(UserWarning, match=message) as caught:
+        answers = [library.available("cuda") for _ in range(2)]
+    assert answers == [False, False] and len(caught) == 1
+
+
+def test_no_warning_without_a_gpu(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.available("cpu")
+        library.available("cuda")
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
+    """Nothing is available, and who asks for the limits is told why."""
+    monkeypatch.setitem(sys.modules, "llama_te_infer._extension", None)
+    monkeypatch.delattr("llama_te_infer._extension", raising=False)
+    assert not library.available("cpu")
+    with pytest.raises(RuntimeError, match="compiled extension does not import .*install the package with pip"):
+        library.limits()
+
+
+def test_limits_are_those_of_the_docstrings() -> None:
+    limits = library.limits()
+    assert (limits.head_dim_multiple, limits.max_head_dim, limits.vector_bytes) == (16, 256, 16)
+    assert (limits.max_reorder_rows, limits.max_reorder_caches) == (64, 256)
+    assert (limits.max_decode_rows, limits.max_decode_group, limits.max_decode_kv_heads) == (256, 16, 64)
+    assert limits.decode_head_dims == (64, 80, 96, 128)
+    assert tuple(limits.element_types) == DTYPES
+    assert tuple(limits.weight_types) == (torch.bfloat16, torch.float8_e4m3fn)
+
+
+OPERATORS = (
+    "append_rope", "decode_attention", "embed", "greedy", "linear", "reorder_pages", "reorder_rows", "rms_norm",
+    "swiglu",
+)  # fmt: skip
+
+
+def test_the_package_registers_every_operator() -> None:
+    code = f"import llama_te_infer, torch; print(*(hasattr(torch.ops.llama_te, name) for name in {OPERATORS}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * len(OPERATORS)

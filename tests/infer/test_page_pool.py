@@ -1,4 +1,4 @@
-"""The page pool, against rows of which every page is written out."""
+"""The pages of rows and their pool, against rows whose pages are written out in full."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from llama_te_infer.kv_cache.page_pool import PagePool
+from llama_te_infer.kv_cache.row_pages import RowPages
 
 SETTINGS = settings(
     max_examples=150,
@@ -27,7 +27,8 @@ class PoolMachine(RuleBasedStateMachine):
 
     @initialize(total=st.integers(1, 12), page_size=st.sampled_from([1, 2, 4]))
     def begin(self, total: int, page_size: int) -> None:
-        self.pool = PagePool(total, page_size)
+        self.row_pages = RowPages(total, page_size)
+        self.pool = self.row_pages.pool
         self.memory: list[list[int]] = [[-1] * page_size for _ in range(total)]
         self.pages: list[list[int]] = []
         self.tokens: list[list[int]] = []
@@ -66,18 +67,18 @@ class PoolMachine(RuleBasedStateMachine):
         if needed > self.pool.total_num_pages:
             message = f"{self.pool.total_num_pages} pages of {size} tokens are not enough"
             with pytest.raises(ValueError, match=message) as raised:
-                self.pool.assign(self.pages, sources, starts, lengths)
+                self.row_pages.assign(sources, starts, lengths)
             assert f"for rows of {lengths} tokens" in str(raised.value)
             assert state == (list(self.pool.holders), sorted(self.pool.free))
             return
-        assignment = self.pool.assign(self.pages, sources, starts, lengths)
+        copies = self.row_pages.assign(sources, starts, lengths)
         assert self.pool.used == needed
-        targets = [to for _, to in assignment.copies]
+        targets = [to for _, to in copies]
         assert len(set(targets)) == len(targets)
-        assert not set(targets) & {page for page, _ in assignment.copies}
-        for page, to in assignment.copies:
+        assert not set(targets) & {page for page, _ in copies}
+        for page, to in copies:
             self.memory[to] = list(self.memory[page])
-        self.pages, self.tokens = assignment.rows, kept
+        self.pages, self.tokens = self.row_pages.rows, kept
         for row, start, length in zip(range(rows), starts, lengths, strict=True):
             for place in range(start, length):
                 self.memory[self.pages[row][place // size]][place % size] = self.next_token
@@ -100,7 +101,7 @@ class PoolMachine(RuleBasedStateMachine):
             list(self.memory[self.pages[s][f]]) if len(row) > f else None
             for s, f, row in zip(sources, full, self.pages, strict=True)
         ]
-        self.pool.replace(self.pages, rows)
+        self.row_pages.replace(rows)
         self.pages, self.tokens = rows, [list(self.tokens[source]) for source in sources]
         for row, content in zip(rows, contents, strict=True):
             if content is not None:
@@ -124,25 +125,25 @@ def test_any_sequence_of_assignments() -> None:
 
 
 def test_steps_within_a_page_take_nothing() -> None:
-    pool = PagePool(3, 4)
-    first = pool.assign([], [None], [0], [2])
-    again = pool.assign(first.rows, [0], [2], [4])
-    assert again.rows == first.rows
-    assert again.copies == []
-    assert pool.used == 1
+    row_pages = RowPages(3, 4)
+    row_pages.assign([None], [0], [2])
+    rows = [list(row) for row in row_pages.rows]
+    assert row_pages.assign([0], [2], [4]) == []
+    assert row_pages.rows == rows
+    assert row_pages.pool.used == 1
 
 
 def test_a_shared_page_is_copied_once_less_than_it_is_written() -> None:
-    pool = PagePool(8, 4)
-    rows = pool.assign([], [None], [0], [6]).rows
-    shared = pool.assign(rows, [0, 0, 0], [6, 6, 6], [6, 6, 6])
-    assert shared.copies == []
-    assert pool.used == 2
-    written = pool.assign(shared.rows, [0, 1, 2], [6, 6, 6], [7, 7, 7])
-    assert len(written.copies) == 2
-    assert {page for page, _ in written.copies} == {rows[0][1]}
-    assert pool.used == 4
+    row_pages = RowPages(8, 4)
+    row_pages.assign([None], [0], [6])
+    last = row_pages.rows[0][1]
+    assert row_pages.assign([0, 0, 0], [6, 6, 6], [6, 6, 6]) == []
+    assert row_pages.pool.used == 2
+    copies = row_pages.assign([0, 1, 2], [6, 6, 6], [7, 7, 7])
+    assert len(copies) == 2
+    assert {page for page, _ in copies} == {last}
+    assert row_pages.pool.used == 4
     with pytest.raises(
         ValueError, match=r"8 pages of 4 tokens are not enough: 6 more are needed for rows of \[16, 16, 13\]"
     ):
-        pool.assign(written.rows, [0, 1, 2], [7, 7, 7], [16, 16, 13])
+        row_pages.assign([0, 1, 2], [7, 7, 7], [16, 16, 13])

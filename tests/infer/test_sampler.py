@@ -33,6 +33,7 @@ from llama_te_infer.runner.sampler import (
     largest,
     sample,
 )
+from llama_te_infer.runner.stopping import StopRule
 from llama_te_infer.sampling_params import SamplingParams
 
 SETTINGS = settings(
@@ -40,6 +41,18 @@ SETTINGS = settings(
 )
 GREEDY = SamplingParams(temperature=0)
 EOS = [2]
+
+
+def set_row(
+    sampling: RowSampling,
+    row: int,
+    params: SamplingParams,
+    seed: int,
+    tokens: Sequence[int],
+    prompt_length: int | None = None,
+) -> None:
+    sampling.set(row, params, seed, tokens, StopRule.of(params, EOS), prompt_length)
+
 
 PARAMS = st.builds(
     SamplingParams,
@@ -71,7 +84,7 @@ def draw(
     """One step of a batch that is made for it; the place of the new tokens is behind those given."""
     sampling = RowSampling(len(params), logits_BV.shape[1], "cpu")
     for row in range(len(params)):
-        sampling.set(row, params[row], seeds[row], tokens[row], EOS)
+        set_row(sampling, row, params[row], seeds[row], tokens[row])
     position_B = torch.tensor([len(row) for row in tokens])
     return sample(logits_BV, sampling, position_B, sampling.needs(range(len(params))))
 
@@ -83,7 +96,7 @@ def processed(logits_V: torch.Tensor, params: SamplingParams, tokens: list[int],
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.min_tokens:
-        ending = torch.tensor(params.ending_tokens(EOS))
+        ending = torch.tensor(StopRule.of(params, EOS).end_tokens)
         processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, params.min_tokens, ending))
     if params.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(params.temperature)))
@@ -128,7 +141,7 @@ def test_a_draw_is_the_best_of_processed_logits_and_noise(params: SamplingParams
     tokens = [choose.randrange(vocab_size) for _ in range(9)]
     prompt_length = choose.randint(1, 9)
     sampling = RowSampling(1, vocab_size, "cpu")
-    sampling.set(0, params, seed, tokens, EOS, prompt_length=prompt_length)
+    set_row(sampling, 0, params, seed, tokens, prompt_length=prompt_length)
     chosen = sample(logits_V[None], sampling, torch.tensor([9]), sampling.needs([0])).token_B.item()
     scores_V = processed(logits_V, params, tokens, prompt_length).double()
     if params.temperature > 0:
@@ -166,7 +179,7 @@ def test_the_order_of_filters_is_that_of_generate(
     for step, (scores_1V, logits_1V) in enumerate(zip(output.scores, output.logits, strict=True)):
         position = len(prompt) + step
         sampling = RowSampling(1, 257, "cpu")
-        sampling.set(0, SamplingParams(**fields), 5, tokens[:position], EOS, prompt_length=len(prompt))
+        set_row(sampling, 0, SamplingParams(**fields), 5, tokens[:position], prompt_length=len(prompt))
         chosen = sample(logits_1V, sampling, torch.tensor([position]), sampling.needs([0])).token_B.item()
         assert chosen == (scores_1V[0].double() + noise_of(5, position, 257)).argmax().item()
 
@@ -230,12 +243,12 @@ def test_frequencies(params: SamplingParams, varied: str) -> None:
     probability_V = torch.softmax(processed(logits_V, params, prompt, len(prompt)).double(), dim=0)
     if varied == "position":
         sampling = RowSampling(1, vocab_size, "cpu")
-        sampling.set(0, params, 1234, prompt, EOS, prompt_length=10**9)  # too short to end at any place here
+        set_row(sampling, 0, params, 1234, prompt, prompt_length=10**9)  # too short to end at any place here
         row_N, position_N = torch.zeros(DRAWS, dtype=torch.int64), torch.arange(DRAWS)
     else:
         sampling = RowSampling(DRAWS, vocab_size, "cpu")
         for row in range(DRAWS):
-            sampling.set(row, params, row, prompt, EOS)
+            set_row(sampling, row, params, row, prompt)
         row_N, position_N = torch.arange(DRAWS), torch.full((DRAWS,), 4)
     logits_NV = logits_V.expand(DRAWS, -1)
     check_frequencies(sample(logits_NV, sampling, position_N, sampling.needs([0]), row_N).token_B, probability_V)
@@ -344,7 +357,7 @@ def test_rows_given_by_index(
     sampling = RowSampling(10, logits_BV.shape[1], "cpu")
     places = [place + 3 for place in order]
     for row, place in enumerate(places):
-        sampling.set(place, params[row], seeds[row], tokens[row], EOS)
+        set_row(sampling, place, params[row], seeds[row], tokens[row])
     needs = sampling.needs(places)
     position_B = torch.tensor([len(row) for row in tokens], dtype=torch.int32)
     result = sample(logits_BV, sampling, position_B, needs, torch.tensor(places))
@@ -371,12 +384,12 @@ def test_a_sequence_that_is_computed_again_goes_on_alike(params: SamplingParams,
 
     whole, again = list(prompt), list(prompt)
     sampling = RowSampling(3, 40, "cpu")
-    sampling.set(0, params, seed, prompt, EOS)
+    set_row(sampling, 0, params, seed, prompt)
     write(sampling, 0, whole, 12)
-    sampling.set(1, params, seed, prompt, EOS)
+    set_row(sampling, 1, params, seed, prompt)
     write(sampling, 1, again, cut)
     sampling.clear(1)
-    sampling.set(2, params, seed, again, EOS, prompt_length=len(prompt))
+    set_row(sampling, 2, params, seed, again, prompt_length=len(prompt))
     write(sampling, 2, again, 12 - cut)
     assert again == whole
     for place in range(len(prompt), 16):  # transformers agrees at each place, with what was written until then
@@ -385,14 +398,14 @@ def test_a_sequence_that_is_computed_again_goes_on_alike(params: SamplingParams,
             scores_V += noise_of(seed, place, 40)
         assert whole[place] == scores_V.argmax().item()
     if params.min_tokens:
-        assert not {*whole[len(prompt) : len(prompt) + params.min_tokens]} & {*params.ending_tokens(EOS)}
+        assert not {*whole[len(prompt) : len(prompt) + params.min_tokens]} & {*StopRule.of(params, EOS).end_tokens}
 
 
 def test_a_row_moves_with_all_that_it_is() -> None:
     params = SamplingParams(temperature=0.8, top_k=9, repetition_penalty=1.5, min_tokens=4, logprobs=2)
     logits_1V = random_logits(1, 30, seed=4)
     sampling = RowSampling(3, 30, "cpu")
-    sampling.set(2, params, 77, [3, 4], EOS)
+    set_row(sampling, 2, params, 77, [3, 4])
     sampling.move(0, 2)
     sampling.clear(2)
     assert sampling.needs([0]) == SamplingNeeds(random=True, filtered=True, masked=True, top_logprobs=20)
@@ -403,7 +416,7 @@ def test_a_row_moves_with_all_that_it_is() -> None:
     assert sampling.seen_RV[0].nonzero()[:, 0].tolist() == sorted({3, 4, int(result.token_B)})
     assert sampling.ending_RV[0].nonzero()[:, 0].tolist() == EOS
     # What the row kept of another sequence is gone once it is given to the next.
-    sampling.set(0, SamplingParams(repetition_penalty=2.0, ignore_eos=True), 1, [8], EOS)
+    set_row(sampling, 0, SamplingParams(repetition_penalty=2.0, ignore_eos=True), 1, [8])
     assert sampling.seen_RV[0].nonzero()[:, 0].tolist() == [8]
     assert not bool(sampling.ending_RV[0].any())
 
@@ -519,7 +532,7 @@ def test_largest_is_a_stable_sort(data: st.DataObject, rows: int, columns: int) 
 )
 def test_needs(params: SamplingParams, needs: SamplingNeeds) -> None:
     sampling = RowSampling(3, 20, "cpu")
-    sampling.set(1, params, 0, [3], EOS)
+    set_row(sampling, 1, params, 0, [3])
     assert sampling.needs([1]) == sampling.needs(range(3)) == needs
     assert sampling.needs([0, 2]) == sampling.needs([]) == SamplingNeeds()
     assert (sampling.seen_RV is not None) == needs.masked
@@ -532,10 +545,10 @@ def test_needs(params: SamplingParams, needs: SamplingNeeds) -> None:
 
 def test_needs_of_several_rows_are_put_together() -> None:
     sampling = RowSampling(4, 20, "cpu")
-    sampling.set(0, SamplingParams(logprobs=0), 0, [3], EOS)
-    sampling.set(1, SamplingParams(temperature=0, logprobs=3), 0, [3], EOS)
-    sampling.set(2, SamplingParams(repetition_penalty=2.0), 0, [3], EOS)
-    sampling.set(3, SamplingParams(top_p=0.5), 0, [3], EOS)
+    set_row(sampling, 0, SamplingParams(logprobs=0), 0, [3])
+    set_row(sampling, 1, SamplingParams(temperature=0, logprobs=3), 0, [3])
+    set_row(sampling, 2, SamplingParams(repetition_penalty=2.0), 0, [3])
+    set_row(sampling, 3, SamplingParams(top_p=0.5), 0, [3])
     assert sampling.needs(range(4)) == SamplingNeeds(random=True, filtered=True, masked=True, top_logprobs=20)
     assert sampling.needs([0, 2]) == SamplingNeeds(random=True, masked=True, top_logprobs=0)
 
@@ -550,14 +563,14 @@ def test_needs_of_several_rows_are_put_together() -> None:
 )
 def test_tokens_outside_the_vocabulary(token_ids: list[int], params: SamplingParams, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        RowSampling(1, 20, "cpu").set(0, params, 0, token_ids, EOS)
+        set_row(RowSampling(1, 20, "cpu"), 0, params, 0, token_ids)
 
 
 def test_nothing_depends_on_what_is_in_the_tensors() -> None:
     """On the meta device tensors hold nothing, so a shape or a branch that needs their values is an error."""
     sampling = RowSampling(4, 50, "meta")
     params = SamplingParams(top_k=3, top_p=0.9, repetition_penalty=1.5, min_tokens=2, logprobs=5)
-    sampling.set(0, params, 1, [3], EOS)
+    set_row(sampling, 0, params, 1, [3])
     sampling.move(1, 0)
     sampling.clear(0)
     logits_BV = torch.empty(4, 50, dtype=torch.bfloat16, device="meta")

@@ -92,10 +92,3 @@ def test_values_are_fixed() -> None:
         params.top_k = 3  # type: ignore[misc]
     with pytest.raises(ValueError, match="top_k=-3"):
         dataclasses.replace(params, top_k=-3)
-
-
-def test_tokens_that_end_a_sequence() -> None:
-    assert SamplingParams().ending_tokens([2, 3]) == (2, 3)
-    assert SamplingParams().ending_tokens([]) == ()
-    assert SamplingParams(stop_token_ids=[7, 2]).ending_tokens([2, 3, 2]) == (7, 2, 3)
-    assert SamplingParams(stop_token_ids=[7, 2], ignore_eos=True).ending_tokens([2, 3]) == (7, 2)

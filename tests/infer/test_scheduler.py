@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 
-from llama_te_infer.engine.scheduler import Plan, Scheduler
-from llama_te_infer.engine.sequence import Request, Sequence
+from llama_te_infer.engine.scheduler import Scheduler
+from llama_te_infer.runner.plan import Plan
+from llama_te_infer.runner.sequence import Request, Sequence
 from llama_te_infer.sampling_params import SamplingParams
 
 SETTINGS = settings(
@@ -136,7 +137,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         kind = choose.choice([{}, {}, {"n": choose.randint(2, 3)}, {"num_beams": choose.randint(2, 3)}])
         params = SamplingParams(max_tokens=choose.randint(1, 14), prompt_logprobs=choose.random() < 0.1, **kind)
         request = Request(self.number, prompt, params)
-        pool, size = self.scheduler.pages.pool, self.device.size
+        pool, size = self.scheduler.blocks.pool, self.device.size
         count = len(request.sequences)
         most = -(-(len(prompt) + params.max_tokens - 1) // size)
         full = len(prompt) // size
@@ -201,7 +202,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if len(texts[0]) == request.longest or texts[0][-1] == 10:
                     self.finish(request, request.sequences)
                 else:
-                    self.scheduler.reorder(request.sequences, sources, length)
+                    self.scheduler.blocks.reorder(request.sequences, sources, length)
 
     def finish(self, request: Request, sequences: list[Sequence]) -> None:
         self.scheduler.remove(sequences)
@@ -228,11 +229,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_page_and_row_is_accounted_for(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        scheduler, pool = self.scheduler, self.scheduler.pages.pool
+        scheduler, pool = self.scheduler, self.scheduler.blocks.pool
         present = [sequence for group in [*scheduler.running, *scheduler.waiting] for sequence in group.sequences]
         assert len(present) == len(set(present)) == len(scheduler._groups)
         holders = Counter(page for sequence in present for page in sequence.pages)
-        holders.update(list(scheduler.pages.remembered))
+        holders.update(list(scheduler.blocks.prefixes.remembered))
         assert pool.holders == [holders[page] for page in range(pool.total_num_pages)]
         assert sorted(pool.free) == [page for page in range(pool.total_num_pages) if not holders[page]]
         assert [sequence.row for sequence in scheduler.rows] == list(range(len(scheduler.rows)))
@@ -250,7 +251,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.every_page_and_row_is_accounted_for()
         assert not self.open, "a request never finishes"
         assert self.first_read == sorted(self.first_read), "requests were not begun in their order"
-        assert self.scheduler.pages.pool.used == len(self.scheduler.pages.remembered)
+        assert self.scheduler.blocks.pool.used == len(self.scheduler.blocks.prefixes.remembered)
         assert not self.scheduler.running and not self.scheduler.waiting and not self.scheduler.rows
 
 
@@ -313,7 +314,7 @@ def test_sequences_of_one_prompt_share_its_full_pages() -> None:
     assert len({sequence.pages[0] for sequence in plan.beginning}) == 1
     assert len({sequence.pages[1] for sequence in plan.beginning}) == 3
     assert [page for page, _ in plan.copies] == [plan.beginning[0].pages[1]] * 2
-    assert scheduler.pages.pool.used == 4
+    assert scheduler.blocks.pool.used == 4
 
 
 def test_the_group_admitted_last_makes_room_and_goes_on_with_what_it_had() -> None:
@@ -331,7 +332,7 @@ def test_the_group_admitted_last_makes_room_and_goes_on_with_what_it_had() -> No
     assert [sequence.request.id for sequence in plan.running] == [0]
     assert not plan.chunks, "the sequence was admitted before its last token is known"
     waiting = scheduler.waiting[0].sequences[0]
-    tokens, available = list(waiting.tokens), scheduler.pages.available
+    tokens, available = list(waiting.tokens), scheduler.blocks.available
     assert len(waiting.written) > 1
     assert available > 0
     plan = Plan()
@@ -384,7 +385,7 @@ def test_a_request_that_would_take_the_running_ones_next_pages_waits() -> None:
     read(plan)
     scheduler.remove([scheduler.waiting[0].sequences[0]])
     scheduler.submit(request(2, 2, first=70, max_tokens=1))  # needs one of them
-    assert scheduler.pages.available == 2
+    assert scheduler.blocks.available == 2
     assert len(scheduler.rows[0].tokens) == 5
 
 

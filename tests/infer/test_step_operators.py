@@ -22,17 +22,13 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
-from llama_te_infer.ops.step_operators import (
-    LinearWorkspace,
-    Product,
-    embed,
-    greedy,
-    linear,
-    linear_chain,
-    rms_norm,
-    swiglu,
-    takes_linear,
-)
+from llama_te_infer.ops.embed import embed
+from llama_te_infer.ops.greedy import greedy
+from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain, takes_linear
+from llama_te_infer.ops.rms_norm import rms_norm
+from llama_te_infer.ops.swiglu import swiglu
+
+pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
 
 CPU = torch.device("cpu")
 ALL_CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -213,7 +209,7 @@ BAD_LINEARS: list[tuple[Change, str]] = [
     (replace(input=lambda x: x.float()), r"weight is bfloat16; it must be float32, as input is, or float8_e4m3fn"),
     (replace(input=lambda x: x[:2]), r"output has the shape \[3, 32\]; it must be \[2, 32\], which is \[B, N\]"),
     (replace(weight=lambda x: x.half()), r"weight is float16; it must be bfloat16, as input is"),
-    (replace(weight=lambda x: x.to(FP8)), r"weight is float8_e4m3fn and scale None: pass what"),
+    (replace(weight=lambda x: x.to(FP8)), r"weight is float8_e4m3fn and scale None: pass the factor"),
     (replace(weight=lambda x: x[:, :32]), r"weight has the shape \[32, 32\]; it must be \[any, 64\], which is \[N, K"),
     (replace(weight=lambda x: x[0]), r"weight has the shape \[64\]; it must be \[any, 64\]"),
     (replace(weight=gapped), r"weight has the strides \(128, 1\): it must be contiguous"),
@@ -231,7 +227,7 @@ BAD_LINEARS: list[tuple[Change, str]] = [
     (replace(output=gapped), r"output has the strides \(64, 1\): it must be contiguous"),
     (replace(swiglu=True), r"residual is given with swiglu=True: add it to the product behind the activation"),
     (replace(swiglu=True, residual=None), r"output has the shape \[3, 32\]; it must be \[3, 16\], which is \[B, N / 2"),
-    (replace(swiglu=True, residual=None, weight=lambda x: x[:31]), r"weight has N=31 rows: with swiglu a half of"),
+    (replace(swiglu=True, residual=None, weight=lambda x: x[:31]), r"weight has N=31 rows: with swiglu half of"),
     (lambda x: {"input": x["output"].view(3, 32), "weight": x["weight"][:, :32].contiguous(), "norm_weight": None},
      r"input and output share memory: input must be apart from it"),
     (lambda x: {"output": (both := torch.zeros(4, 32).bfloat16())[:3], "residual": both[1:]},
@@ -291,7 +287,7 @@ BAD_RMS_NORMS: list[tuple[Change, str]] = [
 ]  # fmt: skip
 BAD_SWIGLUS: list[tuple[Change, str]] = [
     (replace(input=lambda x: x[0]), r"input has the shape \[16\]; it must be \[any, any\], which is \[B, 2 F\]"),
-    (replace(input=lambda x: x[:, :15].contiguous()), r"input has 15 columns: a half of them is the gate's, so pass"),
+    (replace(input=lambda x: x[:, :15].contiguous()), r"input has 15 columns: half of them are the gate's, so pass"),
     (replace(input=gapped), r"input has the strides \(32, 1\): it must be contiguous"),
     (replace(output=lambda x: x[:, :7]), r"output has the shape \[3, 7\]; it must be \[3, 8\], which is \[B, F\]"),
     (replace(output=lambda x: x.half()), r"output is float16; it must be bfloat16"),
@@ -339,7 +335,7 @@ def test_torch_agrees_with_the_schemas() -> None:
         # Torch has the output and the residual as two arguments, of which only one is written.
         case = LinearCase(rows=3, in_features=64, out_features=32, **(kind | {"in_place": False}))
         output, workspace = torch.zeros(3, 16 if case.swiglu else 32).bfloat16(), LinearWorkspace(CPU)
-        arguments = (*make_linear(case).values(), output, workspace.partials, workspace.tickets)
+        arguments = (*make_linear(case).values(), output, workspace.partials, workspace.semaphores)
         # PyTorch cannot compare FP8 tensors, which the check of what is written wants to.
         checks = ALL_CHECKS if not case.fp8 else ALL_CHECKS[1:]
         torch.library.opcheck(torch.ops.llama_te.linear.default, arguments, test_utils=checks)

@@ -173,7 +173,7 @@ def _convert_adapter(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from .sources.checkpoint import find_checkpoint, open_checkpoint
     from .verify.logits import compare_logits
-    from .verify.tensors import TOLERANCES, compare
+    from .verify.compare import TOLERANCES, compare
 
     paths = [find_checkpoint(each, allow_pickle=options.allow_pickle) for each in (options.a, options.b)]
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ from .configs.plain_config import plain_fields, write_plain_config
 from .layout.row_ranges import HeadSizes, outputs, targets
 from .sources.checkpoint import find_checkpoint, open_checkpoint
 from .sources.tensor_source import Checkpoint, CheckpointError
-from .targets.writing import RECORD, is_finished, shards, write_checkpoint
+from .targets.writer import RECORD, is_finished, shards, write_checkpoint
 from .verify.inspection import inspect, tensor_problems
 
 # torch takes seconds to import, and most conversions do without it.
@@ -110,7 +110,7 @@ def convert_checkpoint(
         made = targets(checkpoint.source, sizes, to_te=to_te, dtype=dtype_name, table=table)
         planned = outputs(made, checkpoint.source)
         if fp8:
-            from .targets.fp8_export import fp8_outputs
+            from .targets.fp8 import fp8_outputs
 
             planned = fp8_outputs(made, checkpoint.source)
         record = {
@@ -165,7 +165,7 @@ def _config_writer(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -
         raise CheckpointError(f"the configuration of {checkpoint.path}: {error}") from error
     _refuse(checkpoint, inspect(checkpoint).problems)
     if fp8:
-        from .targets.fp8_export import fp8_quantization_config
+        from .targets.fp8 import fp8_quantization_config
 
         config.quantization_config = fp8_quantization_config()
     return config.save_pretrained
@@ -180,7 +180,7 @@ def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
 def _carry_along(source: Path, target: Path) -> None:
     """Tokenizer, chat template, generation configuration, licence and the like."""
     if source.is_file():
-        from .sources.gguf_source import save_gguf_tokenizer
+        from .sources.gguf import save_gguf_tokenizer
 
         save_gguf_tokenizer(source, target)
         return

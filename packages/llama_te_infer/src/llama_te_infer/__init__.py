@@ -1,12 +1,19 @@
-"""Generation for the models of llama_te_core: an engine, and key/value caches for `generate`."""
+"""Generation for the models of llama_te_core: an engine, and key/value caches for `generate`.
 
+Importing this package imports neither torch nor transformers: a name's module is imported when the name is first used.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from .engine.engine import Engine
-from .engine.sequence import Completion, RequestOutput, TokenEvent, TokenLogprobs
-from .generate.inference_params import InferenceParams, inference_params_for
-from .kv_cache.managers import NonPagedKVCacheManager, PagedKVCacheManager
-from .sampling_params import SamplingParams
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+    from .generate.inference_params import InferenceParams, inference_params_for
+    from .kv_cache.contiguous import NonPagedKVCacheManager
+    from .kv_cache.paged import PagedKVCacheManager
+    from .sampling_params import SamplingParams
 
 try:
     __version__ = version("llama-te-infer")
@@ -25,3 +32,28 @@ __all__ = [
     "TokenLogprobs",
     "inference_params_for",
 ]
+
+_MODULES = {
+    "Completion": "engine.outputs",
+    "Engine": "engine.engine",
+    "InferenceParams": "generate.inference_params",
+    "NonPagedKVCacheManager": "kv_cache.contiguous",
+    "PagedKVCacheManager": "kv_cache.paged",
+    "RequestOutput": "engine.outputs",
+    "SamplingParams": "sampling_params",
+    "TokenEvent": "engine.outputs",
+    "TokenLogprobs": "engine.outputs",
+    "inference_params_for": "generate.inference_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__") and name != "__all__")]

@@ -79,10 +79,6 @@ class SamplingParams:
         else:
             self._check_no_beam_search()
 
-    def ending_tokens(self, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
-        """The tokens that end a sequence: stop tokens and, unless ignored, the model's EOS tokens; each once."""
-        return tuple(dict.fromkeys([*self.stop_token_ids, *(() if self.ignore_eos else eos_token_ids)]))
-
     def _check_values(self) -> None:
         self._need("max_tokens", _is_integer(self.max_tokens, 1), "give an integer of at least 1")
         self._need(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .safetensors_format import INDEX, SINGLE, SafetensorsFolder
+from .safetensors import INDEX, SINGLE, SafetensorsFolder
 from .tensor_source import Checkpoint, CheckpointError, first_line
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -56,7 +56,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file, but no GGUF file: give the folder of the checkpoint.")
-        from .gguf_source import GGUFSource, gguf_config
+        from .gguf import GGUFSource, gguf_config
 
         return Checkpoint(str(path), gguf_config(path), GGUFSource(path))
     if not path.is_dir():
@@ -64,7 +64,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     if (path / SINGLE).exists() or (path / INDEX).exists():
         return Checkpoint(str(path), read_config(path), SafetensorsFolder(path))
     if (path / _DISTRIBUTED).exists():
-        from .dcp_source import DCPSource
+        from .dcp import DCPSource
 
         return Checkpoint(str(path), read_config(path), DCPSource(path))
     if any((path / name).exists() for name in _PICKLED):
@@ -73,7 +73,7 @@ def open_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
                 f"{path} has its tensors in pickle files (pytorch_model.bin), which can run code when they are read: "
                 "say --allow-pickle to have them read with torch's restricted unpickler."
             )
-        from .pickle_source import PickleSource
+        from .torch_save import PickleSource
 
         return Checkpoint(str(path), read_config(path), PickleSource(path))
     raise CheckpointError(

@@ -1,112 +1,107 @@
-"""Steps of decoding for the batch in a cache of `generate`: the engine's kernels, in place of the model's layers.
-
-Shapes: B rows, R rows of the cache, P pages of a row, V vocabulary.
-"""
+"""The choice between the two backends of a decoding step: the fused kernels, or the model's layers."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-from ..kv_cache.managers import PagedKVCacheManager
-from ..ops import operators
-from ..ops.decode_attention import MAX_ROWS
-from .fused import FusedDecode, StepRows, takes_fused_decode, weights_of
-
-if TYPE_CHECKING:
-    from ..generate.inference_params import InferenceParams
+from ..kv_cache.step import CacheStep
+from ..ops import library
+from ..ops.checks import name_of
+from .fused import FusedDecode, takes_fused_decode
+from .inputs import StepInputs
+from .weights import LAYER_PARAMETERS
 
 IMPLEMENTATIONS = ("auto", "fused", "layers")
 
-_LAYER_PARAMETERS = (
-    "self_attention.layernorm_qkv.layer_norm_weight",
-    "self_attention.layernorm_qkv.weight",
-    "self_attention.proj.weight",
-    "layernorm_mlp.layer_norm_weight",
-    "layernorm_mlp.fc1_weight",
-    "layernorm_mlp.fc2_weight",
-)
+
+class DecodeBackend(Protocol):
+    """One way to compute a decoding step."""
+
+    def __call__(self, inputs: StepInputs, rows: int) -> torch.Tensor:
+        """Store keys and values of the first rows' last tokens; return the logits [rows, V] of the tokens that follow.
+
+        Args:
+            inputs: Left as they are; the caller counts the stored tokens with `count_step`.
+            rows: B.
+        """
+        ...
+
+    def advance(self, inputs: StepInputs, rows: int) -> None:
+        """Compute a step after which each row takes its likeliest token.
+
+        Args:
+            inputs: `token_R` gets the tokens, and 1 is added to the rows' `length_R`, both on the device.
+            rows: B.
+        """
+        ...
 
 
-class BatchDecode:
-    """Steps of one token for each row. On a GPU each is the launch of a CUDA graph, captured at the first one.
+def check_implementation(decode_implementation: str) -> None:
+    """Refuse an unknown `decode_implementation`.
 
-    It is made for one number of rows, reads weights where they lie, and writes to the cache's memory: see `is_for`.
-
-    Args:
-        model: An `NVLlamaForCausalLM` in which `decode_problem` finds none.
-        cache: Holds a batch, and this object.
-
-    Attributes:
-        rows: B.
+    Raises:
+        ValueError: It is unknown.
     """
-
-    # Not in inference mode, whose tensors could not be written to outside of it.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def __init__(self, model: Any, cache: InferenceParams) -> None:
-        manager, length_R = cache.cache_manager, cache.pre_step_seqlens
-        self.rows = cache.batch_size
-        self._state = StepRows(
-            torch.zeros(self.rows, dtype=torch.int64, device=length_R.device),
-            length_R,
-            manager.page_table if isinstance(manager, PagedKVCacheManager) else None,
+    if decode_implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"decode_implementation={decode_implementation!r} is not known: use 'auto', 'fused' or 'layers'."
         )
-        self._addresses = _addresses(model, cache)
-        # A reference back to its owner would leave the cache's memory to Python's garbage collector.
-        self._step = FusedDecode(model, weakref.proxy(cache), self.rows)
-
-    def is_for(self, model: Any, cache: InferenceParams) -> bool:
-        """Whether it would compute this batch, with this model, from where weights, keys and values are now."""
-        return self.rows == cache.batch_size and self._addresses == _addresses(model, cache)
-
-    def __call__(self, token_B1: torch.Tensor) -> torch.Tensor:
-        """Store the tokens' keys and values; returns logits [B, 1, V]. The cache has begun the step."""
-        with torch.cuda.device_of(self._state.token_R):
-            self._state.token_R.copy_(token_B1[:, 0])
-            return self._step(self._state, self.rows)[:, None].clone()  # the next step writes to the same memory
 
 
-def choose_decode(current: BatchDecode | None, model: Any, cache: InferenceParams) -> BatchDecode | None:
-    """What computes the steps of the batch that a cache holds; `None` for the model's layers.
+def select_backend(
+    model: Any, cache: CacheStep, rows: int, decode_implementation: str = "auto", current: FusedDecode | None = None
+) -> tuple[FusedDecode | None, str]:
+    """Choose how the next decoding steps are computed.
 
     Args:
-        current: What was chosen for an earlier prompt; it is kept where it is as good.
         model: An `NVLlamaForCausalLM`.
-        cache: Whose `decode_implementation` decides.
+        cache: Of this model, with the memory of all layers.
+        rows: Most rows of a step.
+        decode_implementation: "auto", "fused" or "layers".
+        current: An earlier choice; it is returned again if it still fits.
+
+    Returns:
+        The fused step, or `None` for the model's layers, which `generate` and the engine call each in its own way; and
+        the reason.
 
     Raises:
         RuntimeError: decode_implementation="fused", and the kernels cannot compute these steps.
     """
-    wanted = cache.decode_implementation
-    # On a CPU the kernels are PyTorch, one operation after the other: nothing is gained.
-    if wanted == "layers" or (wanted == "auto" and cache.device.type != "cuda"):
-        return None
-    problem = decode_problem(model, cache)
+    if decode_implementation == "layers":
+        return None, "decode_implementation='layers'"
+    if decode_implementation == "auto" and not gains_from_kernels(cache.device):
+        return None, "on a CPU the kernels are PyTorch operations, which gain nothing"
+    problem = decode_problem(model, cache, rows)
     if problem is None:
-        return current if current is not None and current.is_for(model, cache) else BatchDecode(model, cache)
-    if wanted == "fused":
+        fits = current is not None and current.is_for(model, cache, rows)
+        return current if fits else FusedDecode(model, cache, rows), "the kernels compute this model"
+    if decode_implementation == "fused":
         raise RuntimeError(
             f"decode_implementation='fused', but {problem}. Use 'auto' or 'layers' to compute steps of one token by "
             "the model's layers."
         )
     _warn_once(problem)
-    return None
+    return None, problem
 
 
-def decode_problem(model: Any, cache: InferenceParams) -> str | None:
-    """Why the kernels cannot compute steps of the batch in a cache: one line, or `None` where they can."""
+def gains_from_kernels(device: torch.device) -> bool:
+    """Return whether fused steps are faster than the layers on this device."""
+    return device.type == "cuda"
+
+
+def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
+    """Return in one line why the kernels cannot compute steps of this model; `None` if they can."""
     decoder = model.model
     for name, module in model.named_modules():
-        # The model's own forward pass is what asks; all below it would be left out.
-        if module is not model and (_hooks(module) or "forward" in vars(module)):
+        # The model's own forward pass calls the step. The step replaces every module below it.
+        if module is not model and (_user_hooks(module) or "forward" in vars(module)):
             return f"{name} has hooks or a forward pass of its own"
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    names |= {f"model.layers.{index}.{name}" for index in range(len(decoder.layers)) for name in _LAYER_PARAMETERS}
+    names |= {f"model.layers.{index}.{name}" for index in range(len(decoder.layers)) for name in LAYER_PARAMETERS}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if others := sorted(parameters.keys() ^ names):
         return f"the model has parameters of its own kind, such as {others[0]}"
@@ -116,34 +111,23 @@ def decode_problem(model: Any, cache: InferenceParams) -> str | None:
     if not decoder.rotary_angles.are_fixed(cache.max_sequence_length):
         rope_type = decoder.rotary_angles.rope_type
         return f"with rope_type={rope_type!r} angles change within max_sequence_length={cache.max_sequence_length}"
-    if cache.batch_size > MAX_ROWS:
-        return f"the batch has {cache.batch_size} rows, and the kernels take {MAX_ROWS}"
-    page_size = cache.page_size if cache.is_paged else None
-    if not takes_fused_decode(model, cache.batch_size, page_size):
-        pages = "" if page_size is None else f", pages of {page_size} tokens"
+    if library.available(device.type) and rows > (most := library.limits().max_decode_rows):
+        return f"the batch has {rows} rows, and the kernels take {most}"
+    if not takes_fused_decode(model, rows, cache.page_size):
+        pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
         return (
-            f"there are no kernels for this model ({operators.name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
+            f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
             "; docs/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None
 
 
-def _hooks(module: Any) -> list[Any]:
-    """What users have registered on a module; the layers' own hooks are about the cache, and so left out here too."""
+def _user_hooks(module: Any) -> list[Any]:
+    """Return the hooks of a module that users have registered. The layers' own hooks only serve the cache."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", "") != "llama_te_core.layers.te"]
+    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("llama_te_core.layers.")]
 
 
 @functools.cache
 def _warn_once(problem: str) -> None:
     warnings.warn(f"Steps of one token are computed by the model's layers, since {problem}.", stacklevel=2)
-
-
-def _addresses(model: Any, cache: InferenceParams) -> list[int]:
-    """Where all that lies that a step reads and that may be replaced."""
-    tensors = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
-    for layer in model.model.layers:
-        for part in weights_of(layer) or ():
-            tensors += part if isinstance(part, tuple) else [part]
-    tensors += [tensor for pair in cache.cache_manager.cache.values() for tensor in pair]
-    return [tensor.data_ptr() for tensor in tensors if tensor is not None]

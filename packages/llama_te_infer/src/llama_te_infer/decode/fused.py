@@ -1,10 +1,10 @@
-"""A step of decoding by kernels made for few tokens, over the model's own weights, replayed from CUDA graphs.
+"""A decoding step by kernels made for few tokens, over the model's own weights, replayed from CUDA graphs.
 
-It computes what the model's layers compute, in the same order and with the same roundings, except for one: RMSNorm's
-factor of a row multiplies the product behind it. What changes from step to step (tokens, lengths, pages) is read from
-the device's memory, so a step is one launch of a graph, and needs nothing from the host.
+The step computes what the model's layers compute, in the same order and with the same roundings, except for one:
+RMSNorm's factor of a row multiplies the product behind it. A step reads its inputs (tokens, lengths, pages) from the
+device's memory, so it is the launch of one graph and needs nothing from the host.
 
-Shapes: B rows, R rows there may be, E hidden size, V vocabulary, Q features of the fused projection, F size of the MLP,
+Shapes: B rows, R rows allocated, E hidden size, V vocabulary, Q features of the fused projection, F size of the MLP,
 H query heads, K key/value heads, G a key/value head's share of the fused projection, D size of a head, P positions.
 """
 
@@ -12,84 +12,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import groupby, zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from ..ops import operators
-from ..ops.decode_attention import MAX_ROWS, decode_attention, takes_decode_attention, workspace_size
-from ..ops.step_operators import (
-    MAX_LINEAR_ROWS,
-    LinearWorkspace,
-    Product,
-    embed,
-    linear_chain,
-    one_at_a_time,
-    rms_norm,
-    swiglu,
-    takes_linear,
-)
-from ..runner.sampler import take_likeliest
-
-if TYPE_CHECKING:
-    from ..generate.inference_params import InferenceParams
-    from ..runner.model_runner import DecodeState
-
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-
-
-class Weight(NamedTuple):
-    """A weight as the kernels take it.
-
-    Attributes:
-        values: [N, K], bfloat16 or float8_e4m3fn.
-        scale: float32 [1], what FP8 values are multiplied by.
-    """
-
-    values: torch.Tensor
-    scale: torch.Tensor | None = None
-
-
-class StepRows(NamedTuple):
-    """What a step reads of its rows from the device's memory, where there is no `DecodeState`.
-
-    Attributes:
-        token_R: int64, the last token of each row, which is not in the cache.
-        length_R: int32, tokens in the cache.
-        page_table_RP: int32; `None` for a contiguous cache.
-    """
-
-    token_R: torch.Tensor
-    length_R: torch.Tensor
-    page_table_RP: torch.Tensor | None
-
-
-class LayerWeights(NamedTuple):
-    """What a decoder layer has."""
-
-    attention_norm_E: torch.Tensor
-    qkv_QE: Weight
-    proj_EX: Weight
-    mlp_norm_E: torch.Tensor
-    fc1_FE: Weight
-    fc2_EF: Weight
+from ..kv_cache.step import CacheStep
+from ..kv_cache.storage import tensors_of
+from ..ops import library
+from ..ops.decode_attention import decode_attention, takes_decode_attention, workspace_size
+from ..ops.embed import embed
+from ..ops.linear import LinearWorkspace, Product, linear_chain, one_at_a_time, takes_linear
+from ..ops.rms_norm import rms_norm
+from ..ops.swiglu import swiglu
+from .buckets import bucket_of
+from .greedy import GreedyWorkspace, take_likeliest
+from .inputs import StepInputs
+from .weights import LayerWeights, Weight, addresses_of, weights_of
 
 
 def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
-    """Whether the kernels can run this model.
+    """Return whether there are kernels for this model's dtype and sizes.
 
     Args:
-        model: An `NVLlamaForCausalLM`.
+        model: An `NVLlamaForCausalLM` whose layers are as they were built; see `decode_problem`.
         rows: Most rows of a step.
         page_size: Of the cache, None for a contiguous one.
     """
     config, dtype = model.config, model.get_input_embeddings().weight.dtype
     group = config.num_attention_heads // config.num_key_value_heads
-    # Within PEFT's adapters: they compute more than the products of the weights.
-    if any("base_layer" in module._modules for module in model.modules()):
+    if dtype != torch.bfloat16 or not library.available(model.device.type):
         return False
-    if dtype != torch.bfloat16 or rows > MAX_ROWS or not operators.available(model.device.type):
+    if rows > library.limits().max_decode_rows:
         return False
     if not takes_decode_attention(dtype, group, config.head_dim, page_size):
         return False
@@ -102,46 +56,28 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
     ) and (takes_linear(model.lm_head.weight) and model.model.norm.weight.dtype == dtype)
 
 
-def weights_of(layer: Any) -> LayerWeights | None:
-    """The weights of a decoder layer of either kind; `None` where one is in a format that the kernels do not take."""
-    attention, mlp = layer.self_attention, layer.layernorm_mlp
-    products = [
-        _weight(parameter)
-        for parameter in (attention.layernorm_qkv.weight, attention.proj.weight, mlp.fc1_weight, mlp.fc2_weight)
-    ]
-    qkv, proj, fc1, fc2 = products
-    if qkv is None or proj is None or fc1 is None or fc2 is None:
-        return None
-    return LayerWeights(
-        attention.layernorm_qkv.layer_norm_weight.detach(), qkv, proj, mlp.layer_norm_weight.detach(), fc1, fc2
-    )
-
-
-def _weight(parameter: torch.Tensor) -> Weight | None:
-    if type(parameter) in (torch.Tensor, torch.nn.Parameter):
-        return Weight(parameter.detach())
-    # One of Transformer Engine's, which is there then.
-    from llama_te_core.layers.te import fp8_parts
-
-    parts = fp8_parts(parameter)
-    return None if parts is None else Weight(*parts)
-
-
 class FusedDecode:
-    """A step of decoding in a few kernels per layer. An implementation of `DecodeStep`.
+    """A decoding step in a few kernels per layer. An implementation of `DecodeBackend`.
 
     Weights are multiplied in the format in which the model holds them, activations in bfloat16: layers that
     `layer_precision` computes in FP8 from bfloat16 weights decode in bfloat16.
 
+    The step reads weights where they are, and reads and writes the cache's memory: see `is_for`. It holds no reference
+    to the cache itself, so that a cache may own its step.
+
     Args:
-        model: An `NVLlamaForCausalLM` that `takes_fused_decode`.
+        model: An `NVLlamaForCausalLM` in which `decode_problem` finds no problem.
         cache: Of this model, with the memory of all layers.
         rows: R.
     """
 
-    def __init__(self, model: Any, cache: InferenceParams, rows: int) -> None:
+    # Outside inference mode, whose tensors nothing could write to later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, model: Any, cache: CacheStep, rows: int) -> None:
         config, device = model.config, cache.device
-        self.cache = cache
+        self.rows = rows
+        self.caches = dict(cache.caches)
         self.layers: list[LayerWeights] = [weights for layer in model.model.layers if (weights := weights_of(layer))]
         self.table_VE = model.model.embed_tokens.weight.detach()
         self.head = Weight(model.lm_head.weight.detach())
@@ -166,40 +102,52 @@ class FusedDecode:
             size = workspace_size(rows, kv_heads, heads_of_group - 2, config.head_dim, cache.max_sequence_length)
         self.attention_workspace = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_workspace = LinearWorkspace(device)
+        self.greedy_workspace = GreedyWorkspace(rows, device)
+        self._addresses = _addresses(model, cache)
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # of the one state that there is
+        self._inputs: StepInputs | None = None
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # of steps with these inputs
 
-    def __call__(self, state: DecodeState | StepRows, rows: int) -> torch.Tensor:
-        """See `DecodeStep`. The logits are good until the next step."""
-        self._run(self._compute, state, rows)
+    def is_for(self, model: Any, cache: CacheStep, rows: int) -> bool:
+        """Return whether the step was made for this many rows, and its weights, keys and values are still in place."""
+        return self.rows == rows and self._addresses == _addresses(model, cache)
+
+    def __call__(self, inputs: StepInputs, rows: int) -> torch.Tensor:
+        """See `DecodeBackend`. The next step overwrites the logits."""
+        self._run(self._compute, inputs, rows)
         return self.logits_RV[:rows]
 
-    def advance(self, state: DecodeState, rows: int) -> None:
-        """See `DecodeStep`."""
-        self._run(self._advance, state, rows)
+    def advance(self, inputs: StepInputs, rows: int) -> None:
+        """See `DecodeBackend`."""
+        self._run(self._advance, inputs, rows)
 
-    def _run(self, step: Callable[[Any, int], None], state: DecodeState | StepRows, rows: int) -> None:
-        """Run a step for as many rows, or a few more: those behind have no tokens."""
-        rows = min(next(size for size in (*BUCKETS, rows) if size >= rows), len(self.hidden_RE))
-        if self.cache.device.type != "cuda":
-            step(state, rows)
+    def _run(self, step: Callable[[StepInputs, int], None], inputs: StepInputs, rows: int) -> None:
+        """Run a step for a bucket of rows. The rows behind the batch have no tokens."""
+        rows = bucket_of(rows, self.rows)
+        if self._device.type != "cuda":
+            step(inputs, rows)
             return
+        if inputs is not self._inputs:
+            self._inputs = inputs
+            self._graphs.clear()
         key = (step.__name__, rows)
         if key not in self._graphs:
-            # Ahead of it, what libraries do once: a product of no step. It stores nothing that the step will not.
-            self._compute(state, rows)
+            # Libraries initialise at their first product, which must not be captured. This product stores the same
+            # keys and values as the step will.
+            self._compute(inputs, rows)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
-                step(state, rows)
+                step(inputs, rows)
             self._graphs[key] = graph
-        with one_at_a_time(self.cache.device):
+        with one_at_a_time(self._device):
             self._graphs[key].replay()
 
-    def _compute(self, state: DecodeState | StepRows, rows: int) -> None:
+    def _compute(self, inputs: StepInputs, rows: int) -> None:
         hidden_BE, qkv_BQ = self.hidden_RE[:rows], self.qkv_RQ[:rows]
         context_BHD, activation_BF = self.context_RHD[:rows], self.activation_RF[:rows]
         qkv_BKGD, context_BX = qkv_BQ.unflatten(1, self.shape_KGD), context_BHD.flatten(1)
-        embed(state.token_R[:rows], self.table_VE, hidden_BE)
+        embed(inputs.token_R[:rows], self.table_VE, hidden_BE)
 
         def projection(layer: LayerWeights) -> Product:
             return self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
@@ -210,10 +158,10 @@ class FusedDecode:
             decode_attention(
                 qkv_BKGD,
                 self.cos_sin_PD,
-                state.length_R,
-                state.page_table_RP,
+                inputs.length_R,
+                inputs.page_table_RP,
                 self.scale,
-                *self.cache.cache_manager.cache[number],
+                *self.caches[number],
                 context_BHD,
                 self.attention_workspace,
             )
@@ -227,9 +175,9 @@ class FusedDecode:
             ]
         self._multiply(products)
 
-    def _advance(self, state: DecodeState, rows: int) -> None:
-        self._compute(state, rows)
-        take_likeliest(self.logits_RV[:rows], state.token_R[:rows], state.sampling, state.length_R[:rows])
+    def _advance(self, inputs: StepInputs, rows: int) -> None:
+        self._compute(inputs, rows)
+        take_likeliest(self.logits_RV[:rows], inputs.token_R[:rows], self.greedy_workspace, inputs.length_R[:rows])
 
     def _product(
         self,
@@ -244,17 +192,17 @@ class FusedDecode:
         return Product(input_BK, weight.values, output_BN, weight.scale, norm_weight, self.epsilon, residual, swiglu)
 
     def _multiply(self, products: list[Product]) -> None:
-        """Do products of which each may need the one before."""
-        rows = len(products[0].input)
+        """Compute products in order: each may read the output of the one before."""
+        rows, most_rows = len(products[0].input), library.limits().max_linear_rows
         for is_fp8, some in groupby(products, lambda product: product.scale is not None):
-            if is_fp8 or rows <= MAX_LINEAR_ROWS:
-                # FP8 weights are read again for each so many rows, which takes less than widening them would.
+            if is_fp8 or rows <= most_rows:
+                # Reading FP8 weights again for each part of the rows takes less time than widening them.
                 whole = list(some)
-                for first in range(0, rows, MAX_LINEAR_ROWS):
-                    part = slice(first, first + MAX_LINEAR_ROWS)
+                for first in range(0, rows, most_rows):
+                    part = slice(first, first + most_rows)
                     linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
             else:
-                # For more rows a product is bound by arithmetic, and cuBLAS is at the limit of that.
+                # Arithmetic bounds the products of more rows, and cuBLAS reaches that bound.
                 _multiply_many(list(some))
 
 
@@ -264,8 +212,8 @@ def _rows_of(product: Product, rows: slice) -> Product:
 
 
 def _multiply_many(products: list[Product]) -> None:
-    """Products of bfloat16 weights with any number of rows, of which each may need the one before."""
-    addend_BK: torch.Tensor | None = None  # a product that the next one's norm adds to the residual
+    """Compute products of bfloat16 weights with any number of rows, in order: each may read the output before it."""
+    addend_BK: torch.Tensor | None = None  # a product that the following norm adds to the residual
     for product, following in zip_longest(products, products[1:]):
         input_BK, values, output_BN = product.input, product.weight, product.output
         if product.norm_weight is not None:
@@ -279,9 +227,13 @@ def _multiply_many(products: list[Product]) -> None:
         elif product.residual is output_BN and following is not None and _norms(following, output_BN):
             addend_BK = F.linear(input_BK, values)
         else:
-            # As a layer of single operations: the product is rounded before the addition.
+            # Rounded before the addition, as in a layer of single operations.
             torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
 
 
 def _norms(product: Product, hidden_BK: torch.Tensor) -> bool:
     return product.norm_weight is not None and product.input is hidden_BK
+
+
+def _addresses(model: Any, cache: CacheStep) -> list[int]:
+    return addresses_of(model) + [tensor.data_ptr() for tensor in tensors_of(cache.caches)]

@@ -1,1 +1,1 @@
-"""The engine."""
+"""The engine: requests, their scheduling, and their texts."""

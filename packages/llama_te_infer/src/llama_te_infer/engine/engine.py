@@ -4,8 +4,8 @@
     for output in engine.generate(["The sky is blue because", "Two and two"], SamplingParams(temperature=0)):
         print(output.outputs[0].text)
 
-The host is one step behind the device: it launches a step, and reads what the step before chose while that one runs. So
-it learns a step late that a sequence has ended, and drops the one token that this sequence got in the meantime.
+The host is one step behind the device: it launches a step, and while that step runs, it reads the tokens of the step
+before. So the host learns one step late that a sequence has ended, and drops the token that the sequence got since.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from ..decode.fused import FusedDecode, takes_fused_decode
+from ..decode.backend import DecodeBackend, check_implementation, select_backend
+from ..decode.fused import FusedDecode
+from ..decode.layers import LayersDecode, padded_multiple
 from ..kv_cache.engine_cache import EngineCache
-from ..runner.beam_search import BeamHistory
-from ..runner.model_runner import BeamResult, ModelRunner, Pending, StepResult, padded_multiple
+from ..runner.model_runner import ModelRunner
+from ..runner.results import BeamResult, Pending, StepResult
+from ..runner.sequence import Request
+from ..runner.sequence import Sequence as Text
+from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
 from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of
-from .output_text import Detokenizer
+from .outputs import RequestOutput, TokenEvent, TokenLogprobs
+from .request_state import RequestState
 from .scheduler import Scheduler
-from .sequence import Completion, FinishReason, Request, RequestOutput, TokenEvent, TokenLogprobs
-from .sequence import Sequence as Text
 
 Prompt = str | Sequence[int]
 
@@ -35,11 +39,11 @@ SECONDS_BEFORE_PROGRESS = 2.0
 
 
 class Engine:
-    """Continues prompts. For one thread: a server hands requests over to the one that steps.
+    """Continues prompts. One thread uses an engine: other threads of a server pass their requests to it.
 
     Args:
         model: An `NVLlamaForCausalLM` in evaluation mode.
-        tokenizer: A tokenizer of transformers, for prompts, texts and stop strings; not needed for prompts of tokens.
+        tokenizer: A tokenizer of transformers, for prompts, texts and stop strings; prompts of tokens need none.
         max_batch_size: Sequences that run at the same time; each beam is one.
         max_sequence_length: Most tokens of a sequence, prompt included; the configuration's
             `max_position_embeddings` by default.
@@ -47,10 +51,16 @@ class Engine:
         total_num_pages: Pages of the cache. By default as many as `max_batch_size` sequences of
             `max_sequence_length` need, at most as many as fit 85 % of the GPU's free memory, or 2 GiB on a CPU.
         prefill_budget: Most tokens of prompts that a step reads.
-        prefix_caching: Whether prompts that begin like earlier texts take what is in the cache of these.
+        prefix_caching: Whether prompts with the prefix of an earlier text reuse its keys and values.
+        decode_implementation: How decoding steps are computed, as in `InferenceParams`: "layers", by the layers of the
+            model; "fused", by kernels, replayed from a CUDA graph; "auto", on a GPU by the kernels, or with one warning
+            by the layers if the kernels cannot compute the model. The engine decides again after each `submit`, so
+            hooks, adapters and weights may be attached to the model between requests.
 
     Raises:
         ValueError: An argument is out of its range, or the model is in training mode.
+        RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. `step`, `generate` and
+            `stream` raise it too, if the model has changed; no request has advanced then.
     """
 
     def __init__(
@@ -64,6 +74,7 @@ class Engine:
         total_num_pages: int | None = None,
         prefill_budget: int = 2048,
         prefix_caching: bool = True,
+        decode_implementation: str = "auto",
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -74,14 +85,16 @@ class Engine:
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is not possible: give an integer of at least 1.")
+        check_implementation(decode_implementation)
         check_model(model)
         self.model, self.tokenizer = model, tokenizer
+        self.decode_implementation = decode_implementation
         self.max_sequence_length = max_sequence_length_of(model.config, max_sequence_length)
         self.eos_token_ids = eos_token_ids_of(model, tokenizer)
         if total_num_pages is None:
             wanted = max_batch_size * -(-self.max_sequence_length // page_size)
             total_num_pages = max(1, min(wanted, fitting_pages(model, page_size)))
-        # Made here, outside inference mode, and once for all lengths: a model may be trained with it afterwards.
+        # The model keeps this table. It is made here, outside inference mode, so that the model can be trained later.
         model.model.rotary_angles(self.max_sequence_length, model.device)
         multiple = padded_multiple(model)
         self._rows = -(-max_batch_size // multiple) * multiple
@@ -96,11 +109,14 @@ class Engine:
             Scheduler, max_batch_size, total_num_pages, page_size, prefill_budget, prefix_caching
         )
         self._submitted = 0
-        self._outputs: dict[int, RequestOutput] = {}  # that nobody has fetched
+        self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
+        self._layers = LayersDecode(model, self._cache)
+        self._fused: FusedDecode | None = None
+        self._decode = self._select_backend()
         self._start_over()
 
     def __repr__(self) -> str:
-        pool = self.scheduler.pages.pool
+        pool = self.scheduler.blocks.pool
         return (
             f"Engine({self.scheduler.max_rows} rows of {self.max_sequence_length} tokens, {pool.total_num_pages} pages "
             f"of {pool.page_size}: {len(self.scheduler.rows)} sequences run, {len(self.scheduler.waiting)} requests "
@@ -117,8 +133,8 @@ class Engine:
         Args:
             prompt: Text, or tokens.
             params: How to continue it.
-            on_token: Called, during `step`, with each token of each completion; those of beams at the end. If it
-                raises, the request ends with what it has; its output has the exception.
+            on_token: Called, during `step`, with each token of each completion; with the tokens of beams at the end.
+                If it raises, the request ends with the tokens it has; its output has the exception.
 
         Returns:
             The request's id.
@@ -129,32 +145,25 @@ class Engine:
         params = SamplingParams() if params is None else params
         tokens = self._tokens(prompt)
         self._check(tokens, params)
-        request = Request(
-            self._submitted,
-            tokens,
-            params,
-            # From torch's generator, so that torch.manual_seed makes all requests repeatable.
-            int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed,
-            params.ending_tokens(self.eos_token_ids),
-            on_token,
-        )
+        # From torch's generator, so that torch.manual_seed makes all requests repeatable.
+        seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        request = Request(self._submitted, tokens, params, seed, self.eos_token_ids)
         self.scheduler.submit(request)
         self._submitted += 1
-        self._requests[request.id] = request
-        for sequence in request.sequences:
-            sequence.detokenizer = Detokenizer(self.tokenizer, tuple(params.stop))
+        self._requests[request.id] = RequestState(request, self.tokenizer, on_token)
+        self._backend_is_current = False
         return request.id
 
     def cancel(self, request_id: int) -> bool:
-        """End a request; its output has what was written so far. May be called from callbacks.
+        """End a request; its output has the tokens written so far. Callbacks may call this.
 
         Returns:
-            Whether it was under way: `False` for an id that is not known, or no more.
+            Whether the request was in progress: `False` for an unknown id and for a finished request.
         """
-        request = self._requests.get(request_id)
-        if request is None:
+        state = self._requests.get(request_id)
+        if state is None:
             return False
-        self._end(request)
+        self._end(state)
         return True
 
     @property
@@ -165,8 +174,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one step, and return the requests that have finished.
 
-        An error in the step itself, such as too little memory, ends all requests without outputs; the engine is empty
-        then and can go on.
+        An error in the step itself, such as too little memory, ends all requests without outputs. The engine is empty
+        then and can be used again.
         """
         self._advance()
         outputs, self._outputs = list(self._outputs.values()), {}
@@ -207,7 +216,7 @@ class Engine:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Iterator[TokenEvent]:
-        """Continue one prompt or several, and yield tokens as they come. Leaving the loop cancels the rest.
+        """Continue one prompt or several, and yield tokens as they arrive. Leaving the loop cancels the rest.
 
         Args:
             prompts: One text or list of tokens, or several.
@@ -272,7 +281,7 @@ class Engine:
             )
 
     def _forget(self, ids: Sequence[int] | set[int]) -> None:
-        """Cancel what is under way, and keep no outputs."""
+        """Cancel requests, and drop their outputs."""
         for request_id in ids:
             self.cancel(request_id)
             self._outputs.pop(request_id, None)
@@ -290,41 +299,49 @@ class Engine:
     # --- stepping -----------------------------------------------------------------------------------------------------
 
     def _start_over(self) -> None:
-        """Forget all requests, and what the cache holds."""
+        """Forget all requests, and the content of the cache."""
         self.scheduler = self._make_scheduler()
-        decode = None
-        if self.model.device.type == "cuda" and takes_fused_decode(self.model, self._rows, self._cache.page_size):
-            decode = FusedDecode(self.model, self._cache, self._rows)
-        self._runner = ModelRunner(self.model, self._cache, decode)
-        self._requests: dict[int, Request] = {}  # that are under way
+        self._runner = ModelRunner(self.model, self._cache, self._decode)
+        self._requests: dict[int, RequestState] = {}  # in progress
         self._pending: Pending | None = None
         self._is_stepping = False
 
+    def _select_backend(self) -> DecodeBackend:
+        self._fused, _ = select_backend(self.model, self._cache, self._rows, self.decode_implementation, self._fused)
+        self._backend_is_current = True
+        return self._layers if self._fused is None else self._fused
+
     @torch.inference_mode()
     def _advance(self) -> None:
-        """Launch a step, and read the one before."""
+        """Launch a step, and read the results of the step before."""
         if self._is_stepping:
             raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
+        previous = self._decode  # its graph may still run: it stays until the step before has been read
+        if not self._backend_is_current:
+            self._decode = self._runner.decode = self._select_backend()
         self._is_stepping = True
         try:
             plan = self.scheduler.plan()
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
-                request.history = _history(request)
+                self._requests[request.id].begin_search()
             launched = None if plan.is_empty else self._runner.launch(plan)
             pending, self._pending = self._pending, launched
             if pending is not None:
                 self._read(pending.result())
         except BaseException:
-            # Interrupted, or out of memory: it is not known what of the step was done, so nobody can go on from it.
+            # Interrupted, or out of memory: the state of the step is unknown, so no request can continue.
+            self._fused, self._backend_is_current = None, False
             self._start_over()
             raise
+        del previous
         self._is_stepping = False
         if not self._requests:
-            self._pending = None  # nobody waits for it
+            self._pending = None  # no request needs its results
 
     def _read(self, result: StepResult) -> None:
-        for request, place, logprobs in result.prompt_logprobs:
-            request.prompt_logprobs.update(enumerate(logprobs, place))
+        for request, position, logprobs in result.prompt_logprobs:
+            if request.id in self._requests:
+                self._requests[request.id].add_prompt_logprobs(position, logprobs)
         for i, (sequence, token) in enumerate(result.tokens):
             wanted = sequence.request.params.logprobs
             here = None
@@ -336,107 +353,54 @@ class Engine:
             self._follow(beams)
 
     def _append(self, sequence: Text, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """A sequence has one token more; perhaps its last."""
-        if sequence.finish_reason is not None:
-            return  # it ended while this step was under way, or a callback has just ended it
-        request, detokenizer = sequence.request, sequence.detokenizer
-        sequence.tokens.append(token)
-        if logprobs is not None:
-            sequence.logprobs.append(logprobs)
-        written = len(sequence.tokens) - len(request.prompt)
-        may_stop = written >= request.params.min_tokens
-        if token in request.ending_tokens and may_stop:
-            sequence.finish_reason, sequence.stop_reason = "stop", token
-        else:
-            detokenizer.add(token, may_stop)
-            if detokenizer.stopped_by is not None:
-                sequence.finish_reason, sequence.stop_reason = "stop", detokenizer.stopped_by
-            elif written == request.params.max_tokens:
-                sequence.finish_reason = "length"
+        """Append a token to a sequence; it may be the last one."""
+        state = self._requests.get(sequence.request.id)
+        if state is None or sequence.finish_reason is not None:
+            return  # it ended while this step was running, or a callback has just ended it
+        state.add_token(sequence, token, logprobs)
         if sequence.finish_reason is not None:
             self.scheduler.remove([sequence])
-            detokenizer.end()
-        if request.on_token is not None:
-            self._tell(sequence, token, logprobs)
-        if sequence.finish_reason is not None and request.is_finished:
-            self._end(request)
+        self._call_back(state, sequence, token, logprobs)
+        if sequence.finish_reason is not None and state.request.is_finished:
+            self._end(state)
 
     def _follow(self, beams: BeamResult) -> None:
-        """A search has gone one step further; perhaps its last."""
-        request, history = beams.request, beams.request.history
-        if request.id not in self._requests:
-            return  # it ended while this step was under way
-        assert history is not None
-        history.add(beams.candidate_tokens, beams.candidate_sources, beams.candidate_scores)
-        if not history.done:
-            self.scheduler.reorder(request.sequences, beams.sources, beams.length)
+        """Take a search one step further; it may be the last one."""
+        request, state = beams.request, self._requests.get(beams.request.id)
+        if state is None:
+            return  # it ended while this step was running
+        assert state.history is not None
+        state.history.add(beams.candidate_tokens, beams.candidate_sources, beams.candidate_scores)
+        if not state.history.done:
+            self.scheduler.blocks.reorder(request.sequences, beams.sources, beams.length)
             return
         self.scheduler.remove(request.sequences)
-        del request.sequences[request.params.n :]
-        best = list(zip(request.sequences, history.best(request.params.n), strict=True))
-        for sequence, hypothesis in best:
-            sequence.score = hypothesis.score
-        for sequence, hypothesis in best:
+        for sequence, hypothesis in state.keep_best():
             for token in hypothesis.token_ids:
                 self._append(sequence, token)
 
-    def _tell(self, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None) -> None:
+    def _call_back(
+        self, state: RequestState, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None
+    ) -> None:
         """Call the request's callback; end the request if it raises."""
-        request = sequence.request
-        if request.on_token is None or request.error is not None:
+        if state.on_token is None or state.error is not None:
             return
-        text = sequence.detokenizer.take(sequence.finish_reason is not None)
-        event = TokenEvent(
-            request.id, sequence.index, token, text, logprobs, sequence.finish_reason, sequence.stop_reason
-        )
         try:
-            request.on_token(event)
-        except Exception as error:  # whatever it is, it is this request's own: others go on
-            request.error = error
-            self._end(request, "error")
+            state.on_token(state.event(sequence, token, logprobs))
+        except Exception as error:  # of any kind: it concerns this request alone, and the others continue
+            state.error = error
+            self._end(state, "error")
 
-    def _end(self, request: Request, reason: FinishReason = "cancelled") -> None:
-        """Make the output of a request; what has not come to an end by itself ends for a reason."""
+    def _end(self, state: RequestState, reason: FinishReason = "cancelled") -> None:
+        """Make the output of a request. Its unfinished sequences end for the given reason."""
+        request = state.request
         if self._requests.pop(request.id, None) is None:
             return  # a callback has ended it
         self.scheduler.remove(request.sequences)
-        del request.sequences[request.params.n :]  # of beams
-        broken_off = [sequence for sequence in request.sequences if sequence.finish_reason is None]
-        for sequence in broken_off:
-            sequence.finish_reason = reason
-            sequence.detokenizer.end()
-        for sequence in broken_off:
-            self._tell(sequence, None)
-        self._outputs[request.id] = RequestOutput(
-            request.id,
-            request.prompt,
-            [_completion(sequence) for sequence in request.sequences],
-            _prompt_logprobs(request),
-            request.error,
-        )
-
-
-def _history(request: Request) -> BeamHistory:
-    params = request.params
-    return BeamHistory(
-        params.num_beams, request.ending_tokens, params.max_tokens, params.length_penalty, params.early_stopping
-    )
-
-
-def _completion(sequence: Text) -> Completion:
-    assert sequence.finish_reason is not None
-    return Completion(
-        sequence.index,
-        sequence.written,
-        sequence.detokenizer.text,
-        sequence.finish_reason,
-        sequence.stop_reason,
-        sequence.logprobs if sequence.request.params.logprobs is not None else None,
-        sequence.score,
-    )
-
-
-def _prompt_logprobs(request: Request) -> list[float | None] | None:
-    if not request.params.prompt_logprobs or len(request.prompt_logprobs) < len(request.prompt) - 1:
-        return None
-    return [None, *(request.prompt_logprobs[place] for place in range(1, len(request.prompt)))]
+        state.drop_beams()
+        unfinished = [sequence for sequence in request.sequences if sequence.finish_reason is None]
+        for sequence in unfinished:
+            state.end(sequence, reason)
+        for sequence in unfinished:
+            self._call_back(state, sequence, None)
+        self._outputs[request.id] = state.output()

@@ -1,7 +1,7 @@
-"""Which pages hold which beginnings of texts, so that a prompt that begins like an earlier one is not computed again.
+"""Index of cached prompt prefixes, so that a prompt with the prefix of an earlier text reuses its pages. No tensors.
 
-Keys and values of a page depend on all tokens before it, so a page is known by the chain of pages that leads to it: by
-its own tokens and the entry of the page before. Both are compared as they are, not by a hash alone. No tensors.
+Keys and values of a page depend on all tokens before it. So the index knows a page by the chain of pages that leads to
+it: by the page's tokens and the entry of the page before. It compares both as they are, not by a hash alone.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from itertools import count
 from ..kv_cache.page_pool import PagePool
 
 _Key = tuple[int, tuple[int, ...]]  # the number of the entry before, and the page's tokens
-_BEGINNING = -1
+_ROOT = -1
 
 
 @dataclass(frozen=True)
 class _Entry:
     page: int
-    number: int  # never used again, unlike the page: what followed an entry that is gone is not found any more
+    number: int  # never reused, unlike the page: entries behind a removed one are not found any more
 
 
 class PrefixCache:
-    """Hands out the pages of a pool, and remembers what full ones hold after the sequences that filled them ended.
+    """Gives out the pages of a pool, and remembers the content of full pages after their sequences have ended.
 
-    The cache is itself a holder of the pages that it remembers. Those that nobody else holds are idle: they are given
-    up, least recently used first and the end of a text before its beginning, when the pool has no other pages left.
+    The cache is itself a holder of the pages that it remembers. A page without another holder is idle. When the pool
+    has no free pages left, the cache gives up idle ones: the least recently used text first, its end before its
+    beginning.
 
     Args:
-        pool: The pages. Whoever takes pages of this pool does so here.
+        pool: The pages. All pages of the pool are taken through this cache.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -42,7 +43,7 @@ class PrefixCache:
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """Number of pages that `take` can give."""
         return len(self.pool.free) + len(self._idle)
 
     @property
@@ -51,7 +52,7 @@ class PrefixCache:
         return self._keys.keys()
 
     def take(self, count: int) -> list[int]:
-        """Pages for one holder each, with nothing in them that anyone needs.
+        """Take pages for one holder each. No other holder needs their content.
 
         Raises:
             ValueError: Fewer are available; nothing has changed then.
@@ -64,22 +65,22 @@ class PrefixCache:
         return self.pool.take(count)
 
     def share(self, pages: Sequence[int]) -> None:
-        """Let each of the pages have one holder more."""
+        """Add a holder to each of the pages."""
         self.pool.share(pages)
         for page in pages:
             self._idle.pop(page, None)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let each of a sequence's pages, in the order of its tokens, have one holder less."""
+        """Remove a holder from each of a sequence's pages, given in the order of its tokens."""
         self.pool.release(pages)
         for page in reversed(pages):
             if page in self._keys and self.pool.holders[page] == 1:
                 self._idle[page] = None
 
     def match(self, tokens: Sequence[int]) -> list[int]:
-        """The pages of the longest remembered beginning of a text. To be shared before anything else is taken."""
+        """Return the pages of a text's longest remembered prefix. The caller shares them before it takes others."""
         pages = []
-        number = _BEGINNING
+        number = _ROOT
         for content in self._contents(tokens):
             entry = self._entries.get((number, content))
             if entry is None:
@@ -89,19 +90,19 @@ class PrefixCache:
         return pages
 
     def remember(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
-        """Take note of what a sequence's full pages hold. Where other pages are known to hold the same, they stay.
+        """Record the content of a sequence's full pages. A page known for the same content keeps its entry.
 
         Args:
-            tokens: The sequence's tokens, as far as keys and values are written.
-            pages: Its pages; more than these tokens fill are not looked at.
+            tokens: The sequence's tokens with keys and values in the cache.
+            pages: Its pages; pages that these tokens do not fill are ignored.
         """
-        number = _BEGINNING
+        number = _ROOT
         for content, page in zip(self._contents(tokens), pages, strict=False):
             key = (number, content)
             entry = self._entries.get(key)
             if entry is None:
                 entry = _Entry(page, next(self._numbers))
-                if page in self._keys:  # remembered behind an entry that is gone
+                if page in self._keys:  # remembered behind an entry that was removed
                     del self._entries[self._keys[page]]
                 else:
                     self.pool.share([page])
@@ -110,6 +111,6 @@ class PrefixCache:
             number = entry.number
 
     def _contents(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
-        """The tokens of each full page."""
+        """Return the tokens of each full page."""
         size = self.pool.page_size
         return [tuple(tokens[end - size : end]) for end in range(size, len(tokens) + 1, size)]

@@ -1,12 +1,11 @@
 """Key/value caches with the interface of Transformer Engine's `InferenceParams`, in plain PyTorch, on any device.
 
-`InferenceParams` keeps the books (which sequence has how many tokens, and in which row), a cache manager keeps the
-keys and values. The same objects serve Transformer Engine's layers, the reference layers and transformers' `generate`.
+`InferenceParams` knows which sequence has how many tokens and in which row; a cache manager holds the keys and values.
+The same objects serve Transformer Engine's layers, the reference layers and transformers' `generate`.
 
-Unlike TE 2.20's own class, a running sequence advances by the tokens it is given, not by one.
+Unlike TE 2.20's own class, a running sequence advances by the tokens that it is given, not by one.
 
-Shapes: B rows of the batch, S new columns, T new tokens, L keys per row, K key/value heads, D size of a head, P pages
-per row, N tokens of a page.
+Shapes: B rows of the batch, S new columns, C columns seen, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from typing import Any
 
 import torch
 
-from llama_te_core.layers.reference import split_qkv
-from llama_te_core.layers.rope import rotate
+from ..decode.backend import check_implementation, select_backend
+from ..decode.fused import FusedDecode
+from ..decode.inputs import StepInputs
+from ..kv_cache.contiguous import NonPagedKVCacheManager
+from ..kv_cache.paged import PagedKVCacheManager
+from ..kv_cache.step import CacheStep
+from ..kv_cache.storage import CacheManager, default_device
 
-from ..decode.backend import IMPLEMENTATIONS, BatchDecode, choose_decode
-from ..kv_cache.managers import CacheManager, NonPagedKVCacheManager, PagedKVCacheManager, default_device
-from ..ops import operators
 
-
-class InferenceParams:
+class InferenceParams(CacheStep):
     """Key/value cache with the constructor and methods of Transformer Engine's class.
 
     Args:
@@ -34,17 +34,17 @@ class InferenceParams:
         num_heads_kv: Key/value heads of a layer.
         head_dim_k: Size of a key head.
         dtype: Of the keys and values.
-        head_dim_v: Size of a value head; that of a key head by default.
+        head_dim_v: Size of a value head; the size of a key head by default.
         is_paged: Whether rows are made of pages.
         total_num_pages: Pages of all rows together. TE demands `max_batch_size * max_sequence_length / page_size`; here
-            less will do, where rows share pages or do not all get that long. A step that needs more raises an error.
+            fewer are enough if rows share pages or stay shorter. A step that needs more raises an error.
         page_size: Tokens of a page; must divide `max_sequence_length`.
         max_ctx_len: Most new tokens of a row in one step; needed for "thd".
-        qkv_format: "bshd" or "thd", the format that the first step comes in.
-        device: Where keys and values are kept; the current GPU by default, the CPU where there is none.
-        decode_implementation: What computes steps of one token, where nothing but their logits is wanted: "layers" of
-            the model; "fused" kernels, the engine's, replayed from a CUDA graph; "auto", these where they can, on a
-            GPU, and the layers, with one warning there, where not.
+        qkv_format: "bshd" or "thd", the format of the first step.
+        device: Where keys and values are kept; the current GPU by default, the CPU of a machine without one.
+        decode_implementation: How steps of one token are computed when the caller wants nothing but their logits:
+            "layers", by the layers of the model; "fused", by the engine's kernels, replayed from a CUDA graph; "auto",
+            on a GPU by the kernels, or with one warning by the layers if the kernels cannot compute the model.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -79,46 +79,41 @@ class InferenceParams:
             raise ValueError(f"qkv_format={qkv_format!r} is not known: use 'bshd' or 'thd'.")
         if qkv_format == "thd" and max_ctx_len is None:
             raise ValueError("max_ctx_len is missing: qkv_format='thd' needs the most new tokens of a row in one step.")
-        if decode_implementation not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"decode_implementation={decode_implementation!r} is not known: use 'auto', 'fused' or 'layers'."
-            )
-        self.max_batch_size = max_batch_size
-        self.max_sequence_length = max_sequence_length
-        self.num_heads_kv = num_heads_kv
-        self.head_dim_k = head_dim_k
-        self.head_dim_v = head_dim_k if head_dim_v is None else head_dim_v
-        self.dtype = dtype
-        self.is_paged = is_paged
-        self.max_ctx_len = max_sequence_length if max_ctx_len is None else max_ctx_len
+        check_implementation(decode_implementation)
         self.qkv_format = qkv_format
-        self.device = torch.device(device) if device is not None else default_device()
+        self.decode_implementation = decode_implementation
         shared: dict[str, Any] = {
+            "head_dim_k": head_dim_k,
+            "head_dim_v": head_dim_k if head_dim_v is None else head_dim_v,
+            "dtype": dtype,
+            "device": torch.device(device) if device is not None else default_device(),
+        }
+        memory: dict[str, Any] = {
             "max_batch_size": max_batch_size,
             "max_seqlen": max_sequence_length,
             "num_heads": num_heads_kv,
-            "head_dim_k": head_dim_k,
-            "head_dim_v": self.head_dim_v,
-            "dtype": dtype,
-            "device": self.device,
         }
+        manager: CacheManager
         if is_paged:
-            self.total_num_pages, self.page_size = _check_pages(
+            self.total_num_pages, page_size = _check_pages(
                 max_batch_size, max_sequence_length, total_num_pages, page_size
             )
-            shared |= {"total_num_pages": self.total_num_pages, "page_size": self.page_size}
-        self.cache_manager: CacheManager = (PagedKVCacheManager if is_paged else NonPagedKVCacheManager)(**shared)
-
-        # One buffer, so that a step is one copy to the device: running sums of new and of all tokens, then the tokens
-        # that each row had before.
-        self._books = torch.zeros(3 * max_batch_size + 2, dtype=torch.int32, device=self.device)
-        self.cu_seqlens_q = self._books[: max_batch_size + 1]
-        self.cu_seqlens_kv = self._books[max_batch_size + 1 : 2 * max_batch_size + 2]
-        self.pre_step_seqlens = self._books[2 * max_batch_size + 2 :]
-        self._angles: torch.Tensor | None = None
-        self._cos_sin_PD = torch.empty(0)
-        self.decode_implementation = decode_implementation
-        self._decode: BatchDecode | None = None
+            manager = PagedKVCacheManager(self.total_num_pages, page_size, **memory, **shared)
+        else:
+            page_size = None
+            manager = NonPagedKVCacheManager(**memory, **shared)
+        super().__init__(
+            manager,
+            max_batch_size=max_batch_size,
+            max_sequence_length=max_sequence_length,
+            num_heads_kv=num_heads_kv,
+            page_size=page_size,
+            max_ctx_len=max_ctx_len,
+            **shared,
+        )
+        self.cache_manager: CacheManager = manager
+        self._fused: FusedDecode | None = None  # kept between prompts: its graphs serve all of them
+        self._inputs: StepInputs | None = None
         self.reset()
 
     def __repr__(self) -> str:
@@ -135,21 +130,12 @@ class InferenceParams:
         """Forget all sequences; the memory stays."""
         self.sequences: OrderedDict[int, int] = OrderedDict()
         self.sequences_pre_step: OrderedDict[int, int] = OrderedDict()
-        self.batch_size = 0
-        self._new: list[int] = []
-        # Of the current step: where its tokens go, for each format that layers come with, and the layers done.
-        self._slots: dict[str, tuple[torch.Tensor | None, torch.Tensor]] = {}
-        self._stored: set[int] = set()
-        self._places: dict[int, torch.Tensor | None] = {}  # for each width of padded queries
-        # Which columns of the caller's padded batch were tokens, [B, columns]; None: all of them.
+        # Which columns of the caller's padded batch were tokens, [B, C]; None: all of them.
         self._columns = 0
         self._token_BC: torch.Tensor | None = None
-        self._decode_is_chosen = False
+        self._backend_is_chosen = False
+        self.close_step()
         self.cache_manager.reset()
-
-    def allocate_memory(self, layer_number: int) -> None:
-        """Make the tensors of a layer ahead of its first use."""
-        self.cache_manager.allocate_memory(layer_number)
 
     def pre_step(self, step_dict: Mapping[int, int]) -> None:
         """Begin a step.
@@ -177,47 +163,8 @@ class InferenceParams:
         self.cache_manager.assign_rows(
             [rows.get(key) for key in step_dict], list(before.values()), list(after.values())
         )
-        self._open_step(before, after)
-
-    def get_seqlens_pre_step(self) -> torch.Tensor:
-        """int32 [max_batch_size]: tokens that each row had before this step."""
-        return self.pre_step_seqlens
-
-    def step(
-        self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, str]:
-        """Store a layer's new keys and values, unless this step has; called by Transformer Engine's attention.
-
-        Args:
-            layer_number: The layer.
-            new_k: [B, S, K, D] or [T, K, D].
-            new_v: Likewise.
-            qkv_format: "bshd" or "thd".
-
-        Returns:
-            Keys and values of all tokens (rows, or the pages of all rows), running sums of the new and of all tokens
-            [B + 1], the greatest length of a row, and the format of queries and keys.
-        """
-        if layer_number not in self._stored:
-            self._store(layer_number, new_k, new_v, qkv_format)
-            self._stored.add(layer_number)
-        if self.is_paged:
-            keys, values = self.cache_manager.cache[layer_number]
-        else:
-            keys, values = self.cache_manager.rows(layer_number, self.batch_size, self.max_sequence_length)
-        ends = slice(0, self.batch_size + 1)
-        return (
-            keys,
-            values,
-            self.cu_seqlens_q[ends],
-            self.cu_seqlens_kv[ends],
-            self.max_sequence_length,
-            qkv_format if qkv_format == "bshd" else f"{qkv_format}_2bshd",
-        )
-
-    def convert_paged_to_nonpaged(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of paged rows as [B, max_sequence_length, K, D]; for TE's unfused attention."""
-        return self.cache_manager.rows(layer_number, self.batch_size, self.max_sequence_length)
+        self.sequences_pre_step, self.sequences = before, after
+        self.open_step(list(before.values()), list(step_dict.values()))
 
     # --- the model's interface (llama_te_core.layers.kv_cache.KVCache) --------------------------------------------
 
@@ -237,7 +184,7 @@ class InferenceParams:
         """
         running = self._columns > 0
         if width > 1:
-            self._decode_is_chosen = False
+            self._backend_is_chosen = False
         if running and batch_size != self.batch_size:
             raise ValueError(
                 f"the cache holds a batch of {self.batch_size} rows, but {batch_size} rows come: "
@@ -269,79 +216,50 @@ class InferenceParams:
         return new
 
     def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Compute a step of one token for each row by the kernels that `decode_implementation` asks for.
+        """Compute a step of one token for each row by the kernels, if `decode_implementation` allows it.
 
-        What computes the steps of a batch is chosen at the first one behind a prompt. So a model's weights may be
-        written to at any time, and be replaced by other tensors between prompts.
+        The backend is chosen at a batch's first step behind a prompt. So a model's weights may be written to at any
+        time, and hooks, adapters and other weights may be attached to it between prompts.
 
         Args:
             model: An `NVLlamaForCausalLM`.
             input_ids: int64 [B, 1].
-            attention_mask: As of `begin_step`.
+            attention_mask: See `begin_step`.
 
         Returns:
-            Logits [B, 1, V]; `None` where nothing was done, and the model's layers are to do it.
+            Logits [B, 1, V]; `None` if nothing was done and the model's layers have to compute the step.
 
         Raises:
-            ValueError: As of `begin_step`.
+            ValueError: See `begin_step`.
             RuntimeError: decode_implementation="fused", and the kernels cannot compute steps of this batch.
         """
         if self._columns == 0 or min(self.sequences.values()) == 0:
             return None  # a prompt; or a row may still have padding here
-        if self._decode is not None and self._decode.rows != self.batch_size:
-            self._decode_is_chosen = False
-        if not self._decode_is_chosen:
-            self._decode = choose_decode(self._decode, model, self)
-            self._decode_is_chosen = True
-        if self._decode is None:
+        if self._inputs is None or len(self._inputs.token_R) != self.batch_size:
+            self._backend_is_chosen = False
+        if not self._backend_is_chosen:
+            self._choose_backend(model)
+        if self._fused is None or self._inputs is None:
             return None
         self.begin_step(attention_mask, len(input_ids), 1)
-        return self._decode(input_ids)
+        with torch.cuda.device_of(self._inputs.token_R):
+            self._inputs.token_R.copy_(input_ids[:, 0])
+            return self._fused(self._inputs, self.batch_size)[:, None].clone()  # the next step overwrites the logits
+
+    # Outside inference mode, whose tensors nothing could write to later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _choose_backend(self, model: Any) -> None:
+        rows = self.batch_size
+        self._fused, _ = select_backend(model, self, rows, self.decode_implementation, self._fused)
+        if self._inputs is None or len(self._inputs.token_R) != rows:
+            token_R = torch.zeros(rows, dtype=torch.int64, device=self.device)
+            self._inputs = StepInputs(token_R, self.pre_step_seqlens, self.page_table)
+        self._backend_is_chosen = True
 
     def longest(self) -> int:
-        """Tokens of the longest row, those of this step included."""
+        """Return how many tokens the longest row has."""
         return max(self.sequences.values(), default=0)
-
-    def padded_places(self, width: int) -> torch.Tensor | None:
-        """Where the step's packed tokens stand in a padded batch of `width` columns: see `KVCache`."""
-        if width not in self._places:
-            place_T = None
-            if self._new != [width] * self.batch_size:
-                # The sum of the lengths is known here, so that nothing waits for the device.
-                row_T, number_T = self._packed(sum(self._new))
-                place_T = row_T * width + number_T
-            self._places[width] = place_T
-        return self._places[width]
-
-    @property
-    def fuses_rope(self) -> bool:
-        """Whether `append_rope` is one kernel on this device, so that TE's layers leave the rotation to it."""
-        return self.device.type == "cuda" and self._takes_kernels() and not torch.is_grad_enabled()
-
-    def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
-        """Rotate a layer's new queries and keys by their positions, and store keys and values.
-
-        The compiled operator does both in one pass; where it does not apply, plain PyTorch does the same.
-
-        Args:
-            layer_number: The layer.
-            qkv: [T, K, G, D] or [B, S, K, G, D]: for each key/value head its query heads, its key and its value.
-            angles: float32 [positions, 1, 1, D].
-            qkv_format: "thd" or "bshd".
-
-        Returns:
-            The rotated queries, [T, heads, D] or [B, S, heads, D].
-        """
-        if layer_number not in self.cache_manager.cache:
-            self.allocate_memory(layer_number)
-        if self._takes_kernels() and not qkv.requires_grad:
-            query = self._append_compiled(layer_number, qkv, angles, qkv_format)
-        else:
-            query, key, value = split_qkv(qkv)
-            query, key = rotate(query, key, angles[self._positions(qkv, qkv_format), 0, 0])
-            self._store(layer_number, key, value, qkv_format)
-        self._stored.add(layer_number)
-        return query
 
     def repeat_rows(self, copies: int) -> None:
         """Let `copies` rows go on as each row did, in its place: beams or returned sequences of one prompt.
@@ -393,10 +311,6 @@ class InferenceParams:
         self.cache_manager.assign_rows([*range(self.batch_size), row], lengths, lengths)
         self.sequences[target] = tokens
         self.batch_size += 1
-
-    def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a layer as [B, L, K, D], L ≥ the longest row."""
-        return self.cache_manager.rows(layer_number, self.batch_size, self.longest())
 
     # --- transformers' interface ------------------------------------------------------------------------------------
 
@@ -463,101 +377,7 @@ class InferenceParams:
         if self._token_BC is not None:
             self._token_BC = self._token_BC[source_rows]
 
-    # --- books ------------------------------------------------------------------------------------------------------
-
-    def _open_step(self, before: OrderedDict[int, int], after: OrderedDict[int, int]) -> None:
-        """Take note of a step that has its memory, from the rows' tokens before and after it."""
-        self.sequences_pre_step, self.sequences = before, after
-        self.batch_size = len(after)
-        self._new = [after[key] - before[key] for key in after]
-        self._slots, self._stored, self._places = {}, set(), {}
-        self._write_books()
-
-    def _write_books(self) -> None:
-        idle = self.max_batch_size - self.batch_size
-        books = []
-        for lengths in (self._new, list(self.sequences.values())):
-            total = 0
-            books.append(0)
-            for length in lengths:
-                total += length
-                books.append(total)
-            books += [total] * idle
-        books += list(self.sequences_pre_step.values()) + [0] * idle
-        self._books.copy_(torch.tensor(books, dtype=torch.int32), non_blocking=True)
-
-    def _store(self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str) -> None:
-        if qkv_format not in self._slots:
-            self._slots[qkv_format] = self._find_slots(new_k, qkv_format)
-        tokens, slots = self._slots[qkv_format]
-        for memory, new in zip(self.cache_manager.cache[layer_number], (new_k, new_v), strict=True):
-            new_Tx = new.detach().flatten(0, -3)
-            # Behind packed tokens may stand what fills their number up for FP8.
-            new_Tx = new_Tx[: len(slots)] if tokens is None else new_Tx[tokens]
-            memory.flatten(0, 1).index_copy_(0, slots, new_Tx)
-
-    def _takes_kernels(self) -> bool:
-        same = self.head_dim_k == self.head_dim_v
-        return same and operators.takes_heads(self.dtype, self.head_dim_k) and operators.available(self.device.type)
-
-    def _append_compiled(
-        self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str
-    ) -> torch.Tensor:
-        width = qkv.shape[1] if qkv_format == "bshd" else 0
-        qkv_NKGD = qkv.flatten(0, -4)
-        heads = qkv.shape[-3] * (qkv.shape[-2] - 2)
-        query_NHD = qkv.new_empty(qkv_NKGD.shape[0], heads, qkv.shape[-1])
-        operators.append_rope(
-            qkv_NKGD,
-            self.cos_sin(angles),
-            self.cu_seqlens_q[: self.batch_size + 1],
-            self.pre_step_seqlens,
-            self.cache_manager.page_table if isinstance(self.cache_manager, PagedKVCacheManager) else None,
-            width,
-            query_NHD,
-            *self.cache_manager.cache[layer_number],
-        )
-        return query_NHD if width == 0 else query_NHD.unflatten(0, (-1, width))
-
-    def cos_sin(self, angles: torch.Tensor) -> torch.Tensor:
-        """Cosines and sines [P, D] of angles whose halves are equal, computed once for each table of angles."""
-        if self._angles is not angles:
-            half_PD = angles[:, 0, 0, : angles.shape[-1] // 2]
-            self._angles, self._cos_sin_PD = angles, torch.cat((half_PD.cos(), half_PD.sin()), dim=-1)
-        return self._cos_sin_PD
-
-    def _positions(self, qkv: torch.Tensor, qkv_format: str) -> torch.Tensor:
-        """The positions of the new tokens, [T] or [B, S]; padding goes on counting."""
-        start_B = self.pre_step_seqlens[: self.batch_size]
-        if qkv_format == "bshd":
-            return start_B[:, None] + torch.arange(qkv.shape[1], device=self.device)
-        row_T, number_T = self._packed(qkv.shape[0])
-        return start_B[row_T] + number_T
-
-    def _packed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row of each packed token of this step, and its number among the new ones there."""
-        token_T = torch.arange(tokens, device=self.device)
-        row_T = torch.searchsorted(self.cu_seqlens_q[1 : self.batch_size], token_T, right=True)
-        return row_T, token_T - self.cu_seqlens_q[row_T]
-
-    def _find_slots(self, new_k: torch.Tensor, qkv_format: str) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Which of the flattened new tokens to store (None: the first), and where; for all layers of a step."""
-        rows = range(self.batch_size)
-        width = new_k.shape[1] if qkv_format == "bshd" else None
-        if len(set(self._new)) == 1 and width in (None, self._new[0]):
-            new = self._new[0]
-            row_T = torch.arange(self.batch_size, device=self.device).repeat_interleave(new)
-            place_T = torch.arange(new, device=self.device).repeat(self.batch_size)
-            place_T = place_T + self.pre_step_seqlens[: self.batch_size].long().repeat_interleave(new)
-            return None, self.cache_manager.slots(row_T, place_T)
-        before = list(self.sequences_pre_step.values())
-        row_T = torch.tensor([row for row in rows for _ in range(self._new[row])], dtype=torch.long)
-        place_T = torch.tensor([before[row] + i for row in rows for i in range(self._new[row])], dtype=torch.long)
-        tokens = None
-        if width is not None:
-            tokens = torch.tensor([row * width + i for row in rows for i in range(self._new[row])], dtype=torch.long)
-            tokens = tokens.to(self.device)
-        return tokens, self.cache_manager.slots(row_T.to(self.device), place_T.to(self.device))
+    # --- columns of the padded batch ----------------------------------------------------------------------------------
 
     def _add_columns(self, new_BS: torch.Tensor | None, batch_size: int, width: int) -> None:
         if new_BS is not None or self._token_BC is not None:

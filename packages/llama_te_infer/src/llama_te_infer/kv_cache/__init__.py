@@ -1,1 +1,1 @@
-"""Storage of keys and values."""
+"""Key/value caches: their memory, and the interface that the layers call. Nothing here computes the model."""

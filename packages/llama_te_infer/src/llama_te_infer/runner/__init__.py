@@ -1,1 +1,1 @@
-"""Runs the steps that the engine plans."""
+"""Launching the steps that the scheduler plans, and reading their results."""

@@ -1,7 +1,7 @@
 """Choosing the next token of each row of a batch, on the device.
 
-A drawn token depends on its row's seed, its place in its sequence and its logits alone: random numbers are a hash of
-the seed, the place and the token's id, and nothing is summed in an order that depends on the batch. So a request gets
+A drawn token depends on its row's seed, its position in the sequence and its logits alone: random numbers are a hash of
+the seed, the position and the token's id, and no sum is taken in an order that depends on the batch. So a request gets
 the same tokens in any row of any batch, and when it is computed again.
 
 Shapes: R rows, B rows that take part, V vocabulary, K most likely tokens that are reported.
@@ -14,20 +14,20 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import operators
-from ..ops.step_operators import greedy
+from ..decode.greedy import GreedyWorkspace, take_likeliest
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
+from .stopping import StopRule
 
 
 class SamplingNeeds(NamedTuple):
-    """What `sample` has to do for a batch, known on the host: a CUDA graph is captured for each that occurs.
+    """The work that `sample` has to do for a batch, known on the host: a CUDA graph serves one such combination.
 
     Attributes:
         random: Some row draws its token.
-        filtered: Some row draws from a part of the vocabulary only; takes a sort.
+        filtered: Some row draws from a part of the vocabulary only, which takes a sort.
         masked: Some row has a repetition penalty, or may not end yet.
-        top_logprobs: How many of the most likely tokens are reported: 0, or the limit, so that kinds are few; `None`
-            where not even the chosen token's log-probability is.
+        top_logprobs: How many of the most likely tokens are reported: 0, or the limit, so that there are few
+            combinations; `None` if not even the chosen token's log-probability is reported.
     """
 
     random: bool = False
@@ -37,7 +37,7 @@ class SamplingNeeds(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What `sample` chose. Log-probabilities are the model's own, in float32, `None` where nobody needs them.
+    """The tokens that `sample` chose. Log-probabilities are the model's own, in float32; `None` if no row needs them.
 
     Attributes:
         token_B: int64.
@@ -55,16 +55,16 @@ class Sampled(NamedTuple):
 class RowSampling:
     """The sampling parameters of rows, as tensors on the device. A row that was not set, or was cleared, is greedy.
 
-    Changes are copies that the host does not wait for, in the order of the current stream.
+    Changes are copies in the order of the current stream; the host does not wait for them.
 
     Args:
-        rows: Rows there are, R.
+        rows: R.
         vocab_size: V.
         device: Of the tensors.
 
     Attributes:
-        seen_RV: bool, the tokens that a row's prompt and output have. Kept for rows with a repetition penalty or
-            `min_tokens` only, and `None` until the first such row is set.
+        seen_RV: bool, the tokens of a row's prompt and output. Kept only for rows with a repetition penalty or
+            `min_tokens`, and `None` until the first such row is set.
         ending_RV: bool, the tokens that would end a row; likewise.
     """
 
@@ -77,8 +77,7 @@ class RowSampling:
         self.seed_R, self.top_k_R, self.min_length_R = self._integer_RF.unbind(1)
         self.seen_RV: torch.Tensor | None = None
         self.ending_RV: torch.Tensor | None = None
-        self.best_R = torch.zeros(rows, dtype=torch.int64, device=device)  # memory of the kernel `greedy`
-        self.ticket_R = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.greedy_workspace = GreedyWorkspace(rows, device)
         self.token_hash_V = _hash_tokens(vocab_size, self.device)
         self._needs = [SamplingNeeds()] * rows
         for row in range(rows):
@@ -90,23 +89,23 @@ class RowSampling:
         params: SamplingParams,
         seed: int,
         token_ids: Sequence[int],
-        eos_token_ids: Sequence[int],
+        stop: StopRule,
         prompt_length: int | None = None,
     ) -> None:
         """Give a row to a sequence.
 
         Args:
-            row: Which.
+            row: The row.
             params: The request's parameters.
-            seed: Of the sequence, from 0 to 2**63 - 1; `params.seed` is not looked at.
-            token_ids: The prompt, with what was written after it if the sequence goes on.
-            eos_token_ids: The model's EOS tokens.
+            seed: Of the sequence, from 0 to 2**63 - 1; `params.seed` is not read.
+            token_ids: The prompt, with the tokens written so far.
+            stop: When the sequence ends.
             prompt_length: Tokens of the prompt; all of `token_ids` by default.
 
         Raises:
             ValueError: A token is not in the vocabulary.
         """
-        ending = params.ending_tokens(eos_token_ids)
+        ending = stop.end_tokens
         for name, tokens in (("token_ids", token_ids), ("the tokens that end a sequence", ending)):
             for token in (min(tokens, default=0), max(tokens, default=0)):
                 if not 0 <= token < self.vocab_size:
@@ -114,7 +113,6 @@ class RowSampling:
                         f"{name}: {token} is not in the vocabulary, which is 0 to {self.vocab_size - 1}. Take the "
                         "model's own tokenizer."
                     )
-        may_not_end = params.min_tokens > 0 and len(ending) > 0
         prompt_length = len(token_ids) if prompt_length is None else prompt_length
         self._write(
             row,
@@ -122,21 +120,21 @@ class RowSampling:
             [
                 seed,
                 min(params.top_k, self.vocab_size) or self.vocab_size,
-                prompt_length + params.min_tokens if may_not_end else 0,
+                prompt_length + stop.min_tokens if stop.forbids_end_tokens else 0,
             ],
         )
         random = params.temperature > 0
         self._needs[row] = SamplingNeeds(
             random=random,
             filtered=random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
-            masked=may_not_end or params.repetition_penalty != 1,
+            masked=stop.forbids_end_tokens or params.repetition_penalty != 1,
             top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
         )
         if self._needs[row].masked:
             self._mark(row, token_ids, ending)
 
     def move(self, to: int, source: int) -> None:
-        """Make a row what another one is; that one stays."""
+        """Copy another row's parameters to a row."""
         self._number_RF[to].copy_(self._number_RF[source])
         self._integer_RF[to].copy_(self._integer_RF[source])
         self._needs[to] = self._needs[source]
@@ -146,12 +144,12 @@ class RowSampling:
             self.ending_RV[to].copy_(self.ending_RV[source])
 
     def clear(self, row: int) -> None:
-        """Make a row greedy, which asks the least of a batch."""
+        """Make a row greedy, which is the least work."""
         self._write(row, [0.0, 1.0, 0.0, 1.0], [0, self.vocab_size, 0])
         self._needs[row] = SamplingNeeds()
 
     def needs(self, rows: Iterable[int]) -> SamplingNeeds:
-        """What a batch of these rows needs."""
+        """Return the work that a batch of these rows needs."""
         kinds = {self._needs[row] for row in rows}
         return SamplingNeeds(
             random=any(kind.random for kind in kinds),
@@ -173,7 +171,7 @@ class RowSampling:
             marked_RV[row].zero_().index_fill_(0, index, True)
 
     def _on_host(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        # The GPU reads pinned memory by itself; PyTorch does not give it away before that has happened.
+        # The GPU reads pinned memory by itself, and PyTorch reuses that memory only after the GPU has read it.
         return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
 
 
@@ -187,9 +185,9 @@ def sample(
     """Choose the next token of each row. Can be captured in a CUDA graph; does not wait for the device.
 
     Args:
-        logits_BV: bfloat16, float16 or float32; left as they are.
-        sampling: The rows' parameters. Which tokens were seen is updated, where rows need it.
-        position_B: int32 or int64, the place of the new token in its sequence: how many tokens come before it.
+        logits_BV: bfloat16, float16 or float32; not changed.
+        sampling: The rows' parameters. Its record of seen tokens is updated for rows that need it.
+        position_B: int32 or int64, the position of the new token in its sequence: how many tokens come before it.
         needs: `sampling.needs` of these rows, or more.
         row_B: int64, the rows that take part, each once; the first B by default.
     """
@@ -200,7 +198,7 @@ def sample(
     if needs.random:
         choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
-    take_likeliest(choice_BV, token_B, sampling)
+    take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
 
     if needs.masked:
         assert sampling.seen_RV is not None
@@ -215,31 +213,11 @@ def sample(
     return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
 
 
-def take_likeliest(
-    choice_BV: torch.Tensor, token_B: torch.Tensor, sampling: RowSampling, length_B: torch.Tensor | None = None
-) -> None:
-    """Write the largest element of each row, the first of equal ones, and count it.
-
-    Args:
-        choice_BV: Of rows 0, 1, ...
-        token_B: int64, gets them.
-        sampling: Has memory for a kernel.
-        length_B: int32; 1 is added to those that are not 0, which rows that only fill up a batch have.
-    """
-    takes_kernel = choice_BV.is_cuda and choice_BV.dtype == torch.bfloat16 and choice_BV.shape[1] % 8 == 0
-    if takes_kernel and choice_BV.is_contiguous() and operators.available("cuda"):
-        rows = len(choice_BV)
-        greedy(choice_BV, token_B, length_B, sampling.best_R[:rows], sampling.ticket_R[:rows])
-        return
-    torch.argmax(choice_BV, dim=-1, out=token_B)
-    if length_B is not None:
-        length_B.add_(length_B > 0)
-
-
 def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest float32 values of each row in descending order, equal ones in ascending order of their index.
+    """Return the largest float32 values of each row in descending order, equal ones in ascending order of their index.
 
-    `torch.topk` leaves the order of equal ones open, and which of them it takes; in bfloat16 logits many are equal.
+    `torch.topk` does not define which of several equal values it takes, and in what order. Many bfloat16 logits are
+    equal.
 
     Returns:
         Values [B, count] and their indices, int64.
@@ -256,7 +234,7 @@ def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 def _mask(
     logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor, rows: slice | torch.Tensor
 ) -> torch.Tensor:
-    """Logits in float32, with the repetition penalty, and without the tokens that would end a row too early."""
+    """Return logits in float32 with the repetition penalty, and without the tokens that would end a row too early."""
     assert sampling.seen_RV is not None and sampling.ending_RV is not None
     logits_BV = logits_BV.float()
     penalty_B1 = sampling.repetition_penalty_R[rows, None]
@@ -273,7 +251,7 @@ def _randomize(
     rows: slice | torch.Tensor,
     filtered: bool,
 ) -> torch.Tensor:
-    """Float32 [B, V] whose largest element is the token drawn (the Gumbel-max trick), or a greedy row's best."""
+    """Return float32 [B, V] whose largest element is the drawn token (the Gumbel-max trick), or a greedy row's best."""
     temperature_B1 = sampling.temperature_R[rows, None]
     is_random_B1 = temperature_B1 > 0
     scaled_BV = logits_BV.float() / torch.where(is_random_B1, temperature_B1, 1.0)
@@ -288,7 +266,7 @@ def _randomize(
 def keep_likely(
     logits_BV: torch.Tensor, top_k_B1: torch.Tensor, top_p_B1: torch.Tensor, min_p_B1: torch.Tensor
 ) -> torch.Tensor:
-    """Top-k, then top-p of what is left, then min-p: what is not kept becomes -inf. See `SamplingParams`.
+    """Apply top-k, then top-p to the rest, then min-p: the other logits become -inf. See `SamplingParams`.
 
     Args:
         logits_BV: float32.
@@ -309,7 +287,7 @@ def keep_likely(
 
 
 def gumbel_noise(seed_B: torch.Tensor, position_B: torch.Tensor, token_hash_V: torch.Tensor) -> torch.Tensor:
-    """Float32 [B, V] with the standard Gumbel distribution, a function of (seed, position, token) alone.
+    """Return float32 [B, V] with the standard Gumbel distribution, a function of (seed, position, token) alone.
 
     The seed and the position make a well mixed key of 64 bits, once per row; a few steps per token mix it with the
     token's hash. Integers wrap around alike on all devices.
@@ -336,7 +314,7 @@ def gumbel_noise(seed_B: torch.Tensor, position_B: torch.Tensor, token_hash_V: t
 
 
 def _hash_tokens(vocab_size: int, device: torch.device) -> torch.Tensor:
-    """int32 [V]: the part of a token's hash that no row changes."""
+    """Return the part of each token's hash that is the same for all rows, int32 [V]."""
     hash_V = torch.arange(1, vocab_size + 1, dtype=torch.int32, device=device)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         hash_V = (hash_V ^ ((hash_V >> shift) & (2 ** (32 - shift) - 1))) * _signed(factor, 32)
@@ -344,7 +322,7 @@ def _hash_tokens(vocab_size: int, device: torch.device) -> torch.Tensor:
 
 
 def _signed(value: int, bits: int) -> int:
-    """The signed integer with the bits of an unsigned one."""
+    """Return the signed integer with the bits of an unsigned one."""
     return value - (1 << bits) if value >> (bits - 1) else value
 
 

@@ -30,7 +30,7 @@ from transformers import (
 
 from convert.slow_conversion import convert_slowly
 from llama_te_convert import CheckpointError, convert_checkpoint, convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert.targets import writing as writing_module
+from llama_te_convert.targets import writer as writing_module
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
 SHARD = 40_000  # bytes: a tiny model has several shards then

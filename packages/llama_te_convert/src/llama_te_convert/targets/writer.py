@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..layout.row_ranges import Output
-from ..sources.safetensors_format import INDEX, SINGLE, header_bytes
+from ..sources.safetensors import INDEX, SINGLE, header_bytes
 from ..sources.tensor_source import CheckpointError
 
 RECORD = "conversion.json"

@@ -11,7 +11,7 @@ from llama_te_convert.layout.row_ranges import RowRange, Target, targets
 from llama_te_convert.sources import tensor_source
 from llama_te_convert.sources.tensor_source import CheckpointError, TensorInfo
 from llama_te_convert.sources.torch_tensors import as_bytes, as_tensor, info_of
-from llama_te_convert.targets.fp8_export import exact_scale, fp8_outputs, fp8_quantization_config, quantize
+from llama_te_convert.targets.fp8 import exact_scale, fp8_outputs, fp8_quantization_config, quantize
 
 FP8 = torch.float8_e4m3fn
 ALL_FP8 = torch.arange(256, dtype=torch.uint8).view(FP8)

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 
-from llama_te_convert.sources.pickle_source import INDEX, SINGLE, PickleSource
+from llama_te_convert.sources.torch_save import INDEX, SINGLE, PickleSource
 from llama_te_convert.sources.tensor_source import CheckpointError
 from llama_te_convert.sources.torch_tensors import info_of, read_tensor
 

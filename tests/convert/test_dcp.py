@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.layout.mapping import plan
-from llama_te_convert.sources.dcp_source import METADATA, DCPSource
+from llama_te_convert.sources.dcp import METADATA, DCPSource
 from llama_te_convert.sources.tensor_source import CheckpointError
 from llama_te_convert.sources.torch_tensors import info_of, read_tensor
 

@@ -33,9 +33,9 @@ from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.sources.tensor_source import Checkpoint, CheckpointError
 from llama_te_convert.sources.torch_tensors import as_bytes, info_of
 from llama_te_convert.verify import logits
-from llama_te_convert.verify import tensors as verification
+from llama_te_convert.verify import compare as verification
 from llama_te_convert.verify.logits import compare_logits
-from llama_te_convert.verify.tensors import TOLERANCES, ConfigDifference, compare
+from llama_te_convert.verify.compare import TOLERANCES, ConfigDifference, compare
 
 BITS = {2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .safetensors_format import read_index
+from .safetensors import read_index
 from .tensor_source import CheckpointError, TensorInfo, first_line
 from .torch_tensors import as_bytes, info_of
 

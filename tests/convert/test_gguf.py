@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llama_te_convert.sources.gguf_source import GGUFSource, gguf_config, save_gguf_tokenizer
+from llama_te_convert.sources.gguf import GGUFSource, gguf_config, save_gguf_tokenizer
 from llama_te_convert.sources.tensor_source import CheckpointError
 from llama_te_convert.sources.torch_tensors import read_tensor
 

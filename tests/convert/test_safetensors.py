@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llama_te_convert.sources.safetensors_format import (
+from llama_te_convert.sources.safetensors import (
     DTYPES,
     SafetensorsFile,
     SafetensorsFolder,

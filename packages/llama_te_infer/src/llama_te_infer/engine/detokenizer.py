@@ -1,26 +1,26 @@
-"""Text of a sequence while its tokens come in, one by one, and where a stop string ends it."""
+"""The text of a sequence whose tokens arrive one by one, and the stop string that appears in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what the first tokens of a character of several tokens are decoded to
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode the first tokens of a character to it
 
 
 class Detokenizer:
     """Turns tokens into text.
 
-    Only the last tokens are decoded again with each new one: from the start of the piece before the last one that was
-    readable, because some tokenizers write a token differently at the beginning of a text (without its space).
+    With each new token only the last tokens are decoded again. Decoding starts one readable piece early, because some
+    tokenizers write a token differently at the beginning of a text (without its space).
 
     Args:
         tokenizer: A tokenizer of transformers; with `None` the text is empty.
         stop: Strings that end the text.
 
     Attributes:
-        text: What is readable, up to a stop string.
-        stopped_by: The stop string that was found.
+        text: The readable text, up to a stop string.
+        stopped_by: The stop string that has appeared.
     """
 
     def __init__(self, tokenizer: Any | None = None, stop: Sequence[str] = ()) -> None:
@@ -28,12 +28,12 @@ class Detokenizer:
         self.text = ""
         self.stopped_by: str | None = None
         self._tokens: list[int] = []
-        self._piece = 0  # where the last readable piece begins
-        self._readable = 0  # and where it ends
-        self._given = 0  # characters that `take` has given out
+        self._piece = 0  # the index of the last readable piece's first token
+        self._readable = 0  # the index behind its last token
+        self._given = 0  # characters that `take` has returned
 
     def add(self, token: int, may_stop: bool = True) -> None:
-        """Take one token more, and look for stop strings that end with it, if the text may end."""
+        """Add one token. If the text may end, look for stop strings that end with it."""
         if self.tokenizer is None:
             return
         self._tokens.append(token)
@@ -43,13 +43,13 @@ class Detokenizer:
             self._append(text[len(known) :], may_stop)
 
     def end(self) -> None:
-        """The tokens are all there: characters that are not whole stay as they are decoded."""
+        """Complete the text: no tokens follow. Incomplete characters stay as the tokenizer decodes them."""
         if self.tokenizer is not None and self.stopped_by is None:
             self._append(self._decode(len(self._tokens))[len(self._decode(self._readable)) :], False)
             self._readable = len(self._tokens)
 
     def take(self, is_whole: bool) -> str:
-        """The text since the last call; what may be the beginning of a stop string only when the text is whole."""
+        """Return the text since the last call. Hold back a possible beginning of a stop string until the text is whole."""
         end = len(self.text) if is_whole else len(self.text) - self._beginning_of_stop()
         given, self._given = self._given, max(end, self._given)
         return self.text[given : self._given]
@@ -64,15 +64,15 @@ class Detokenizer:
         self.text += piece
         found = []
         for string in self.stop if may_stop else ():
-            place = self.text.find(string, max(0, before - len(string) + 1))
-            if place >= 0:
-                found.append((place, string))
+            start = self.text.find(string, max(0, before - len(string) + 1))
+            if start >= 0:
+                found.append((start, string))
         if found:
-            place, self.stopped_by = min(found, key=lambda pair: pair[0])
-            self.text = self.text[:place]
+            start, self.stopped_by = min(found, key=lambda pair: pair[0])
+            self.text = self.text[:start]
 
     def _beginning_of_stop(self) -> int:
-        """Characters at the text's end that a stop string begins with."""
+        """Return how many characters at the text's end are the beginning of a stop string."""
         longest = 0
         for string in self.stop:
             for count in range(min(len(string) - 1, len(self.text)), longest, -1):

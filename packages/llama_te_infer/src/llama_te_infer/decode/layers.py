@@ -1,0 +1,46 @@
+"""A decoding step by the model's own layers.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..kv_cache.engine_cache import EngineCache
+from .inputs import StepInputs
+
+
+class LayersDecode:
+    """A decoding step by the model's own forward pass. An implementation of `DecodeBackend`.
+
+    Args:
+        model: An `NVLlamaForCausalLM`.
+        cache: The engine's.
+    """
+
+    def __init__(self, model: Any, cache: EngineCache) -> None:
+        self.model, self.cache = model, cache
+
+    def __call__(self, inputs: StepInputs, rows: int) -> torch.Tensor:
+        """See `DecodeBackend`."""
+        assert inputs.page_table_RP is not None
+        # Quantized products take certain numbers of tokens. The model itself fills up packed tokens.
+        multiple = padded_multiple(self.model)
+        filled = -(-rows // multiple) * multiple
+        starts = inputs.lengths + [0] * (filled - rows)
+        self.cache.open_rows(inputs.page_table_RP, starts, [1] * filled)
+        output = self.model.model(input_ids=inputs.token_R[:filled, None], past_key_values=self.cache)
+        return self.model.lm_head(output.last_hidden_state[:rows, 0])
+
+    def advance(self, inputs: StepInputs, rows: int) -> None:
+        """See `DecodeBackend`."""
+        inputs.token_R[:rows] = self(inputs, rows).argmax(dim=-1)
+        inputs.count_step(rows)
+
+
+def padded_multiple(model: Any) -> int:
+    """Return the multiple that the number of a padded batch's tokens has to be; the model fills up packed tokens."""
+    return model.model.precision.token_multiple() if model.config.attn_input_format == "bshd" else 1

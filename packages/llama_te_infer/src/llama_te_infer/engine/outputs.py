@@ -1,0 +1,88 @@
+"""The outputs of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..runner.stopping import FinishReason
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities at one position of a text, under the model's unchanged logits.
+
+    Attributes:
+        logprob: Of the chosen token.
+        top: Of the most likely tokens, the most likely one first: pairs of a token id and its log-probability.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One text that continues a prompt.
+
+    Attributes:
+        index: Its number among the completions of the request; with beams 0 is the best.
+        token_ids: The tokens, with the token that ended the text.
+        text: The decoded tokens, without special and stop tokens, up to a stop string; empty without a tokenizer.
+        finish_reason: "stop" (an EOS or stop token, or a stop string), "length" (`max_tokens`), "cancelled", or "error"
+            (the request's callback raised).
+        stop_reason: The stop string or the token that ended the text.
+        logprobs: For each token, if `SamplingParams.logprobs` asks for them.
+        score: Of a beam: the sum of its log-probabilities over its length to the power of the length penalty.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The complete output of a request.
+
+    Attributes:
+        request_id: The id that `submit` returned.
+        prompt_token_ids: The prompt.
+        outputs: `n` completions.
+        prompt_logprobs: The log-probability of each token of the prompt given the tokens before it, `None` for the
+            first one, if `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
+        error: The exception that the request's callback raised.
+    """
+
+    request_id: int
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    prompt_logprobs: list[float | None] | None = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One more token of a completion, or its end.
+
+    Attributes:
+        request_id: The id that `submit` returned.
+        index: The completion's number.
+        token_id: The token; `None` if the completion ends without one ("cancelled", "error").
+        text: The text that became readable. It may lag behind the tokens: a character of several tokens comes with the
+            last of them, and the possible beginning of a stop string comes when it has turned out not to be one.
+        logprobs: Of this token, if the request asks for them.
+        finish_reason: Set on the last event of a completion.
+        stop_reason: See `Completion`.
+    """
+
+    request_id: int
+    index: int
+    token_id: int | None
+    text: str
+    logprobs: TokenLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None

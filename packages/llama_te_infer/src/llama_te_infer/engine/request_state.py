@@ -1,0 +1,115 @@
+"""A request in the engine: the texts, log-probabilities and scores of its sequences, and how they become outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from typing import Any
+
+from ..runner.beam_search import BeamHistory, Hypothesis
+from ..runner.sequence import Request, Sequence
+from ..runner.stopping import FinishReason
+from .detokenizer import Detokenizer
+from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+
+
+class RequestState:
+    """Follows the texts of a request.
+
+    Args:
+        request: The request.
+        tokenizer: A tokenizer of transformers; with `None` all texts are empty.
+        on_token: Called with each event.
+
+    Attributes:
+        history: Of beam search; `begin_search` starts it anew. The engine has read all results of the old one by then.
+        error: The exception that `on_token` raised.
+    """
+
+    def __init__(
+        self, request: Request, tokenizer: Any | None, on_token: Callable[[TokenEvent], None] | None = None
+    ) -> None:
+        self.request, self.on_token = request, on_token
+        self.history: BeamHistory | None = None
+        self.error: Exception | None = None
+        count = len(request.sequences)
+        self._detokenizers = [Detokenizer(tokenizer, request.stop.stop_strings) for _ in range(count)]
+        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+        self._scores: list[float | None] = [None] * count
+        self._prompt_logprobs: dict[int, float] = {}  # by position in the prompt
+
+    # --- what comes in ------------------------------------------------------------------------------------------------
+
+    def add_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Append a token to a sequence, and end the sequence if the stop rule says so."""
+        stop, detokenizer = self.request.stop, self._detokenizers[sequence.index]
+        sequence.tokens.append(token)
+        if logprobs is not None:
+            self._logprobs[sequence.index].append(logprobs)
+        written = len(sequence.tokens) - len(self.request.prompt)
+        if not stop.ends_with(token, written):  # the text does not include the token that ends it
+            detokenizer.add(token, stop.may_end(written))
+        ending = stop.ending(token, written, detokenizer.stopped_by)
+        if ending is not None:
+            self.end(sequence, *ending)
+
+    def end(self, sequence: Sequence, finish_reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End a sequence."""
+        sequence.finish_reason, sequence.stop_reason = finish_reason, stop_reason
+        self._detokenizers[sequence.index].end()
+
+    def add_prompt_logprobs(self, position: int, logprobs: Items[float]) -> None:
+        """Record log-probabilities of the prompt's tokens from a position on."""
+        self._prompt_logprobs.update(enumerate(logprobs, position))
+
+    def begin_search(self) -> None:
+        """Begin a beam search, for the first time or again after the request was preempted."""
+        params = self.request.params
+        self.history = BeamHistory(params.num_beams, self.request.stop, params.length_penalty, params.early_stopping)
+
+    def keep_best(self) -> list[tuple[Sequence, Hypothesis]]:
+        """Keep `n` sequences for the best results of the beam search; return both."""
+        assert self.history is not None
+        request = self.request
+        self.drop_beams()
+        best = list(zip(request.sequences, self.history.best(request.params.n), strict=True))
+        for sequence, hypothesis in best:
+            self._scores[sequence.index] = hypothesis.score
+        return best
+
+    def drop_beams(self) -> None:
+        """Keep only the sequences that become completions."""
+        del self.request.sequences[self.request.params.n :]
+
+    # --- what comes out -----------------------------------------------------------------------------------------------
+
+    def event(self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None = None) -> TokenEvent:
+        """Return the event of a sequence's new token, with the text since the last event."""
+        text = self._detokenizers[sequence.index].take(sequence.finish_reason is not None)
+        return TokenEvent(
+            self.request.id, sequence.index, token, text, logprobs, sequence.finish_reason, sequence.stop_reason
+        )
+
+    def output(self) -> RequestOutput:
+        """Return the output. All sequences have ended."""
+        request = self.request
+        completions = [self._completion(sequence) for sequence in request.sequences]
+        return RequestOutput(request.id, request.prompt, completions, self._all_prompt_logprobs(), self.error)
+
+    def _completion(self, sequence: Sequence) -> Completion:
+        assert sequence.finish_reason is not None
+        return Completion(
+            sequence.index,
+            sequence.written,
+            self._detokenizers[sequence.index].text,
+            sequence.finish_reason,
+            sequence.stop_reason,
+            self._logprobs[sequence.index] if self.request.params.logprobs is not None else None,
+            self._scores[sequence.index],
+        )
+
+    def _all_prompt_logprobs(self) -> list[float | None] | None:
+        prompt = self.request.prompt
+        if not self.request.params.prompt_logprobs or len(self._prompt_logprobs) < len(prompt) - 1:
+            return None
+        return [None, *(self._prompt_logprobs[position] for position in range(1, len(prompt)))]

@@ -1,0 +1,76 @@
+"""The memory for keys and values: what contiguous and paged storage have in common.
+
+Shapes: B rows of the batch, T new tokens, L keys per row, K key/value heads, D size of a head, P pages per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class KVStorage(Protocol):
+    """Memory for the keys and values of all layers.
+
+    Attributes:
+        cache: Keys and values of each allocated layer, by the layer's number.
+        page_table: int32 [rows, P]; `None` for contiguous storage.
+    """
+
+    cache: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def page_table(self) -> torch.Tensor | None:
+        """See the class."""
+        ...
+
+    def allocate_memory(self, layer_number: int) -> None:
+        """Allocate the tensors of a layer."""
+        ...
+
+    def slots(self, row_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
+        """Return the slot mapping: the index of each token in a layer's flattened memory."""
+        ...
+
+    def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first rows' keys and values as [B, L, K, D] with L ≥ `keys`."""
+        ...
+
+
+class CacheManager(KVStorage, Protocol):
+    """Storage that also decides which memory each row uses."""
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        ...
+
+    def assign_rows(self, sources: Sequence[int | None], starts: Sequence[int], lengths: Sequence[int]) -> None:
+        """Give rows room for `lengths` tokens; row i continues the first `starts[i]` tokens of row `sources[i]`."""
+        ...
+
+    def reorder(self, source_rows: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Let row i continue row `source_rows[i]`, in all layers; both have `lengths[i]` tokens."""
+        ...
+
+
+def allocate(
+    shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate keys of a shape [..., K, D] and their values."""
+    # Zeros, not empty: attention multiplies the memory behind a row's tokens by 0, and 0 times NaN is NaN.
+    return (
+        torch.zeros(shape, dtype=dtype, device=device),
+        torch.zeros((*shape[:-1], head_dim_v), dtype=dtype, device=device),
+    )
+
+
+def tensors_of(cache: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the keys and values of all layers in one list."""
+    return [tensor for tensors in cache.values() for tensor in tensors]
+
+
+def default_device() -> torch.device:
+    """Return the current GPU, or the CPU of a machine without one."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,91 @@
+"""Greedy sampling: `torch.ops.llama_te.greedy`.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .checks import address_of, check_aligned, check_tensor, name_of, shape_of, strides_of, vector_elements
+from .library import cuda_function, launch_arguments, register
+
+
+def greedy(
+    logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
+) -> None:
+    """Take each row's likeliest token, the lowest of equal ones, and count it. NaN is less likely than all numbers.
+
+    Args:
+        logits: [B, V]; on a GPU bfloat16, V and the rows' stride a multiple of 8.
+        tokens: int64 [B]; gets the tokens.
+        lengths: int32 [B]; 1 is added to every length but 0: rows that only fill up a batch have no tokens.
+        best: int64 [B], zeros before and after the call. Calls that may run at the same time need one each.
+        tickets: int32 [B], semaphores: zeros before and after the call. Calls that may run at the same time need some
+            each.
+
+    Raises:
+        ValueError: An argument does not fit.
+        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+    """
+    torch.ops.llama_te.greedy(logits, tokens, lengths, best, tickets)
+
+
+def _greedy_cuda(
+    logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
+) -> None:
+    _check(logits, tokens, lengths, best, tickets)
+    rows, vocabulary = logits.shape
+    stride, elements = strides_of(logits)[0], vector_elements(torch.bfloat16)
+    if logits.dtype != torch.bfloat16 or vocabulary % elements or stride % elements:
+        raise ValueError(
+            f"logits is {name_of(logits.dtype)} {shape_of(logits)} with the strides {logits.stride()}: on a GPU "
+            f"allowed are bfloat16, and V and the rows' stride multiples of {elements}."
+        )
+    check_aligned(logits=logits)
+    if rows == 0:
+        return
+    cuda_function("greedy_cuda")(
+        **launch_arguments(logits),
+        logits=logits.data_ptr(),
+        row_stride=stride * logits.itemsize,
+        rows=rows,
+        vocabulary=vocabulary,
+        tokens=tokens.data_ptr(),
+        lengths=address_of(lengths),
+        best=best.data_ptr(),
+        tickets=tickets.data_ptr(),
+    )
+
+
+def _greedy_cpu(
+    logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
+) -> None:
+    _check(logits, tokens, lengths, best, tickets)
+    # PyTorch's argmax takes NaN, which is equal to nothing, for the greatest.
+    likeliest_B1 = logits.masked_fill(logits.isnan(), -torch.inf).amax(1, keepdim=True)
+    tokens.copy_((logits == likeliest_B1).byte().argmax(1))
+    if lengths is not None:
+        lengths.add_(lengths > 0)
+
+
+register(
+    "greedy(Tensor logits, Tensor(a!) tokens, Tensor(b!)? lengths, Tensor(c!) best, Tensor(d!) tickets) -> ()",
+    cpu=_greedy_cpu,
+    cuda=_greedy_cuda,
+)
+
+
+def _check(
+    logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
+) -> None:
+    device = logits.device
+    check_tensor("logits", logits, logits.dtype, device, (None, None), "[B, V]")
+    rows, vocabulary = logits.shape
+    if vocabulary == 0:
+        raise ValueError(f"logits has the shape {shape_of(logits)}: there must be a token to take.")
+    check_tensor("tokens", tokens, torch.int64, device, (rows,), "[B]")
+    if lengths is not None:
+        check_tensor("lengths", lengths, torch.int32, device, (rows,), "[B]")
+    check_tensor("best", best, torch.int64, device, (rows,), "[B]")
+    check_tensor("tickets", tickets, torch.int32, device, (rows,), "[B]")

@@ -1,0 +1,195 @@
+"""The compiled extension: whether it is available, its limits, and how an operator is registered and launched.
+
+The operators `torch.ops.llama_te.*` take CPU and CUDA tensors. On a GPU they allocate no memory, do not wait for the
+GPU, and read everything that changes from step to step from device memory, so CUDA graphs can capture them.
+
+Before a launch an operator checks shapes, dtypes, strides and addresses. It checks values in device memory (positions,
+page tables, row numbers) for CPU tensors, and for CUDA tensors only with LLAMA_TE_CHECK=1 in the environment, because
+that copies them to the host.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+_REINSTALL = "reinstall llama-te-infer where nvcc is on PATH (`python -m llama_te_infer.info` shows how it was built)."
+
+
+class Limits(NamedTuple):
+    """Sizes and types that the kernels take, as compiled into the extension.
+
+    Attributes:
+        vector_bytes: Addresses and strides are multiples of this many bytes.
+        element_types: The codes of the cache's dtypes.
+        weight_types: The codes of the dtypes of `linear`'s weights.
+        head_dim_multiple: `append_rope` takes heads of a multiple of this size.
+        max_head_dim: The largest head of `append_rope`.
+        max_reorder_rows: Rows of one reorder.
+        max_reorder_caches: Caches of one reorder.
+        decode_element_types: The dtypes that `decode_attention` takes.
+        decode_head_dims: The head sizes that `decode_attention` takes.
+        decode_tile_keys: Keys of one tile of `decode_attention`. A page holds whole tiles.
+        max_decode_rows: Rows of one `decode_attention`.
+        max_decode_group: Query heads per key/value head of `decode_attention`.
+        max_decode_kv_heads: Key/value heads of `decode_attention`.
+        max_linear_rows: Rows of one `linear`.
+        max_linear_products: Products of one `linear_chain`.
+        linear_row_bytes_multiple: A row of `linear`'s weight has a multiple of this many bytes.
+        linear_out_features_multiple: `linear`'s weight has a multiple of this many rows.
+    """
+
+    vector_bytes: int
+    element_types: dict[torch.dtype, int]
+    weight_types: dict[torch.dtype, int]
+    head_dim_multiple: int
+    max_head_dim: int
+    max_reorder_rows: int
+    max_reorder_caches: int
+    decode_element_types: tuple[torch.dtype, ...]
+    decode_head_dims: tuple[int, ...]
+    decode_tile_keys: int
+    max_decode_rows: int
+    max_decode_group: int
+    max_decode_kv_heads: int
+    max_linear_rows: int
+    max_linear_products: int
+    linear_row_bytes_multiple: int
+    linear_out_features_multiple: int
+
+
+# --- the extension ---------------------------------------------------------------------------------------------------
+
+
+def extension() -> ModuleType:
+    """Return the compiled extension.
+
+    Raises:
+        RuntimeError: The extension is missing.
+    """
+    try:
+        from .. import _extension
+    except ImportError as error:
+        raise RuntimeError(
+            f"llama_te_infer's compiled extension does not import ({error}): install the package with pip, which "
+            "builds it, instead of using its source folder."
+        ) from error
+    return _extension
+
+
+@functools.cache
+def limits() -> Limits:
+    """Return the limits of the kernels. A build without CUDA has the same limits.
+
+    Raises:
+        RuntimeError: The extension is missing.
+    """
+    values: dict[str, Any] = extension().limits()
+    for name in ("element_types", "weight_types"):
+        values[name] = {getattr(torch, dtype): code for dtype, code in values[name].items()}
+    values["decode_element_types"] = tuple(getattr(torch, dtype) for dtype in values["decode_element_types"])
+    values["decode_head_dims"] = tuple(values["decode_head_dims"])
+    return Limits(**values)
+
+
+@functools.cache
+def available(device_type: str) -> bool:
+    """Whether the extension imports and has kernels for "cpu" tensors, or for "cuda" tensors on the current GPU.
+
+    Warns once where torch sees a GPU but the extension was built without CUDA.
+    """
+    try:
+        compiled = extension()
+    except RuntimeError:
+        return False
+    if device_type == "cpu":
+        return True
+    if device_type != "cuda":
+        return False
+    if compiled.build_info()["cuda"] is None and torch.cuda.is_available():
+        warnings.warn(
+            "torch sees a CUDA GPU, but llama_te_infer's extension was built without CUDA, so generation is slow: "
+            f"{_REINSTALL}",
+            stacklevel=3,
+        )
+    return compiled.cuda_problem() is None
+
+
+def cuda_function(name: str) -> Callable[..., Any]:
+    """Return a function that only an extension built with CUDA has.
+
+    Raises:
+        RuntimeError: The extension is missing, or was built without CUDA.
+    """
+    function: Callable[..., Any] | None = getattr(extension(), name, None)
+    if function is None:
+        raise RuntimeError(
+            f"llama_te_infer's extension was built without CUDA, so its operators take CPU tensors only: {_REINSTALL}"
+        )
+    return function
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None]) -> None:
+    """Register an operator of `torch.ops.llama_te` that writes to its arguments and returns nothing.
+
+    Args:
+        schema: As of `torch.library.define`, with the operator's name in front.
+        cpu: Implementation for CPU tensors.
+        cuda: Implementation for CUDA tensors.
+    """
+    operator, parameters = schema.split("(", 1)
+    name = f"llama_te::{operator}"
+    torch.library.define(name, f"({parameters}")
+    torch.library.impl(name, "cpu", cpu)
+    torch.library.impl(name, "cuda", cuda)
+    torch.library.register_fake(name, _fake)
+
+
+def _fake(*arguments: Any) -> None:
+    """Return nothing, as the operators do; the tensors that an operator writes keep their shapes."""
+
+
+def launch_arguments(tensor: torch.Tensor) -> dict[str, int]:
+    """Return the device and the stream on which a kernel for this tensor runs."""
+    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+
+
+# --- LLAMA_TE_CHECK --------------------------------------------------------------------------------------------------
+
+
+def checks_values() -> bool:
+    """Whether LLAMA_TE_CHECK asks to check the values of CUDA tensors. Warns and returns False during a capture."""
+    if os.environ.get("LLAMA_TE_CHECK", "0") in ("", "0"):
+        return False
+    if torch.cuda.is_current_stream_capturing():
+        warnings.warn("LLAMA_TE_CHECK: values are not checked while a CUDA graph is captured.", stacklevel=3)
+        return False
+    return True
+
+
+def check_on_host(
+    check: Callable[..., None], arguments: dict[str, Any], page_table: torch.Tensor | None, **arrays: torch.Tensor
+) -> None:
+    """Run the CPU's check on host copies of device arrays. This waits for the GPU.
+
+    Args:
+        check: A function of the extension that raises `ValueError`.
+        arguments: What the kernel takes.
+        page_table: Copied to the host, like `arrays`.
+        arrays: Tensors whose addresses are in `arguments` under the same names.
+    """
+    copies = {name: array.cpu() for name, array in arrays.items()}
+    replaced: dict[str, Any] = {name: copy.data_ptr() for name, copy in copies.items()}
+    if page_table is not None:
+        table = page_table.cpu().contiguous()
+        replaced["page_table"] = (table.data_ptr(), table.stride(0) * table.itemsize)
+    check(**(arguments | replaced))

@@ -1,0 +1,127 @@
+"""The results of a step, and their way from the device to the host.
+
+Shapes: B rows, K most likely tokens, G searches, C candidates, T tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ..transfers import to_host
+from .beam_search import BeamStep
+from .sequence import Request, Sequence
+
+PromptLogprobs = tuple[Request, int, torch.Tensor]
+"""A request, a position in its prompt, and float32 [T]: the log-probabilities of the tokens from there on."""
+
+
+class Search(NamedTuple):
+    """A beam search that takes part in a step.
+
+    Attributes:
+        request: The search's request.
+        rows: Its beams' rows.
+        length: Tokens of each beam in the cache after the step.
+        is_new: Whether the step has just read its prompt.
+    """
+
+    request: Request
+    rows: list[int]
+    length: int
+    is_new: bool
+
+
+class BeamResult(NamedTuple):
+    """The result of a step for one search.
+
+    Attributes:
+        request: The search's request.
+        length: Tokens of each beam in the cache; the beam kept them of its source.
+        sources: The beam that each beam continues.
+        candidate_tokens: See `BeamHistory.add`.
+        candidate_sources: See there.
+        candidate_scores: See there.
+    """
+
+    request: Request
+    length: int
+    sources: list[int]
+    candidate_tokens: list[int]
+    candidate_sources: list[int]
+    candidate_scores: list[float]
+
+
+class StepResult(NamedTuple):
+    """The tokens that a step chose.
+
+    Attributes:
+        tokens: The next token of each sequence that is not a beam.
+        logprobs: Of these tokens; `None` if no row asked for log-probabilities.
+        top: Of the most likely tokens at these positions, pairs of a token and its log-probability.
+        beams: The result for each search.
+        prompt_logprobs: A request, a position in its prompt, and the log-probabilities of the tokens from there on.
+    """
+
+    tokens: list[tuple[Sequence, int]]
+    logprobs: list[float] | None
+    top: list[list[tuple[int, float]]] | None
+    beams: list[BeamResult]
+    prompt_logprobs: list[tuple[Request, int, list[float]]]
+
+
+@dataclass
+class Pending:
+    """A launched step. The device copies its results to the host while it computes.
+
+    Attributes:
+        sequences: The sequences that are not beams, with their rows.
+    """
+
+    sequences: list[tuple[int, Sequence]]
+    token_B: torch.Tensor | None = None
+    logprob_B: torch.Tensor | None = None
+    top_logprob_BK: torch.Tensor | None = None
+    top_token_BK: torch.Tensor | None = None
+    searches: list[tuple[list[Search], BeamStep]] = field(default_factory=list)
+    prompts: list[PromptLogprobs] = field(default_factory=list)
+    arrived: torch.cuda.Event | None = None
+
+    def send_back(self) -> None:
+        """Start the copies to a GPU's host."""
+        for name in ("token_B", "logprob_B", "top_logprob_BK", "top_token_BK"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else to_host(tensor))
+        self.searches = [(searches, BeamStep(*map(to_host, step))) for searches, step in self.searches]
+        self.prompts = [(request, position, to_host(logprob_T)) for request, position, logprob_T in self.prompts]
+        self.arrived = torch.cuda.Event()
+        self.arrived.record()
+
+    def result(self) -> StepResult:
+        """Wait until the device has computed the step, and read its results."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        rows = [row for row, _ in self.sequences]
+        tokens = [] if self.token_B is None else self.token_B.tolist()
+        logprobs = None if self.logprob_B is None else self.logprob_B.tolist()
+        top = None
+        if self.top_token_BK is not None and self.top_logprob_BK is not None:
+            pairs = zip(self.top_token_BK.tolist(), self.top_logprob_BK.tolist(), strict=True)
+            top = [list(zip(*pair, strict=True)) for pair in pairs]
+        return StepResult(
+            tokens=[(sequence, tokens[row]) for row, sequence in self.sequences],
+            logprobs=None if logprobs is None else [logprobs[row] for row in rows],
+            top=None if top is None else [top[row] for row in rows],
+            beams=[result for searches, step in self.searches for result in _beam_results(searches, step)],
+            prompt_logprobs=[(request, position, logprob_T.tolist()) for request, position, logprob_T in self.prompts],
+        )
+
+
+def _beam_results(searches: list[Search], step: BeamStep) -> list[BeamResult]:
+    lists = (step.source_GB, step.candidate_token_GC, step.candidate_source_GC, step.candidate_score_GC)
+    columns = zip(*(tensor.tolist() for tensor in lists), strict=True)
+    return [
+        BeamResult(search.request, search.length, *column) for search, column in zip(searches, columns, strict=True)
+    ]

@@ -1,0 +1,86 @@
+"""The one rule that decides when a text ends, for texts and for beams."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ..sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class Ending(NamedTuple):
+    """Why a text has ended.
+
+    Attributes:
+        finish_reason: See `Completion`.
+        stop_reason: See `Completion`.
+    """
+
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a text ends: with an end token, where a stop string appears, or at `max_tokens` tokens.
+
+    Before a text has `min_tokens` tokens, neither a token nor a string ends it. The sampler and the selection of beams
+    therefore give end tokens no probability while `may_end` of the tokens written so far is false. Every count is a
+    count of tokens behind the prompt.
+
+    Attributes:
+        end_tokens: EOS and stop tokens, each once.
+        stop_strings: Strings that end a text.
+        min_tokens: Tokens before the text may end.
+        max_tokens: Most tokens.
+    """
+
+    end_tokens: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+    min_tokens: int
+    max_tokens: int
+
+    @classmethod
+    def of(cls, params: SamplingParams, eos_token_ids: Sequence[int]) -> StopRule:
+        """Return the rule of a request.
+
+        Args:
+            params: The request's parameters.
+            eos_token_ids: The model's EOS tokens.
+        """
+        tokens = dict.fromkeys([*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
+        return cls(tuple(tokens), tuple(params.stop), params.min_tokens, params.max_tokens)
+
+    @property
+    def forbids_end_tokens(self) -> bool:
+        """Whether some end token has no probability at first."""
+        return self.min_tokens > 0 and len(self.end_tokens) > 0
+
+    def may_end(self, written: int) -> bool:
+        """Return whether a token or a string may end a text of `written` tokens."""
+        return written >= self.min_tokens
+
+    def is_complete(self, written: int) -> bool:
+        """Return whether a text of `written` tokens gets no more tokens."""
+        return written >= self.max_tokens
+
+    def ends_with(self, token: int, written: int) -> bool:
+        """Return whether a text of `written` tokens ends with its last token."""
+        return token in self.end_tokens and self.may_end(written)
+
+    def ending(self, token: int, written: int, stop_string: str | None) -> Ending | None:
+        """Return why a text ends; `None` if it continues.
+
+        Args:
+            token: Its last token.
+            written: Its tokens, the last one included.
+            stop_string: The stop string that has appeared in it.
+        """
+        if self.ends_with(token, written):
+            return Ending("stop", token)
+        if stop_string is not None:
+            return Ending("stop", stop_string)
+        return Ending("length") if self.is_complete(written) else None
