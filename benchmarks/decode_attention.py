@@ -1,8 +1,8 @@
 """Time decode attention on a GPU, against the copy bandwidth and against `append_rope` with PyTorch's attention.
 
 Every figure is the median over replays of a CUDA graph of many launches. The launches use enough caches in turn that
-the L2 cache never holds the next one. "of copy" is the rate of reading keys and values, as a share of the rate of a large
-copy.
+the L2 cache never holds the next one. "of copy" is the rate of reading keys and values, as a share of the rate of a
+large copy.
 """
 
 from __future__ import annotations
