@@ -190,9 +190,10 @@ def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
 
 def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:
     """Log-probabilities [W, S - 1] from steps of one token for all windows, by what an engine decodes with here."""
-    from llama_te_infer.decode.fused import FusedDecode, takes_fused_decode
+    from llama_te_infer.decode.backend import select_backend
+    from llama_te_infer.decode.layers import LayersDecode
     from llama_te_infer.kv_cache.engine_cache import EngineCache
-    from llama_te_infer.runner.model_runner import DecodeState, ModelDecode
+    from llama_te_infer.runner.state import DecodeState
 
     windows, tokens = ids_WS.shape
     pages = -(-tokens // PAGE_SIZE)
@@ -202,14 +203,13 @@ def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor
     state = DecodeState(windows, cache, model.lm_head.out_features)
     state.page_table_RP[:windows] = torch.arange(windows * pages, device=ids_WS.device).view(windows, pages)
     state.lengths = [0] * windows
-    is_fused = takes_fused_decode(model, windows, PAGE_SIZE)
-    decode = FusedDecode(model, cache, windows) if is_fused else ModelDecode(model, cache)
+    decode = select_backend(model, cache, windows)[0] or LayersDecode(model, cache)
     columns = []
     for step in tqdm(range(tokens - 1), desc=title, delay=2, leave=False, disable=None):
         state.token_R[:windows] = ids_WS[:, step]
         logits_WV = decode(state, windows)
         columns.append(logits_WV.float().log_softmax(-1).gather(1, ids_WS[:, step + 1, None])[:, 0])
-        state.length_R[:windows] += 1
+        state.count_step(windows)
         state.lengths = [step + 1] * windows
     return torch.stack(columns, dim=1)
 

@@ -15,7 +15,7 @@ from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import inference_params_for
-from llama_te_infer.decode import backend as batch_decode
+from llama_te_infer.decode import backend
 from llama_te_infer.decode.fused import FusedDecode
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
@@ -167,7 +167,7 @@ def test_memory_is_freed_without_the_garbage_collector(make_llama):
 def test_a_model_that_the_kernels_do_not_take(calls, make_llama):
     """Float16 goes through the layers, with one warning; where kernels are asked for, it is an error."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half())
-    batch_decode._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"by the model's layers, since there are no kernels for this model \(float16"):
         ids = generate(model, prompts(3))
     assert ids.shape[1] == COLUMNS + NEW and calls.steps == 0

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformer_engine.common.recipe import Float8CurrentScaling
 
 from gpu.small_llama import MODEL
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_infer import Engine, SamplingParams
+from llama_te_core.lora import on_weights
+from llama_te_infer import Engine, SamplingParams, inference_params_for
+from llama_te_infer.decode import backend
 from llama_te_infer.decode.fused import FusedDecode
-from llama_te_infer.runner.model_runner import ModelDecode
+from llama_te_infer.decode.layers import LayersDecode
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 40
@@ -160,8 +163,8 @@ def test_many_requests_come_and_go(make_llama: Any) -> None:
     for output, asked in zip(outputs, params, strict=True):
         assert len(output.outputs) == asked.n
         assert all(len(completion.token_ids) == asked.max_tokens for completion in output.outputs)
-    pages = engine.scheduler.pages
-    assert not engine.has_unfinished and pages.pool.used == len(pages.remembered)
+    blocks = engine.scheduler.blocks
+    assert not engine.has_unfinished and blocks.pool.used == len(blocks.prefixes.remembered)
 
 
 def test_two_engines_at_once(make_llama: Any) -> None:
@@ -198,7 +201,121 @@ def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
     """Float16 goes through the model itself."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half()).eval()
     engine = Engine(model, max_batch_size=3, max_sequence_length=128)
-    assert isinstance(engine._runner.decode, ModelDecode)
+    assert isinstance(engine._runner.decode, LayersDecode)
     outputs = engine.generate(prompts(5), SamplingParams(max_tokens=8, temperature=0))
     assert all(len(output.outputs[0].token_ids) == 8 for output in outputs)
     assert MODEL["vocab_size"] > max(token for output in outputs for token in output.outputs[0].token_ids)
+
+
+# --- models that have more than the kernels compute -------------------------------------------------------------------
+
+
+def hook(model: NVLlamaForCausalLM) -> str:
+    model.model.layers[3].register_forward_hook(lambda module, args, output: -output)
+    return "model.layers.3 has hooks or a forward pass of its own"
+
+
+def replaced_forward(model: NVLlamaForCausalLM) -> str:
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: -forward(hidden)
+    return "model.norm has hooks or a forward pass of its own"
+
+
+def adapter(model: NVLlamaForCausalLM) -> str:
+    adapted = get_peft_model(model, on_weights(LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    adapted.eval()
+    return "the model has parameters of its own kind, such as model.layers.0"
+
+
+class Gate(torch.nn.Module):
+    """The final norm, with a parameter more."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.norm = norm
+        gate_E = torch.linspace(-1, 1, len(norm.weight), device=norm.weight.device, dtype=norm.weight.dtype)
+        self.gate = torch.nn.Parameter(gate_E)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden) * self.gate
+
+
+def more_parameters(model: NVLlamaForCausalLM) -> str:
+    model.model.norm = Gate(model.model.norm)
+    return "the model has parameters of its own kind, such as model.norm.gate"
+
+
+def shortfall(model: NVLlamaForCausalLM, prompt: list[int], token_ids: list[int]) -> float:
+    """By how much the whole run prefers another token, at worst, in units of the logits' spread."""
+    text = torch.tensor([prompt + token_ids], device="cuda")
+    with torch.no_grad():
+        logits_SV = model(input_ids=text, use_cache=False).logits[0, -len(token_ids) - 1 : -1].float()
+    chosen_S = logits_SV.gather(1, text[0, -len(token_ids) :, None])[:, 0]
+    return float(((logits_SV.amax(-1) - chosen_S) / logits_SV.std(-1)).max())
+
+
+@pytest.mark.parametrize("change", [hook, replaced_forward, adapter, more_parameters])
+def test_a_changed_model_is_computed_as_generate_computes_it(
+    change: Callable[[NVLlamaForCausalLM], str], make_llama: Any, measured: Any
+) -> None:
+    """The kernels compute the clean model. The next request after the change takes the layers, with one warning."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    params = SamplingParams(max_tokens=NEW, temperature=0)
+    (prompt,) = prompts(1)
+    engine = Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16, prefix_caching=False)
+    fused = Engine(model, max_sequence_length=256, decode_implementation="fused", prefix_caching=False)
+    assert isinstance(engine._runner.decode, FusedDecode)
+    clean = engine.generate([prompt], params)[0].outputs[0].token_ids
+    measured("shortfall of the clean model's tokens", shortfall(model, prompt, clean), 0.1)
+
+    reason = change(model)
+    backend._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"by the model's layers, since {reason}"):
+        changed = engine.generate([prompt], params)[0].outputs[0].token_ids
+    assert isinstance(engine._runner.decode, LayersDecode)
+    measured("shortfall of the changed model's tokens", shortfall(model, prompt, changed), 0.1)
+    assert shortfall(model, prompt, clean) > 1, "the change shows in the text"
+    cache = inference_params_for(model, batch_size=1, max_length=256)
+    ids = model.generate(
+        torch.tensor([prompt], device="cuda"),
+        max_new_tokens=NEW,
+        do_sample=False,
+        eos_token_id=None,
+        past_key_values=cache,
+    )
+    measured("shortfall of generate's tokens", shortfall(model, prompt, ids[0, len(prompt) :].tolist()), 0.1)
+    with pytest.raises(RuntimeError, match=f"decode_implementation='fused', but {reason}"):
+        fused.generate([prompt], params)
+
+
+def test_a_hook_sees_every_decoding_step_and_its_removal_brings_the_kernels_back(make_llama: Any) -> None:
+    """Running requests change over from graphs to layers and back: both use the same rows and pages."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    params = SamplingParams(max_tokens=NEW, temperature=0)
+    engine = Engine(model, max_batch_size=8, max_sequence_length=256, page_size=16, prefix_caching=False)
+    fused = engine._runner.decode
+    expected = [output.outputs[0].token_ids for output in engine.generate(prompts(2), params)]
+    ids = [engine.submit(prompts(2)[0], params)]
+    for _ in range(5):
+        engine.step()
+    seen: list[int] = []
+    handle = model.model.layers[0].register_forward_hook(lambda *arguments: seen.append(1))
+    ids.append(engine.submit(prompts(2)[1], params))
+    backend._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="model.layers.0 has hooks"):
+        outputs = engine.step()
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert len(seen) >= NEW
+    by_id = {output.request_id: output.outputs[0].token_ids for output in outputs}
+    assert all(len(by_id[request_id]) == NEW for request_id in ids)
+    handle.remove()
+    found = [output.outputs[0].token_ids for output in engine.generate(prompts(2), params)]
+    assert engine._runner.decode is not fused and isinstance(engine._runner.decode, FusedDecode)
+    assert found == expected

@@ -27,7 +27,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whether kernels compute steps of one token; else, whether they rotate and store, or TE and plain PyTorch do."""
     assert library.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
     if request.param != "fused steps":
-        monkeypatch.setattr("llama_te_infer.generate.inference_params.choose_decode", lambda *arguments: None)
+        monkeypatch.setattr("llama_te_infer.generate.inference_params.select_backend", lambda *arguments: (None, ""))
     if request.param == "TE's own":
         monkeypatch.setattr(library, "available", lambda device_type: False)
     return str(request.param)
@@ -62,7 +62,7 @@ def test_greedy(attn_input_format, is_paged, left_padded, kernels, make_llama, m
     with torch.no_grad():
         assert cache.fuses_rope == (kernels != "TE's own")
     ids = te.generate(**inputs, max_new_tokens=NEW, do_sample=False, past_key_values=cache)
-    assert (cache._decode is not None) == (kernels == "fused steps")
+    assert (cache._fused is not None) == (kernels == "fused steps")
     assert ids.shape[1] == 20 + NEW
     assert list(cache.sequences.values()) == [int(n) + NEW - 1 for n in inputs["attention_mask"].sum(1)]
     # Not the tokens themselves: two bfloat16 runs part for good where two tokens are almost equally likely.

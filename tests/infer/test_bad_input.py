@@ -1,4 +1,4 @@
-"""What does not fit a cache is refused, with a message that says what to do, before anything is written."""
+"""A cache refuses input that does not fit, with a message that says what to do, before it writes anything."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`generate` with steps of one token by the engine's kernels, on the CPU, where these are PyTorch.
+"""`generate` with fused steps of one token, on the CPU, where the kernels are PyTorch operations.
 
-There they take float32 too, if they are told so: in float32 the text must be that of transformers, token for token.
+A fixture lets them take float32 too: in float32 the text must be equal to transformers' text, token for token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from core.fake_transformer_engine import FakeTransformerEngine
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core.layers.reference import ReferenceLayer
 from llama_te_infer import InferenceParams, inference_params_for
-from llama_te_infer.decode import backend as batch_decode
+from llama_te_infer.decode import backend
 from llama_te_infer.decode.backend import decode_problem, select_backend
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.ops import library
@@ -32,7 +32,7 @@ LAYOUTS = pytest.mark.parametrize(
 )
 
 
-SIZES = {  # that there are kernels for
+SIZES = {  # for which there are kernels
     "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -44,7 +44,7 @@ SIZES = {  # that there are kernels for
 
 @pytest.fixture
 def hf(tiny_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return tiny_llama(**SIZES, initializer_range=0.2)  # which writes texts with few repetitions
+    return tiny_llama(**SIZES, initializer_range=0.2)  # its texts have few repetitions
 
 
 @pytest.fixture
@@ -61,9 +61,9 @@ def te(hf: PreTrainedModel, attn_input_format: str) -> PreTrainedModel:
 
 @pytest.fixture
 def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the kernels compute whatever model there is."""
+    """The kernels take any model."""
     assert library.available("cpu"), "the extension is not built: install the package"
-    monkeypatch.setattr(batch_decode, "takes_fused_decode", lambda *arguments: True)
+    monkeypatch.setattr(backend, "takes_fused_decode", lambda *arguments: True)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], cache: Any
     return model.generate(**options, **({} if cache is None else {"past_key_values": cache}))
 
 
-# --- what it computes -------------------------------------------------------------------------------------------------
+# --- texts and logits -------------------------------------------------------------------------------------------------
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -125,7 +125,7 @@ def test_texts_and_logits_are_those_of_transformers(
     torch.manual_seed(5)
     expected = generate(hf, inputs, **options)
     counts = {name: options[name] for name in ("num_beams", "num_return_sequences") if name in options}
-    cache = cache_for(te, rows + 2, is_paged, **counts)  # rows that stay empty
+    cache = cache_for(te, rows + 2, is_paged, **counts)  # two rows stay empty
     torch.manual_seed(5)
     result = generate(te, inputs, cache, **options)
     assert result.sequences.tolist() == expected.sequences.tolist()
@@ -233,7 +233,7 @@ def test_bfloat16_logits(
     assert distance(fused) < 1.1 * distance(layers) < 0.02
 
 
-# --- what it leaves to the layers ----------------------------------------------------------------------------------
+# --- steps by the layers ----------------------------------------------------------------------------------
 
 
 def test_layers_compute_what_is_more_than_logits(te: PreTrainedModel, any_dtype: None, calls: Calls) -> None:
@@ -291,7 +291,7 @@ def test_automatic_choice_on_a_cpu_is_the_layers(te: PreTrainedModel, any_dtype:
 
 
 def test_automatic_choice_on_a_gpu_warns_once_where_it_is_the_layers(te: PreTrainedModel) -> None:
-    batch_decode._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
     cache = cache_for(te, 2, decode_implementation="auto")
     cache.device = torch.device("cuda")  # which is asked first; then float32 decides
     with pytest.warns(UserWarning, match="one token are computed by the model's layers, since there are no kernels"):
@@ -299,7 +299,7 @@ def test_automatic_choice_on_a_gpu_warns_once_where_it_is_the_layers(te: PreTrai
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert select_backend(te, cache, 2)[0] is None
-    batch_decode._warn_once.cache_clear()
+    backend._warn_once.cache_clear()
 
 
 def test_unknown_implementation(te: PreTrainedModel) -> None:

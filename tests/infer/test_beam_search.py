@@ -1,6 +1,6 @@
-"""Beam search in two parts finds what transformers' finds, with the same scores.
+"""Beam search in two parts finds the same sequences and scores as transformers.
 
-Shapes: G groups (prompts), B beams, V vocabulary, E tokens that end a sequence, C candidates.
+Shapes: G groups (prompts), B beams, V vocabulary, E end tokens, C candidates.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def transformers_finds(model: PreTrainedModel, search: Search, **options: Any) -
         **options,
     )
     written = output.sequences[:, len(search.prompt) :].tolist()
-    lengths = (output.beam_indices >= 0).sum(dim=1).tolist()  # what is behind an end is padding
+    lengths = (output.beam_indices >= 0).sum(dim=1).tolist()  # padding follows an end
     return [
         Hypothesis(tuple(tokens[:length]), score)
         for tokens, length, score in zip(written, lengths, output.sequences_scores.tolist(), strict=True)
@@ -268,7 +268,7 @@ def test_a_history_by_hand() -> None:
     # An end behind the first two candidates does not count.
     history.add([5, 6, 9, 9], [1, 0, 0, 1], [-3.25, -3.5, -3.75, -5.0])
     assert history.best(2) == [Hypothesis((9,), -2.0)] and not history.done
-    # The limit ends what is going on: token 4 behind token 5 of beam 1, which was token 2.
+    # The limit ends the running beams: token 4 behind token 5 of beam 1, which was token 2.
     history.add([4, 7, 9, 8], [0, 1, 1, 0], [-4.5, -5.25, -5.5, -6.0])
     assert history.done
     assert history.best(2) == [Hypothesis((2, 5, 4), -1.5), Hypothesis((1, 6, 7), -1.75)]

@@ -53,7 +53,7 @@ def make_cache(*, is_paged: bool = False, **changes: Any) -> InferenceParams:
 
 
 def vectors(tokens: list[int], layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys [T, K, D] and values of tokens: every element tells its token, layer, head and place."""
+    """Keys [T, K, D] and values of tokens: every element encodes its token, layer, head and position."""
     base_T11 = torch.tensor(tokens, dtype=torch.float32).reshape(-1, 1, 1) * 64 + layer * 32
     place_KD = torch.arange(HEADS)[:, None] * 8
     return base_T11 + place_KD + torch.arange(DIM_K), -(base_T11 + place_KD + torch.arange(DIM_V))
@@ -70,7 +70,7 @@ def write(cache: InferenceParams, layer: int, rows: list[list[int]], qkv_format:
         return cache.step(layer, new_k, new_v, qkv_format)
     query = -7 * new_k
     qkv = torch.stack((query, 2 * query, new_k, new_v), dim=-2)
-    # Angles of 0 rotate nothing, so what is stored can be told exactly; test_generate.py has real ones.
+    # Angles of 0 rotate nothing, so the stored values are exact; test_generate.py has real angles.
     rotated = cache.append_rope(layer, qkv, torch.zeros(LENGTH + 8, 1, 1, DIM_K), qkv_format)
     assert torch.equal(rotated, torch.stack((query, 2 * query), dim=-2).flatten(-3, -2))
     return cache.keys_and_values(layer)
@@ -132,7 +132,7 @@ class Machine(RuleBasedStateMachine):
         return list(range(self.next_token - count, self.next_token))
 
     def write_step(self, new: list[list[int]], qkv_format: str, width: int) -> None:
-        """Store a step's tokens in every layer, `self.rows` holding them already, and check what comes back."""
+        """Store a step's tokens, which `self.rows` has already, in every layer; check the results."""
         cache, rows = self.cache, self.rows
         lengths = [len(row) for row in rows]
         before = [len(row) - len(added) for row, added in zip(rows, new, strict=True)]
@@ -152,7 +152,7 @@ class Machine(RuleBasedStateMachine):
         assert (cu_seqlens_q.dtype, cu_seqlens_kv.dtype) == (torch.int32, torch.int32)
         assert cu_seqlens_q.tolist() == sums([len(added) for added in new])
         assert cu_seqlens_kv.tolist() == sums(lengths)
-        # Behind the batch the sums go on unchanged: TE reads them for all `max_batch_size` rows.
+        # Behind the batch the sums stay constant: TE reads them for all `max_batch_size` rows.
         assert cache.cu_seqlens_kv.tolist() == sums(lengths) + [sum(lengths)] * (ROWS - len(rows))
         if self.is_paged:
             assert keys.shape == (ROWS * LENGTH // PAGE, PAGE, HEADS, DIM_K)
@@ -210,7 +210,7 @@ class SequenceMachine(Machine):
         random.Random(seed).shuffle(ids)
         if not ids:
             return
-        new = [self.fresh(counts[place]) for place in range(len(ids))]
+        new = [self.fresh(counts[row]) for row in range(len(ids))]
         rows = [known.get(key, []) + added for key, added in zip(ids, new, strict=True)]
         step_dict = OrderedDict((key, len(added)) for key, added in zip(ids, new, strict=True))
         if len(ids) > ROWS or max(map(len, rows)) > LENGTH:
@@ -279,7 +279,7 @@ class ColumnMachine(Machine):
     def step(self, seed: int, width: int, mask_kind: str, qkv_format: str) -> None:
         choose = random.Random(seed)
         old = self.columns or [[] for _ in range(self.batch_size)]
-        # A single column goes on with every row that has begun: the mask is not looked at then.
+        # A single column continues every row that has begun: the cache does not read the mask then.
         generates = width == 1 and all(any(column is not None for column in row) for row in old)
         kept = old
         if mask_kind == "cut" and not generates:
@@ -351,9 +351,9 @@ class ColumnMachine(Machine):
 
 def cut_tokens(row: list[int | None], count: int) -> list[int | None]:
     """The row with its last `count` tokens turned into padding."""
-    places = [place for place, column in enumerate(row) if column is not None]
-    last = places[len(places) - count :] if count < len(places) else places
-    return [None if place in last else column for place, column in enumerate(row)]
+    tokens = [index for index, column in enumerate(row) if column is not None]
+    last = tokens[len(tokens) - count :] if count < len(tokens) else tokens
+    return [None if index in last else column for index, column in enumerate(row)]
 
 
 class PagedSequenceMachine(SequenceMachine):
@@ -374,7 +374,7 @@ def test_any_sequence_of_calls(machine: type[Machine], compiled: bool, monkeypat
 
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("order", [[1, 0, 2], [1, 1, 2], [2, 0, 1], [0, 0, 0], [2, 2, 2]])
-def test_rows_change_places_beside_a_shorter_one(is_paged: bool, order: list[int]) -> None:
+def test_rows_are_exchanged_beside_a_shorter_one(is_paged: bool, order: list[int]) -> None:
     """Behind a short row's pages the page table names page 0, which is the first row's."""
     cache = make_cache(is_paged=is_paged)
     rows = [list(range(8)), list(range(10, 18)), [20, 21]]
@@ -592,7 +592,7 @@ def test_values_may_have_heads_of_another_size() -> None:
 
 
 def test_a_layer_stored_by_append_rope_is_not_stored_again() -> None:
-    """Transformer Engine's attention calls `step` in any case; after `append_rope` it hands out what is there."""
+    """Transformer Engine's attention calls `step` in any case; after `append_rope` it returns the stored values."""
     cache = make_cache()
     cache.pre_step(OrderedDict([(0, 2)]))
     write(cache, 1, [[5, 6]], "thd", 0, te=False)

@@ -39,7 +39,7 @@ class CoreAttention(nn.Module):
         else:
             assert max_seqlen_q == query.shape[1]
             parts = [row[:new] for row, new in zip(query, new_B.tolist(), strict=True)]
-        output = torch.full_like(query, float("nan"))  # nobody may look at what is no token
+        output = torch.full_like(query, float("nan"))  # reading an element without a token gives NaN
         for row, part in enumerate(parts):
             length, new = int(all_B[row]), len(part)
             visible_SL = torch.arange(length) <= length - new + torch.arange(new)[:, None]

@@ -84,7 +84,7 @@ def test_a_stop_string_counts_only_when_the_text_may_end() -> None:
 
 
 def test_spaces_between_words_stay() -> None:
-    """Such tokenizers write no space before the first token of what they decode."""
+    """Such tokenizers write no space before the first token of a text."""
     words = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1, "s": 2}, unk_token="s"))
     words.decoder = Metaspace()
     detokenizer = Detokenizer(PreTrainedTokenizerFast(tokenizer_object=words))

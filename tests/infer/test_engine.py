@@ -1,4 +1,4 @@
-"""The engine writes what `generate` writes for each prompt alone, and serves what a server asks of it."""
+"""The engine writes what `generate` writes for each prompt alone, and does what a server needs."""
 
 from __future__ import annotations
 
@@ -265,15 +265,15 @@ def test_rows_that_do_not_run_hold_nothing(
             check(state, rows)
             decode.advance(state, rows)
 
-    engine._runner.decode = Checked()
+    monkeypatch.setattr(engine, "_select_backend", Checked)
     texts = prompts(9, 4, 17, 3, 6, 12, 5)
-    params = [SamplingParams(max_tokens=1 + 2 * place, temperature=0) for place in range(7)]
+    params = [SamplingParams(max_tokens=1 + 2 * i, temperature=0) for i in range(7)]
     for text, its_params, output in zip(texts, params, engine.generate(texts, params), strict=True):
         assert tokens(output)[0] == generated(hf, text, max_new_tokens=its_params.max_tokens)[0]
     assert len(counts) > 3
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- sampling parameters ----------------------------------------------------------------------------------------------
 
 
 def test_drawn_tokens_depend_on_the_seed_alone(thd: PreTrainedModel) -> None:
@@ -328,12 +328,12 @@ def test_logprobs_are_those_of_the_model(te: PreTrainedModel, prefill_budget: in
         logprob_SV = te(torch.tensor([text + written])).logits[0].double().log_softmax(-1)
     assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
     assert output.prompt_logprobs[0] is None
-    expected = [logprob_SV[place - 1, text[place]].item() for place in range(1, len(text))]
+    expected = [logprob_SV[position - 1, text[position]].item() for position in range(1, len(text))]
     assert output.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
     assert len(output.outputs[0].logprobs) == 5
-    for place, (token, found) in enumerate(zip(written, output.outputs[0].logprobs, strict=True), len(text)):
-        assert found.logprob == pytest.approx(logprob_SV[place - 1, token].item(), abs=1e-4)
-        best = logprob_SV[place - 1].topk(3)
+    for position, (token, found) in enumerate(zip(written, output.outputs[0].logprobs, strict=True), len(text)):
+        assert found.logprob == pytest.approx(logprob_SV[position - 1, token].item(), abs=1e-4)
+        best = logprob_SV[position - 1].topk(3)
         assert [token for token, _ in found.top] == best.indices.tolist()
         assert [logprob for _, logprob in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert engine.generate([text], GREEDY)[0].prompt_logprobs is None
@@ -373,7 +373,7 @@ def test_a_stop_string_ends_a_text_before_it(thd: PreTrainedModel) -> None:
     whole = engine.generate([text], GREEDY)[0].outputs[0]
     assert whole.text == ByteTokenizer().decode(whole.token_ids)
     stop = whole.text[3:5]
-    place = whole.text.index(stop)
+    position = whole.text.index(stop)
     events: list[TokenEvent] = []
     params = SamplingParams(max_tokens=NEW, temperature=0, stop=["not in it", stop])
     engine.submit(text, params, events.append)
@@ -381,7 +381,7 @@ def test_a_stop_string_ends_a_text_before_it(thd: PreTrainedModel) -> None:
     while engine.has_unfinished:
         outputs += engine.step()
     completion = outputs[0].outputs[0]
-    assert completion.text == whole.text[:place] == "".join(event.text for event in events)
+    assert completion.text == whole.text[:position] == "".join(event.text for event in events)
     assert (completion.finish_reason, completion.stop_reason) == ("stop", stop)
     assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
     assert stop in ByteTokenizer().decode(completion.token_ids)
@@ -587,7 +587,7 @@ def test_many_requests_leave_nothing_behind(thd: PreTrainedModel) -> None:
     check_empty(engine)
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused requests and engines -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct writes in the engine what it writes in `generate`."""
+"""The real model: SmolLM2-135M-Instruct writes the same text in the engine as in `generate`."""
 
 from __future__ import annotations
 

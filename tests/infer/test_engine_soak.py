@@ -1,4 +1,4 @@
-"""Ten thousand short requests through one engine: what they leave behind is nothing."""
+"""Ten thousand short requests through one engine: they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -81,6 +81,6 @@ def test_ten_thousand_requests_leave_nothing_behind(engine: Engine) -> None:
             objects.append(len(gc.get_objects()))
             resident.append(resident_bytes())
     assert done == REQUESTS
-    # 8,000 requests later. Measured: at most 60 objects, by what is remembered at the time, and 0.5 MB.
+    # 8,000 requests later. Measured: at most 60 objects, depending on the remembered pages, and 0.5 MB.
     assert max(objects) - objects[0] < 500
     assert resident[-1] - resident[0] < 2 << 20

@@ -1,4 +1,4 @@
-"""`generate` of a converted model writes, token by token, what transformers' own model writes."""
+"""`generate` of a converted model writes the same text as transformers' own model, token by token."""
 
 from __future__ import annotations
 

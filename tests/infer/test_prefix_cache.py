@@ -16,7 +16,7 @@ SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None, dat
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Pages hold the tokens written to them, and all before: what a match gives must hold what was asked for."""
+    """Pages hold their tokens and all tokens before. The pages of a match must hold the text that was looked up."""
 
     @initialize(total=st.integers(1, 10), page_size=st.sampled_from([1, 2, 3]))
     def begin(self, total: int, page_size: int) -> None:
@@ -30,8 +30,8 @@ class CacheMachine(RuleBasedStateMachine):
         text = [choose.randrange(2) for _ in range(length)]  # few tokens, so that many texts begin alike
         matched = self.cache.match(text)
         assert len(matched) <= length // size
-        for place, page in enumerate(matched):
-            assert self.memory[page] == tuple(text[: (place + 1) * size])
+        for index, page in enumerate(matched):
+            assert self.memory[page] == tuple(text[: (index + 1) * size])
         self.cache.share(matched)
         more = -(-length // size) - len(matched)
         if more > self.cache.available:
@@ -41,8 +41,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(set(pages)) == len(pages)
         held = {page for _, others in self.texts for page in others}
         assert not held & set(pages[len(matched) :]), "a page was taken from a text under way"
-        for place in range(len(matched), len(pages)):
-            self.memory[pages[place]] = tuple(text[: (place + 1) * size])
+        for index in range(len(matched), len(pages)):
+            self.memory[pages[index]] = tuple(text[: (index + 1) * size])
         self.texts.append((text, pages))
 
     @rule(seed=st.integers(0, 2**16))

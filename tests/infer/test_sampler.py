@@ -81,7 +81,7 @@ def random_logits(*shape: int, seed: int, scale: float = 3.0) -> torch.Tensor:
 def draw(
     logits_BV: torch.Tensor, params: Sequence[SamplingParams], seeds: Sequence[int], tokens: Sequence[list[int]]
 ) -> Sampled:
-    """One step of a batch that is made for it; the place of the new tokens is behind those given."""
+    """Sample one step of a new batch; the new tokens' positions are behind the given tokens."""
     sampling = RowSampling(len(params), logits_BV.shape[1], "cpu")
     for row in range(len(params)):
         set_row(sampling, row, params[row], seeds[row], tokens[row])
@@ -130,7 +130,7 @@ def check_frequencies(token_N: torch.Tensor, probability_V: torch.Tensor) -> Non
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom) + 1e-9
 
 
-# --- what may be drawn ----------------------------------------------------------------------------------------------
+# --- tokens that may be drawn -----------------------------------------------------------------------------------------
 
 
 @SETTINGS
@@ -243,7 +243,7 @@ def test_frequencies(params: SamplingParams, varied: str) -> None:
     probability_V = torch.softmax(processed(logits_V, params, prompt, len(prompt)).double(), dim=0)
     if varied == "position":
         sampling = RowSampling(1, vocab_size, "cpu")
-        set_row(sampling, 0, params, 1234, prompt, prompt_length=10**9)  # too short to end at any place here
+        set_row(sampling, 0, params, 1234, prompt, prompt_length=10**9)  # too short to end at any position here
         row_N, position_N = torch.zeros(DRAWS, dtype=torch.int64), torch.arange(DRAWS)
     else:
         sampling = RowSampling(DRAWS, vocab_size, "cpu")
@@ -255,7 +255,7 @@ def test_frequencies(params: SamplingParams, varied: str) -> None:
 
 
 def test_neighbouring_draws_are_independent() -> None:
-    """Pairs of tokens: of successive places, of successive seeds, and of the noise of successive tokens."""
+    """Pairs of tokens: of successive positions, of successive seeds, and of the noise of successive tokens."""
     sampling = RowSampling(1, 4, "cpu")
     place_N, fixed_N = torch.arange(DRAWS), torch.full((DRAWS,), 6)
     uniform_PP = torch.full((16,), 1 / 16)
@@ -279,7 +279,7 @@ def test_noise_follows_its_distribution_into_the_tail() -> None:
 
 
 def test_the_noise_of_a_seed_stays_what_it_is() -> None:
-    """A seed that users wrote down goes on to give the same tokens."""
+    """A seed that users wrote down gives the same tokens for ever."""
     table = RowSampling(1, 3, "cpu").token_hash_V
     assert table.tolist() == [1753845952, -787275391, 1408362973]
     expected = [
@@ -301,7 +301,7 @@ def test_noise_is_finite_where_the_hash_is_largest() -> None:
     assert noise == pytest.approx(-math.log(24 * math.log(2)), rel=1e-5)
 
 
-# --- what it depends on ---------------------------------------------------------------------------------------------
+# --- independence of the batch ----------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -355,17 +355,17 @@ def test_rows_given_by_index(
     params, seeds, tokens, logits_BV, order = batch
     expected = draw(logits_BV, params, seeds, tokens)
     sampling = RowSampling(10, logits_BV.shape[1], "cpu")
-    places = [place + 3 for place in order]
-    for row, place in enumerate(places):
-        set_row(sampling, place, params[row], seeds[row], tokens[row])
-    needs = sampling.needs(places)
+    targets = [target + 3 for target in order]
+    for row, target in enumerate(targets):
+        set_row(sampling, target, params[row], seeds[row], tokens[row])
+    needs = sampling.needs(targets)
     position_B = torch.tensor([len(row) for row in tokens], dtype=torch.int32)
-    result = sample(logits_BV, sampling, position_B, needs, torch.tensor(places))
-    for row, place in enumerate(places):
+    result = sample(logits_BV, sampling, position_B, needs, torch.tensor(targets))
+    for row, target in enumerate(targets):
         assert result.token_B[row] == expected.token_B[row]
         if params[row].repetition_penalty != 1:
             assert sampling.seen_RV is not None
-            seen = sampling.seen_RV[place].nonzero()[:, 0].tolist()
+            seen = sampling.seen_RV[target].nonzero()[:, 0].tolist()
             assert seen == sorted({*tokens[row], int(result.token_B[row])})
 
 
@@ -392,11 +392,11 @@ def test_a_sequence_that_is_computed_again_goes_on_alike(params: SamplingParams,
     set_row(sampling, 2, params, seed, again, prompt_length=len(prompt))
     write(sampling, 2, again, 12 - cut)
     assert again == whole
-    for place in range(len(prompt), 16):  # transformers agrees at each place, with what was written until then
-        scores_V = processed(logits_SV[place - len(prompt)], params, whole[:place], len(prompt)).double()
+    for position in range(len(prompt), 16):  # transformers agrees at each position
+        scores_V = processed(logits_SV[position - len(prompt)], params, whole[:position], len(prompt)).double()
         if params.temperature > 0:
-            scores_V += noise_of(seed, place, 40)
-        assert whole[place] == scores_V.argmax().item()
+            scores_V += noise_of(seed, position, 40)
+        assert whole[position] == scores_V.argmax().item()
     if params.min_tokens:
         assert not {*whole[len(prompt) : len(prompt) + params.min_tokens]} & {*StopRule.of(params, EOS).end_tokens}
 
@@ -509,7 +509,7 @@ def test_largest_is_a_stable_sort(data: st.DataObject, rows: int, columns: int) 
         assert value_BK[row].tolist() == [numbers[index] for index in order]
 
 
-# --- what a batch needs ---------------------------------------------------------------------------------------------
+# --- needs of a batch ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

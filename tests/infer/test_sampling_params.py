@@ -1,4 +1,4 @@
-"""What sampling parameters take, what they refuse, and what they say then."""
+"""The values that sampling parameters take and refuse, and their messages."""
 
 from __future__ import annotations
 

@@ -28,12 +28,12 @@ SETTINGS = settings(
 
 
 def next_token(text: list[int], index: int) -> int:
-    """What the device chooses after a text, for one of a request's sequences."""
+    """Return the token that the device chooses after a text, for one of a request's sequences."""
     return 10 + (hash(tuple(text)) + 7 * index) % 5
 
 
 def beam_sources(request: Request, length: int) -> list[int]:
-    """Which beam each beam goes on from."""
+    """Return the beam that each beam continues."""
     choose = random.Random(1000 * request.id + length)
     return [choose.randrange(len(request.sequences)) for _ in request.sequences]
 
@@ -50,24 +50,24 @@ class Device:
     def read(self, pages: list[int], count: int) -> list[int | None]:
         return [token for page in pages for token in self.memory[page]][:count]
 
-    def write(self, pages: list[int], place: int, token: int) -> None:
-        self.memory[pages[place // self.size]][place % self.size] = token
+    def write(self, pages: list[int], position: int, token: int) -> None:
+        self.memory[pages[position // self.size]][position % self.size] = token
 
     def launch(self, plan: Plan) -> list[tuple[Any, ...]]:
-        """Do a step; what it chose, to be read later."""
+        """Compute a step; return its choices, which are read later."""
         before = [dict(row, pages=list(row["pages"])) for row in self.rows]
         for to, source in plan.moves:
             self.rows[to] = before[source]
         assert len({row for move in plan.moves for row in move}) == 2 * len(plan.moves)
         del self.rows[len(plan.running) :]
-        for sequence, place, page in plan.new_pages:
+        for sequence, index, page in plan.new_pages:
             pages = self.rows[sequence.row]["pages"]
-            assert place == len(pages)
+            assert index == len(pages)
             pages.append(page)
         for row, sequence, start in zip(self.rows, plan.running, plan.starts, strict=True):
             assert row["of"] is sequence
             assert row["length"] == start == len(row["text"]) - 1
-            assert self.read(row["pages"], start) == row["text"][:start], "a row lost what it had in the cache"
+            assert self.read(row["pages"], start) == row["text"][:start], "a row lost tokens in the cache"
             self.write(row["pages"], start, row["text"][start])
             row["length"] += 1
         self.budget_used = sum(len(chunk.tokens) for chunk in plan.chunks)
@@ -76,8 +76,8 @@ class Device:
             assert chunk.tokens == text[chunk.start : chunk.start + len(chunk.tokens)]
             assert chunk.tokens
             assert self.read(pages, chunk.start) == text[: chunk.start], "a prompt's beginning is not in its pages"
-            for place, token in enumerate(chunk.tokens, chunk.start):
-                self.write(pages, place, token)
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                self.write(pages, position, token)
             assert bool(chunk.beginning) == (chunk.start + len(chunk.tokens) == len(text))
         for page, copy in plan.copies:
             self.memory[copy] = list(self.memory[page])
@@ -339,8 +339,8 @@ def test_the_group_admitted_last_makes_room_and_goes_on_with_what_it_had() -> No
     while not plan.chunks:
         plan = scheduler.plan()
         read(plan)
-    assert plan.chunks[0].tokens == tokens[plan.chunks[0].start :], "it is computed again with what it had written"
-    assert plan.chunks[0].start > 0, "what its pages still held is computed again"
+    assert plan.chunks[0].tokens == tokens[plan.chunks[0].start :], "its written tokens are not computed again"
+    assert plan.chunks[0].start > 0, "tokens in its remembered pages are computed again"
 
 
 def test_what_was_sent_away_is_not_admitted_before_its_last_token_is_known() -> None:

@@ -1,4 +1,4 @@
-"""What is installed and what runs here: `python -m llama_te_infer.info [--json]`.
+"""Reports what is installed and what runs here: `python -m llama_te_infer.info [--json]`.
 
 The output answers the first questions of any bug report: the versions, the GPUs, whether Transformer Engine
 works and which layer a model takes, and how the compiled extension was built.
@@ -14,7 +14,7 @@ DISTRIBUTIONS = ("llama-te-core", "llama-te-convert", "llama-te-infer", "torch",
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the version of Python and of each distribution, None where it is not installed."""
+    """Return the version of Python and of each distribution, None for one that is not installed."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -33,7 +33,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def layers() -> dict[str, str | None]:
-    """Return the layer implementation that "auto" takes, and why it is not Transformer Engine's."""
+    """Return the layer implementation that "auto" chooses, and why it is not Transformer Engine's."""
     from llama_te_core.layers.backend import transformer_engine_problem
 
     problem = transformer_engine_problem()
@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Lay out what `collect` returns for a reader."""
+    """Lay out the report of `collect` for a reader."""
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     found = [f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in report["gpus"]]
     rows += [("GPU", gpu) for gpu in found or ["none that torch sees"]]

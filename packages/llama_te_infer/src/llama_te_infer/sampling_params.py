@@ -1,4 +1,4 @@
-"""What a request asks of generation: how long, how random, when to stop, and what to report."""
+"""The parameters of a request: the length of its text, its randomness, its end, and its reports."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class SamplingParams:
     Logits are changed in transformers' order: repetition penalty, the ban on ending before `min_tokens`, temperature,
     top-k, top-p, min-p.
 
-    With `num_beams > 1` the continuation is searched for, not drawn: it is the same each time, whether `temperature` is
-    0 or left at 1.0, and what would change the scores, or is not known of a beam, is refused.
+    With `num_beams > 1` a search finds the continuation, which is the same each time; `temperature` may be 0 or left at
+    1.0. Beam search refuses parameters that would change its scores, and parameters that need a record of the
+    tokens or text of each beam.
 
     Attributes:
         max_tokens: Most tokens to write, at least 1.
@@ -29,21 +30,21 @@ class SamplingParams:
         top_k: Only tokens at least as likely as the k-th one may be drawn; 0 for all.
         top_p: Only the most likely tokens that together reach this probability may be drawn.
         min_p: Only tokens at least this times as likely as the most likely one may be drawn.
-        repetition_penalty: Divides the positive logits of tokens that the prompt or the output has, and multiplies
-            their negative ones.
-        stop: Strings that end a sequence where they appear in its text; one string or several. A tuple afterwards.
-        stop_token_ids: Tokens that end a sequence as EOS does. A tuple afterwards.
+        repetition_penalty: Divides the positive logits of tokens in the prompt or the output, and multiplies their
+            negative ones.
+        stop: Strings that end a sequence when they appear in its text; one string or several. Stored as a tuple.
+        stop_token_ids: Tokens that end a sequence as EOS does. Stored as a tuple.
         ignore_eos: Go on after an EOS token.
         seed: Makes drawn tokens a function of the seed and the logits alone; `None` for a new seed each time.
-        logprobs: `None`, or how many of the most likely tokens to report at each place, with their log-probabilities;
-            the one of the token written is reported too, so 0 has a meaning. At most 20. They are those of the model,
-            before anything above changes them.
+        logprobs: `None`, or how many of the most likely tokens to report at each position, with their
+            log-probabilities; at most 20. The written token's log-probability is reported too, even with 0. All are
+            the model's own, before the parameters above change them.
         prompt_logprobs: Report the log-probability of each token of the prompt but the first.
         n: Continuations to return: independent draws, or the n best ones of beam search.
         num_beams: Width of beam search; 1 for none.
         length_penalty: Beam search divides a sequence's log-probability by its new tokens to this power. From -5 to 5.
-        early_stopping: When beam search has `num_beams` finished sequences, `True` ends it, `False` ends it where a
-            running beam of the present length would not be better, `"never"` where one could not become better.
+        early_stopping: When beam search has `num_beams` finished sequences, `True` ends it; `False` ends it if no
+            running beam would be better at its present length; `"never"` ends it if none could become better.
 
     Raises:
         ValueError: A value is out of range, or values contradict each other.
@@ -70,7 +71,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._need("stop", isinstance(self.stop, Iterable), "give a string or several")
         self._need("stop_token_ids", isinstance(self.stop_token_ids, Iterable), "give a list of token ids")
-        # A frozen dataclass changes its own fields only so.
+        # A frozen dataclass has no other way to change its own fields.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_values()

@@ -49,7 +49,10 @@ class Detokenizer:
             self._readable = len(self._tokens)
 
     def take(self, is_whole: bool) -> str:
-        """Return the text since the last call. Hold back a possible beginning of a stop string until the text is whole."""
+        """Return the text since the last call.
+
+        Until the text is whole, the possible beginning of a stop string at its end is left out.
+        """
         end = len(self.text) if is_whole else len(self.text) - self._beginning_of_stop()
         given, self._given = self._given, max(end, self._given)
         return self.text[given : self._given]

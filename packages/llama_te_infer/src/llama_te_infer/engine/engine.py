@@ -55,7 +55,8 @@ class Engine:
         decode_implementation: How decoding steps are computed, as in `InferenceParams`: "layers", by the layers of the
             model; "fused", by kernels, replayed from a CUDA graph; "auto", on a GPU by the kernels, or with one warning
             by the layers if the kernels cannot compute the model. The engine decides again after each `submit`, so
-            hooks, adapters and weights may be attached to the model between requests.
+            hooks and adapters may be attached to the model, and weights replaced, between requests. Cached prefixes
+            stay as the earlier model computed them: give `prefix_caching=False` for a model that changes.
 
     Raises:
         ValueError: An argument is out of its range, or the model is in training mode.

@@ -1,4 +1,4 @@
-"""What an engine takes from its model and the machine: how long texts may be, where they end, how many pages fit."""
+"""Limits that the model and the machine set: the greatest length of a text, its end tokens, the number of pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-GPU_SHARE = 0.85  # of the free memory, for pages; the rest is for what a forward pass needs
+GPU_SHARE = 0.85  # of the free memory, for pages; a forward pass needs the rest
 HOST_BYTES = 2 << 30  # for pages on a CPU
 
 
@@ -14,9 +14,9 @@ def check_model(model: Any) -> None:
     """Refuse a model that an engine cannot run.
 
     Raises:
-        ValueError: It is of another class, or in training mode.
+        ValueError: The model has another class, or is in training mode.
     """
-    from llama_te_core import NVLlamaForCausalLM  # here, since it takes transformers' models with it
+    from llama_te_core import NVLlamaForCausalLM  # here, since it imports transformers' models
 
     if not isinstance(model, NVLlamaForCausalLM):
         raise ValueError(
@@ -28,15 +28,15 @@ def check_model(model: Any) -> None:
 
 
 def max_sequence_length_of(config: Any, wanted: int | None) -> int:
-    """Tokens that a sequence may have.
+    """Return the most tokens of a sequence.
 
     Args:
         config: The model's.
-        wanted: What the user asks for; `None` for all that the model allows.
+        wanted: The user's choice; `None` for the model's limit.
 
     Raises:
-        ValueError: The model's rotation of positions depends on how long the longest text is, and would change there:
-            texts that run together are not equally long, and what is in the cache stays as it was rotated.
+        ValueError: The model's rotary angles depend on the length of the longest text, and would change below `wanted`.
+            Texts of different lengths run together, and cached keys keep their rotation.
     """
     longest = int(config.max_position_embeddings)
     rope_type = config.rope_parameters["rope_type"]
@@ -54,7 +54,7 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
 
 
 def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
-    """The tokens that end a text: the generation configuration's, else the configuration's, else the tokenizer's."""
+    """Return the model's EOS tokens: the generation configuration's, else the configuration's, else the tokenizer's."""
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
         if ids is not None:
@@ -65,13 +65,13 @@ def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
 
 
 def fitting_pages(model: Any, page_size: int) -> int:
-    """Pages of the model's cache that fit the memory that is free now."""
+    """Return how many pages of the model's cache fit the free memory."""
     config = model.config
     itemsize = model.get_input_embeddings().weight.dtype.itemsize
     page_bytes = 2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        # What PyTorch holds and does not use is free too.
+        # Memory that PyTorch holds and does not use is free too.
         free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         return int(free * GPU_SHARE) // page_bytes
     return HOST_BYTES // page_bytes

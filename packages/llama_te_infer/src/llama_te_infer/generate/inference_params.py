@@ -169,10 +169,10 @@ class InferenceParams(CacheStep):
     # --- the model's interface (llama_te_core.layers.kv_cache.KVCache) --------------------------------------------
 
     def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
-        """Begin a step with the next `width` columns of a padded batch; returns the new tokens of each row.
+        """Begin a step with the next `width` columns of a padded batch; return the new tokens of each row.
 
-        Where a mask over all columns leaves out tokens at the end of what a row has cached (the padding that
-        `generate` writes behind a finished sequence), the row is cut to what is left.
+        `generate` writes padding behind a finished sequence. If a mask over all columns leaves out tokens at the end of
+        a cached row, the cache forgets these tokens.
 
         Args:
             attention_mask: [batch_size, columns seen + width] or [batch_size, width], nonzero for tokens.
@@ -180,7 +180,7 @@ class InferenceParams(CacheStep):
             width: New columns.
 
         Raises:
-            ValueError: The mask does not fit what is cached, or rows grow too long; nothing has changed then.
+            ValueError: The mask does not fit the cached rows, or rows grow too long; nothing has changed then.
         """
         running = self._columns > 0
         if width > 1:
@@ -198,7 +198,7 @@ class InferenceParams(CacheStep):
             )
         cached, token_BC = self.sequences, self._token_BC
         if attention_mask is None or (running and width == 1 and min(cached.values()) > 0):
-            # A step of generation: every row brings one token, and looking at the mask would wait for the device.
+            # A step of generation: every row brings one token. Reading the mask would wait for the device.
             new = [width] * batch_size
             new_BS = None
         else:
@@ -206,11 +206,11 @@ class InferenceParams(CacheStep):
             new_BS = attention_mask[:, -width:]
             if running and whole:
                 self._cut_to(attention_mask[:, : self._columns])
-            new = new_BS.sum(1).tolist()  # rows' lengths are kept on the host: once per prompt
+            new = new_BS.sum(1).tolist()  # waits for the device once per prompt, since the host keeps the lengths
         try:
             self.pre_step(OrderedDict(enumerate(new)))
         except ValueError:
-            self.sequences, self._token_BC = cached, token_BC  # as before the cut
+            self.sequences, self._token_BC = cached, token_BC  # undo the cut
             raise
         self._add_columns(new_BS, batch_size, width)
         return new
@@ -262,7 +262,7 @@ class InferenceParams(CacheStep):
         return max(self.sequences.values(), default=0)
 
     def repeat_rows(self, copies: int) -> None:
-        """Let `copies` rows go on as each row did, in its place: beams or returned sequences of one prompt.
+        """Replace each row by `copies` rows that continue it: beams or returned sequences of one prompt.
 
         Args:
             copies: Rows for each row.
@@ -284,17 +284,17 @@ class InferenceParams(CacheStep):
             self._token_BC = self._token_BC.repeat_interleave(copies, 0)
 
     def share_prefix(self, source: int, target: int, tokens: int) -> None:
-        """Begin a sequence with the first tokens of another one, which a paged cache does not copy.
+        """Begin a sequence with the first tokens of another one. A paged cache shares their pages.
 
-        To be called before the `pre_step` that gives the new sequence the rest of its tokens.
+        Call this before the `pre_step` that gives the new sequence the rest of its tokens.
 
         Args:
             source: Id of a sequence in the cache.
             target: Id of the new sequence.
-            tokens: How many tokens both begin with.
+            tokens: Length of the common prefix.
 
         Raises:
-            ValueError: The ids or the number do not fit what is in the cache, or it is full; nothing has changed then.
+            ValueError: The ids or the number do not fit the cached sequences, or the cache is full.
         """
         if self._columns > 0:
             raise ValueError("share_prefix is for sequences that pre_step names; this cache holds a padded batch.")
@@ -320,26 +320,26 @@ class InferenceParams(CacheStep):
         return [False]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the padded batch that were seen."""
+        """Return how many columns of the padded batch the cache has seen."""
         return self._columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Tokens that a row can hold."""
+        """Return how many tokens a row can hold."""
         return self.max_sequence_length
 
     get_max_cache_shape = get_max_length
 
     def activate_past_recording(self) -> None:
-        """Nothing to do: tokens stay until they are overwritten."""
+        """Do nothing: tokens stay until others overwrite them."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns.
 
         Args:
-            tokens_to_remove: How many, as a negative number (transformers' convention); 0 changes nothing.
+            tokens_to_remove: Minus the number of columns (transformers' convention); 0 changes nothing.
 
         Raises:
-            ValueError: The number is positive, or greater than what was seen.
+            ValueError: The number is positive, or there are fewer columns.
         """
         if not -self._columns <= tokens_to_remove <= 0:
             raise ValueError(
@@ -357,16 +357,16 @@ class InferenceParams(CacheStep):
             self.sequences[key] -= count
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i goes on as row `beam_idx[i]` did: what beam search calls between steps.
+        """Let row i continue row `beam_idx[i]`. Beam search calls this between steps.
 
         Args:
             beam_idx: int64 [B].
         """
         if self.batch_size == 0:
-            return  # beam search with use_cache=False leaves a given cache empty, and reorders it all the same
+            return  # beam search with use_cache=False leaves a given cache empty, but still reorders it
         source_rows = beam_idx.to(self.device).contiguous()
         lengths = list(self.sequences.values())
-        # Beams of one prompt are equally long, but rows of different prompts may not be: look where they go.
+        # Beams of one prompt are equally long. Rows of different prompts may not be: then the host reads the order.
         sources = beam_idx.tolist() if len(set(lengths)) > 1 else range(self.batch_size)
         moved = [lengths[row] for row in sources]
         if moved == lengths:
@@ -389,7 +389,7 @@ class InferenceParams(CacheStep):
         self._columns += width
 
     def _cut_to(self, mask_BC: torch.Tensor) -> None:
-        """Cut rows to the tokens that `mask_BC` leaves of the columns seen."""
+        """Cut rows to the tokens of the seen columns that `mask_BC` keeps."""
         cached_BC = torch.ones_like(mask_BC) if self._token_BC is None else self._token_BC
         kept_BC, dropped_BC = cached_BC & mask_BC, cached_BC & ~mask_BC
         # A dropped token before a kept one would leave a gap in the row.
@@ -416,7 +416,7 @@ def inference_params_for(
     prompt_length: int | None = None,
     decode_implementation: str = "auto",
 ) -> InferenceParams:
-    """A cache that fits a model and a request.
+    """Return a cache that fits a model and a request.
 
     Args:
         model: An `NVLlamaForCausalLM` (or `NVLlamaModel`).
@@ -425,9 +425,9 @@ def inference_params_for(
         num_beams: Beams of each prompt.
         num_return_sequences: Sequences returned for each prompt.
         is_paged: Whether rows are made of pages.
-        page_size: Tokens of a page; `max_length` is rounded up to whole ones.
-        prompt_length: Tokens of the longest prompt. Beams and returned sequences share the pages of their prompt:
-            where it is known how long these are, fewer pages will do.
+        page_size: Tokens of a page; `max_length` is rounded up to whole pages.
+        prompt_length: Tokens of the longest prompt, if known. Beams and returned sequences share the pages of their
+            prompt, so the cache needs fewer pages then.
         decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
@@ -442,7 +442,7 @@ def inference_params_for(
         if prompt_length is not None:
             if not 0 <= prompt_length <= max_length:
                 raise ValueError(f"prompt_length={prompt_length} must be between 0 and max_length={max_length}.")
-            # What is new may begin at the end of a page, and end at the beginning of another.
+            # New tokens may begin at the end of a page, and end at the beginning of another.
             shared = prompt_length // page_size
             own = min(per_row, -(-(max_length - prompt_length) // page_size) + 1)
         total = min(batch_size * (shared + copies * own), batch_size * copies * per_row)
@@ -463,8 +463,8 @@ def inference_params_for(
 
 
 def cache_for_generation(model: Any, *, batch_size: int, max_length: int) -> InferenceParams:
-    """What `generate` takes when it is given no cache; llama_te_core finds it by its entry point."""
-    # Rounded up so that requests of similar length have caches of one size, and TE's attention plans are reused.
+    """Return the cache that `generate` uses by default. llama_te_core finds this function by its entry point."""
+    # Rounded up, so that requests of similar length have caches of one size and reuse TE's attention plans.
     return inference_params_for(model, batch_size=batch_size, max_length=-(-max_length // 64) * 64)
 
 

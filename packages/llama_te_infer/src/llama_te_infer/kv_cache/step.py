@@ -229,7 +229,7 @@ class CacheStep:
 
     def _takes_kernels(self) -> bool:
         same = self.head_dim_k == self.head_dim_v
-        return same and takes_heads(self.dtype, self.head_dim_k) and library.available(self.device.type)
+        return same and library.available(self.device.type) and takes_heads(self.dtype, self.head_dim_k)
 
     def _append_compiled(
         self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str

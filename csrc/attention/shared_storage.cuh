@@ -1,0 +1,113 @@
+// What a thread block of decode attention keeps in shared memory, and how it swizzles tiles of keys and values.
+
+#pragma once
+
+#include <cstdint>
+
+#include "decode_attention.h"
+#include "include/tma.cuh"
+#include "include/warp.cuh"
+
+namespace llama_te::attention {
+
+using Arguments = DecodeAttentionArguments;
+
+struct Params {
+    Arguments a;
+    CUtensorMap keys;
+    CUtensorMap values;
+};
+
+constexpr int kWarps = 4;
+constexpr int kThreads = kWarps * kWarp;
+constexpr int kRowsOfThread = kMaxDecodeRows / kThreads;
+constexpr int kElementBytes = 2;
+constexpr int kVectorElements = kVectorBytes / kElementBytes;
+constexpr int kColumns = 8;  // of a fragment: query heads
+constexpr float kLog2E = 1.4426950408889634F;
+
+// The sum of the weights of a split that read an invalid page: the split has no result.
+constexpr float kInvalid = -1.0F;
+
+// One split of a row.
+struct Split {
+    int row;
+    int index;
+    int start;  // the place of the row's new token, -1: the row is left out
+};
+
+// A tile of keys or values: boxes one behind the other, each 16 rows of as many vectors of a head as TMA can swizzle, 8,
+// 4 or 2. The swizzle exchanges the vectors of a row, so that the vectors of one column of 8 rows lie in different banks.
+template <int kHeadDim>
+struct Tile {
+    static constexpr int kVectors = kHeadDim / kVectorElements;
+    static constexpr int kBoxVectors = kVectors % 8 == 0 ? 8 : kVectors % 4 == 0 ? 4 : 2;
+    static constexpr int kBoxes = kVectors / kBoxVectors;
+    static constexpr int kRowBytes = kBoxVectors * kVectorBytes;
+    static constexpr int kBoxBytes = kTileKeys * kRowBytes;
+    static constexpr int kBytes = kBoxes * kBoxBytes;
+    static_assert(kVectors % 2 == 0);
+
+    static __device__ int swizzle_of(int row) {
+        return row * kBoxVectors / 8 % kBoxVectors;
+    }
+    static __device__ int offset(int row, int vector) {
+        return vector / kBoxVectors * kBoxBytes + row * kRowBytes +
+               (vector % kBoxVectors ^ swizzle_of(row)) * kVectorBytes;
+    }
+};
+
+// The addresses that a lane reads of a tile: the even or the odd vectors of one row. Most of `offset` is computed once.
+template <int kHeadDim>
+struct LaneRow {
+    using T = Tile<kHeadDim>;
+    unsigned row;
+    unsigned swizzle;
+
+    __device__ LaneRow(unsigned tile, int row_, int odd)
+        : row(tile + row_ * T::kRowBytes), swizzle((T::swizzle_of(row_) ^ odd) * kVectorBytes) {}
+
+    __device__ unsigned pair(int index) const {
+        const int vector = 2 * index;
+        return row + vector / T::kBoxVectors * T::kBoxBytes + (vector % T::kBoxVectors * kVectorBytes ^ swizzle);
+    }
+};
+
+constexpr int kStageAlignment = 1024;  // which TMA's swizzle needs
+
+template <int kHeadDim, int kHeadTiles>
+struct alignas(kStageAlignment) SharedStorage {
+    static constexpr int kHeadVectors = kHeadDim / kVectorElements;
+    static constexpr int kHalfVectors = kHeadVectors / 2;
+    static constexpr int kSteps = kHeadDim / 16;  // fragments of a head
+    // An odd number of vectors, so that 8 heads' vectors of one column lie in different banks.
+    static constexpr int kHeadBytes = (kHeadVectors | 1) * kVectorBytes;
+    static constexpr int kTileBytes = Tile<kHeadDim>::kBytes;
+    static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
+    // Three blocks fit on a multiprocessor, which then has 100 KB and more on their way.
+    static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2;
+    static constexpr int kRingBytes = kStages * kStageBytes;
+    static_assert(kStageBytes % kStageAlignment == 0);
+
+    // A warp's result lies over its stages. The 8 rows of a fragment and 4 pairs of heads, as threads write them, lie in
+    // different banks.
+    static constexpr int kResultHeads = kColumns * kHeadTiles;
+    static constexpr int kResultFloats = kHeadDim + 4;
+    static_assert(kResultFloats % 16 == 4);
+    static_assert(kResultHeads * kResultFloats * static_cast<int>(sizeof(float)) <= kRingBytes);
+    static_assert(kMaxSplits * kMaxDecodeGroup * static_cast<int>(sizeof(float2)) <= kRingBytes);
+
+    // Heads of the new token: queries, its key, its value.
+    static constexpr int kNewKey = kResultHeads;
+    static constexpr int kNewHeads = kResultHeads + 2;
+
+    char stages[kWarps][kRingBytes];
+    char heads[kNewHeads][kHeadBytes];
+    float2 statistics[kWarps][kResultHeads];  // greatest score, sum of the weights
+    std::uint64_t full[kWarps][kStages];      // barriers: a stage is there
+    int splits_of_warps[kWarps];
+    Split split;
+    bool is_last;
+};
+
+}  // namespace llama_te::attention

@@ -1,0 +1,50 @@
+// How Python passes arguments: addresses as integers, strides in bytes.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <tuple>
+
+#include "include/cache.h"
+
+namespace llama_te::bindings {
+
+namespace py = pybind11;
+
+using Address = std::uintptr_t;
+// A cache: its address and the strides of blocks, places and heads.
+using Memory = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+// A page table: its address, 0 for none, and its stride.
+using Table = std::tuple<Address, std::int64_t>;
+
+template <typename Value>
+Value *pointer(Address address) {
+    return reinterpret_cast<Value *>(address);
+}
+
+inline CacheMemory memory_of(const Memory &memory) {
+    const auto &[data, block_stride, place_stride, head_stride] = memory;
+    return {pointer<char>(data), block_stride, place_stride, head_stride};
+}
+
+inline CacheIndex index_of(const Table &page_table, std::int32_t capacity, std::int32_t blocks,
+                           std::int32_t block_places) {
+    return {pointer<const std::int32_t>(std::get<0>(page_table)), std::get<1>(page_table), capacity, blocks,
+            block_places};
+}
+
+// Defines a function of the module whose arguments have these names.
+template <typename Function, typename... Names>
+void define(py::module_ &module, const char *name, Function function, Names... names) {
+    module.def(name, function, py::arg(names)...);
+}
+
+void bind_cache(py::module_ &module);
+void bind_attention(py::module_ &module);
+void bind_linear(py::module_ &module);
+void bind_elementwise(py::module_ &module);
+
+}  // namespace llama_te::bindings

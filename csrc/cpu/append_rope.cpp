@@ -1,0 +1,158 @@
+// append_rope on the CPU: plain loops. Laptops and CI run it, and the GPU's kernel is tested against it.
+
+#include "cache/append_rope.h"
+
+#include <cstring>
+
+namespace llama_te {
+
+namespace {
+
+std::uint32_t bits_of(float value) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float float_of(std::uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct Float32 {
+    float value;
+
+    double get() const {
+        return value;
+    }
+    void set(double wide) {
+        value = static_cast<float>(wide);
+    }
+};
+
+struct BFloat16 {
+    std::uint16_t bits;
+
+    double get() const {
+        return float_of(static_cast<std::uint32_t>(bits) << 16);
+    }
+    void set(double wide) {
+        const std::uint32_t whole = bits_of(static_cast<float>(wide));
+        const bool is_nan = (whole & 0x7fffffffU) > 0x7f800000U;  // rounding could turn a NaN into an infinity
+        bits = static_cast<std::uint16_t>(is_nan ? (whole >> 16) | 0x40U
+                                                 : (whole + 0x7fffU + ((whole >> 16) & 1U)) >> 16);
+    }
+};
+
+struct Float16 {
+    std::uint16_t bits;
+
+    double get() const {
+        const std::uint32_t sign = (bits & 0x8000U) << 16;
+        const std::uint32_t exponent = (bits >> 10) & 0x1fU;
+        const std::uint32_t mantissa = bits & 0x3ffU;
+        if (exponent == 0) {
+            const float magnitude = static_cast<float>(mantissa) * 0x1p-24F;
+            return float_of(bits_of(magnitude) | sign);
+        }
+        const std::uint32_t wide = exponent == 0x1fU ? 0xffU : exponent + 112;
+        return float_of(sign | wide << 23 | mantissa << 13);
+    }
+    void set(double value) {
+        const std::uint32_t whole = bits_of(static_cast<float>(value));
+        const std::uint32_t sign = (whole >> 16) & 0x8000U;
+        std::uint32_t magnitude = whole & 0x7fffffffU;
+        if (magnitude >= 0x47800000U) {  // 65536 and beyond
+            magnitude = magnitude > 0x7f800000U ? 0x7e00U : 0x7c00U;
+        } else if (magnitude < 0x38800000U) {
+            // Below 2^-14 half precision has multiples of 2^-24, to which float32's own addition of 0.5 rounds.
+            magnitude = bits_of(float_of(magnitude) + 0.5F) - 0x3f000000U;
+        } else {
+            magnitude = (magnitude - 0x38000000U + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
+        }
+        bits = static_cast<std::uint16_t>(sign | magnitude);
+    }
+};
+
+template <ElementType kElement>
+struct Number;
+template <>
+struct Number<ElementType::kBFloat16> {
+    using Type = BFloat16;
+};
+template <>
+struct Number<ElementType::kFloat16> {
+    using Type = Float16;
+};
+template <>
+struct Number<ElementType::kFloat32> {
+    using Type = Float32;
+};
+
+// Products of two float32 numbers are exact in double precision, so only the final rounding changes a result.
+template <typename Element>
+void rotate(const char *from, const float *cos_sin, char *to, int head_dim) {
+    const Element *in = reinterpret_cast<const Element *>(from);
+    Element *out = reinterpret_cast<Element *>(to);
+    const int half = head_dim / 2;
+    for (int i = 0; i < half; ++i) {
+        const double cosine = cos_sin[i];
+        const double sine = cos_sin[half + i];
+        const double first = in[i].get();
+        const double second = in[half + i].get();
+        out[i].set(first * cosine - second * sine);
+        out[half + i].set(second * cosine + first * sine);
+    }
+}
+
+template <typename Element>
+void append(const AppendArguments &a) {
+    const int head_bytes = a.head_bytes();
+    std::int32_t row = 0;
+    for (std::int64_t token = 0; token < a.tokens; ++token) {
+        std::int64_t place_in_row;
+        bool exists;
+        if (a.width > 0) {
+            row = static_cast<std::int32_t>(token / a.width);
+            place_in_row = token % a.width;
+            exists = place_in_row < a.cu_new[row + 1] - a.cu_new[row];
+        } else {
+            while (row < a.rows && a.cu_new[row + 1] <= token) {
+                ++row;
+            }
+            exists = row < a.rows;
+            place_in_row = exists ? token - a.cu_new[row] : 0;
+        }
+        if (!exists) {
+            std::memset(a.query_head(token, 0, 0), 0, static_cast<std::size_t>(a.kv_heads) * a.group * head_bytes);
+            continue;
+        }
+        const std::int32_t position = a.start[row] + static_cast<std::int32_t>(place_in_row);
+        std::int32_t block;
+        std::int32_t block_place;
+        a.index.find(row, position, block, block_place);  // it is found: check_values has run
+        const float *cos_sin = reinterpret_cast<const float *>(a.cos_sin + position * a.cos_sin_stride);
+        const char *from = a.qkv + token * a.qkv_token_stride;
+        for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head) {
+            for (int head = 0; head < a.group; ++head, from += head_bytes) {
+                rotate<Element>(from, cos_sin, a.query_head(token, kv_head, head), a.head_dim);
+            }
+            rotate<Element>(from, cos_sin, a.key.at(block, block_place) + kv_head * a.key.head_stride, a.head_dim);
+            from += head_bytes;
+            std::memcpy(a.value.at(block, block_place) + kv_head * a.value.head_stride, from, head_bytes);
+            from += head_bytes;
+        }
+    }
+}
+
+}  // namespace
+
+void append_rope_cpu(const AppendArguments &arguments) {
+    check_layout(arguments);
+    check_values(arguments);
+    dispatch("append_rope", Elements{}, arguments.element,
+             [&](auto element) { append<typename Number<element.value>::Type>(arguments); });
+}
+
+}  // namespace llama_te
