@@ -234,14 +234,6 @@ def test_whatever_is_taken_for_plain_is_what_the_classes_write(tmp_path_factory,
         assert made == by_classes(content, folder / "classes")
 
 
-def test_the_constants_are_those_of_the_package() -> None:
-    theirs = vars(llama_te_core.checkpoint_format)
-    ours = vars(core_format.checkpoint_format)
-    names = [name for name in theirs if name.isupper()]
-    assert {"AUTO_MAP", "FIELDS", "MODEL_TYPE"} <= set(names)
-    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
-
-
 def test_a_plain_llama_is_converted_without_torch_and_transformers(tiny_llama, tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     code = (
