@@ -29,7 +29,7 @@ KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
 DTYPE = torch.bfloat16
 TOKEN_BYTES = KV_HEADS * HEAD_DIM * DTYPE.itemsize  # in one cache
 BEAMS = 4
-# What beam search does in most steps: two rows change places, one is dropped, one is there twice.
+# The reorder of most steps of beam search: two rows change places, one is dropped, one is there twice.
 SOURCE_ROWS = (1, 0, 0, 2)
 
 Run = Callable[[], object]

@@ -1,4 +1,4 @@
-// What a thread block of decode attention keeps in shared memory, and how it swizzles tiles of keys and values.
+// The shared memory of a thread block of decode attention, and the swizzle of tiles of keys and values.
 
 #pragma once
 

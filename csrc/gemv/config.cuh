@@ -122,7 +122,7 @@ struct SharedHeader {
     float factor[kMaxLinearRows];  // of RMSNorm, for the product in the epilogue
 };
 
-// What the threads of a block share.
+// Shared memory and sizes that all threads of a block use.
 struct Block {
     const Params &params;
     SharedHeader &header;

@@ -20,9 +20,9 @@ constexpr int kMaxLinearRows = 32;
 // Products of one launch.
 constexpr int kMaxProducts = 4;
 
-// A row of the weight has a multiple of this many bytes, which is what TMA swizzles, and the weight has a multiple of
-// this many rows, so that both halves of SwiGLU consist of whole tensor core products.
+// TMA swizzles boxes of this many bytes: a row of the weight is a multiple of it.
 constexpr int kLinearRowBytes = 128;
+// The weight has a multiple of this many rows, so that each half of SwiGLU consists of whole tensor core products.
 constexpr int kLinearOutFeatures = 16;
 
 struct Product {

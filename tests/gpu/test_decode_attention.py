@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
 HEAD_DIMS = (64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-# Lengths about the borders of tiles, of pages, of what a warp and what a block takes, and of what becomes two parts.
+# Lengths around the borders of tiles, of pages, of the tiles of a warp and of a block, and of two splits.
 LENGTHS = (0, 1, 14, 15, 16, 17, 31, 63, 64, 65, 127, 128, 200, 254, 255, 256, 257, 511, 512, 700)
 
 
@@ -194,7 +194,7 @@ def test_in_a_graph(page_size: int) -> None:
         for i, layer in enumerate(layers, start=1):
             fresh = on_gpu(DecodeCase(before=(longest, longest, longest), seed=seed + 10 * i, **shared))
             for name in ("qkv", "key_cache", "value_cache"):
-                layer[name].copy_(fresh[name].nan_to_num())  # pages change places, and with them what was not written
+                layer[name].copy_(fresh[name].nan_to_num())  # pages change places, with their unwritten places too
             layer["output"].fill_(torch.nan)
         layers[0]["start"].copy_(torch.tensor(before))
         if page_size:

@@ -157,7 +157,7 @@ def test_reorder_pages(rows: int, seed: int) -> None:
 
 
 def test_reorder_pages_with_long_tables_and_many_caches() -> None:
-    """The table takes several rounds, all blocks come for the ticket, and the ticket serves the next call."""
+    """The table takes several rounds, all blocks count at the semaphore, and the semaphore serves the next call."""
     for seed in range(3):
         case = ReorderCase(
             source_rows=(1, 2, 3, 3, 0, 4),
@@ -299,7 +299,7 @@ def test_devices_do_not_mix() -> None:
 
 
 def test_other_streams_are_followed() -> None:
-    """The kernel runs behind what the current stream has yet to do."""
+    """The kernel runs after the earlier work on the current stream."""
     case = AppendCase(new=(1, 1), before=(4, 9), dtype=torch.bfloat16)
     arguments = on_device(make_append(case), "cuda")
     qkv = arguments["qkv"].clone()

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
 MAX_LINEAR_ROWS = 32
 MAX_PRODUCTS = 4
-# About the borders of what a warp's product takes, 8 and 16, and all.
+# Around the borders of a tensor core product's rows, 8 and 16, and the most.
 ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 32)
 # [N, K]: projections of models of 135M, 1B and 8B parameters, and one with tiles and stages that are mostly empty.
 SHAPES = (
@@ -151,7 +151,7 @@ def run_one_by_one(products: list[dict[str, Any]], workspace: LinearWorkspace) -
 
 
 class Chain:
-    """Dependent products of changing sizes, each of which reads what the one before it wrote.
+    """Dependent products of changing sizes. Each reads the output of the one before it.
 
     Two memories for each size take turns, so that a product soon writes what the ones before it have read; residuals
     are in place.
@@ -297,7 +297,7 @@ def test_small_products_between_large_ones(between: int, workspace: LinearWorksp
 
 @pytest.mark.parametrize("between", [0, 1, 62, 63, 64])
 def test_workspaces_of_two_streams(between: int, workspace: LinearWorkspace) -> None:
-    """What is launched on another stream meanwhile, with a workspace of its own, does not matter."""
+    """Launches on another stream at the same time, with their own workspace, change nothing."""
     products, small = large_products(), small_products(between)
     others, stream = LinearWorkspace(torch.device("cuda")), torch.cuda.Stream()
     run_one_by_one(products, workspace)
@@ -354,7 +354,7 @@ def test_steps_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
 
 
 def test_other_work_between(workspace: LinearWorkspace) -> None:
-    """PyTorch's kernels write what a product reads, and read what it wrote, on the same stream."""
+    """PyTorch's kernels write the input of a product and read its output, on the same stream."""
     product = make_linear(LinearCase(4, 2048, 2048, norm=True), "cuda")
     product["output"] = torch.empty(4, 2048, device="cuda").bfloat16()
     start = product["input"].clone()
@@ -376,7 +376,7 @@ def test_other_work_between(workspace: LinearWorkspace) -> None:
 
 # --- between the products of many rows ------------------------------------------------------------------------------
 
-# Less than a vector of each thread, what a block holds (8,192), more, and what is in no thread's round whole.
+# Fewer features than one vector for each thread, as many as a block holds (8,192), more, and odd remainders.
 FEATURES = (8, 64, 576, 2048, 4096, 8192, 8200, 14336, 28672)
 
 
@@ -398,7 +398,7 @@ def assert_nothing_about_it_was_written(whole: torch.Tensor) -> None:
 def run_rms_norm(
     hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, addend: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum and what it becomes, from one call."""
+    """Return the sum and the normalized rows of one call."""
     total, whole_total = between_nan(*hidden.shape)
     output, whole_output = between_nan(*hidden.shape)
     total.copy_(hidden)
@@ -416,7 +416,7 @@ def run_swiglu(input: torch.Tensor) -> torch.Tensor:
 
 
 def assert_within(output: torch.Tensor, expected_and_bound: tuple[torch.Tensor, torch.Tensor]) -> float:
-    """Returns the greatest error as a part of what it may be."""
+    """Return the greatest error, relative to the error that is allowed."""
     expected, bound = expected_and_bound
     worst = float(((output.double() - expected).abs() / bound).max())
     assert worst <= 1
@@ -424,7 +424,7 @@ def assert_within(output: torch.Tensor, expected_and_bound: tuple[torch.Tensor, 
 
 
 def assert_neighbours(output: torch.Tensor, on_cpu: torch.Tensor) -> None:
-    """Nearly all bits are those of PyTorch, and what is not the same is the bfloat16 number next to it."""
+    """Nearly all results equal PyTorch's bit by bit, and the others are the next bfloat16 number."""
     steps = (output.cpu().view(torch.int16).int() - on_cpu.view(torch.int16).int()).abs()
     assert int(steps.max()) <= 1
     assert int(steps.count_nonzero()) <= 1 + steps.numel() // 100
@@ -488,7 +488,7 @@ def test_a_row_with_nan_or_infinity_is_on_its_own() -> None:
 
 
 def test_swiglu_of_every_gate() -> None:
-    """All numbers of bfloat16: infinities and NaN as PyTorch has them, and what is next to 0 next to 0."""
+    """All numbers of bfloat16: infinities and NaN as in PyTorch, and numbers next to 0 stay next to 0."""
     gate = torch.arange(2**16, device="cuda").short().view(torch.bfloat16).view(32, 2048)
     for up in (1.0, -0.5):
         output = run_swiglu(torch.cat((gate, torch.full_like(gate, up)), dim=1))

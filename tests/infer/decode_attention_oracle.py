@@ -1,4 +1,4 @@
-"""Inputs for `decode_attention` on any device, and what must come out by `append_rope` and float64 PyTorch.
+"""Inputs for `decode_attention` on any device, and the results expected from `append_rope` and float64 PyTorch.
 
 Shapes: B rows that take part, R rows of a cache, L places of a row, K key/value heads, G query heads per key/value
 head, D size of a head, P positions, T tokens of a row.
@@ -15,7 +15,7 @@ from infer.operator_oracle import random, table_of
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 
-# What a rounding to the dtype changes a number by, at the most and relative to it. The sums are float32, whose own
+# The most that a rounding to the dtype changes a number, relative to it. The sums are float32, whose own
 # errors were at most 3e-6 of a head's norm.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 FLOAT32_SUMS = 1e-5
@@ -23,7 +23,7 @@ FLOAT32_SUMS = 1e-5
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """What `decode_attention` is given."""
+    """A case of `decode_attention`."""
 
     before: tuple[int, ...]  # tokens of each row
     page_size: int = 0  # 0: contiguous

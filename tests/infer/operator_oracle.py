@@ -1,4 +1,4 @@
-"""Inputs for the compiled operators on any device, and what must come out by float64 PyTorch, token by token.
+"""Inputs for the compiled operators on any device, and the results expected from float64 PyTorch, token by token.
 
 Shapes: N new tokens, B rows that take part, R rows of a cache, L places of a row, K key/value heads, G query heads per
 key/value head, D size of a head, P positions.
@@ -24,7 +24,7 @@ CUDA_STEPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 
 @dataclass(frozen=True)
 class AppendCase:
-    """What `append_rope` is given."""
+    """A case of `append_rope`."""
 
     new: tuple[int, ...]  # tokens of each row
     before: tuple[int, ...]
@@ -53,7 +53,7 @@ class AppendCase:
 
 @dataclass(frozen=True)
 class ReorderCase:
-    """What `reorder_rows` and `reorder_pages` are given."""
+    """A case of `reorder_rows` and `reorder_pages`."""
 
     source_rows: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -167,7 +167,7 @@ def most(values: torch.Tensor) -> int:
 
 
 def assert_appended(case: AppendCase, arguments: dict[str, Any], allowed: int) -> None:
-    """Run `append_rope` and compare: copies and what should not change bit by bit."""
+    """Run `append_rope` and compare; copies and unchanged places must be equal bit by bit."""
     expected = expected_append(case, on_device(arguments, "cpu"))
     append_rope(**arguments)
     off = {name: steps(arguments[name].cpu(), expected[name].to(case.dtype)) for name in expected if name != "new"}

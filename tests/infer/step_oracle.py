@@ -1,4 +1,4 @@
-"""Inputs for the operators of a decoding step on any device, and what must come out by float64 PyTorch.
+"""Inputs for the operators of a decoding step on any device, and the results expected from float64 PyTorch.
 
 Shapes: B rows, K input features, N output features, F features of the activation, V vocabulary.
 """
@@ -18,7 +18,7 @@ NAN_BITS = 0x7F  # of FP8, with either sign
 
 @dataclass(frozen=True)
 class LinearCase:
-    """What `linear` is given."""
+    """A case of `linear`."""
 
     rows: int
     in_features: int
@@ -34,7 +34,7 @@ class LinearCase:
 
 
 def kinds(fp8: bool) -> list[dict[str, Any]]:
-    """What a decoder layer asks of `linear`, and the rest of what can be combined."""
+    """The options of `linear` that a decoder layer uses, and the other combinations."""
     return [
         {"fp8": fp8},
         {"fp8": fp8, "norm": True},
@@ -110,7 +110,7 @@ def run_linear(
 
 
 def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What comes out in float64, and how far `linear` may be from it.
+    """Return the float64 result, and the error that `linear` may have.
 
     A result is rounded before the activation or the addition and after it, each time by half a unit in the last place,
     `u`, or, where numbers have no more bits, by half of the least one. Sums in float32 of up to 14,336 products are off
@@ -145,7 +145,7 @@ def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
 
 
 def expected_whole_numbers(arguments: dict[str, Any]) -> torch.Tensor:
-    """Bit by bit what comes out of a product of whole numbers, with or without a residual."""
+    """Return the exact result of a product of whole numbers, with or without a residual."""
     factor = 1.0 if arguments["scale"] is None else float(arguments["scale"])
     dtype = arguments["input"].dtype
     product = (arguments["input"].double() @ arguments["weight"].double().T * factor).to(dtype)
@@ -153,7 +153,7 @@ def expected_whole_numbers(arguments: dict[str, Any]) -> torch.Tensor:
 
 
 def assert_linear(case: LinearCase, device: str = "cpu", workspace: LinearWorkspace | None = None) -> float:
-    """Whether `linear` is right, and the same once more; returns the greatest error as a part of what it may be."""
+    """Run `linear` twice and compare. Return the greatest error, relative to the error that is allowed."""
     arguments = make_linear(case, device)
     output = run_linear(arguments, workspace, case.in_place)
     assert torch.equal(run_linear(arguments, workspace, case.in_place), output), f"{case} is not the same twice"

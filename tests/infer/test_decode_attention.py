@@ -116,7 +116,7 @@ def test_bad_input(change: Change, message: str) -> None:
 
 
 def check_for_kernel(arguments: dict[str, Any]) -> None:
-    """What the operator checks for CUDA tensors before its launch."""
+    """Run the checks that the operator does for CUDA tensors before its launch."""
     library.extension().decode_attention_check(**decode_attention_module._kernel_arguments(**arguments))
 
 

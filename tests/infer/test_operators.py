@@ -118,7 +118,7 @@ def test_every_half_precision_number_is_read_and_rounded() -> None:
 
 
 def test_results_are_rounded_to_even() -> None:
-    """What x · cosine is falls between two numbers of 16 bits, for every exponent that float16 has."""
+    """The product of x and the cosine lies between two numbers of 16 bits, for every exponent of float16."""
     for dtype in (torch.float16, torch.bfloat16):
         case = AppendCase(new=(1,), before=(0,), kv_heads=1, group=1, head_dim=128, dtype=dtype)
         arguments = make_append(case)
@@ -152,7 +152,7 @@ def test_nothing_to_do() -> None:
 
 
 def test_more_columns_of_cu_new_than_rows_of_a_padded_batch() -> None:
-    """Books for the largest batch serve a smaller one."""
+    """`cu_new` for the largest batch serves a smaller one."""
     case = AppendCase(new=(2, 1), before=(0, 4), padded=True)
     arguments = make_append(case)
     arguments["cu_new"] = torch.cat((arguments["cu_new"], torch.tensor([3, 3], dtype=torch.int32)))
@@ -314,7 +314,7 @@ def test_cuda_without_cuda() -> None:
 
 @pytest.fixture
 def forgotten() -> Iterator[None]:
-    """What was found out about the extension is forgotten before and after a test."""
+    """Clear the caches of `available` and `limits` before and after a test."""
     found = (library.available, library.limits)
     for function in found:
         function.cache_clear()

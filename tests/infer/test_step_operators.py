@@ -72,7 +72,7 @@ def test_every_fp8_value() -> None:
 
 
 def test_a_chain_is_its_products_one_after_the_other() -> None:
-    """Each reads what the one before wrote, and the last adds to what the first wrote."""
+    """Each product reads the output of the one before, and the last adds to the output of the first."""
     torch.manual_seed(0)
     first, second = (make_linear(LinearCase(3, 128, 128, seed=seed)) for seed in (1, 2))
     chained, alone = (torch.zeros(2, 3, 128).bfloat16() for _ in range(2))
@@ -137,7 +137,7 @@ def randn(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     rows=st.integers(0, 5), features=st.integers(1, 300), dtype=DTYPES, adds=st.booleans(), seed=st.integers(0, 2**31)
 )
 def test_rms_norm(rows: int, features: int, dtype: torch.dtype, adds: bool, seed: int) -> None:
-    """The sum is rounded, and what is normed is the rounded sum."""
+    """The sum is rounded before it is normalized."""
     hidden = 3 * randn(rows, features, dtype=dtype, seed=seed)
     addend = randn(rows, features, dtype=dtype, seed=seed + 1) if adds else None
     weight = randn(features, dtype=dtype, seed=seed + 2)
@@ -336,7 +336,7 @@ def test_torch_agrees_with_the_schemas() -> None:
         case = LinearCase(rows=3, in_features=64, out_features=32, **(kind | {"in_place": False}))
         output, workspace = torch.zeros(3, 16 if case.swiglu else 32).bfloat16(), LinearWorkspace(CPU)
         arguments = (*make_linear(case).values(), output, workspace.partials, workspace.semaphores)
-        # PyTorch cannot compare FP8 tensors, which the check of what is written wants to.
+        # The check of written arguments compares tensors, and PyTorch cannot compare FP8 tensors.
         checks = ALL_CHECKS if not case.fp8 else ALL_CHECKS[1:]
         torch.library.opcheck(torch.ops.llama_te.linear.default, arguments, test_utils=checks)
     norm = rms_norm_arguments()
