@@ -83,7 +83,9 @@ def demo(session: nox.Session) -> None:
     """Convert a real model, generate text with it and export it again."""
     install(session, *MODEL_READERS)
     install_model(session)
-    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE)
+    say(session, "Importing torch and transformers for the first time", "20 s")
+    # What it prints is seen at once, also through a pipe.
+    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE | {"PYTHONUNBUFFERED": "1"})
 
 
 @nox.session
