@@ -105,8 +105,8 @@ def tests(session: nox.Session) -> None:
 def sanitize(session: nox.Session) -> None:
     """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
     install_torch(session)
-    say(session, "Installing llama-te-core with its dependencies", "30 s")
-    session.install("--no-compile", PACKAGES[0], "hypothesis", "pytest")
+    say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
+    session.install("--no-compile", *PACKAGES[:2], "hypothesis", "pytest")
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF"]
     options = [f"--config-settings={setting}" for setting in settings]
