@@ -83,7 +83,9 @@ def demo(session: nox.Session) -> None:
     """Convert a real model, generate text with it and export it again."""
     install(session, *MODEL_READERS)
     install_model(session)
-    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE)
+    say(session, "Importing torch and transformers for the first time", "20 s")
+    # What it prints is seen at once, also through a pipe.
+    session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE | {"PYTHONUNBUFFERED": "1"})
 
 
 @nox.session
@@ -103,8 +105,8 @@ def tests(session: nox.Session) -> None:
 def sanitize(session: nox.Session) -> None:
     """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
     install_torch(session)
-    say(session, "Installing llama-te-core with its dependencies", "30 s")
-    session.install("--no-compile", PACKAGES[0], "hypothesis", "pytest")
+    say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
+    session.install("--no-compile", *PACKAGES[:2], "hypothesis", "pytest")
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
     settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF"]
     options = [f"--config-settings={setting}" for setting in settings]

@@ -53,6 +53,7 @@ def main() -> int:
     torch.manual_seed(0)
     failures: list[str] = []
 
+    print(f"Loading      {options.model.name} ...")
     with timed() as seconds:
         hf, tokenizer = load(options.model)
     size = sum(parameter.numel() for parameter in hf.parameters())
@@ -124,6 +125,7 @@ def main() -> int:
     if not difference <= bound:
         failures.append(f"logits differ by {difference:.3g}, more than {bound:.3g}")
 
+    print("Exporting    the model, and reading it back ...")
     with timed() as seconds:
         equal, tensors = export(te, hf, options.output)
     print(f"Export       {equal} tensors, bit for bit equal ({seconds():.1f} s)")
