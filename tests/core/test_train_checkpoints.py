@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from core import killed_run
