@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .configs.architectures import te_config
+from .configs.model_config import te_config
 from .on_disk import convert_checkpoint
 
 __all__ = ["convert_checkpoint", "te_config"]

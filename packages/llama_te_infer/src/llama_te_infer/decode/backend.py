@@ -119,7 +119,7 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
         pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
         return (
             f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
-            "; docs/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
+            "; docs/internals/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None
 

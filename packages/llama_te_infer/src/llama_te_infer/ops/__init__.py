@@ -1,6 +1,6 @@
 """The compiled operators, one module for each: `from llama_te_infer.ops.linear import linear`.
 
-Importing this package registers all operators as `torch.ops.llama_te.<name>`. `library` says whether the kernels are
+Importing this package registers the operators `torch.ops.llama_te.*`. `library` says whether their kernels are
 available here, and which sizes they take.
 """
 
