@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from core import killed_run
@@ -399,7 +400,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     )
     assert names(tmp_path) == []  # what was written is in nobody's way
     checkpoints.save(5, run.model, run.optimizer)
-    with full_disk(), pytest.raises(TrainingCheckpointError, match=r"The last checkpoint is that of step 5\.$"):
+    with full_disk(), pytest.raises(TrainingCheckpointError, match=r"The last checkpoint is of step 5\.$"):
         checkpoints.save(6, run.model, run.optimizer)
     assert names(tmp_path) == ["step-00000005"]
     checkpoints.load(5, run.model, run.optimizer)
@@ -420,7 +421,7 @@ def test_a_disk_that_is_full_before_or_after_the_tensors(tmp_path, monkeypatch, 
     if when == "before":
         monkeypatch.setattr(NVLlamaConfig, "save_pretrained", refuse)
     else:
-        monkeypatch.setattr(module, "_sync", refuse)
+        monkeypatch.setattr(module, "sync", refuse)
     run = Run()
     checkpoints = Checkpoints(tmp_path, asynchronous=False)
     with pytest.raises(TrainingCheckpointError, match="step 5 cannot be saved .* the disk is full: make room"):
@@ -644,7 +645,7 @@ def test_a_damaged_checkpoint(tmp_path, file, size, what):
     with pytest.raises(TrainingCheckpointError, match=damaged + r"go on from step 60\.$"):
         checkpoints.load(80, run.model, run.optimizer)
     shutil.rmtree(tmp_path / "step-00000060")
-    with pytest.raises(TrainingCheckpointError, match=damaged + r"begin anew\.$"):
+    with pytest.raises(TrainingCheckpointError, match=damaged + r"begin again\.$"):
         checkpoints.load(80, run.model, run.optimizer)
 
 
@@ -657,7 +658,7 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(tmp_pat
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(module.FileSystemReader, "read_data", refuse)
+    monkeypatch.setattr(FileSystemReader, "read_data", refuse)
     message = r"step-00000001 cannot be loaded: PermissionError: .*Permission denied \(rank 0\)\.$"
     with pytest.raises(TrainingCheckpointError, match=message):
         checkpoints.load(1, run.model, run.optimizer)

@@ -364,7 +364,7 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
                 "precision__quantized_weights": True,
             },
             2,
-            "log.inspect='x.yaml' and precision.quantized_weights=True: what weights lose",
+            "log.inspect='x.yaml' and precision.quantized_weights=True: the loss of",
         ),
         (
             {"log__inspect": "x.yaml", "precision__compute": "fp8", "activation_offload_layers": 1},
@@ -425,7 +425,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     config.write_text(config.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 2'))
     config.write_text(config.read_text().replace('"intermediate_size": 256', '"intermediate_size": 128'))
     assert main(options(tmp_path, source, **changes)) == 1
-    assert "fc1_weight of [512, 96], but its config.json means [256, 96]" in capsys.readouterr().err
+    assert "fc1_weight of [512, 96], but its config.json asks for [256, 96]" in capsys.readouterr().err
     config.unlink()
     (tmp_path / "te" / "model.safetensors").unlink()
 
@@ -501,7 +501,7 @@ def test_presets_have_the_sizes_of_the_released_models(name: str, billions: floa
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
-    for module in ("loop", "batch_stream"):
+    for module in ("loop", "data.batch_stream"):
         monkeypatch.delitem(sys.modules, f"llama_te_core.train.{module}")
     monkeypatch.setitem(sys.modules, package, None)
     assert main(options(tmp_path, tmp_path)) == 1

@@ -117,8 +117,8 @@ def test_two_processes_load_what_four_or_one_saved(four, two, plain, name):
         saved = 1 if source == "plain" else 4
         assert warning == (
             f"step 2 was saved by {saved} processes and is loaded by 2: weights and the optimizer's state are the "
-            "same, random numbers go on as they are, and extra is what rank 0 saved (in a run of llama-te-train the "
-            "place in the data, which is that of all ranks: none is lost or repeated)."
+            "same, random numbers go on as they are, and extra comes from rank 0 (in a run of llama-te-train the place "
+            "of all ranks in the data: no document is lost or repeated)."
         )
 
 
@@ -162,7 +162,7 @@ def test_all_processes_hear_of_an_error(folder, four):
             "old": f"step=2: it must be an integer larger than 2, since {there}/step-00000002 exists. Remove it to go "
             "back behind it.",
             "full": f"step 3 cannot be saved to {there}: the disk is full (rank 1): make room, or keep fewer "
-            "checkpoints. The last checkpoint is that of step 2.",
+            "checkpoints. The last checkpoint is of step 2.",
             "steps": [2, 3],
         }
 
@@ -185,7 +185,7 @@ def test_one_process_that_is_killed_leaves_whole_checkpoints(device, tmp_path):
             process.kill()
     heard = (tmp_path / "heard").read_text()
     assert heard.startswith(f"step 2 cannot be saved to {tmp_path}/run: RuntimeError: ")
-    assert heard.endswith(". The last checkpoint is that of step 1.")
+    assert heard.endswith(". The last checkpoint is of step 1.")
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.steps() == [1]
     run = Run("plain")

@@ -1,4 +1,4 @@
-"""Labels of a language model: what each token is trained to predict.
+"""Labels of a language model: the token that each token is trained to predict.
 
 Shapes: B sequences, S columns of a padded batch. Packed sequences are one row, B = 1.
 """
@@ -6,14 +6,14 @@ Shapes: B sequences, S columns of a padded batch. Packed sequences are one row, 
 import torch
 from torch.nn import functional as F
 
-# The label that the loss leaves out, as torch and transformers have it.
+# The label that the loss ignores, in torch and transformers.
 IGNORED_LABEL = -100
 
 
 def next_token_labels(
     labels: torch.Tensor, attention_mask: torch.Tensor | None = None, ignore_index: int = IGNORED_LABEL
 ) -> torch.Tensor:
-    """Shift labels so that each token stands beside the label it predicts, the one of the token after it.
+    """Shift labels so that each token stands beside the label that it predicts, the next token's.
 
     Nothing predicts the first token of a sequence, so its label is dropped. In a padded batch that follows from the
     mask. In packed sequences the label itself must be `ignore_index`, as `DataCollatorWithFlattening` makes it; or it
@@ -22,10 +22,10 @@ def next_token_labels(
     Args:
         labels: int64 [B, S], the label of each token; for packed sequences [1, T].
         attention_mask: [B, S], 0 at padding, on either side; of a wider mask the last S columns count.
-        ignore_index: Put where there is nothing to predict.
+        ignore_index: The label of tokens that predict nothing.
 
     Returns:
-        int64 [B, S], what `linear_cross_entropy` and `NVLlamaForCausalLM` (as `shift_labels`) take.
+        int64 [B, S], for `linear_cross_entropy`, or `NVLlamaForCausalLM` as `shift_labels`.
     """
     next_BS = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     if attention_mask is None:

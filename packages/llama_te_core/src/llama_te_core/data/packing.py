@@ -38,7 +38,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         dataset: Samples: mappings with ``input_ids``, one list, array or 1-D tensor of tokens. A one-shot iterator
             serves a single pass.
         max_tokens_per_batch: The budget.
-        drop_last: Drop what is left at the end without having filled a batch.
+        drop_last: Drop the last samples if they do not fill a batch.
         split_samples: Cut samples at the budget.
         pad_sequences_to_be_divisible_by: The collator's argument of the same name: the budget then counts each sample
             with the padding that the collator will add, and with ``split_samples`` must be a multiple of it.
@@ -70,7 +70,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         self.split_samples = split_samples
         self.pad_sequences_to_be_divisible_by = pad_sequences_to_be_divisible_by
         self._check_budget_divides()
-        # The position after the batch handed out last: samples drawn, and those of them still to be handed out.
+        # The position after the last batch: samples drawn, and those that wait for the next batch.
         self._drawn = 0
         self._carried: list[Sample] = []
         self._resume_on: tuple[int, int] | None = None
@@ -109,7 +109,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
             self.dataset.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch handed out last, to be saved and given to ``load_state_dict``.
+        """Return the position after the last batch, for ``load_state_dict``.
 
         Returns:
             A dict: ``drawn``, the number of samples used; ``carried``, those of them that wait for the next batch (at
@@ -118,7 +118,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         return {"drawn": self._drawn, "carried": self._carried, "worker": self._resume_on or _worker()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Makes the next iteration start at a saved position; the one after it starts at the beginning.
+        """Start the next iteration at a saved position; later ones start at the beginning.
 
         Args:
             state_dict: What ``state_dict`` returned, on a data set made with the same arguments.
@@ -157,7 +157,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         return islice(self.dataset, start, None, workers)
 
     def _divide(self, sample: Sample, room: int) -> tuple[Sample | None, Sample | None]:
-        """The part of the sample that goes in the open batch, and the part that waits for the next."""
+        """Return the part of the sample for the open batch, and the part for the next batch."""
         cost = self._cost(sample)
         if cost <= room:
             return sample, None
@@ -216,7 +216,7 @@ def _cut(sample: Sample, tokens: int) -> tuple[Sample, Sample]:
 
 
 def _length(value: Any) -> int | None:
-    """Entries along the first dimension of a list, tuple, array or tensor; None for what has no such dimension."""
+    """Return the length of the first dimension of a list, tuple, array or tensor; None for other values."""
     if isinstance(value, (list, tuple)):
         return len(value)
     return len(value) if getattr(value, "ndim", 0) > 0 else None

@@ -1,10 +1,10 @@
-"""How the tokens of one forward pass are arranged for the layers.
+"""The arrangement of one forward pass's tokens for the layers.
 
-A caller hands over a padded batch or packed sequences. Layers want one of two arrangements: `"bshd"`, a padded batch
-whose rows begin with their tokens, or `"thd"`, all tokens of all sequences in a row. A `SequenceLayout` knows how to
-get there and back, and which arguments the layers need.
+A caller passes a padded batch or packed sequences. Layers take one of two arrangements: `"bshd"`, a padded batch whose
+rows begin with their tokens, or `"thd"`, all tokens of all sequences in one row. A `SequenceLayout` rearranges tokens
+in both directions, and has the layers' arguments.
 
-A token's position is the number of tokens before it in its sequence; padding counts for nothing, wherever it stands.
+A token's position is the number of tokens before it in its sequence. Padding does not count.
 
 Shapes: B sequences, S columns of the padded batch, T packed tokens, N tokens as the layers see them, E hidden size.
 """
@@ -21,13 +21,13 @@ from .kv_cache import KVCache
 
 @dataclasses.dataclass(frozen=True)
 class PackedSequences:
-    """Where packed sequences start and end, in the names of transformers' flash-attention arguments.
+    """The starts and ends of packed sequences, named like transformers' flash-attention arguments.
 
     Args:
         cu_seq_lens_q: int32 [B + 1], running sum of the sequences' lengths, from 0.
         cu_seq_lens_k: The same for the keys; equal to it in self-attention.
-        max_length_q: At least the longest sequence, the padding behind it included; computed from the tensor, at the
-            price of a wait for the device, where it is not given.
+        max_length_q: At least the length of the longest sequence with its padding. Without it, the tensor gives the
+            length, after a wait for the device.
         max_length_k: The same for the keys.
         cu_seq_lens_q_padded: int32 [B + 1], where each sequence starts in the buffer, if there is padding between.
         cu_seq_lens_k_padded: The same for the keys.
@@ -44,7 +44,7 @@ class PackedSequences:
 
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> PackedSequences | None:
-        """Take this class's fields out of keyword arguments; `None` if no `cu_seq_lens_q` is among them."""
+        """Remove this class's fields from keyword arguments; return `None` without `cu_seq_lens_q`."""
         fields = {field.name: arguments.pop(field.name, None) for field in dataclasses.fields(cls)}
         return None if fields["cu_seq_lens_q"] is None else cls(**fields)
 
@@ -60,20 +60,20 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor | None = None
     cu_seqlens_padded: torch.Tensor | None = None
     max_seqlen: int | None = None
-    # Where each token that the layers see comes from, in the flattened [B * S] input; None: it stands there already.
+    # The place in the flattened [B * S] input of each token that the layers see; None: the same place.
     source_N: torch.Tensor | None = None
-    # The way back: for each place of the flattened input, the token that the layers saw; padding reads any token.
+    # For each place of the flattened input, the token that the layers saw; padding reads any token.
     target: torch.Tensor | None = None
 
     def arrange(self, input_BSx: torch.Tensor) -> torch.Tensor:
-        """Bring [B, S, ...] into the layers' arrangement, [B, S, ...] or [N, ...]."""
+        """Rearrange [B, S, ...] for the layers, to [B, S, ...] or [N, ...]."""
         flat = input_BSx.flatten(0, 1)
         if self.source_N is not None:
             flat = flat[self.source_N]
         return flat if self.format == "thd" else flat.unflatten(0, self.shape_BS)
 
     def restore(self, output: torch.Tensor) -> torch.Tensor:
-        """Bring the layers' arrangement back to [B, S, ...]. What stands at padding is unspecified."""
+        """Rearrange the layers' output to [B, S, ...]. Values at padding are unspecified."""
         flat = output if self.format == "thd" else output.flatten(0, 1)
         if self.target is not None:
             flat = flat[self.target]
@@ -81,11 +81,11 @@ class SequenceLayout:
 
     @property
     def tokens(self) -> int:
-        """Tokens that the layers see, padding included."""
+        """The number of tokens that the layers see, padding included."""
         return self.shape_BS[0] * self.shape_BS[1] if self.source_N is None else len(self.source_N)
 
     def layer_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `te.TransformerLayer.forward` for this arrangement."""
+        """Return the keyword arguments of `te.TransformerLayer.forward` for this arrangement."""
         return {
             "attention_mask": None,
             "self_attn_mask_type": self.mask_type,
@@ -110,19 +110,19 @@ def lay_out(
     cache: KVCache | None = None,
     token_multiple: int = 1,
 ) -> SequenceLayout:
-    """Decide how the layers see a batch.
+    """Choose the arrangement of a batch for the layers.
 
     Args:
         input_BS: Token ids [B, S], or embeddings [B, S, E]; packed sequences have B = 1.
-        attn_input_format: "thd" or "bshd", what the layers take.
+        attn_input_format: The arrangement that the layers take, "thd" or "bshd".
         self_attn_mask_type: "padding_causal" or "causal", for "bshd".
         attention_mask: [B, S], nonzero for tokens; with a cache also [B, columns seen + S].
-        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences; where these are given too,
-            they are checked against a mask (on the CPU, where looking costs nothing). For packed tokens without
-            `packed`, a new sequence begins at each 0; with it they are not looked at.
-        packed: Where packed sequences are.
-        cache: Takes part in this pass.
-        token_multiple: What the number of tokens that the layers see is padded to where this function packs.
+        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences. Given positions are checked
+            against a mask (on the CPU, where reading costs nothing). For packed tokens without `packed`, a new sequence
+            begins at each 0; with `packed` they are ignored.
+        packed: The packed sequences.
+        cache: The cache of this pass.
+        token_multiple: Where this function packs, it pads the number of tokens to a multiple of this.
 
     Returns:
         The layout; with a cache, its step has begun.
@@ -198,14 +198,14 @@ def _packed_by_caller(input_1T: torch.Tensor, packed: PackedSequences) -> Sequen
     if padded is not None and packed.pad_between_seqs is False:
         padded = None
     offsets = cu_seqlens if padded is None else padded
-    # On the host looking costs nothing; on a GPU each look would wait for it, so there a wrong sum goes unnoticed.
+    # Reading costs nothing on the host. On a GPU it would wait, so a wrong sum goes unnoticed there.
     if offsets.device.type == "cpu":
         _check_offsets(cu_seqlens, padded, tokens, packed.max_length_q)
         if packed.cu_seq_lens_k is not None and not torch.equal(cu_seqlens, packed.cu_seq_lens_k):
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: in self-attention both are the same sequences.")
     longest = packed.max_length_q
     if longest is None:
-        longest = int(offsets.diff().max())  # the caller did not say, so wait for the device once
+        longest = int(offsets.diff().max())  # not given, so wait for the device once
     device = input_1T.device
     return SequenceLayout(
         shape_BS=(1, tokens),
@@ -256,12 +256,12 @@ def _packed_here(
         mask_N = mask_BS.flatten()
         target = (mask_N.cumsum(0) - 1).clamp_(min=0)
         if tokens is None:
-            # How many tokens there are decides every shape from here on: the one wait for the device that packing
-            # needs, where no cache has counted them.
+            # The number of tokens decides every shape from here on. Without a cache's count, packing waits for the
+            # device here, and only here.
             source_N = mask_N.nonzero().flatten()
             tokens = len(source_N)
         else:
-            source_N = target.new_empty(tokens + 1)  # padding goes behind the tokens
+            source_N = target.new_empty(tokens + 1)  # padding goes after the tokens
             source_N.scatter_(0, target.where(mask_N, tokens), torch.arange(rows * width, device=device))
             source_N = source_N[:tokens]
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
@@ -272,8 +272,8 @@ def _packed_here(
         if source_N is None:
             source_N = target = torch.arange(tokens, device=device)
         source_N = torch.cat((source_N, source_N.new_zeros(missing)))
-        # A sequence of its own, so that what the layers compute for it stays finite and reaches no other token. A cache
-        # has no row for it, and leaves alone what is behind the last row.
+        # The filling is a sequence of its own, so its outputs stay finite and reach no other token. A cache has no row
+        # for it, and ignores tokens after the last row.
         if cache is None:
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + missing))
     return SequenceLayout(
@@ -316,11 +316,11 @@ def _tokens_first(
 
 
 def _sequence_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """cu_seqlens of packed tokens from positions [1, T] that begin again at 0, or `None`."""
+    """Return the cu_seqlens of packed tokens from positions [1, T] that restart at 0, or `None`."""
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return None
     position_T = position_ids[0]
-    # Finding the sequences is the one wait for the device that packing needs; give cu_seq_lens_q to avoid it.
+    # Finding the sequences waits for the device, which cu_seq_lens_q avoids.
     start_T = position_T == 0
     start_T[0] = True
     begins = start_T.nonzero().flatten()
@@ -333,7 +333,7 @@ def _sequence_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
 def _check_positions(
     position_ids: torch.Tensor, mask_BS: torch.Tensor | None, width: int, restarts: bool = False
 ) -> None:
-    """Positions must go up by one from token to token of a row; where a row begins does not matter to attention."""
+    """Refuse positions that do not rise by one within a row. Attention does not depend on the first position."""
     if position_ids.shape[-1] != width or width < 2:
         return
     step_BS = position_ids.diff(dim=-1)

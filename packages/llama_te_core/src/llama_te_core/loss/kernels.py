@@ -1,9 +1,8 @@
-"""The two passes of `linear_cross_entropy` over a chunk's logits as Triton kernels: each reads them once.
+"""The two passes of `linear_cross_entropy` over a chunk's logits, as Triton kernels that read them once each.
 
-Triton comes with torch's builds for GPUs. Only those import this module.
+Triton comes with torch's builds for GPUs; no other build imports this module.
 
-Shapes: C tokens of a chunk, V vocabulary (of a sharded one, this process's part), B columns that a program takes at a
-time.
+Shapes: C tokens of a chunk, V vocabulary (this process's part, if sharded), B columns of one step of a program.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ _WARPS = 8
 
 
 def statistics(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest logit of each token, and the sum of exp(logit - largest).
+    """Return the largest logit of each token, and the sum of exp(logit - largest).
 
     Args:
         logits_CV: Floating point [C, V], each row contiguous.
 
     Returns:
-        Both [C] in float32 (float64 for float64 logits). The largest is a number also where all logits are -inf, the
-        sum then 0. A logit that is NaN or inf makes the sum NaN.
+        Both [C] in float32 (float64 for float64 logits). Where all logits are -inf, the largest is a finite number and
+        the sum is 0. A logit of NaN or inf makes the sum NaN.
     """
     tokens, vocabulary = logits_CV.shape
     precise = torch.promote_types(logits_CV.dtype, torch.float32)
@@ -51,7 +50,7 @@ def write_gradient(
     target_C: torch.Tensor,
     owned_C: torch.Tensor,
 ) -> None:
-    """Write exp(logit - peak) · factor over the logits, less 1 at an owned target; rounded once, at the end.
+    """Replace logits by exp(logit - peak) · factor, minus 1 at an owned target, rounded once at the end.
 
     Args:
         logits_CV: Floating point [C, V], each row contiguous. Written.

@@ -33,7 +33,7 @@ def linear_cross_entropy(
     chunk_tokens: int = 2048,
     vocabulary_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Mean cross entropy of `hidden @ weight.T` against labels: the head and its loss in one.
+    """Return the mean cross entropy of `hidden @ weight.T` against labels: the head and its loss in one.
 
     Logits are made for `chunk_tokens` tokens at a time, and gradients with them, so that the product with the head is
     computed once. Logits are rounded to the dtype that the head computes in, as `lm_head` would round them: the dtype
@@ -53,11 +53,11 @@ def linear_cross_entropy(
 
     **Sharded vocabulary.** With `vocabulary_group` each process holds some rows of the head, in the order of the
     group's ranks, and calls this with the same hidden and labels. The loss is the same in all of them. Gradients of
-    hidden are summed over the group here, so nothing behind must sum them again; those of weight are of the own rows.
+    hidden are summed over the group here, so no later code may sum them again. Gradients of weight cover the own rows.
     All processes must agree on which tensors require gradients.
 
     Args:
-        hidden: Floating point [..., E], what the head would be given.
+        hidden: Floating point [..., E], the input of the head.
         weight: [V, E] in the same dtype, unless autocast casts both; a plain tensor: of a `DTensor`, its `to_local()`.
         labels: int64 [...]; each token's own label, shifted already (see `next_token_labels`).
         ignore_index: Label of tokens that are left out.
@@ -98,7 +98,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses. Dividing it is left to autograd, so that gradients are kept at a size that float16 has."""
+    """The sum of the losses. Autograd divides it, which keeps gradients in the range of float16."""
 
     @staticmethod
     def forward(
@@ -167,9 +167,9 @@ def _chunk_loss(
     grad_hidden_CE: torch.Tensor | None,
     grad_weight_VE: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The sum of the chunk's losses; its gradients are written to one tensor and added to the other.
+    """Return the sum of the chunk's losses; write one gradient and add to the other.
 
-    A function of its own, so that nothing of a chunk is left when the next one begins.
+    A function of its own frees all tensors of a chunk before the next one begins.
     """
     statistics, write_gradient = _passes(head_VE.device)
     logits_CV = hidden_CE @ head_VE.T
@@ -195,7 +195,7 @@ def _chunk_loss(
 def _passes(
     device: torch.device,
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], Callable[..., None]]:
-    """The two passes over the logits: Triton's on a GPU, else PyTorch's, to which they are held."""
+    """Return the two passes over the logits: Triton's on a GPU, else PyTorch's, which also test the former."""
     if device.type == "cuda" and _triton_is_installed():
         from . import kernels as cross_entropy_kernels
 
@@ -216,7 +216,7 @@ def _triton_is_installed() -> bool:
 
 
 def _statistics(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `cross_entropy_kernels.statistics`."""
+    """See `kernels.statistics`."""
     precise = torch.promote_types(logits_CV.dtype, torch.float32)
     # Not -inf, from which -inf could not be subtracted.
     peak_C = logits_CV.amax(1).to(precise).clamp_(min=torch.finfo(precise).min)
@@ -230,7 +230,7 @@ def _write_gradient(
     target_C: torch.Tensor,
     owned_C: torch.Tensor,
 ) -> None:
-    """See `cross_entropy_kernels.write_gradient`."""
+    """See `kernels.write_gradient`."""
     grad_CV = logits_CV.to(peak_C.dtype).sub_(peak_C[:, None]).exp_().mul_(factor_C[:, None])
     # Before rounding, which would make one of a probability close to it.
     grad_CV.scatter_(1, target_C[:, None], grad_CV.gather(1, target_C[:, None]) - owned_C[:, None].to(grad_CV.dtype))
@@ -256,7 +256,7 @@ def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> 
 def _targets(
     labels_T: torch.Tensor, counted_T: torch.Tensor, rows: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column of each token's label in the own shard, int64 [T], and whether it lies there, bool [T]; else 0."""
+    """Return each label's column in this process's shard, int64 [T], 0 elsewhere; and whether it is there, bool [T]."""
     rows_P = labels_T.new_zeros(dist.get_world_size(group) if group else 1, dtype=torch.int64)
     rank = dist.get_rank(group) if group else 0
     rows_P[rank].fill_(rows)  # assigning it would wait for a GPU
@@ -274,16 +274,16 @@ def _targets(
 
 
 def _all_reduce(tensor: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The tensor, reduced in place over the group."""
+    """Reduce a tensor in place over the group, and return it."""
     if group is not None:
         dist.all_reduce(tensor, op, group)
     return tensor
 
 
 def _head_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would compute."""
+    """Return the dtype in which a linear layer would compute."""
     device = hidden.device.type
-    # Autocast lets float64 alone.
+    # Autocast does not cast float64.
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:

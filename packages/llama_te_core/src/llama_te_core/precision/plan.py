@@ -39,7 +39,7 @@ def check_layer_precision(layer_precision: Sequence[LayerPrecision] | None, num_
 
 
 class PrecisionPlan:
-    """The precision of every layer of one model.
+    """The precision of each layer of one model.
 
     Args:
         layer_precision: One entry per layer, or `None` for the weights' own dtype everywhere.
@@ -83,7 +83,7 @@ class PrecisionPlan:
         self.quantized = any(entry is not None for entry in self.layers)
 
     def has_delayed_scaling(self) -> bool:
-        """Whether any layer scales by what it saw before."""
+        """Tell whether any layer has delayed scaling."""
         used = [precision for precision in self._recipes if precision in self.layers]
         recipes = [self._recipes[precision] for precision in used]
         if None in recipes:
@@ -108,14 +108,14 @@ class PrecisionPlan:
             check_recipe(self._recipes[precision], capability, device_name)
 
     def token_multiple(self) -> int:
-        """The number of tokens in a forward pass must be a multiple of this (1 where nothing is quantized)."""
+        """Return the divisor of the number of tokens in a forward pass (1 where nothing is quantized)."""
         if not self.quantized:
             return 1
         used = [recipe for precision, recipe in self._recipes.items() if precision in self.layers]
         return max(recipe_token_multiple(recipe_name(recipe)) for recipe in used)
 
     def check_tokens(self, tokens: int, grad: bool, ranks: int = 1) -> None:
-        """Refuse a number of tokens that the quantized products cannot take, or processes cannot share out.
+        """Refuse a number of tokens that quantized products cannot take, or that processes cannot share.
 
         Args:
             tokens: Tokens in this forward pass, padding included.
@@ -139,7 +139,7 @@ class PrecisionPlan:
             )
 
     def forward_context(self, layer: int) -> contextlib.AbstractContextManager[Any]:
-        """The context that layer `layer` runs its forward pass in."""
+        """Return the context of the forward pass of layer `layer`."""
         if not self.quantized:
             return contextlib.nullcontext()
         te = transformer_engine()
@@ -149,10 +149,10 @@ class PrecisionPlan:
         return te.autocast(enabled=True, recipe=self._recipes[precision])
 
     def model_context(self) -> contextlib.AbstractContextManager[Any]:
-        """The context around all layers.
+        """Return the context around all layers.
 
-        TE updates the scales of delayed scaling when the outermost context closes. Without this one that would be
-        every layer's own, and each layer's history of maxima would move on once for every layer of the model.
+        TE updates the scales of delayed scaling when the outermost context closes. Without this context, that would
+        happen after every layer, and each layer's history of maxima would move on once for every layer of the model.
         """
         if not self.quantized:
             return contextlib.nullcontext()
@@ -161,7 +161,7 @@ class PrecisionPlan:
         return te.autocast(enabled=True, recipe=self._recipes[first])
 
     def init_context(self, layer: int, quantized_weights: bool) -> contextlib.AbstractContextManager[Any]:
-        """The context that layer `layer` is constructed in.
+        """Return the context in which layer `layer` is built.
 
         Args:
             layer: Index of the layer.

@@ -12,10 +12,9 @@ from typing import Any
 
 from .config import TrainConfig
 
-_DESCRIPTION = """Trains a Llama as a configuration says. --config takes a YAML file or the name of a preset
-({presets}); given again, the later one changes the one before. Each value has an option, as in
---optimizer.learning_rate 1e-4 or --model.shape.num_hidden_layers 8. A run whose folder has checkpoints goes on from the
-last one."""
+_DESCRIPTION = """Trains a Llama from a configuration. --config takes a YAML file or the name of a preset ({presets}); a
+second --config changes the first one. Each value has an option, as in --optimizer.learning_rate 1e-4 or
+--model.shape.num_hidden_layers 8. A run whose folder has checkpoints goes on from the last one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration that arguments mean; where they mean none, the process says why and ends with status 2.
+    """Return the configuration of the arguments; for wrong ones, print the reason and exit with status 2.
 
     Args:
         arguments: As on the command line.
@@ -64,7 +63,7 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
 
 
 def make_parser() -> Any:
-    """The parser of the command, a `jsonargparse.ArgumentParser`.
+    """Make the parser of the command, a `jsonargparse.ArgumentParser`.
 
     Raises:
         ImportError: jsonargparse is not installed.
@@ -82,13 +81,13 @@ def make_parser() -> Any:
 
 
 def presets() -> dict[str, str]:
-    """The configurations that come along: their files, by name."""
+    """Return the files of the presets by name."""
     folder = resources.files(__package__) / "presets"
     return {file.name.removesuffix(".yaml"): str(file) for file in sorted(folder.iterdir(), key=str)}
 
 
 def _words(arguments: Sequence[str]) -> list[str]:
-    """The arguments as the parser has them: files of presets in place of their names, and _ for - in options.
+    """Return the arguments for the parser: files of presets in place of their names, and _ for - in options.
 
     Raises:
         ValueError: `--config` has neither a file nor the name of a preset.
@@ -107,7 +106,7 @@ def _words(arguments: Sequence[str]) -> list[str]:
 
 
 def _file(name: str) -> str:
-    """The file of a preset for its name; anything else that can be read is left to the parser."""
+    """Return the file of a preset for its name; the parser reads any other file."""
     known = presets()
     if name not in known and re.fullmatch(r"[\w./-]*\w", name) and not Path(name).exists():
         raise ValueError(f"--config {name}: there is no such file, and presets are {', '.join(known)}.")

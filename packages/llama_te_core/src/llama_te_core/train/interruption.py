@@ -1,4 +1,4 @@
-"""SIGTERM as a wish that all processes agree on, between two steps."""
+"""SIGTERM as a request that all processes answer together, between two steps."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch.distributed as dist
 
 
 class Interruption:
-    """While it is entered, SIGTERM stops no process: `agreed` tells of it, to all after the same step.
+    """Within this context, SIGTERM stops no process, and `agreed` reports it to all after the same step.
 
-    Signals come to the processes at different moments, and one that left the others would make them wait for ever.
+    Processes get signals at different moments. One that ended alone would make the others wait for ever.
     """
 
     def __init__(self) -> None:
         self._noted = False
         self._before: Any = None
-        # On the host, where looking at the answer waits for no GPU.
+        # On the host, where reading the answer waits for no GPU.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
@@ -35,9 +35,9 @@ class Interruption:
             self._answer()
 
     def agreed(self) -> bool:
-        """Whether any process had a signal; all processes call this after each step.
+        """Tell whether any process had a signal; all processes call this after each step.
 
-        With several processes, the answer is the one to the call before: it has come while the step was computed.
+        With several processes this answers the call before, whose answer arrived during the step.
         """
         if self._group is None:
             return self._noted

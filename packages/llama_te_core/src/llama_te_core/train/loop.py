@@ -39,11 +39,11 @@ from .tensor_statistics import TensorStatistics
 
 
 class RefusedRunError(RuntimeError):
-    """A run cannot begin: its configuration, the data, the checkpoint or the machine do not allow it."""
+    """A run cannot begin, because of its configuration, the data, the checkpoint or the machine."""
 
 
 def train(config: TrainConfig) -> int:
-    """Train as a configuration says, in all processes that torchrun started, or in this one.
+    """Train from a configuration, in all processes that torchrun started, or in this one.
 
     A run whose folder has checkpoints goes on from the last. At SIGTERM it saves one and ends.
 
@@ -51,10 +51,10 @@ def train(config: TrainConfig) -> int:
         config: The run.
 
     Returns:
-        The last step that was taken.
+        The last step.
 
     Raises:
-        RefusedRunError: The run cannot begin; mostly this is known before the model is built.
+        RefusedRunError: The run cannot begin; most reasons are known before the model is built.
         CheckpointError: A checkpoint could not be saved.
         NonFiniteLossError: The loss is no finite number.
         UnusableDocumentError: A document cannot be used.
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> int:
             elif step > config.steps:
                 raise ValueError(f"folder={config.folder!r} is at step {step}: steps={config.steps} is less.")
             tokenizer = load_tokenizer(config.data.tokenizer)
-            # What a tokenizer makes is known to be in the vocabulary by its size.
+            # The size of a tokenizer shows that its tokens are in the vocabulary.
             vocab_size = config.model.vocab_size if tokenizer is None else None
             multiple, context = config.token_multiple, config.parallel.context
             data = config.data.text_data(tokenizer, config.seed, multiple, context, vocab_size)
@@ -132,7 +132,7 @@ def train(config: TrainConfig) -> int:
                 interval = config.checkpoint.interval
                 save = interval is not None and (last or step % interval == 0)
                 if save or last or step % config.log.interval == 0:
-                    metrics.report()  # before saving, so that no checkpoint has weights that are no numbers
+                    metrics.report()  # before saving, so that no checkpoint has weights of NaN
                 if save:
                     checkpoints.save(step, called, optimizer, {"data": stream})
             checkpoints.wait()
@@ -178,7 +178,7 @@ def train_step(
 
 
 def load_tokenizer(name: str | None) -> Any:
-    """The tokenizer that `DataConfig.tokenizer` names, or None."""
+    """Load the tokenizer that `DataConfig.tokenizer` names; None for none."""
     if name is None:
         return None
     if name == "bytes":
@@ -201,7 +201,7 @@ def _refusals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.device]]:
-    """The mesh of the processes and this one's device; without torchrun mostly no mesh."""
+    """Make the mesh of the processes and this one's device; without torchrun there is mostly no mesh."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -210,7 +210,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.d
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     elif config.precision.compute_dtype != config.precision.weights_dtype:
-        # FSDP casts weights, and asks for a group, if only of this process.
+        # FSDP casts weights, and needs a group, even of this process alone.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         yield None, device
@@ -223,7 +223,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.d
 
 @contextlib.contextmanager
 def _synchronized(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are summed over the processes once, in the backward pass of a step's last batch."""
+    """Sum gradients over the processes once, in the backward pass of a step's last batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():

@@ -1,6 +1,6 @@
-"""What is told of a run: loss, norm of the gradients, speed, memory; on the console, in a file, TensorBoard and W&B.
+"""Metrics of a run: loss, norm of the gradients, speed, memory; on the console, in a file, TensorBoard and W&B.
 
-Shapes: N steps since the last look, S rows and columns of a square matrix.
+Shapes: N steps since the last report, S rows and columns of a square matrix.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ..models.configuration_nvllama import NVLlamaConfig
 from ..parallel.mesh import process_rank
 from .config import LogConfig
 
-# Dense tensor-core operations per second of one GPU, 1e12, by words of what torch calls it; the first entry that fits
-# counts. `peak_flops` tells the sources.
+# Dense tensor-core operations per second of one GPU, 1e12, by words of torch's name for it. The first entry that fits
+# counts. `peak_flops` names the sources.
 PEAKS = {
     "A100": {"bf16": 312.0},
     "H100 PCIe": {"bf16": 756.0, "fp8": 1513.0},
@@ -48,7 +48,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 def peak_flops(gpu: str, compute: str) -> float | None:
-    """Operations per second that a GPU has at most; `None` where the table does not know it.
+    """Return the most operations per second of a GPU; `None` where the table does not have it.
 
     Numbers are NVIDIA's for dense matrices, or half of those with sparsity where it gives no others:
 
@@ -73,15 +73,15 @@ def peak_flops(gpu: str, compute: str) -> float | None:
 
 
 def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float) -> float:
-    """Operations that training on some tokens takes, forward and backward, without what is computed twice.
+    """Return the operations of training on some tokens, forward and backward, each counted once.
 
-    As in appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv 2204.02311): 6 for each weight of a matrix product
-    and token, and for attention 12 for each layer, feature of the heads, query and key. Of the keys, causality leaves
-    half, and packing those of the own sequence.
+    The count follows appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv 2204.02311): 6 for each weight of a
+    matrix product and token, and for attention 12 for each layer, feature of the heads, query and key. Causality halves
+    the keys, and packing leaves the keys of the own sequence.
 
     Args:
         config: The model.
-        tokens: How many.
+        tokens: The number of tokens.
         squared_lengths: The sum of the squares of the sequences' lengths.
     """
     heads = config.num_attention_heads * config.head_dim
@@ -92,13 +92,13 @@ def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float)
 
 
 def bf16_product_rate(device: torch.device) -> float:
-    """Operations per second that products of two large matrices in BF16 reach on a GPU.
+    """Measure the operations per second of products of two large matrices in BF16 on a GPU.
 
-    What a GPU has at most is for a clock that its power seldom allows; this is what there is to have. Random numbers of
-    training go on as they are.
+    The published peak assumes a clock that the GPU's power seldom allows; this rate is within reach. Training's random
+    numbers are not touched.
 
     Args:
-        device: The GPU, which is waited for.
+        device: The GPU; this function waits for it.
     """
     own = torch.Generator(device).manual_seed(0)
     a_SS, b_SS = (
@@ -114,24 +114,24 @@ def bf16_product_rate(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    seconds()  # kernels are loaded, and the clock settles
+    seconds()  # loads kernels and settles the clock
     return PRODUCTS * 2 * PRODUCT_SIZE**3 / seconds()
 
 
 class Metrics:
-    """Collects what the steps tell, without waiting for the GPU, and reports it when asked.
+    """Collects the steps' metrics without waiting for the GPU, and reports them when asked.
 
-    Rank 0 writes: a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B, whose
-    name for the run is in `wandb-id` there, so that a run that goes on is one run there too.
+    Rank 0 writes a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B. The
+    file `wandb-id` keeps W&B's name of the run, so that a run that goes on stays one run there.
 
     Args:
-        config: How much.
+        config: The section `log`.
         folder: The run's.
         model_config: The model, for the number of operations.
-        compute: What layers compute in, for the GPU's peak.
-        device: Where it computes.
+        compute: The layers' number format, for the GPU's peak.
+        device: The device of the training.
         ranks: Data-parallel ranks.
-        step: The step that the run goes on from. Lines of later ones, which are computed anew, are dropped.
+        step: The last step before this start. Lines of later steps are dropped, since the run repeats them.
         steps: The last one.
         settings: The run's configuration, for W&B.
     """
@@ -178,23 +178,23 @@ class Metrics:
             )
 
     def add(self, step: int, loss: torch.Tensor, norm: torch.Tensor, learning_rate: float) -> None:
-        """Note a step.
+        """Add a step.
 
         Args:
             step: Its number.
-            loss: This process's, [] on the device; the mean over the processes is that of all tokens.
-            norm: Of all gradients before clipping, [] likewise.
-            learning_rate: It was taken with.
+            loss: This process's, [] on the device; its mean over the processes is the mean over all tokens.
+            norm: The norm of all gradients before clipping, [] on the device.
+            learning_rate: The rate of the step.
         """
         self._rows.append((step, loss.detach(), norm.detach(), learning_rate))
 
     def count(self, tokens: int, squared_lengths: int) -> None:
-        """Note a batch of this process's data-parallel rank."""
+        """Add a batch of this process's data-parallel rank."""
         self._tokens += tokens
         self._squared_lengths += squared_lengths
 
     def report(self) -> None:
-        """Look at what the steps since the last time have told, and write it; all processes call this together.
+        """Write the metrics of the steps since the last report; all processes call this together.
 
         Raises:
             NonFiniteLossError: A loss or a norm is no finite number.
@@ -231,8 +231,8 @@ class Metrics:
         for (step, *_), loss, norm in zip(rows, losses, norms, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise NonFiniteLossError(
-                    f"step {step} has loss {loss} and a norm of gradients of {norm}: training stops, and nothing of it "
-                    "is saved. Go on from the last checkpoint with a lower optimizer.learning_rate, a longer "
+                    f"step {step} has loss {loss} and a norm of gradients of {norm}: training stops without "
+                    "saving. Go on from the last checkpoint with a lower optimizer.learning_rate, a longer "
                     "schedule.warmup_steps or precision.compute='bf16', or look at the data."
                 )
 
@@ -280,7 +280,7 @@ class Metrics:
 
 
 def _wandb_id(folder: Path, step: int) -> str:
-    """What a run is called at W&B: a new name from the beginning, and the same when it goes on."""
+    """Return W&B's name of the run: a new one at the beginning, and the same when the run goes on."""
     file = folder / "wandb-id"
     if step == 0 or not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")
@@ -288,7 +288,7 @@ def _wandb_id(folder: Path, step: int) -> str:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Keep the lines of a file up to a step; a last one that was not finished is dropped too."""
+    """Keep the lines of a file up to a step, and drop an unfinished last line."""
     if not file.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""Traces of some steps: what the time goes to, and the memory."""
+"""Traces and memory recordings of some steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Profiler:
 
     Args:
         config: Which steps.
-        folder: Where to; each process writes a file of its own.
+        folder: Each process writes a file of its own there.
         rank: This process's number.
     """
 
@@ -28,7 +28,7 @@ class Profiler:
         self._trace_ends = self._memory_ends = -1
 
     def before(self, step: int) -> None:
-        """Begin what begins with this step."""
+        """Begin the recordings of this step."""
         if step == self.config.trace_at:
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._trace, self._trace_ends = profile(activities=activities), step + self.config.trace_steps - 1
@@ -38,7 +38,7 @@ class Profiler:
             self._memory_ends = step + self.config.memory_steps - 1
 
     def after(self, step: int, last: bool) -> None:
-        """End what ends with this step, or with the run."""
+        """End the recordings that end with this step, or with the run."""
         if self._trace is not None and (last or step >= self._trace_ends):
             self._trace.stop()
             self._trace.export_chrome_trace(str(self._file("trace", "json")))

@@ -8,13 +8,13 @@ from .config import ScheduleConfig
 
 
 def learning_rate(step: int, steps: int, largest: float, schedule: ScheduleConfig) -> float:
-    """The learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
         step: Its number, from 1.
-        steps: The last step's.
-        largest: What the warm-up leads to: reached at step `warmup_steps`, or the first one without a warm-up.
-        schedule: How it goes on from there.
+        steps: The number of the last step.
+        largest: The rate at step `warmup_steps`, or at the first step without a warm-up.
+        schedule: The course of the rate after that.
     """
     if step < schedule.warmup_steps:
         return largest * step / schedule.warmup_steps

@@ -1,4 +1,4 @@
-"""The loss of a model in training, without the logits.
+"""The loss of a model in training, without logits of all tokens.
 
 Shapes: B sequences, S columns of a padded batch (packed: B = 1), E hidden size, V vocabulary (with tensor parallelism,
 this process's part).
@@ -21,12 +21,12 @@ def return_loss_alone(
 ) -> None:
     """Make a model's forward pass return the loss of a batch, from `linear_cross_entropy`.
 
-    Forward passes are replaced rather than gone around: FSDP and DDP do their work around the call of a module. The
-    model's takes what `shard_context` returns, and returns a float32 [].
+    This replaces forward functions, since FSDP and DDP act around the call of a module. The model's takes the result of
+    `shard_context`, and returns a float32 [].
 
     Args:
-        model: It is changed, before or after `parallelize`. Saving it is not concerned.
-        mesh: What it is or will be split over.
+        model: It is changed, before or after `parallelize`. Saving it stays the same.
+        mesh: The mesh that splits the model, now or later.
         z_loss: See `linear_cross_entropy`.
         chunk_tokens: See there.
     """
@@ -45,7 +45,7 @@ def return_loss_alone(
 
     head: Any = loss_of
     if tensor_mesh is None:
-        # FSDP gathers the head's weight around the call of the module. (Tensor parallelism has other plans for it.)
+        # FSDP gathers the head's weight around the call of this module. (Tensor parallelism gathers nothing.)
         head = model.lm_head
         head.forward = loss_of
 

@@ -1,4 +1,4 @@
-"""What the folder of a run has from the run before, and whether this one can go on there."""
+"""The folder of a run: checks of the earlier run in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from ...models.configuration_nvllama import NVLlamaConfig
 
-# What weights of one shape compute differently with.
+# Fields that change the results of weights of the same shape.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps")
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
 
@@ -20,10 +20,10 @@ def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
 
     Args:
         checkpoint: The folder of a checkpoint, with the model's `config.json`.
-        config: Of this run's model.
+        config: The configuration of this run's model.
 
     Raises:
-        ValueError: They differ in what weights have or mean.
+        ValueError: The shapes or the meaning of the weights differ.
     """
     saved, own = NVLlamaConfig.from_pretrained(checkpoint).to_dict(), config.to_dict()
     other = [f"{name}={saved[name]!r} (here {own[name]!r})" for name in _SHAPE + _MEANING if saved[name] != own[name]]
@@ -34,13 +34,13 @@ def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
 
 
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to begin in the folder of another run, which has no checkpoint to go on from.
+    """Refuse to begin in the folder of another run without checkpoints.
 
-    One of the same settings, which was stopped before its first checkpoint, begins anew.
+    A run with the same settings, which stopped before its first checkpoint, begins again.
 
     Args:
-        folder: Of the run, there or not.
-        settings: All of the configuration, by sections.
+        folder: The run's, which may not exist.
+        settings: The whole configuration, by sections.
 
     Raises:
         FileExistsError: There is another run.

@@ -1,4 +1,4 @@
-"""The batches of a run: of this process's data-parallel rank, cut for its mesh, on its device, resumed exactly."""
+"""The batches of a run: for this process's place in the mesh, on its device, resumed exactly."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
     """A packed batch as the model takes it.
 
     Attributes:
-        arguments: Of the model, on the device: `shift_labels`, and `num_items_in_batch` as `shard_context` has it.
-        tokens: How many there were before cutting, padding included.
-        squared_lengths: The sum of the squares of the sequences' lengths, which attention's work goes by.
+        arguments: The model's, on the device: see `shard_context`.
+        tokens: The number of tokens before cutting, padding included.
+        squared_lengths: The sum of the squares of the sequences' lengths, to which attention's work is proportional.
     """
 
     arguments: dict[str, Any]
@@ -34,16 +34,16 @@ class Batch(NamedTuple):
 
 
 class UnusableDocumentError(ValueError):
-    """A document that cannot be trained on, met in the course of a run."""
+    """A run has reached a document that it cannot use."""
 
 
 class BatchStream:
-    """Batches without end, with a state that any number of processes can go on from.
+    """Batches without end, with a state from which any number of processes can go on.
 
     Args:
-        data: What they are made of; its epochs are None.
-        mesh: Of the processes; None for one alone.
-        device: Where batches are wanted.
+        data: The data; its `epochs` are None.
+        mesh: The processes; None for one.
+        device: The device of the batches.
         workers: Processes that read and tokenise.
 
     Raises:
@@ -59,13 +59,13 @@ class BatchStream:
         self.batches = TextBatches(data, rank, self.ranks)
         self.batches.check_documents(workers)
         for document in self.batches.source.documents(None):
-            data.tokens(document)  # tells now what a worker would only once the model is loaded
+            data.tokens(document)  # raises now, and not in a worker after the model is loaded
             break
         self._loader = self._make_loader()
         self._iterator: Iterator[Any] | None = None
 
     def next(self) -> Batch:
-        """The next batch.
+        """Return the next batch.
 
         Raises:
             UnusableDocumentError: A document cannot be used.
@@ -75,7 +75,7 @@ class BatchStream:
         try:
             batch = next(self._iterator)
         except ValueError as error:
-            # A worker's has the whole traceback for its message.
+            # The message of a worker's error is a whole traceback.
             *_, message = str(error).strip().splitlines()
             raise UnusableDocumentError(message.removeprefix("ValueError: ")) from error
         lengths = batch["cu_seq_lens_q"].diff()
@@ -94,11 +94,11 @@ class BatchStream:
         iterator: Any = self._iterator
         self._iterator = None
         if self.workers and iterator is not None:
-            # At Python's exit they would get a SIGTERM, which they leave to this process, and be waited for for ever.
+            # Python's exit sends them a SIGTERM, which they ignore, and waits for them for ever.
             shut_down_workers(iterator)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place of all data-parallel ranks, the same in all processes, which call this together."""
+        """Return the place of all data-parallel ranks; all processes call this together and get the same."""
         rank, _ = data_rank(self.mesh)
         state = self._loader.state_dict()
         states: list[Any] = [(rank, state)]
@@ -110,17 +110,17 @@ class BatchStream:
         return {"ranks": [by_rank[rank] for rank in sorted(by_rank)], "workers": self.workers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved place, with as many ranks and workers as there were or not.
+        """Go on from a saved place, with any number of ranks and workers.
 
         Args:
-            state_dict: What `state_dict` returned.
+            state_dict: The result of `state_dict`.
 
         Raises:
-            ValueError: It is of other documents, or of another order.
+            ValueError: It belongs to other documents, or to another order.
         """
         states = state_dict["ranks"]
         rank, _ = data_rank(self.mesh)
-        # A loader looks at its state when it starts, a worker's even later: one that does not fit is refused here.
+        # A loader reads its state when it starts, and a worker even later: refuse a wrong state now.
         copy.copy(self.batches).load_state_dict(merge_states(states))
         self._loader = self._make_loader()
         self._iterator = None
@@ -138,13 +138,13 @@ class BatchStream:
                 batch_size=None,
                 num_workers=self.workers,
                 worker_init_fn=_leave_signals_to_the_process,
-                # Of its own, so that the random numbers of training do not depend on when the loader starts.
+                # Its own generator: the start of the loader must not change the random numbers of training.
                 generator=torch.Generator(),
                 pin_memory=self.device.type == "cuda",
             )
 
 
 def _leave_signals_to_the_process(worker: int) -> None:
-    # Where all processes of a job get the signal, workers that ended would take the process with them, which is about
-    # to save a checkpoint. They end when it does.
+    # Where all processes of a job get the signal, a worker that ended would end this process too, before it saves a
+    # checkpoint. Workers end together with the process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

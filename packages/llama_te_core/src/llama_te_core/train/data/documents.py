@@ -1,7 +1,7 @@
 """Documents of a training set: local .txt, .jsonl and .parquet files, or a data set of the Hugging Face hub.
 
-A source gives all its documents in one order for each random state. It only reads them: to take one apart is left to
-who uses it, so that a document which is passed over costs little.
+A source yields all its documents, in an order that depends on a random state. It does not parse them, so that skipping
+a document costs little.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-_ROWS = 1000  # of a table that are made Python objects at a time
+_ROWS = 1000  # of a table, converted to Python objects at a time
 
 TextDocument = Literal["file", "paragraph"]
 
@@ -24,7 +24,7 @@ class Document(NamedTuple):
     """One document as it was read.
 
     Attributes:
-        place: Where it is, for messages.
+        place: Its file and line, for messages.
         content: A line of JSON, or the fields.
     """
 
@@ -57,8 +57,8 @@ class Files:
 
     Args:
         path: The folder or file.
-        field: The field that will be asked for. The text of a .txt file counts as this field.
-        text_document: What one document of a .txt file is: the whole file, or what stands between blank lines.
+        field: The field that callers read. The text of a .txt file counts as this field.
+        text_document: One document of a .txt file: the whole file, or a paragraph between blank lines.
 
     Raises:
         ValueError: There is no such file.
@@ -78,18 +78,18 @@ class Files:
 
     @property
     def identity(self) -> str:
-        """What two sources have in common if they have the same documents in the same order."""
+        """A text that is equal for two sources with the same documents in the same order."""
         root = self.path if self.path.is_dir() else self.path.parent
         listing = [(file.relative_to(root).as_posix(), file.stat().st_size) for file in self.files]
         return f"{len(listing)} files, {zlib.crc32(repr((listing, self.text_document)).encode()):08x}"
 
     def documents(self, random: Random | None) -> Iterator[Document]:
-        """All documents, once: files in an order drawn from `random`, or with None in that of their names."""
+        """Yield all documents once, file by file: in an order drawn from `random`, or by name without it."""
         for file in self.files if random is None else sorted(self.files, key=lambda file: random.random()):
             yield from self._read(file)
 
     def count(self, most: int) -> int:
-        """How many documents there are, counted up to `most`; files are read no further than that takes."""
+        """Count the documents, up to `most`, and read no further than that."""
         found = 0
         for file in self.files:
             if file.suffix == ".parquet":
@@ -115,7 +115,7 @@ class Files:
 
     def _rows(self, file: Path) -> Iterator[Document]:
         with _table(file) as table:
-            # Without the field, all columns: whoever asks for it is told which ones there are.
+            # Without the field, all columns, for the message that names them.
             columns = [self.field] if self.field in table.schema_arrow.names else None
             rows = (row for batch in table.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
@@ -134,17 +134,17 @@ class Files:
 
 
 class HubDataset:
-    """A data set of the Hugging Face hub, or what else `datasets.load_dataset` knows by a name.
+    """A data set of the Hugging Face hub, or any other that `datasets.load_dataset` knows by a name.
 
     Args:
         name: The hub id, `owner/name`.
-        field: The field that will be asked for.
+        field: The field that callers read.
         subset: `load_dataset`'s `name`.
         split: Of the data set.
         streaming: Read over the network, in place of a download that is kept.
 
     Raises:
-        ValueError: When documents are asked for: it cannot be loaded.
+        ValueError: On the first document: the data set cannot be loaded.
     """
 
     def __init__(self, name: str, field: str, subset: str | None, split: str, streaming: bool) -> None:
@@ -156,11 +156,11 @@ class HubDataset:
 
     @property
     def identity(self) -> str:
-        """What two sources have in common if they have the same documents in the same order."""
+        """A text that is equal for two sources with the same documents in the same order."""
         return f"{self.name}, {self.subset}, {self.split}"
 
     def documents(self, random: Random | None) -> Iterator[Document]:
-        """All rows, once, as they stand, whatever `random` is: a download does not say where its files begin."""
+        """Yield all rows once, in order; `random` has no effect: a download does not show where its files begin."""
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -178,7 +178,7 @@ class HubDataset:
         if self.field in (dataset.column_names or ()):
             dataset = dataset.select_columns([self.field])
         number = 0
-        # Not by iterating over it: within a worker of a DataLoader that gives a share, of another order.
+        # Iterating would not do: within a worker of a DataLoader it yields a share, in another order.
         for batch in dataset.iter(_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
@@ -189,13 +189,13 @@ Source: TypeAlias = Files | HubDataset
 
 
 def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iterator[Document]:
-    """A source's documents in the order of an epoch, the same for the same arguments.
+    """Yield a source's documents in the order of an epoch, the same for the same arguments.
 
-    Files come in random order, and their documents go through a buffer, of which a random one leaves when the next
-    comes in.
+    Files come in random order, and their documents go through a buffer, from which a random one leaves when the next
+    one enters.
 
     Args:
-        source: Of the documents.
+        source: The source.
         seed: Of the run.
         epoch: Counted from 0.
         shuffle_buffer: How many documents the buffer holds; 0 leaves the source's order as it is.
@@ -203,7 +203,7 @@ def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iter
     if shuffle_buffer == 0:
         yield from source.documents(None)
         return
-    # Random.random alone, since of no other method Python promises the same numbers in later versions.
+    # Random.random alone: for no other method does Python promise the same numbers in later versions.
     random = Random(f"{seed} {epoch}")
     buffer: list[Document] = []
     for document in source.documents(random):

@@ -1,0 +1,97 @@
+"""The files of a checkpoint: reading and writing them, and the reasons of failures in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+from ...compat.torch import file_of_item
+
+
+class Writer(FileSystemWriter):
+    """torch's writer, with the disk's own error where it cannot write.
+
+    If the disk refuses, torch.save raises its own error about positions, with the disk's error as its context. That
+    context is lost when processes exchange errors.
+    """
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        try:
+            return super().write_data(*args, **kwargs)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
+
+
+class DamagedFileError(RuntimeError):
+    """A file of a checkpoint is missing, or has other bytes than the saved ones."""
+
+
+class Reader(FileSystemReader):
+    """torch's reader, with the name of a damaged file in the error."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: D102
+        with _reading(".metadata"):
+            return super().read_metadata(*args, **kwargs)
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:  # noqa: D102
+        files: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            files.setdefault(file_of_item(self, item), []).append(item)
+        for name, items in files.items():
+            with _reading(name):
+                super().read_data(replace(plan, items=items), planner)
+        return super().read_data(replace(plan, items=[]), planner)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedFileError(f"{name} is missing") from error
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise  # the machine's fault, not the file's
+    except Exception as error:  # damaged bytes can raise anything
+        raise DamagedFileError(f"{name} is damaged ({reason(error)})") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def first_error(error: BaseException) -> tuple[BaseException, str]:
+    """Return the error of the first of several processes, and its rank in words; or the error itself."""
+    if not isinstance(error, CheckpointException):
+        return error, ""
+    number, (error, _) = min(error.failures.items(), key=lambda item: item[0])
+    return error, f" (rank {number})"
+
+
+def reason(error: BaseException) -> str:
+    """Return the reason of an error in one line; of several processes' errors, the first one's."""
+    error, rank = first_error(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{rank}: make room, or keep fewer checkpoints"
+    if isinstance(error, DamagedFileError):
+        return f"{error}{rank}"
+    lines = str(error).strip().splitlines()
+    return type(error).__name__ + (f": {lines[0].rstrip('.')}" if lines else "") + rank
