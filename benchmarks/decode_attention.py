@@ -1,7 +1,8 @@
 """Time decode attention on a GPU, against the copy bandwidth and against `append_rope` with PyTorch's attention.
 
-Every figure is the median over replays of a CUDA graph of many launches, which go round enough caches that the L2 has
-none of them any more. "of copy" is the rate at which keys and values are read, against that of a large copy.
+Every figure is the median over replays of a CUDA graph of many launches. The launches use enough caches in turn that
+the L2 cache never holds the next one. "of copy" is the rate of reading keys and values, as a share of the rate of a
+large copy.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KV_HEADS, GROUP = 8, 4
 MODELS = {"1B": 64, "8B": 128}  # size of a head
 CONTEXTS = ((1, 128), (1, 1024), (1, 8192), (1, 32768), (32, 128), (32, 1024), (32, 8192))
 PAGE_SIZE = 64
-# How a row's tokens lie: page size, 0 for none; and whether each head's tokens of a page lie together.
+# Layouts of a cache: the page size, 0 without pages; and whether a page stores the tokens of each head together.
 LAYOUTS = {"rows": (0, False), f"pages of {PAGE_SIZE}": (PAGE_SIZE, False), "pages, heads apart": (PAGE_SIZE, True)}
 L2_BYTES = 256 * 2**20  # more than any GPU's
 
@@ -28,7 +29,7 @@ L2_BYTES = 256 * 2**20  # more than any GPU's
 def arguments_of_layers(
     rows: int, tokens: int, head_dim: int, page_size: int, heads_apart: bool
 ) -> list[dict[str, Any]]:
-    """Arguments for rows of `tokens`, the new one included, with caches of their own and all else in common."""
+    """Make arguments for several layers: rows of `tokens`, the new one included; only the caches differ."""
     capacity = -(-(tokens + 1) // 256) * 256
     blocks, page_table = (rows, capacity), None
     if page_size:
@@ -60,7 +61,7 @@ def cached_megabytes(rows: int, tokens: int, head_dim: int) -> float:
 
 
 def torch_run(arguments: dict[str, Any], rows: int, tokens: int) -> Run:
-    """`append_rope` and PyTorch's attention to a contiguous cache, all of whose rows are as long."""
+    """Make a run of `append_rope` and PyTorch's attention over a contiguous cache with rows of one length."""
     query = torch.empty_like(arguments["output"])
     cu_new = int32(range(rows + 1))
     key, value = (arguments[name][:rows, :tokens].transpose(1, 2) for name in ("key_cache", "value_cache"))

@@ -1,10 +1,10 @@
 """Time the loss with its head, forward and backward, on one GPU: `linear_cross_entropy` beside torch's own functions.
 
-Hidden states, head and gradients are bfloat16, the sizes Llama 3's. Times are medians over whole passes.
+Hidden states, head and gradients are bfloat16, with the sizes of Llama 3. Times are medians over whole passes.
 
-The limit is what the three products with the head would take at the speed of large bfloat16 products, and two passes
-over the logits (one that reads them, one that reads and writes) at the speed of a copy, both measured in the same run.
-Memory is what is allocated at most beside hidden states and head: their two gradients are part of it.
+The limit is the time of the three products with the head at the rate of large bfloat16 products, plus two passes over
+the logits (one reads, one reads and writes) at the rate of a copy. The same run measures both rates. Memory is the peak
+of allocated memory beside hidden states and head; it includes their two gradients.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Figure:
     """One row of the table.
 
     Attributes:
-        what: Sizes.
-        who: What computed it.
-        milliseconds: One forward and backward pass.
-        memory: Greatest allocated beside what is given, GB (1e9 bytes).
-        limit: Milliseconds, as the head of this file tells.
+        what: Model and number of tokens.
+        who: The function that computed the loss.
+        milliseconds: Time of one forward and backward pass.
+        memory: Peak of allocated memory beside hidden states and head, in GB (1e9 bytes).
+        limit: Milliseconds; the head of this file defines it.
     """
 
     what: str
@@ -54,7 +54,9 @@ class Figure:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loads", nargs="*", choices=LOADS, default=list(LOADS), help="sizes of these models")
+    parser.add_argument(
+        "--loads", nargs="*", choices=LOADS, default=list(LOADS), help="measure with the sizes of these models"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this needs a GPU.")
@@ -85,10 +87,10 @@ def main() -> None:
 
 
 def losses() -> dict[str, Loss]:
-    """By name, what is compared."""
+    """Return the functions to compare, by name."""
     from llama_te_core import linear_cross_entropy
 
-    module = sys.modules["llama_te_core.linear_cross_entropy"]
+    module = sys.modules["llama_te_core.loss.linear_cross_entropy"]
 
     def fused(chunk_tokens: int) -> Loss:
         return lambda *tensors: linear_cross_entropy(*tensors, chunk_tokens=chunk_tokens)
@@ -109,7 +111,7 @@ def losses() -> dict[str, Loss]:
 
 
 def measure(load: str, who: str, loss: Loss, products: float, copies: float) -> Figure:
-    """Forward and backward, several times."""
+    """Time forward and backward passes of one function."""
     tokens, size = LOADS[load]
     torch.manual_seed(0)
     hidden_TE, weight_VE = (

@@ -1,8 +1,8 @@
 """Time the compiled operators on a GPU, against its copy bandwidth, Transformer Engine's kernels and index_select.
 
-Every figure is the median over replays of a CUDA graph of many launches, so it is what a launch costs inside a graph,
-gaps included. The launches of a graph go round several sets of tensors: for the large cases these are more than the L2
-cache holds, for a step of generation they are the layers of a model, whose projections come hot from the L2 there too.
+Every figure is the median over replays of a CUDA graph of many launches. So it is the cost of a launch inside a graph,
+gaps included. The launches use several sets of tensors in turn. In the large cases the sets exceed the L2 cache. In a
+decoding step they are the layers of a model, whose projections are in the L2 cache in real runs, too.
 
 Sizes are those of Llama 3 8B: 8 key/value heads of 128 with 4 query heads each, bfloat16, 32 layers.
 """
@@ -27,7 +27,7 @@ from timing import milliseconds
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
 DTYPE = torch.bfloat16
-TOKEN_BYTES = KV_HEADS * HEAD_DIM * DTYPE.itemsize  # of one cache
+TOKEN_BYTES = KV_HEADS * HEAD_DIM * DTYPE.itemsize  # in one cache
 BEAMS = 4
 # What beam search does in most steps: two rows change places, one is dropped, one is there twice.
 SOURCE_ROWS = (1, 0, 0, 2)
@@ -41,18 +41,18 @@ class Figure:
 
     what: str
     microseconds: float
-    megabytes: float  # that must be moved, read plus written
+    megabytes: float  # data that must move, read plus written
     against: str = ""
     baseline_microseconds: float | None = None
 
     @property
     def bandwidth(self) -> float:
-        """In TB/s."""
+        """Bandwidth in TB/s."""
         return self.megabytes / self.microseconds
 
 
 def microseconds(runs: Sequence[Run], launches: int = 64, replays: int = 50) -> float:
-    """What one of `runs` takes inside a CUDA graph that goes round them until it has `launches` or once round."""
+    """Return the time of one of `runs` inside a CUDA graph that repeats all of them, for about `launches` launches."""
     rounds = max(1, launches // len(runs))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -82,7 +82,7 @@ def int32(values: Sequence[int]) -> torch.Tensor:
 
 
 def append_run(rows: int, new: int, before: int, page_size: int, padded: bool) -> Run:
-    """One layer's append of `new` tokens to each of `rows` rows that have `before`."""
+    """Make a run that appends `new` tokens to each of `rows` rows of `before` tokens, for one layer."""
     tokens, length = rows * new, -(-(before + new) // 256) * 256
     angle = torch.rand(length, HEAD_DIM // 2, device="cuda") * 6.3
     page_table = None
@@ -111,7 +111,7 @@ def append_megabytes(tokens: int, positions: int) -> float:
 
 
 class TransformerEngine:
-    """What its attention runs between the projection and the attention itself."""
+    """The kernels that TE runs between the projection and the attention itself."""
 
     def __init__(self) -> None:
         from transformer_engine.pytorch.attention.inference import InferenceParams
@@ -120,7 +120,7 @@ class TransformerEngine:
         self.InferenceParams, self.rotate = InferenceParams, apply_rotary_pos_emb
 
     def run(self, rows: int, new: int, before: int, page_size: int) -> Run:
-        """Its five kernels for a padded batch: queries and values made contiguous, two rotations, copy to the cache."""
+        """Make a run of TE's five kernels for a padded batch: two copies, two rotations, and the copy to the cache."""
         from collections import OrderedDict
 
         length = -(-(before + new) // 256) * 256
@@ -223,7 +223,7 @@ def page_figures() -> list[Figure]:
         for whole in (128, 32768):
             tokens = whole if rest == 0 else whole - page_size + rest
             full, most = tokens // page_size, whole // page_size + 1
-            # The beams share their full pages; each has one of its own behind them.
+            # The beams share their full pages. Behind them each beam has one page of its own.
             table = torch.arange(most, device="cuda").int().repeat(BEAMS, 1)
             table[:, full:] = most + torch.arange(BEAMS, device="cuda").int()[:, None]
             caches = [random(most + BEAMS, page_size, KV_HEADS, HEAD_DIM) for _ in range(2 * LAYERS)]
@@ -278,7 +278,7 @@ def as_text(figures: list[Figure], copy: float) -> str:
 
 
 def report(measure: Callable[[], list[Figure]], json_file: Path | None) -> None:
-    """Print figures, beside the bandwidth of a copy that is taken ahead of them, and write them to a file."""
+    """Measure the bandwidth of a copy, then the figures; print them, and write them to a file."""
     torch.manual_seed(0)
     with torch.no_grad():
         copy = copy_bandwidth() / 1e12

@@ -1,4 +1,4 @@
-"""Llama 3's sizes, as a configuration's fields have them."""
+"""The sizes of Llama 3, as fields of a configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the GPU takes."""
+"""Time of the GPU."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import torch
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """What the GPU takes for what `run` launches, from the first launch to the end; it is waited for."""
+    """Return the GPU's milliseconds from the first launch of `run` to the end of the last; waits for the GPU."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()

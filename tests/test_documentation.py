@@ -1,7 +1,7 @@
 """The Python blocks of the Markdown pages run as written, page by page, in a folder with a checkpoint `./llama`.
 
-So do the commands `llama-te-convert` and `llama-te-train`. A block marked `python gpu` needs a GPU and is only compiled.
-Links, paths and module names on the pages lead to something that exists.
+So do the commands `llama-te-convert` and `llama-te-train`. A block marked `python gpu` is only compiled. Links,
+paths and module names on the pages lead to something that exists.
 """
 
 from __future__ import annotations

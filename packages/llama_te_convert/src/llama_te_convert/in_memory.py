@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llama_te_core import NVLlamaPreTrainedModel
+from llama_te_core.compat.transformers import attention_implementation
 
 from .configs.architectures import architecture_of, hf_class, te_class
 from .configs.model_config import hf_config, te_config
@@ -68,7 +69,7 @@ def _in_memory_fields(source: PreTrainedModel, target_class: type[PreTrainedMode
     architectures = source.config.architectures
     if architectures == [type(source).__name__]:
         architectures = [target_class.__name__]
-    return {"architectures": architectures, "attn_implementation": source.config._attn_implementation}
+    return {"architectures": architectures, "attn_implementation": attention_implementation(source.config)}
 
 
 def _convert(

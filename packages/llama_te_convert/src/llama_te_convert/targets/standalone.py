@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_te_core import NVLlamaConfig, NVLlamaPreTrainedModel
-from llama_te_core.models.checkpoint_format import LOADER, STANDALONE, auto_map
+from llama_te_core.checkpoint_format import LOADER, STANDALONE, auto_map
 from llama_te_core.models.remote_code import write_standalone_code
 
 from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config

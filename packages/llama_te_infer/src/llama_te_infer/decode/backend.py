@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from llama_te_core.compat.torch import forward_hooks
+
 from ..kv_cache.step import CacheStep
 from ..ops import library
 from ..ops.checks import name_of
@@ -98,7 +100,7 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     decoder = model.model
     for name, module in model.named_modules():
         # The model's own forward pass calls the step. The step replaces every module below it.
-        if module is not model and (_user_hooks(module) or "forward" in vars(module)):
+        if module is not model and (_user_hooks(model, module) or "forward" in vars(module)):
             return f"{name} has hooks or a forward pass of its own"
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     names |= {f"model.layers.{index}.{name}" for index in range(len(decoder.layers)) for name in LAYER_PARAMETERS}
@@ -117,15 +119,14 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
         pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
         return (
             f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
-            "; docs/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
+            "; docs/internals/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None
 
 
-def _user_hooks(module: Any) -> list[Any]:
+def _user_hooks(model: Any, module: Any) -> list[Any]:
     """Return the hooks of a module that users have registered. The layers' own hooks only serve the cache."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("llama_te_core.layers.")]
+    return [hook for hook in forward_hooks(module) if not model.layer_backend.is_own_hook(hook)]
 
 
 @functools.cache
