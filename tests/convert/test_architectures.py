@@ -1,4 +1,4 @@
-"""Architectures: their configurations there and back, and a Mistral in the Transformer Engine layout."""
+"""Architectures: round trips of their configurations, and a Mistral in the Transformer Engine layout."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ IDS_BS = torch.arange(3, 17).view(2, 7)
 def tiny_mistral():
     def make(hf_class=MistralForCausalLM, **fields):
         torch.manual_seed(0)
-        # Heads of a size that is not hidden_size / heads, as Mistral-Nemo has them.
+        # The head size is not hidden_size / heads, as in Mistral-Nemo.
         model = hf_class(MistralConfig(**{**TINY, "sliding_window": None, "head_dim": 24, "num_labels": 3, **fields}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -136,14 +136,14 @@ class TestMistral:
     def test_a_sliding_window_is_refused(self, tiny_mistral):
         with pytest.raises(CheckpointError, match=r"sliding_window=16 is not supported: .*sliding_window=None only"):
             convert_llama_hf_to_te(tiny_mistral(sliding_window=16))
-        # What a file leaves out has Mistral's own default, which is a window.
+        # Mistral's own default for a missing field is a window.
         with pytest.raises(CheckpointError, match=r"sliding_window=4096 is not supported"):
             te_config({"model_type": "mistral", "hidden_size": 64, "num_attention_heads": 4})
         with pytest.raises(CheckpointError, match=r"sliding_window=8 is not supported"):
             convert_llama_hf_to_te(tiny_mistral(), sliding_window=8)
 
     def test_a_decoder_is_named_as_each_layout_has_it(self):
-        """Only in a Llama for question answering transformers calls it `transformer`; the TE layout always does."""
+        """Transformers calls only the decoder of Llama question answering `transformer`; the TE layout always does."""
         hf = ["model.norm.weight", "qa_outputs.weight", "qa_outputs.bias"]
         te = ["transformer.norm.weight", "qa_outputs.weight", "qa_outputs.bias"]
         rules = ARCHITECTURES["mistral"].rules
@@ -199,13 +199,13 @@ class TestConfigurations:
         assert architecture_of(content) is architecture_of(te_config(content).to_dict()) is architecture
 
     def test_names_of_old_files_are_understood(self):
-        """As in Llama 2's and Mistral's own files: `rope_theta`, `torch_dtype`, and no head_dim."""
+        """The files of Llama 2 and Mistral have `rope_theta` and `torch_dtype`, and no head_dim."""
         old = {"hidden_size": 128, "num_attention_heads": 8, "rope_theta": 5e5, "torch_dtype": "bfloat16"}
         for more in ({"model_type": "llama"}, {"model_type": "mistral", "sliding_window": None}):
             config = te_config({**old, **more})
             assert config.rope_parameters["rope_theta"] == 5e5
             assert (config.dtype, config.head_dim) == (torch.bfloat16, 16)
-        # Each architecture has defaults of its own for what the file leaves out.
+        # Each architecture has its own defaults for missing fields.
         assert te_config({"model_type": "mistral", "sliding_window": None}).num_key_value_heads == 8
         assert te_config({"model_type": "llama"}).num_key_value_heads == 32
 
@@ -269,7 +269,7 @@ def test_a_folder_converted_from_mistral_loads_by_the_auto_class(tiny_mistral, t
 
 
 def test_a_llama_with_mistrals_name_only_is_no_mistral(tiny_llama):
-    """The class itself is asked for, not its name: others have theirs of the same name."""
+    """The class is compared, not its name: other libraries have classes of the same name."""
     model = tiny_llama()
     model.__class__ = type("MistralForCausalLM", (LlamaForCausalLM,), {})
     with pytest.raises(TypeError, match=r"model_hf is a MistralForCausalLM: .* takes one of LlamaModel"):

@@ -1,4 +1,4 @@
-"""The command `llama-te-convert`, as it is typed."""
+"""The command `llama-te-convert`, as users type it."""
 
 from __future__ import annotations
 

@@ -1,21 +1,15 @@
-"""Comparison of checkpoints: what differs is named with its place and size, and nothing else is."""
+"""Comparison of checkpoints: it names every difference with its position and size, and nothing else."""
 
 import dataclasses
 import json
 import math
-import shutil
-import weakref
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForQuestionAnswering,
@@ -25,7 +19,6 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     MistralForQuestionAnswering,
-    PreTrainedTokenizerFast,
 )
 
 from conftest import TINY
@@ -33,10 +26,9 @@ from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.errors import CheckpointError
 from llama_te_convert.sources.checkpoint import Checkpoint
 from llama_te_convert.sources.torch_tensors import as_bytes, info_of
-from llama_te_convert.verify import logits, scan
+from llama_te_convert.verify import scan
 from llama_te_convert.verify.compare import TOLERANCES, compare
 from llama_te_convert.verify.comparison import ConfigDifference
-from llama_te_convert.verify.logits import compare_logits
 
 BITS = {2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,7 +37,7 @@ QKV = "model.layers.1.self_attention.layernorm_qkv.weight"
 
 
 class MemorySource:
-    """Tensors in memory, whose memory is as short-lived as a source may have it; knows how much was read at once."""
+    """Tensors in memory. Each read overwrites the last one's memory, and `most` is the largest read in elements."""
 
     concurrent = False
 
@@ -69,13 +61,13 @@ class MemorySource:
 
 
 def in_memory(model, path="somewhere", **fields):
-    """A checkpoint as a model's `save_pretrained` would write it: tied weights once."""
+    """A checkpoint as `save_pretrained` of the model would write it, with tied weights stored once."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return Checkpoint(path, {**model.config.to_dict(), **fields}, MemorySource(tensors))
 
 
 def changed(checkpoint, tensors=None, without=(), **fields):
-    """With other tensors and fields, and without some."""
+    """The checkpoint with some tensors and fields replaced or added, and without some tensors."""
     held = {**checkpoint.source.held, **(tensors or {})}
     source = MemorySource({name: tensor for name, tensor in held.items() if name not in without})
     return Checkpoint("elsewhere", {**checkpoint.config, **fields}, source)
@@ -160,7 +152,7 @@ def test_another_architecture(opened, tmp_path, hf_class):
     convert_llama_hf_to_te(model).save_pretrained(tmp_path / "te")
     comparison = compare(opened(tmp_path / "hf"), opened(tmp_path / "te"))
     assert comparison.equal, comparison.lines()
-    # The same tensors under the name of another architecture are no longer the same model.
+    # The same tensors with the name of another architecture are another model.
     other = opened(tmp_path / "te")
     other.config["source_model_type"] = "llama"
     fields = [field.name for field in compare(opened(tmp_path / "hf"), other).config]
@@ -168,7 +160,7 @@ def test_another_architecture(opened, tmp_path, hf_class):
 
 
 def test_a_checkpoint_is_equal_to_itself(te):
-    """Both sides are read through one source, whose memory the next read takes."""
+    """Both sides read through one source, and each read overwrites the last one's memory."""
     assert compare(te, te).equal
     assert compare(te, te, tolerances=TOLERANCES).equal
 
@@ -229,7 +221,7 @@ def test_the_tolerance_is_a_share_of_the_largest_value_and_includes_its_bound(pa
     b.view(-1)[place] = sign * allowed
     first = changed(hf, {Q_PROJ: a})
     assert compare(first, changed(hf, {Q_PROJ: b}), tolerances=tolerances).equal
-    b.view(-1)[place - 1] = allowed  # is not counted: it is at the bound
+    b.view(-1)[place - 1] = allowed  # at the bound, so it does not count
     b.view(-1)[place] = sign * torch.nextafter(torch.tensor(allowed), torch.tensor(math.inf))
     (difference,) = compare(first, changed(hf, {Q_PROJ: b}), tolerances=tolerances).differences
     assert difference.name == Q_PROJ
@@ -247,7 +239,7 @@ def test_one_rounding_is_within_the_tolerances(pairs, dtype, seed, scale):
     rounded = changed(hf, {name: tensor.to(dtype) for name, tensor in before.source.held.items()})
     assert compare(before, rounded, tolerances=TOLERANCES).equal
     assert compare(rounded, before, tolerances=TOLERANCES).equal
-    # And no more than that: a hundredth of them lets none of these through.
+    # A hundredth of the tolerances is exceeded.
     tight = {each: tolerance / 100 for each, tolerance in TOLERANCES.items()}
     assert Q_PROJ in {each.name for each in compare(before, rounded, tolerances=tight).differences}
     assert {each.kind for each in compare(before, rounded).differences} == {"dtype"}
@@ -294,7 +286,7 @@ def test_the_largest_difference_of_several(hf, te):
 
 
 def one_element(hf, a, b):
-    """Two checkpoints of which one element is these, and the bits of it if they are given as a whole number."""
+    """Two checkpoints that differ in one element: `a` and `b`. Whole numbers are the bits of the element."""
     made = []
     for value in (a, b):
         weight = torch.ones(64, 64)
@@ -391,7 +383,7 @@ def test_names_shapes_and_dtypes(hf, te):
     assert "  lm_head.weight: float32 [257, 64] in a, float32 [5, 64] in b" in text
     assert comparison.to_dict()["equal"] is False
     assert {each["name"] for each in comparison.to_dict()["differences"]} == {d.name for d in comparison.differences}
-    # A tensor that the mapping does not know is compared too where both have it.
+    # A tensor without a rule is compared too if both checkpoints have it.
     both = changed(first, {"model._extra_state": torch.tensor([1.0, 2.0])})
     (difference,) = compare(first, both).differences
     assert (difference.name, difference.values.index) == ("model._extra_state", (1,))
@@ -449,16 +441,16 @@ def test_tied_embeddings_are_a_head_that_is_the_same(tiny_llama):
         (note,) = comparison.notes
         assert note.startswith("elsewhere has tied embeddings by its configuration, but its lm_head.weight is not ")
         assert f"note: {note}" in comparison.lines()
-    # The same on both sides is no difference between them, but it is said.
+    # The same oddity on both sides is a note, and no difference.
     same = compare(different, changed(hf, {"lm_head.weight": other}))
     assert same.equal and len(same.notes) == 2
-    # A head of another shape, or none where nothing is tied.
+    # A head of another shape, and a missing head without tying.
     assert compare(hf, changed(hf, {"lm_head.weight": torch.ones(3, 64)})).differences[0].kind == "shape"
     untied = changed(hf, tie_word_embeddings=False)
     comparison = compare(untied, stored)
     assert [each.kind for each in comparison.differences] == ["only in b"]
     assert comparison.config == (ConfigDifference("tie_word_embeddings", False, True),)
-    # How it trains is another thing if the head is not tied.
+    # Tying counts by itself, since it changes how the model trains.
     comparison = compare(changed(stored, tie_word_embeddings=False), hf)
     assert comparison.differences == () and not comparison.equal
 
@@ -474,7 +466,7 @@ def test_tied_embeddings_are_a_head_that_is_the_same(tiny_llama):
         ("initializer_range", 0.02, [("initializer_range", 0.15, 0.02)]),
         ("pretraining_tp", 2, [("pretraining_tp", 1, 2)]),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, [("rope_parameters.rope_theta", 1e4, 5e5)]),
-        ("rope_theta", 5e5, []),  # the old name says nothing where the new one is
+        ("rope_theta", 5e5, []),  # the new name overrides the old one
         ("somebodys_field", 3, [("somebodys_field", None, 3)]),
         ("use_cache", False, []),
         ("torch_dtype", "bfloat16", []),
@@ -526,7 +518,7 @@ def test_the_names_that_old_configurations_use_for_rope(hf):
 
 
 def test_a_saved_configuration_says_the_same(opened, tiny_llama, tmp_path):
-    """The file has a text where a plain Llama has an integer."""
+    """The file has a string in the place of a plain Llama's integer."""
     model = tiny_llama(pretraining_tp=2)
     convert_llama_hf_to_te(model).save_pretrained(tmp_path)
     assert isinstance(json.loads((tmp_path / "config.json").read_text())["pretraining_tp"], str)
@@ -582,140 +574,10 @@ def test_a_file_that_shrinks_is_an_error(opened, tiny_llama, tmp_path):
         compare(a, b)
 
 
-# --- logits -----------------------------------------------------------------------------------------------------------
-
-WORDS = ["<unk>", "a", "cat", "sat", "on", "the", "mat"]
+# --- a real checkpoint ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folders(tiny_llama, tmp_path):
-    """A model in both layouts; the first folder has a tokenizer."""
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "hf")
-    convert_llama_hf_to_te(model).save_pretrained(tmp_path / "te")
-    save_tokenizer(tmp_path / "hf", WORDS)
-    return tmp_path / "hf", tmp_path / "te"
-
-
-def save_tokenizer(folder, words):
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-
-
-def test_logits_of_both_layouts_are_the_same(folders):
-    hf, te = folders
-    for a, b in ((hf, te), (te, hf)):
-        result = compare_logits(a, b, "the cat sat on a mat")
-        assert (result.tokens, result.device, result.a_dtype, result.b_dtype) == (6, "cpu", "float32", "float32")
-        assert result.same and result.same_tokens == 6
-        assert result.largest < 2e-5  # logits of up to about 10 in float32; 2e-6 was measured
-        (line,) = result.lines()
-        assert "logits of 6 tokens, in float32 on cpu: largest difference " in line
-        assert line.endswith("most likely token the same at all 6 positions")
-    again = compare_logits(hf, hf, "the cat")
-    assert (again.largest, again.position, again.same_tokens) == (0.0, 0, 2)
-    assert json.loads(json.dumps(again.to_dict()))["same"] is True
-
-
-def test_logits_that_differ_from_a_position_on(folders):
-    """The last word's embedding is another one: nothing before it can differ."""
-    hf, te = folders
-    tensors = load_file(te / "model.safetensors")
-    tensors["model.embed_tokens.weight"][WORDS.index("mat")] *= -1
-    save_file(tensors, te / "model.safetensors", metadata={"format": "pt"})
-    result = compare_logits(hf, te, "the cat sat on a mat")
-    assert (result.same, result.same_tokens, result.first_other, result.position) == (False, 5, 5, 5)
-    assert result.largest > 1
-    assert "the same at 5 of 6 positions, first another one at 5" in result.lines()[0]
-
-
-def test_logits_that_are_no_numbers(folders):
-    hf, te = folders
-    tensors = load_file(te / "model.safetensors")
-    tensors["lm_head.weight"][3] = math.nan
-    save_file(tensors, te / "model.safetensors", metadata={"format": "pt"})
-    result = compare_logits(hf, te, "the cat")
-    assert result.largest == math.inf
-    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["largest"] == "inf"
-    save_tokenizer(te, WORDS)
-    assert compare_logits(te, te, "the cat").largest == 0
-
-
-def test_models_run_in_their_own_dtype_and_one_at_a_time(folders, tiny_llama, tmp_path, monkeypatch):
-    model = tiny_llama().to(torch.bfloat16)
-    convert_llama_hf_to_te(model, layer_precision=["fp8"] * 3).save_pretrained(tmp_path / "half")
-    load, loaded = logits._model, []
-
-    def watched(path):
-        assert all(reference() is None for reference in loaded)
-        model = load(path)
-        loaded.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(logits, "_model", watched)
-    result = compare_logits(tmp_path / "half", folders[0], "the cat sat")
-    assert (result.a_dtype, result.b_dtype) == ("bfloat16", "float32")
-    assert len(loaded) == 2
-    assert "in bfloat16 and float32 on cpu" in result.lines()[0]
-    assert 0 < result.largest < 0.5  # bfloat16 has 8 bits, the logits are about 10; 0.1 was measured
-
-
-def test_logits_without_a_tokenizer_or_a_text_are_an_error(folders):
-    hf, te = folders
-    with pytest.raises(CheckpointError, match=r"neither .*/te nor .*/te has a tokenizer: copy .*tokenizer.json"):
-        compare_logits(te, te, "the cat")
-    with pytest.raises(CheckpointError, match=r"the text '' has no tokens: give a longer one"):
-        compare_logits(hf, te, "")
-    (hf / "tokenizer.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"the tokenizer of .*/hf cannot be used: "):
-        compare_logits(hf, te, "the cat")
-
-
-def test_models_that_do_not_go_together_are_an_error(folders, tiny_llama, tmp_path):
-    hf, te = folders
-    tiny_llama(vocab_size=100).save_pretrained(tmp_path / "small")
-    with pytest.raises(CheckpointError, match=r"has logits for 257 tokens, but .*/small for 100"):
-        compare_logits(hf, tmp_path / "small", "the cat")
-    save_tokenizer(hf, [*(f"w{i}" for i in range(300)), "<unk>", "cat"])
-    with pytest.raises(CheckpointError, match=r"the text has the token 301, but .*/hf has 257 tokens"):
-        compare_logits(hf, te, "cat")
-
-
-def test_what_cannot_be_loaded_as_a_language_model_is_an_error(folders, tiny_llama, tmp_path):
-    hf, te = folders
-    tiny_llama(LlamaModel).save_pretrained(tmp_path / "base")
-    with pytest.raises(CheckpointError, match=r"/base lacks lm_head.weight \(and 0 more\): logits need a complete"):
-        compare_logits(hf, tmp_path / "base", "the cat")
-    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(CheckpointError, match=r"/gpt2 has the model_type 'gpt2': give one of llama, "):
-        compare_logits(hf, tmp_path / "gpt2", "the cat")
-    (te / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"/te cannot be loaded as a model: "):
-        compare_logits(hf, te, "the cat")
-
-
-def test_a_model_that_does_not_fit_into_memory_is_an_error(folders, monkeypatch):
-    class TooLarge(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            raise torch.OutOfMemoryError("out of memory. Tried to allocate 1 TiB.\nmore")
-
-    monkeypatch.setattr(logits, "_model", lambda path: TooLarge(LlamaConfig(**TINY)))
-    with pytest.raises(CheckpointError, match=r"/hf cannot be run on cpu: out of memory. Tried to allocate 1 TiB.$"):
-        compare_logits(*folders, "the cat")
-
-
-# --- a real one -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def smollm2_te(smollm2, tmp_path):
-    convert_llama_hf_to_te(smollm2).save_pretrained(tmp_path / "te", max_shard_size="200MB")
-    yield tmp_path / "te"
-    shutil.rmtree(tmp_path / "te")  # half a gigabyte
-
-
-def test_a_real_checkpoint(opened, smollm2, smollm2_file, smollm2_te, monkeypatch):
+def test_a_real_checkpoint(opened, smollm2, smollm2_te):
     hf, te = in_memory(smollm2), opened(smollm2_te)
     comparison = compare(hf, te)
     assert comparison.equal and comparison.tensors == 272 and comparison.bytes == 4 * 134_515_008
@@ -723,12 +585,6 @@ def test_a_real_checkpoint(opened, smollm2, smollm2_file, smollm2_te, monkeypatc
     tensor.detach()[1535, 575] += 0.5
     (difference,) = compare(hf, te).differences
     assert (difference.name, difference.values.index) == ("model.layers.29.mlp.up_proj.weight", (1535, 575))
-    # The tokenizer is that of the GGUF file; its weights are there already, and take a quarter of a minute to read.
-    load = logits._model
-    monkeypatch.setattr(logits, "_model", lambda path: smollm2 if path == smollm2_file else load(path))
-    result = compare_logits(smollm2_file, smollm2_te, "The capital of France is Paris.")
-    assert result.same and result.tokens == 7
-    assert result.largest < 1e-3  # logits of up to 30 in float32; 7e-5 was measured
 
 
 def test_results_are_frozen(hf, te):

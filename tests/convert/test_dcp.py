@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint are read bit for bit, and nothing in them is run."""
+"""Checkpoints of torch.distributed.checkpoint: the reader returns their bits and runs no code in them."""
 
 import os
 import pickle
@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+from convert.malicious import Malicious
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.errors import CheckpointError
 from llama_te_convert.layout.mapping import map_names
@@ -46,7 +47,7 @@ def assert_same(folder, expected):
 
 
 def changed(folder, change):
-    """Write `.metadata` again with a change."""
+    """Change `.metadata`."""
     metadata = pickle.loads((folder / DCP_METADATA).read_bytes())
     change(metadata)
     (folder / DCP_METADATA).write_bytes(pickle.dumps(metadata))
@@ -175,7 +176,7 @@ dist.destroy_process_group()
 
 
 def test_sharded_over_two_processes(tiny_llama, tmp_path):
-    # A vocabulary of 257: the ranks' parts are not of one size.
+    # The vocabulary is 257, so the ranks have parts of different sizes.
     model = tiny_llama(tie_word_embeddings=False, num_hidden_layers=1)
     model.save_pretrained(tmp_path / "model")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -190,14 +191,6 @@ def test_sharded_over_two_processes(tiny_llama, tmp_path):
         assert_same(tmp_path / folder, model.state_dict())
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_code_in_metadata_is_not_run(tmp_path):
     trace = tmp_path / "was_run"
     folder = save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})
@@ -208,7 +201,7 @@ def test_code_in_metadata_is_not_run(tmp_path):
         DCPSource(folder)
     assert not trace.exists()
     pickle.loads((folder / DCP_METADATA).read_bytes())
-    assert trace.exists()  # so it would have been
+    assert trace.exists()  # torch's own reader would have run it
 
 
 @pytest.mark.parametrize(

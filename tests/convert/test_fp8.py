@@ -1,4 +1,4 @@
-"""FP8 export: weights that were FP8 come back bit for bit, others are rounded; names and configuration."""
+"""FP8 export: weights that were FP8 come back bit for bit, and other weights are rounded."""
 
 import threading
 
@@ -17,7 +17,7 @@ from llama_te_convert.targets.fp8_scale import exact_scale, quantize
 
 FP8 = torch.float8_e4m3fn
 ALL_FP8 = torch.arange(256, dtype=torch.uint8).view(FP8)
-FINITE = ALL_FP8[~ALL_FP8.float().isnan()]  # both zeros among them
+FINITE = ALL_FP8[~ALL_FP8.float().isnan()]  # with both zeros
 LAYER = "model.layers.0."
 NAMES = {
     "q": f"{LAYER}self_attn.q_proj.weight",
@@ -37,7 +37,7 @@ scales = st.one_of(
 
 
 class Memory:
-    """Tensors in memory, which counts what is read of them and hands out one buffer, as a file does."""
+    """Tensors in memory. It records the reads, and each read of a thread overwrites the last one, as for a file."""
 
     concurrent = False
 
@@ -60,7 +60,7 @@ class Memory:
 
 
 def plain(source):
-    """Targets that are the source's tensors."""
+    """The source's tensors, unchanged."""
     return [ConvertedTensor(name, info, (RowRange(name, 0, info.rows),)) for name, info in source.tensors.items()]
 
 
@@ -69,7 +69,7 @@ def tensor_of(chunks, info):
 
 
 def export(tensors):
-    """Tensors by name as they would be written."""
+    """The tensors by name, as they would be written."""
     source = Memory(tensors)
     made = {}
     for output in fp8_streams(plain(source), source):
@@ -112,9 +112,9 @@ class TestBitForBit:
     @settings(deadline=None, max_examples=25)
     @given(scale=scales, seed=st.integers(0, 2**16))
     def test_a_group_has_one_scale(self, scale, seed):
-        """As TE has them: one tensor of queries, keys and values, and one of gate and up, with a scale each."""
+        """TE has one scale for queries, keys and values, and one for gate and up."""
         group = {name: (random_fp8((6, 8), seed + i) * scale).bfloat16() for i, name in enumerate(NAMES.values())}
-        # One of them has small numbers only, and one has none.
+        # The keys are small numbers only, and the values are zeros.
         group[NAMES["k"]] = (random_fp8((2, 8), seed, among=FINITE[:6]) * scale).bfloat16()
         group[NAMES["v"]] = torch.zeros(2, 8, dtype=torch.bfloat16)
         made = export(group)
@@ -140,7 +140,7 @@ class TestBitForBit:
             assert torch.equal((quantize(wanted, found).float() * found).bfloat16().float(), wanted)
 
     def test_weights_that_do_not_reach_the_largest_number(self):
-        """A scale from before, as delayed scaling has it, leaves the top of the range unused."""
+        """Delayed scaling uses the scale of an earlier step, which may leave the top of the range unused."""
         for top in range(8, 127):
             weight = (random_fp8((16, 16), among=ALL_FP8[: top + 1]) * 0.0123).bfloat16()
             assert_same_bits(dequantized(export({NAMES["down"]: weight}), NAMES["down"]), weight)
@@ -173,7 +173,7 @@ class TestRounding:
         scale = made[f"{NAMES['o']}_scale"].item()
         assert scale == pytest.approx(weight.abs().max().item() / 448, rel=1e-6)
         error = (made[NAMES["o"]].double() * scale - weight.double()).abs()
-        # Half the distance to the next number: of 3 bits of mantissa, and below 2**-6 of 2**-9.
+        # Half the distance to the next number: the mantissa has 3 bits, and the distance is 2**-9 below 2**-6.
         assert (error <= torch.maximum(weight.double().abs() / 16, torch.tensor(scale * 2.0**-10)) * (1 + 1e-6)).all()
         assert (error > 0).any()
 
@@ -185,9 +185,9 @@ class TestRounding:
         assert made[NAMES["o"]].tolist() == [[1.0, 1.0, 1.0, 448.0]]
 
     def test_a_group_is_rounded_with_one_scale(self):
-        """An engine that fuses them would otherwise round a second time, to the largest scale."""
+        """Otherwise an engine that fuses them would round a second time, with the largest scale."""
         group = {NAMES[key]: ordinary((8, 64), i, 0.01 * (i + 1)) for i, key in enumerate(("q", "k", "gate", "up"))}
-        # Zeros come back with any scale, and must not bring a large one of their own.
+        # Zeros come back with any scale, and must not bring a large scale of their own.
         group[NAMES["v"]] = torch.zeros(2, 64, dtype=torch.bfloat16)
         made = export(group)
         for keys in (("q", "k", "v"), ("gate", "up")):
@@ -222,7 +222,7 @@ class TestOutputs:
             assert torch.equal(exported[name], tensors[name])
 
     def test_from_the_other_layout_in_chunks(self, monkeypatch):
-        """Rows of a TE tensor become three weights; chunks of a few rows, each in a buffer that is used again."""
+        """Rows of a TE tensor become three weights. Each chunk is a few rows, and overwrites the last one."""
         monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 3 * 16 * 2)
         size, heads, groups = 4, 4, 2
         rows = (heads + 2 * groups) * size
@@ -241,7 +241,7 @@ class TestOutputs:
             made[output.name] = tensor_of(chunks, output.info)
             assert output.name.endswith("_scale") or len(chunks) > 1
         assert all(stop - start <= 3 for _, start, stop in source.reads)
-        # Twice in all: the three weights' scale is found once.
+        # Each row is read twice: once for the scale, which the three weights share, and once to be written.
         assert sum(stop - start for _, start, stop in source.reads) == 2 * rows
         per_group = fused.view(groups, heads // groups + 2, size, 16)
         for key, expected in (

@@ -1,4 +1,4 @@
-"""GGUF files give what transformers' own loader gives, a few rows at a time."""
+"""GGUF files: the reader returns the values of transformers' own loader, a few rows at a time."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from llama_te_convert.sources.torch_tensors import read_tensor
 
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16"))
 Q8_0, Q4_1 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1
-# Neither ranges nor their ends are those of heads or blocks.
+# The ranges do not end at heads or blocks.
 RANGES = ((0, 1), (5, 6), (3, 29), (15, 17), (0, 32), (31, 32), (7, 7), (63, 64), (9, 64))
 
 
 def permuted(weight, heads):
-    """Rows in llama.cpp's order: a head's two halves in turns."""
+    """The rows in llama.cpp's order, which alternates between the two halves of a head."""
     first, second = weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(0, 1)
     return np.stack([first, second], axis=2).reshape(weight.shape)
 
@@ -59,7 +59,7 @@ def write(path, tensors, *, architecture="llama", heads=4, kv_heads=2, fields=()
 
 
 def tiny_tensors(matrices=Q8_0, *, kv_heads=2):
-    """A Llama of one layer: what the file holds, and what a float32 file should give."""
+    """A Llama with one layer: the value and type of each tensor, by its name in the file."""
     rng = np.random.default_rng(0)
     shapes = {
         "token_embd": (64, 64),
@@ -199,7 +199,7 @@ def test_tokenizer_is_the_same(smollm2_file, smollm2_tokenizer, tmp_path):
 
 
 def rope_factors(factor):
-    """How much lower Llama 3.1's frequencies are than plain ones, by transformers' own computation."""
+    """The factors between plain frequencies and those of Llama 3.1, computed with transformers."""
     rope = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -219,7 +219,7 @@ def test_rope_of_llama_3_is_kept(tmp_path, factor):
     rope, factors = rope_factors(factor)
     path = write(tmp_path / "tiny.gguf", {"rope_freqs.weight": (factors, F32), **tiny_tensors()})
     assert gguf_config(path)["rope_parameters"] == {**rope, "factor": pytest.approx(factor, rel=1e-6)}
-    assert_same(path, loaded(path))  # which leaves out rope_freqs.weight as well
+    assert_same(path, loaded(path))  # transformers leaves out rope_freqs.weight as well
 
 
 def test_rope_factors_of_one_are_no_scaling(tmp_path):

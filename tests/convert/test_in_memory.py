@@ -1,4 +1,4 @@
-"""Conversion of whole models there and back."""
+"""Round trips of whole models in memory."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ PAIRS = [
     (LlamaForQuestionAnswering, NVLlamaForQuestionAnswering),
 ]
 both_ties = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-# A value other than the default for every field of a Llama's configuration that has none in the tiny models.
+# A value other than the default for every configuration field that the tiny models leave at its default.
 FIELDS = {
     "head_dim": 80,
     "hidden_act": "silu",
@@ -83,7 +83,7 @@ def test_round_trip(tiny_llama, hf_class, te_class, training, tied, dtype):
     if hf_class is LlamaForCausalLM:
         for model in (model_te, back):
             assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    # Once more from the other side, and no weight is one of the other model's.
+    # The second conversion gives the same, and no two models share a weight.
     again = convert_llama_hf_to_te(back)
     assert_same_weights(again, model_te)
     pointers = [
@@ -118,7 +118,7 @@ def test_every_field_of_the_configuration_survives(tiny_llama, hf_class):
     assert back.config.name_or_path == model_te.config.name_or_path == "meta/somewhere"
     assert back.config._attn_implementation == model_te.config._attn_implementation == "eager"
     te = model_te.config.to_dict()
-    # The model is of another class, and nothing else about it is different.
+    # Only the class of the model differs.
     assert {name for name, value in before.items() if te[name] != value} == {"model_type", "architectures"}
     assert te["architectures"] == [type(model_te).__name__]
     assert set(te) - set(before) == {
@@ -132,7 +132,7 @@ def test_every_field_of_the_configuration_survives(tiny_llama, hf_class):
 
 
 def test_the_attention_of_transformers_is_kept_for_the_way_back(tiny_llama):
-    """The layers have attention of their own, whatever the source uses."""
+    """The layers use their own attention, whatever the source uses."""
     model_hf = tiny_llama(attn_implementation="flex_attention")
     assert model_hf.config._attn_implementation == "flex_attention"
     model_te = convert_llama_hf_to_te(model_hf)
@@ -229,7 +229,7 @@ def test_biases_are_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"mlp_bias=True is not supported"):
         convert_llama_hf_to_te(tiny_llama(mlp_bias=True))
     model_hf = tiny_llama(attention_bias=True)
-    model_hf.config.attention_bias = False  # a checkpoint whose configuration does not say so
+    model_hf.config.attention_bias = False  # the checkpoint has biases, but its configuration denies them
     with pytest.raises(ValueError, match=r"No rule for: model\.layers\.0\.self_attn\.q_proj\.bias, "):
         convert_llama_hf_to_te(model_hf)
 
@@ -256,7 +256,7 @@ def test_weights_quantized_in_memory_are_refused(tiny_llama):
 
 
 class QuantizedLikeTransformerEngine(torch.Tensor):
-    """What it holds is half of what it means."""
+    """A tensor that holds half of its value."""
 
     __module__ = "transformer_engine.pytorch.tensor.float8_tensor"
 
@@ -283,7 +283,7 @@ def test_weights_held_in_a_quantized_format_are_dequantized(tiny_llama):
 
 
 def test_converted_models_are_ready_to_use(tiny_llama, tmp_path):
-    """They train, save and load; angles and other buffers are there too."""
+    """Converted models train, save and load, and have their rotary angles and other buffers."""
     model_hf = tiny_llama()
     back = convert_llama_te_to_hf(convert_llama_hf_to_te(model_hf))
     ids_BS = torch.arange(3, 13).view(2, 5)
@@ -301,7 +301,7 @@ def test_converted_models_are_ready_to_use(tiny_llama, tmp_path):
 
 
 def test_a_loaded_checkpoint_keeps_every_field(tiny_llama, tmp_path):
-    """From a Hugging Face folder to a Hugging Face folder, with a saved model of this layout between."""
+    """A Hugging Face folder becomes a folder of the TE layout, and then a Hugging Face folder again."""
     tiny_llama(**FIELDS).save_pretrained(tmp_path / "hf")
     model_hf = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     convert_llama_hf_to_te(model_hf).save_pretrained(tmp_path / "te")
@@ -317,7 +317,7 @@ def test_a_model_of_a_real_checkpoint(smollm2):
     back = convert_llama_te_to_hf(model_te)
     assert_same_weights(back, smollm2)
     expected = smollm2.config.to_dict()
-    expected.pop("quantization_config", None)  # speaks of the GGUF file: in memory the weights are ordinary ones
+    expected.pop("quantization_config", None)  # describes the GGUF file; the weights in memory are ordinary ones
     assert back.config.to_dict() == expected
     ids_1S = torch.arange(100, 130)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Inspection of checkpoints, whole ones and broken ones."""
+"""Inspection of valid and broken checkpoints."""
 
 import json
 import math
@@ -31,7 +31,7 @@ QKV = "model.layers.{}.self_attention.layernorm_qkv.weight"
 
 
 class Described:
-    """Tensors that nobody may read: their names, dtypes and shapes are enough."""
+    """Tensors that have names, dtypes and shapes, and cannot be read."""
 
     concurrent = True
 
@@ -52,7 +52,7 @@ def described(model):
 
 
 def changed(checkpoint, tensors=None, without=(), **fields):
-    """With other tensors and fields, and without some."""
+    """The checkpoint with some tensors and fields replaced or added, and without some tensors."""
     infos = {**checkpoint.source.tensors, **(tensors or {})}
     kept = {name: info for name, info in infos.items() if name not in without}
     return Checkpoint(checkpoint.path, {**checkpoint.config, **fields}, Described(kept))
@@ -72,7 +72,7 @@ def te():
     return described(convert_llama_hf_to_te(LlamaForCausalLM(LlamaConfig(**TINY))))
 
 
-# --- whole ones -------------------------------------------------------------------------------------------------------
+# --- valid checkpoints ------------------------------------------------------------------------------------------------
 
 
 def test_a_hugging_face_folder(opened, tiny_llama, tmp_path):
@@ -204,7 +204,7 @@ def test_many_layers_of_two_kinds_are_two_lines(te):
     assert QKV.format("{1..6,8..124}") + " float32" in text
 
 
-# --- broken ones ------------------------------------------------------------------------------------------------------
+# --- broken checkpoints -----------------------------------------------------------------------------------------------
 
 
 def test_tensors_that_are_missing_or_have_no_rule(hf, te):
@@ -255,7 +255,7 @@ def test_layers_that_the_configuration_does_not_agree_with(hf, te):
         assert inspect(changed(checkpoint, num_hidden_layers=2)).problems == (
             "the checkpoint has layers 2, but the configuration has 2 layers.",
         )
-        # As many as no loop could go through.
+        # No loop could go through this many layers.
         assert inspect(changed(checkpoint, num_hidden_layers=10**15)).problems == (
             f"the configuration has {10**15} layers, but layers 3..{10**15 - 1} are missing.",
         )

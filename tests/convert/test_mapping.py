@@ -1,4 +1,4 @@
-"""The table between the two layouts: its layouts are each other's reverse, and its plans name what does not fit."""
+"""The rules between the two layouts: both directions are each other's reverse, and errors name the tensors."""
 
 import itertools
 import types
@@ -42,14 +42,14 @@ def names(per_layer, layers=2, prefix="model.", heads=("lm_head.weight",)):
 
 @st.composite
 def qkv(draw):
-    """Sizes, and query, key and value weights with a different number at each place."""
+    """Attention sizes, and query, key and value weights with a different number at each position."""
     kv_heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     head_dim, width = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     sizes = types.SimpleNamespace(num_attention_heads=kv_heads * group, num_key_value_heads=kv_heads, head_dim=head_dim)
     dtype = draw(DTYPES)
     rows = [count * head_dim for count in (kv_heads * group, kv_heads, kv_heads)]
     values = torch.arange(sum(rows) * width).view(sum(rows), width)
-    # Whole numbers that float16 and bfloat16 tell apart are few: take bits instead.
+    # float16 and bfloat16 represent few whole numbers exactly, so bit patterns are used.
     weight = values.to(torch.int32 if dtype == torch.float32 else torch.int16).view(dtype)
     return sizes, weight.split(rows)
 

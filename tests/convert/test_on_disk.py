@@ -1,4 +1,4 @@
-"""Conversion on disk: the same as in memory, whole or not at all, and going on where it was stopped."""
+"""Conversion on disk: it equals the conversion in memory, is complete or absent, and continues after an interrupt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llama_te_convert import CheckpointError, convert_checkpoint, convert_llama_
 from llama_te_convert.targets import writer
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
-SHARD = 40_000  # bytes: a tiny model has several shards then
+SHARD = 40_000  # bytes; a tiny model then has several shards
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(tiny_llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
-    """A checkpoint of several shards with a tokenizer's file, a licence and what should stay behind."""
+    """A checkpoint of several shards, with a tokenizer, a licence and files that a conversion does not copy."""
     folder = tmp_path / "source"
     tiny_llama(num_hidden_layers=5).bfloat16().save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 3
@@ -142,7 +142,7 @@ def test_parts_smaller_than_tensors(source: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("to_te", [True, False])
 def test_distributed_checkpoints_convert_without_a_model(tiny_llama, tmp_path: Path, to_te: bool) -> None:
-    """What training saves with torch.distributed.checkpoint, optimizer and all, with `config.json` beside it."""
+    """Training saves model and optimizer with torch.distributed.checkpoint; `config.json` lies beside them."""
     hf = tiny_llama().bfloat16()
     te = convert_llama_hf_to_te(hf)
     trained, expected = (hf, te) if to_te else (te, hf)
@@ -179,7 +179,7 @@ def test_fp8_for_serving_engines(source: Path, tmp_path: Path) -> None:
             continue
         assert (made[name].dtype, made[f"{name}_scale"].shape) == (torch.float8_e4m3fn, (1,))
         dequantized = made[name].float() * made[f"{name}_scale"]
-        # Half of the last of 3 bits; below 2^-6 of the scale, half of the smallest number, 2^-9.
+        # Half of the last of 3 bits; below 2^-6 times the scale, half of the smallest number, 2^-9.
         bound = torch.maximum(tensor.float().abs() * 2**-4, made[f"{name}_scale"] * 2**-10) * (1 + 1e-6)
         assert bool(((dequantized - tensor.float()).abs() <= bound).all()), name
     with pytest.raises(CheckpointError, match="quantized by 'compressed-tensors'"):
@@ -293,7 +293,7 @@ def test_a_finished_folder_is_left_alone(source: Path, tmp_path: Path) -> None:
 
 def test_somebody_elses_folder_is_not_touched(source: Path, tmp_path: Path) -> None:
     (tmp_path / "te").mkdir()
-    convert_checkpoint(str(source), tmp_path / "te", to_te=True)  # an empty one will do
+    convert_checkpoint(str(source), tmp_path / "te", to_te=True)  # an empty folder is allowed
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     with pytest.raises(CheckpointError, match="exists and is not the result of this conversion"):
@@ -323,7 +323,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
-    """20 runs killed at random moments: nothing looks finished, finished shards stay, and the result is the same."""
+    """Kill 20 runs at random moments: none looks finished, finished shards stay, and the result is the same."""
     convert(source, tmp_path / "expected")
     expected = contents(tmp_path / "expected")
     context = multiprocessing.get_context("forkserver")
@@ -334,7 +334,7 @@ def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
         process.start()
         return process
 
-    start(tmp_path / "warm").join()  # the server imports everything once
+    start(tmp_path / "warm").join()  # the fork server imports everything once
     begin = time.perf_counter()
     timed = start(tmp_path / "timed")
     timed.join()
@@ -370,7 +370,7 @@ def test_killed_at_any_moment_and_resumed(source: Path, tmp_path: Path) -> None:
 
 
 def test_interrupted_between_parts(source: Path, tmp_path: Path) -> None:
-    """What an exception stops is resumed like what a signal stops; the unfinished shard is made again."""
+    """A run continues after an exception as after a signal, and writes the unfinished shard again."""
     convert(source, tmp_path / "expected")
     seen: list[int] = []
 
@@ -390,7 +390,7 @@ def test_interrupted_between_parts(source: Path, tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """Lets `_write` write so many bytes, and then fail as a full disk does."""
+    """A replacement of `_write` that fails like a full disk after `room` bytes."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -413,14 +413,14 @@ def test_a_full_disk_and_then_room(source: Path, tmp_path: Path, monkeypatch: py
         ):
             convert(source, tmp_path / "te")
     assert not (tmp_path / "te").exists()
-    assert not list((tmp_path / "te.partial").glob("*.tmp")), "what is of no use takes no room"
+    assert not list((tmp_path / "te.partial").glob("*.tmp")), "unusable files take no room"
     convert(source, tmp_path / "te")
     assert contents(tmp_path / "te") == contents(tmp_path / "expected")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 200 KB, where this process may mount one; else this disk with a limit on a file's size."""
+    """A file system of 200 KB if this process may mount one; otherwise a folder of this disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], capture_output=True)
@@ -467,7 +467,7 @@ def test_nothing_is_written_where_nothing_may_be(source: Path, tmp_path: Path) -
 def test_the_real_model_from_gguf_there_and_back(
     smollm2: PreTrainedModel, smollm2_file: Path, smollm2_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """GGUF to the Transformer Engine layout to Hugging Face's: the same tensors and the same text at each step."""
+    """From GGUF to the TE layout to the Hugging Face layout: each step has the same tensors and the same text."""
     convert_checkpoint(str(smollm2_file), tmp_path / "te", to_te=True, max_shard_bytes=200_000_000)
     convert_checkpoint(str(tmp_path / "te"), tmp_path / "hf", to_te=False)
     assert len(list((tmp_path / "te").glob("*.safetensors"))) > 1
@@ -506,7 +506,7 @@ def test_the_real_model_from_gguf_there_and_back(
     ),
 )
 def test_fuzzed_checkpoints_end_in_the_documented_error(tmp_path: Path, names: list[str], config: dict) -> None:
-    """Names of tensors and fields of the configuration may be anything; nothing but the target's folder is written."""
+    """Tensor names and configuration fields may be anything. Only the target's folder is written."""
     folder = tmp_path / "fuzzed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

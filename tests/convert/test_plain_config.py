@@ -1,4 +1,4 @@
-"""Configurations of plain Llamas: what is written without torch and transformers is what their classes write."""
+"""Configurations of plain Llamas: the files written without torch and transformers equal those of their classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 16},
     "longrope": {"short_factor": [1.0] * 8, "long_factor": [2, 3.5] * 4, "factor": 2.0},
 }
-# Llama 3.2 1B's own file, as far as it goes.
+# The configuration of Llama 3.2 1B.
 LLAMA_3_2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -159,7 +159,7 @@ def test_both_ways_are_byte_for_byte_what_the_classes_write(tmp_path: Path, name
     assert plainly(content_te, tmp_path / "plain hf") == hf
     content_hf = json.loads(hf["config.json"])
     assert plainly(content_hf, tmp_path / "again") == by_classes(content_hf, tmp_path / "te again") == te
-    for each in (content, content_te):  # what the tensors are compared with
+    for each in (content, content_te):  # the fields that tensors are checked against
         expected = model_fields(Checkpoint("somewhere", each, None))  # type: ignore[arg-type]
         fields = plain_fields(each)
         assert fields is not None

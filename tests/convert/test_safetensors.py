@@ -1,4 +1,4 @@
-"""Files in the safetensors format against the safetensors package, and files that are broken on purpose."""
+"""Files in the safetensors format, compared with the safetensors package, and broken files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 
 
 def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """Random bits, those of NaNs included."""
+    """A tensor of random bits, which may be NaNs."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.Size(shape).numel() * dtype.itemsize
     raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
@@ -140,7 +140,7 @@ def test_fuzzed_files_end_in_the_documented_error(tmp_path: Path, data: bytes, f
         try:
             file = SafetensorsFile(path)
         except CheckpointError as error:
-            assert str(path) in str(error)  # noqa: PT017  # either outcome is allowed, but no other error
+            assert str(path) in str(error)  # noqa: PT017  # the file may be valid, but no other error is allowed
             continue
         for name, info in file.tensors.items():
             assert file.read(name, 0, info.rows).nbytes == info.nbytes

@@ -1,4 +1,4 @@
-"""Checkpoints that bring their code along, loaded by processes that cannot import these packages."""
+"""Checkpoints with their own source code, loaded by processes that cannot import these packages."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from llama_te_convert.errors import CheckpointError
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
 IDS_BS = torch.arange(3, 13).view(2, 5)
-# Stands before every script: neither a folder of PYTHONPATH nor an installed package is found, whatever asks for it.
+# The beginning of every script. It hides our packages, whether installed or on PYTHONPATH.
 HIDE = """
 import sys, warnings
 class Hidden:
@@ -46,10 +46,10 @@ ids = torch.arange(3, 13).view(2, 5)
 
 
 def run(code, tmp_path, *arguments):
-    """What the code prints, as JSON, in a process without these packages and without a network."""
+    """Run code in a process without these packages and without a network, and parse the JSON that it prints last."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     environment.pop("PYTHONPATH", None)
-    # What else PYTHONPATH has (another version of transformers, say) is needed there too.
+    # Other folders of PYTHONPATH stay, such as one with another version of transformers.
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in others if not any(Path(path).glob("llama_te_*")))
     done = subprocess.run(
@@ -134,7 +134,7 @@ def test_the_modules_are_copies_and_all_that_transformers_takes_along(tiny_llama
         ours, theirs = path.read_text().splitlines(), original.read_text().splitlines()
         relative = [(one, other) for one, other in zip(ours, theirs, strict=True) if one != other]
         assert all(re.match(r" *from \.\w+ import", one) and re.match(r" *from \.", other) for one, other in relative)
-        # From a hub, transformers loads no module with an import of something that is not installed.
+        # transformers refuses a module from the hub if it imports a package that is not installed.
         imported |= set(get_imports(path))
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())

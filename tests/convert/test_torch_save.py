@@ -1,13 +1,13 @@
-"""Checkpoints of `torch.save` are read as they are, and nothing in them is run."""
+"""Checkpoints of `torch.save`: the reader returns their tensors and runs no code in them."""
 
 import json
-import os
 import pickle
 import zipfile
 
 import pytest
 import torch
 
+from convert.malicious import Malicious
 from llama_te_convert.errors import CheckpointError
 from llama_te_convert.sources.file_names import TORCH_SAVE
 from llama_te_convert.sources.torch_save import TorchSaveSource
@@ -105,14 +105,6 @@ def test_missing_files(tmp_path):
         TorchSaveSource(tmp_path)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 def test_code_is_not_run(tmp_path):
     trace = tmp_path / "was_run"
     for value in (Malicious(trace), {"a": torch.zeros(2), "b": Malicious(trace)}):
@@ -123,7 +115,7 @@ def test_code_is_not_run(tmp_path):
             TorchSaveSource(tmp_path)
         assert not trace.exists()
     torch.load(tmp_path / SINGLE, weights_only=False)
-    assert trace.exists()  # so the file would have
+    assert trace.exists()  # torch.load would have run it
 
 
 def test_plain_pickle_is_not_run(tmp_path):

@@ -1,4 +1,4 @@
-"""Bytes and tensors are each other's, whatever the dtype."""
+"""Tensors become bytes and tensors again, for every dtype."""
 
 import pytest
 import torch

@@ -2,10 +2,11 @@
 
 Modules import each other in this direction only, and `|` separates modules that do not import each other:
 
-    cli -> option_types | progress | in_memory | on_disk | adapter
+    cli | core_hooks -> in_memory | on_disk | adapter | option_types | progress
         -> targets | verify -> sources -> configs -> layout -> errors | version
 
 - `cli`: the command. `option_types`, `progress`: its option values and its progress bar.
+- `core_hooks`: the conversion that training in `llama_te_core` finds through an entry point.
 - `in_memory`, `on_disk`, `adapter`: the conversions of models, checkpoints and LoRA adapters.
 - `targets`: writers of checkpoints. `verify`: inspection and comparison of checkpoints.
 - `sources`: readers of checkpoints, one module for each file format.
