@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from llama_te_core.compat.transformer_engine import fp8_parts
+
 
 class Weight(NamedTuple):
     """A weight as the kernels take it.
@@ -71,8 +73,5 @@ def addresses_of(model: Any) -> list[int]:
 def _weight(parameter: torch.Tensor) -> Weight | None:
     if type(parameter) in (torch.Tensor, torch.nn.Parameter):
         return Weight(parameter.detach())
-    # Another type is one of Transformer Engine's, so this import works.
-    from llama_te_core.layers.te import fp8_parts
-
     parts = fp8_parts(parameter)
     return None if parts is None else Weight(*parts)
