@@ -37,6 +37,8 @@ INSPECTION = ["nvdlfw-inspect>=0.2.2"]
 # The CPU build of torch comes without Triton, whose interpreter runs the loss's kernels; this is torch 2.11's.
 TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 
+IMPORT_LINTER = "import-linter==2.16"
+
 # The model comes from its package: nothing is fetched while a session runs.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -88,7 +90,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
-    tools = ["hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
+    tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
     arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml", "--durations=20"]
@@ -121,7 +123,7 @@ def sanitize(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Check style, formatting, and which folders import which."""
-    session.install("ruff==0.17.6", "import-linter==2.16")
+    session.install("ruff==0.17.6", IMPORT_LINTER)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     # It reads the sources and runs none of them, so the packages' dependencies are not needed.

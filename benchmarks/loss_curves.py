@@ -125,8 +125,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def run(shape: str, precisions: list[str], steps: int, json_file: Path | None) -> None:
     """Train in each precision, and write its curve as soon as its run is done."""
-    from llama_te_core.layers.backend import transformer_engine_problem
-    from llama_te_core.train.config import check_machine
+    from llama_te_core.layers import transformer_engine_problem
+    from llama_te_core.train.config.machine import check_machine
 
     layers = "plain PyTorch layers"
     if transformer_engine_problem() is None:

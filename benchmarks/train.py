@@ -265,8 +265,7 @@ def product_rates(rows: list[str]) -> dict[str, float]:
 
 def measure(row: str, who: str, product_rates: dict[str, float], profile: Path | None) -> Figure:
     """Train a model on one batch for some steps, and return the figure."""
-    from llama_te_core.parallel.mesh import make_mesh
-    from llama_te_core.train.data.batch_stream import data_rank
+    from llama_te_core.parallel.mesh import data_rank, make_mesh
     from llama_te_core.train.metrics import training_flops
 
     shape, precision = shape_and_precision(row)
@@ -334,9 +333,9 @@ def llama_te_step(
 ) -> tuple[Callable[[], torch.Tensor], Any]:
     """Make a step of llama-te, with the model and the batch of the training command."""
     from llama_te_core.parallel.context import shard_context
+    from llama_te_core.parallel.mesh import data_rank
     from llama_te_core.train.config import DataConfig, ModelConfig, PrecisionConfig, ShapeConfig, TrainConfig
-    from llama_te_core.train.data.batch_stream import data_rank
-    from llama_te_core.train.models import build_model, random_weights
+    from llama_te_core.train.setup import build_model, random_weights
 
     parallel_config, reduce = mesh_settings(parallel)
     quantized: dict[str, Any] = {} if precision == "bf16" else {"compute": "fp8", "fp8_recipe": RECIPES[precision]}

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_core.layers.backend import is_transformer_engine, transformer_engine_problem
+from llama_te_core.layers import is_transformer_engine, transformer_engine_problem
 from llama_te_infer import inference_params_for
 
 # What float32 leaves between two orders of summation; bfloat16 is held to what it costs transformers itself.

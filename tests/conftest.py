@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from llama_te_core.layers import backend as layers
+from llama_te_core.layers import selection as layers
 
 pytest_plugins = ["verification"]
 

@@ -46,7 +46,10 @@ struct DecodeAttentionArguments {
     }
 };
 
-// Checks nothing and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error where
+// Checks alignment and overlap, for which it reads no array. Throws std::invalid_argument.
+void check_layout(const DecodeAttentionArguments &arguments);
+
+// Checks the layout, and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error where
 // the launch fails. A build without CUDA does not have it.
 void decode_attention_cuda(const DecodeAttentionArguments &arguments, int device, std::uintptr_t stream);
 

@@ -36,6 +36,24 @@ inline CacheIndex index_of(const Table &page_table, std::int32_t capacity, std::
             block_places};
 }
 
+// From a function that takes arguments as a structure to one that takes them one by one: a function that runs or checks
+// an operator on the host, and one that launches it on a GPU, which also takes a device and a stream.
+template <typename Arguments, typename... Parameters>
+auto on_host(Arguments (*make)(Parameters...), void (*run)(const Arguments &)) {
+    return [make, run](Parameters... parameters) {
+        const Arguments arguments = make(parameters...);
+        const py::gil_scoped_release released;  // loops on the CPU can take long
+        run(arguments);
+    };
+}
+
+template <typename Arguments, typename... Parameters>
+auto on_gpu(Arguments (*make)(Parameters...), void (*run)(const Arguments &, int, Address)) {
+    return [make, run](int device, Address stream, Parameters... parameters) {
+        run(make(parameters...), device, stream);
+    };
+}
+
 // Defines a function of the module whose arguments have these names.
 template <typename Function, typename... Names>
 void define(py::module_ &module, const char *name, Function function, Names... names) {

@@ -1,30 +1,51 @@
-// decode_attention. A build without CUDA has the size of its workspace alone: on a CPU, PyTorch attends.
+// decode_attention. A build without CUDA has its checks and the size of its workspace alone: on a CPU, PyTorch attends.
 
 #include "arguments.h"
 #include "attention/decode_attention.h"
 
 namespace llama_te::bindings {
 
+namespace {
+
+DecodeAttentionArguments decode_attention_arguments(
+    int element, Address qkv, std::int64_t qkv_row_stride, std::int32_t rows, std::int32_t kv_heads, std::int32_t group,
+    std::int32_t head_dim, Address cos_sin, std::int64_t cos_sin_stride, std::int32_t positions, Address start,
+    const Table &page_table, std::int32_t capacity, std::int32_t blocks, std::int32_t block_places, const Memory &key,
+    const Memory &value, float scale, Address output, Address workspace) {
+    return {static_cast<ElementType>(element),
+            pointer<const char>(qkv),
+            qkv_row_stride,
+            rows,
+            kv_heads,
+            group,
+            head_dim,
+            pointer<const char>(cos_sin),
+            cos_sin_stride,
+            positions,
+            pointer<const std::int32_t>(start),
+            index_of(page_table, capacity, blocks, block_places),
+            memory_of(key),
+            memory_of(value),
+            scale,
+            pointer<char>(output),
+            pointer<std::int32_t>(workspace)};
+}
+
+}  // namespace
+
 void bind_attention(py::module_ &module) {
+    const auto define_attention = [&](const char *name, auto function, auto... first) {
+        define(module, name, function, first..., "element", "qkv", "qkv_row_stride", "rows", "kv_heads", "group",
+               "head_dim", "cos_sin", "cos_sin_stride", "positions", "start", "page_table", "capacity", "blocks",
+               "block_places", "key", "value", "scale", "output", "workspace");
+    };
     define(module, "decode_attention_workspace", &decode_attention_workspace, "rows", "kv_heads", "group", "head_dim",
            "capacity");
+    define_attention("decode_attention_check",
+                     on_host<DecodeAttentionArguments>(decode_attention_arguments, check_layout));
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
-    const auto launch = [](int device, Address stream, int element, Address qkv, std::int64_t qkv_row_stride,
-                           std::int32_t rows, std::int32_t kv_heads, std::int32_t group, std::int32_t head_dim,
-                           Address cos_sin, std::int64_t cos_sin_stride, std::int32_t positions, Address start,
-                           const Table &page_table, std::int32_t capacity, std::int32_t blocks,
-                           std::int32_t block_places, const Memory &key, const Memory &value, float scale,
-                           Address output, Address workspace) {
-        decode_attention_cuda({static_cast<ElementType>(element), pointer<const char>(qkv), qkv_row_stride, rows,
-                               kv_heads, group, head_dim, pointer<const char>(cos_sin), cos_sin_stride, positions,
-                               pointer<const std::int32_t>(start), index_of(page_table, capacity, blocks, block_places),
-                               memory_of(key), memory_of(value), scale, pointer<char>(output),
-                               pointer<std::int32_t>(workspace)},
-                              device, stream);
-    };
-    define(module, "decode_attention_cuda", launch, "device", "stream", "element", "qkv", "qkv_row_stride", "rows",
-           "kv_heads", "group", "head_dim", "cos_sin", "cos_sin_stride", "positions", "start", "page_table",
-           "capacity", "blocks", "block_places", "key", "value", "scale", "output", "workspace");
+    define_attention("decode_attention_cuda", on_gpu(decode_attention_arguments, decode_attention_cuda), "device",
+                     "stream");
 #endif
 }
 

@@ -58,24 +58,6 @@ ReorderArguments reorder_arguments(const std::vector<Address> &caches, std::int3
     return arguments;
 }
 
-// From a function that takes arguments as a structure to one that takes them one by one: a function that runs or checks
-// an operator on the host, and one that launches it on a GPU, which also takes a device and a stream.
-template <typename Arguments, typename... Parameters>
-auto on_host(Arguments (*make)(Parameters...), void (*run)(const Arguments &)) {
-    return [make, run](Parameters... parameters) {
-        const Arguments arguments = make(parameters...);
-        const py::gil_scoped_release released;  // loops on the CPU can take long
-        run(arguments);
-    };
-}
-
-template <typename Arguments, typename... Parameters>
-auto on_gpu(Arguments (*make)(Parameters...), void (*run)(const Arguments &, int, Address)) {
-    return [make, run](int device, Address stream, Parameters... parameters) {
-        run(make(parameters...), device, stream);
-    };
-}
-
 }  // namespace
 
 void bind_cache(py::module_ &module) {

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from llama_te_convert.sources.checkpoint import Checkpoint
 from llama_te_convert.sources.safetensors import SafetensorsFolder
-from llama_te_convert.sources.tensor_source import Checkpoint
 
 
 @pytest.fixture

@@ -143,13 +143,13 @@ def test_the_command(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["adapter-to-hf", source, folder, "--base", str(base)]) == 0
     assert capsys.readouterr().out == f"{folder}: an adapter of 21 weights, of rank 4.\n"
     assert main(["adapter-to-hf", source, folder, "--base", str(base)]) == 1
-    assert "is there already: name a folder that is not, or an empty one." in capsys.readouterr().err
+    assert "exists already: name a new folder, or an empty one." in capsys.readouterr().err
 
 
 def test_the_base_that_the_adapter_names(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    with pytest.raises(CheckpointError, match=r"does not name the model that the adapter is for.*say --base"):
+    with pytest.raises(CheckpointError, match=r"does not name the adapter's model.*name it with --base"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted")
     path.write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "te")}))
     convert_adapter(tmp_path / "adapter", tmp_path / "converted")
@@ -163,8 +163,8 @@ def test_the_base_that_the_adapter_names(base: Path, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, r"has peft_type='IA3': adapters with 'LORA' can be converted\. Merge this one"),
         ({"init_lora_weights": "pissa"}, r"has init_lora_weights='pissa': adapters with True or False or 'gaussian'"),
         ({"layer_replication": [[0, 2], [1, 3]]}, r"has layer_replication=\[\[0, 2\], \[1, 3\]\]"),
-        ({"r": None}, r"has r=None, which is no number"),
-        ({"target_parameters": None, "target_modules": ["layernorm_qkv"]}, r"adapted as a module, norm included"),
+        ({"r": None}, r"has r=None, which is not a number"),
+        ({"target_parameters": None, "target_modules": ["layernorm_qkv"]}, r"adapted as a whole module"),
     ],
 )
 def test_a_configuration_that_does_not_convert(changes: dict[str, Any], message: str, base: Path, tmp_path) -> None:
@@ -182,14 +182,14 @@ FC2 = "base_model.model.model.layers.0.layernorm_mlp"
 @pytest.mark.parametrize(
     ("rename", "message"),
     [
-        ({f"{QKV}.lora_B.weight": None}, r"layernorm_qkv\.lora_A\.weight is without its B"),
+        ({f"{QKV}.lora_B.weight": None}, r"layernorm_qkv\.lora_A\.weight has no B"),
         ({f"{QKV}.lora_A.weight": None}, r"No rule for: .*layernorm_qkv\.lora_B\.weight"),
         ({f"{QKV}.lora_A.weight": f"{QKV}.lora_magnitude_vector"}, r"No rule for: .*lora_magnitude_vector"),
         ({f"{FC2}.lora_A.weight": f"{QKV}.lora_A.weight"}, r"layernorm_mlp\.lora_B\.weight"),
-        ({f"{QKV}.lora_B.weight": f"{FC2}.lora_B.weight"}, r"one of a weight of \[128, 96\], which the model, with"),
+        ({f"{QKV}.lora_B.weight": f"{FC2}.lora_B.weight"}, r"is for a weight of \[128, 96\], but the model, with"),
         (
             {f"{QKV}.lora_B.weight": "base_model.model.model.layers.0.layernorm_mlp.fc1_weight"},
-            r"is without its B",
+            r"has no B",
         ),
     ],
 )
@@ -212,7 +212,7 @@ def test_norms_saved_whole_are_refused(tiny_llama, tmp_path: Path) -> None:
     adapt(hf, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(load_file(path) | {name: torch.ones(64)}, path)
-    with pytest.raises(CheckpointError, match=r"saved whole \(modules_to_save\), and is .*post_attention_layernorm"):
+    with pytest.raises(CheckpointError, match=r"saved whole \(modules_to_save\), but is .*post_attention_layernorm"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(tmp_path / "hf"))
 
 
@@ -222,5 +222,5 @@ def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
-    with pytest.raises(CheckpointError, match=r"no local path, and the hub does not give it"):
+    with pytest.raises(CheckpointError, match=r"not a local path, and cannot be downloaded from the hub"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="./no-such/model/there")

@@ -21,9 +21,10 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert.configs.architectures import ARCHITECTURES, TE_CLASSES, architecture_of, hf_config, te_config
-from llama_te_convert.layout.mapping import plan
-from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.configs.architectures import ARCHITECTURES, TE_CLASSES, architecture_of
+from llama_te_convert.configs.model_config import hf_config, te_config
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.layout.mapping import map_names
 from llama_te_core import (
     NVLlamaConfig,
     NVLlamaForCausalLM,
@@ -145,13 +146,13 @@ class TestMistral:
         """Only in a Llama for question answering transformers calls it `transformer`; the TE layout always does."""
         hf = ["model.norm.weight", "qa_outputs.weight", "qa_outputs.bias"]
         te = ["transformer.norm.weight", "qa_outputs.weight", "qa_outputs.bias"]
-        table = ARCHITECTURES["mistral"].table
-        assert [(step.hf, step.te) for step in plan(hf, to_te=True, table=table)] == [
+        rules = ARCHITECTURES["mistral"].rules
+        assert [(mapping.hf, mapping.te) for mapping in map_names(hf, to_te=True, rules=rules)] == [
             ((a,), b) for a, b in zip(hf, te, strict=True)
         ]
-        assert plan(te, to_te=False, table=table) == plan(hf, to_te=True, table=table)
-        assert [step.te for step in plan(te, to_te=True)] == te
-        assert [step.te for step in plan(hf[:1], to_te=True, table=table)] == hf[:1]
+        assert map_names(te, to_te=False, rules=rules) == map_names(hf, to_te=True, rules=rules)
+        assert [mapping.te for mapping in map_names(te, to_te=True)] == te
+        assert [mapping.te for mapping in map_names(hf[:1], to_te=True, rules=rules)] == hf[:1]
 
 
 class TestConfigurations:
@@ -216,7 +217,9 @@ class TestConfigurations:
 
     @pytest.mark.parametrize("content", [{"model_type": "qwen2"}, {}, {"model_type": ["llama"]}], ids=str)
     def test_another_architecture_is_named(self, content):
-        with pytest.raises(CheckpointError, match=r"model_type=.* is not known: checkpoints of 'llama', 'mistral' can"):
+        with pytest.raises(
+            CheckpointError, match=r"model_type=.* is not known: only checkpoints of 'llama', 'mistral' convert"
+        ):
             te_config(content)
 
     def test_an_unknown_source_is_named(self):
@@ -227,7 +230,7 @@ class TestConfigurations:
     def test_a_configuration_of_the_other_layout_is_refused(self):
         with pytest.raises(CheckpointError, match=r"has the Transformer Engine layout already"):
             te_config(NVLlamaConfig(**TINY).to_dict())
-        with pytest.raises(CheckpointError, match=r"model_type='llama' is no configuration of the Transformer Engine"):
+        with pytest.raises(CheckpointError, match=r"model_type='llama' does not belong to the Transformer Engine"):
             hf_config(LlamaConfig(**TINY).to_dict())
 
     @pytest.mark.parametrize(

@@ -85,12 +85,15 @@ def test_casting_is_within_tolerance_only(source: Path, tmp_path: Path, capsys) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["to-te", "{tmp}/nothing", "{tmp}/te"], r"nothing does not exist, and is no id"),
+        (["to-te", "{tmp}/nothing", "{tmp}/te"], r"nothing does not exist, and is not the id"),
         (["to-hf", "{hf}", "{tmp}/te"], r"has the Hugging Face layout already"),
         (["inspect", "{tmp}"], r"has no tensors: looked for"),
         (["verify", "{hf}", "{tmp}/nothing"], r"nothing does not exist"),
         (["to-te", "{hf}", "{tmp}/te", "--layer-precision", "0=fp9"], r"'0=fp9' does not end in =fp8, =fp4 or =none"),
-        (["to-te", "{hf}", "{tmp}/te", "--layer-precision", "3=fp8"], r"'3=fp8' names a layer that is not there, of 3"),
+        (
+            ["to-te", "{hf}", "{tmp}/te", "--layer-precision", "3=fp8"],
+            r"'3=fp8' names a layer that the model does not have: it has 3",
+        ),
         (["to-te", "{hf}", "{tmp}/te", "--layer-precision", "a:b=fp8"], r"does not name layers by whole numbers"),
         (["to-te", "{hf}", "{tmp}/te", "--layer-precision", "1:2:3:4=fp8"], r"does not name layers"),
         (["to-te", "{hf}", "{tmp}/te", "--layer-precision", "=fp8"], r"does not name layers"),
@@ -169,7 +172,7 @@ def test_interrupted(source: Path, tmp_path: Path, capsys, monkeypatch: pytest.M
     monkeypatch.setattr("llama_te_convert.on_disk.convert_checkpoint", interrupt)
     status, out, err = run(capsys, "to-te", source, tmp_path / "te")
     assert (status, out) == (130, "")
-    assert err == "llama-te-convert: interrupted; the same command goes on from here.\n"
+    assert err == "llama-te-convert: interrupted; run the same command again to continue.\n"
 
 
 def test_pickles_are_read_on_demand_only(tiny_llama, tmp_path: Path, capsys) -> None:

@@ -30,12 +30,13 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.sources.tensor_source import Checkpoint, CheckpointError
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.sources.checkpoint import Checkpoint
 from llama_te_convert.sources.torch_tensors import as_bytes, info_of
-from llama_te_convert.verify import logits
-from llama_te_convert.verify import compare as verification
+from llama_te_convert.verify import logits, scan
+from llama_te_convert.verify.compare import TOLERANCES, compare
+from llama_te_convert.verify.comparison import ConfigDifference
 from llama_te_convert.verify.logits import compare_logits
-from llama_te_convert.verify.compare import TOLERANCES, ConfigDifference, compare
 
 BITS = {2: torch.int16, 4: torch.int32}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -195,7 +196,7 @@ def test_one_bit_is_reported_as_that_tensor_and_element(pairs, data):
     flipped = changed(hf, {name: after})
     flipped_is_a = data.draw(st.booleans())
     other = data.draw(st.sampled_from((hf, te)))
-    with mock.patch.object(verification, "_BLOCK", data.draw(st.sampled_from((64, 200, 1000, 2**19)))):
+    with mock.patch.object(scan, "BLOCK", data.draw(st.sampled_from((64, 200, 1000, 2**19)))):
         comparison = compare(flipped, other) if flipped_is_a else compare(other, flipped)
     assert not comparison.equal and comparison.config == ()
     (difference,) = comparison.differences
@@ -280,7 +281,7 @@ def test_the_largest_difference_of_several(hf, te):
     weight[40, 9] -= 2.0
     weight[63, 63] += 1.0
     for block in (64, 2**19):
-        with mock.patch.object(verification, "_BLOCK", block):
+        with mock.patch.object(scan, "BLOCK", block):
             (difference,) = compare(te, changed(hf, {Q_PROJ: weight})).differences
         assert (difference.values.elements, difference.values.index) == (3, (40, 9))
         assert difference.values.largest == pytest.approx(2.0, abs=1e-6)
@@ -404,7 +405,7 @@ def test_empty_tensors(hf):
 
 
 def test_no_more_than_a_block_is_read_at_once(hf, te):
-    with mock.patch.object(verification, "_BLOCK", 1000):
+    with mock.patch.object(scan, "BLOCK", 1000):
         for tolerances in (None, TOLERANCES):
             first, second = changed(hf), changed(te)
             assert compare(first, second, tolerances=tolerances).equal
@@ -554,7 +555,9 @@ def test_a_configuration_of_something_else_is_an_error(hf, fields, message):
 
 
 def test_a_checkpoint_that_contradicts_itself_is_an_error(hf, te):
-    with pytest.raises(CheckpointError, match=rf"elsewhere: {QKV} \[100, 64\]: cannot make model.*100 rows of queries"):
+    with pytest.raises(
+        CheckpointError, match=rf"elsewhere: {QKV} \[100, 64\] cannot become model.*100 rows of queries"
+    ):
         compare(hf, changed(te, {QKV: torch.ones(100, 64)}))
     with pytest.raises(CheckpointError, match=rf"elsewhere has {Q_PROJ} twice: .* Remove one"):
         compare(hf, changed(te, {Q_PROJ: torch.ones(64, 64)}))

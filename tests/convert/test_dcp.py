@@ -13,9 +13,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.layout.mapping import plan
-from llama_te_convert.sources.dcp import METADATA, DCPSource
-from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.layout.mapping import map_names
+from llama_te_convert.sources.dcp import DCPSource
+from llama_te_convert.sources.file_names import DCP_METADATA
 from llama_te_convert.sources.torch_tensors import info_of, read_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
@@ -46,9 +47,9 @@ def assert_same(folder, expected):
 
 def changed(folder, change):
     """Write `.metadata` again with a change."""
-    metadata = pickle.loads((folder / METADATA).read_bytes())
+    metadata = pickle.loads((folder / DCP_METADATA).read_bytes())
     change(metadata)
-    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    (folder / DCP_METADATA).write_bytes(pickle.dumps(metadata))
     return folder
 
 
@@ -69,7 +70,7 @@ def test_model_is_found(tiny_llama, tmp_path, wrap, to_te):
     state = (convert_llama_hf_to_te(model) if to_te else model).state_dict()
     state = {name: value for name, value in state.items() if not name.endswith("_extra_state")}
     assert_same(save(tmp_path, wrap(state)), state)
-    assert plan(DCPSource(tmp_path).tensors, to_te=not to_te)
+    assert map_names(DCPSource(tmp_path).tensors, to_te=not to_te)
 
 
 @pytest.mark.parametrize("to_te", [False, True], ids=["hf", "te"])
@@ -83,7 +84,7 @@ def test_decoder_alone(tiny_llama, tmp_path):
     state = tiny_llama().model.state_dict()
     source = DCPSource(save(tmp_path, {"model": state}))
     assert source.tensors.keys() == state.keys()
-    assert plan(source.tensors, to_te=True)
+    assert map_names(source.tensors, to_te=True)
 
 
 def test_all_else_is_left_out(tiny_llama, tmp_path):
@@ -206,7 +207,7 @@ def test_code_in_metadata_is_not_run(tmp_path):
     with pytest.raises(CheckpointError, match=r".metadata is refused: it asks for \w+.mkdir, .* could run any code"):
         DCPSource(folder)
     assert not trace.exists()
-    pickle.loads((folder / METADATA).read_bytes())
+    pickle.loads((folder / DCP_METADATA).read_bytes())
     assert trace.exists()  # so it would have been
 
 
@@ -224,7 +225,7 @@ def test_code_in_metadata_is_not_run(tmp_path):
 )
 def test_only_names_that_metadata_need(tmp_path, module, name):
     pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(each)]) + each.encode() for each in (module, name)) + b"\x93."
-    (tmp_path / METADATA).write_bytes(pickled)
+    (tmp_path / DCP_METADATA).write_bytes(pickled)
     with pytest.raises(CheckpointError, match=f"is refused: it asks for {module}.{name}, "):
         DCPSource(tmp_path)
 
@@ -233,8 +234,8 @@ def test_classes_are_not_changed_by_a_pickle(tmp_path):
     """A pickle can set attributes on a class that it is allowed to name."""
     module, name = (b"\x8c" + bytes([len(each)]) + each for each in (Metadata.__module__.encode(), b"Metadata"))
     attributes = b"}\x8c\x07planted\x88s"
-    (tmp_path / METADATA).write_bytes(b"\x80\x04" + module + name + b"\x93N" + attributes + b"\x86b.")
-    with pytest.raises(CheckpointError, match="is no metadata of torch.distributed.checkpoint"):
+    (tmp_path / DCP_METADATA).write_bytes(b"\x80\x04" + module + name + b"\x93N" + attributes + b"\x86b.")
+    with pytest.raises(CheckpointError, match="is not metadata of torch.distributed.checkpoint"):
         DCPSource(tmp_path)
     assert not hasattr(Metadata, "planted")
     assert DCPSource(save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})).tensors
@@ -269,7 +270,7 @@ def test_damaged_files(tmp_path):
         folder,
         lambda metadata: [vars(place).update(length=file.stat().st_size) for place in metadata.storage_data.values()],
     )
-    with pytest.raises(CheckpointError, match="at byte 0 is not the tensor that it should be"):
+    with pytest.raises(CheckpointError, match="at byte 0 is not the tensor that the metadata describe"):
         read_tensor(DCPSource(fitted), EMBEDDING, 0, 20)
     file.unlink()
     with pytest.raises(CheckpointError, match="distcp cannot be read: No such file"):
@@ -277,32 +278,33 @@ def test_damaged_files(tmp_path):
 
 
 def test_missing_metadata(tmp_path):
-    with pytest.raises(CheckpointError, match=".metadata cannot be read: No such file or directory. The folder of"):
+    with pytest.raises(
+        CheckpointError,
+        match=".metadata cannot be read: No such file or directory. torch.distributed.checkpoint writes",
+    ):
         DCPSource(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04N.", b"\x80\x04]\x94."])
 def test_metadata_that_is_none(tmp_path, content):
-    (tmp_path / METADATA).write_bytes(content)
-    with pytest.raises(CheckpointError, match=".metadata is no metadata of torch.distributed.checkpoint"):
+    (tmp_path / DCP_METADATA).write_bytes(content)
+    with pytest.raises(CheckpointError, match=".metadata is not metadata of torch.distributed.checkpoint"):
         DCPSource(tmp_path)
 
 
 def test_no_model(tmp_path):
     save(tmp_path, {"net": {f"weight{number}": torch.zeros(1) for number in range(10)}})
-    with pytest.raises(CheckpointError, match="holds no Llama: .* There are net.weight0, .*net.weight7 and 2 more"):
+    with pytest.raises(CheckpointError, match="holds no Llama: .* It holds net.weight0, .*net.weight7 and 2 more"):
         DCPSource(tmp_path)
     save(tmp_path / "empty", {"step": 1})
-    with pytest.raises(CheckpointError, match="There are no tensors"):
+    with pytest.raises(CheckpointError, match="It holds no tensors"):
         DCPSource(tmp_path / "empty")
 
 
 def test_several_models(tmp_path):
     state = {EMBEDDING: torch.zeros(2, 2)}
     save(tmp_path, {"model": state, "ema": state})
-    with pytest.raises(
-        CheckpointError, match="more than one model, in 'model.', 'ema.'. Save the one to convert alone"
-    ):
+    with pytest.raises(CheckpointError, match="more than one model, in 'model.', 'ema.'. Save only the one to convert"):
         DCPSource(tmp_path)
 
 
@@ -319,11 +321,11 @@ def change_place(**values):
     [
         (change_chunk(sizes=torch.Size((3, 2))), "has 8 elements, and its parts 6"),
         (change_chunk(offsets=torch.Size((1, 0))), r"has the shape \[4, 2\], but a part that ends at \[5, 2\]"),
-        (change_chunk(sizes=(-4, 2)), r"\(-4, 2\) are not numbers from 0"),
-        (change_chunk(sizes="ab"), "'ab' are not numbers from 0"),
+        (change_chunk(sizes=(-4, 2)), r"\(-4, 2\) are not whole numbers from 0"),
+        (change_chunk(sizes="ab"), "'ab' are not whole numbers from 0"),
         (change_place(relative_path="../outside"), "is in '../outside', but files must lie in the folder itself"),
         (change_place(relative_path=Path("/etc/passwd")), "but files must lie in the folder itself"),
-        (change_place(offset=-1), "are not numbers from 0"),
+        (change_place(offset=-1), "are not whole numbers from 0"),
         (change_place(transform_descriptors=["zstd"]), r"is transformed by \['zstd'\], .* save without extensions"),
         (lambda metadata: metadata.storage_data.clear(), "KeyError"),
         (lambda metadata: vars(metadata).update(storage_data=None), "AttributeError"),
@@ -340,5 +342,5 @@ def test_dtype_that_is_none(tmp_path):
     def change(metadata):
         metadata.state_dict_metadata[EMBEDDING].properties.dtype = "float32"
 
-    with pytest.raises(CheckpointError, match="TypeError: 'float32' is no dtype"):
+    with pytest.raises(CheckpointError, match="TypeError: 'float32' is not a dtype"):
         DCPSource(changed(save(tmp_path, {EMBEDDING: torch.randn(4, 2)}), change))

@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_te_convert.layout.row_ranges import RowRange, Target, targets
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.layout.row_ranges import ConvertedTensor, RowRange, converted_tensors
+from llama_te_convert.layout.tensor_info import TensorInfo
 from llama_te_convert.sources import tensor_source
-from llama_te_convert.sources.tensor_source import CheckpointError, TensorInfo
 from llama_te_convert.sources.torch_tensors import as_bytes, as_tensor, info_of
-from llama_te_convert.targets.fp8 import exact_scale, fp8_outputs, fp8_quantization_config, quantize
+from llama_te_convert.targets.fp8 import fp8_quantization_config, fp8_streams
+from llama_te_convert.targets.fp8_scale import exact_scale, quantize
 
 FP8 = torch.float8_e4m3fn
 ALL_FP8 = torch.arange(256, dtype=torch.uint8).view(FP8)
@@ -59,19 +61,19 @@ class Memory:
 
 def plain(source):
     """Targets that are the source's tensors."""
-    return [Target(name, info, (RowRange(name, 0, info.rows),)) for name, info in source.tensors.items()]
+    return [ConvertedTensor(name, info, (RowRange(name, 0, info.rows),)) for name, info in source.tensors.items()]
 
 
-def tensor_of(parts, info):
-    return as_tensor(memoryview(bytearray(b"".join(parts))), info.dtype).view(info.shape)
+def tensor_of(chunks, info):
+    return as_tensor(memoryview(bytearray(b"".join(chunks))), info.dtype).view(info.shape)
 
 
 def export(tensors):
     """Tensors by name as they would be written."""
     source = Memory(tensors)
     made = {}
-    for output in fp8_outputs(plain(source), source):
-        made[output.name] = tensor_of(output.parts(), output.info)
+    for output in fp8_streams(plain(source), source):
+        made[output.name] = tensor_of(output.chunks(), output.info)
     return made
 
 
@@ -205,7 +207,7 @@ class TestOutputs:
         model = tiny_llama(num_hidden_layers=2).bfloat16()
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         source = Memory(tensors)
-        made = {output.name: output.info for output in fp8_outputs(plain(source), source)}
+        made = {output.name: output.info for output in fp8_streams(plain(source), source)}
         linear = {name for name in tensors if "_proj" in name}
         assert len(linear) == 2 * 7
         assert made.keys() == tensors.keys() | {f"{name}_scale" for name in linear}
@@ -219,9 +221,9 @@ class TestOutputs:
         for name in tensors.keys() - linear:
             assert torch.equal(exported[name], tensors[name])
 
-    def test_from_the_other_layout_in_parts(self, monkeypatch):
-        """Rows of a TE tensor become three weights; parts of a few rows, each in a buffer that is used again."""
-        monkeypatch.setattr(tensor_source, "PART_BYTES", 3 * 16 * 2)
+    def test_from_the_other_layout_in_chunks(self, monkeypatch):
+        """Rows of a TE tensor become three weights; chunks of a few rows, each in a buffer that is used again."""
+        monkeypatch.setattr(tensor_source, "CHUNK_BYTES", 3 * 16 * 2)
         size, heads, groups = 4, 4, 2
         rows = (heads + 2 * groups) * size
         fused = (random_fp8((rows, 16)) * 0.0777).bfloat16()
@@ -231,13 +233,13 @@ class TestOutputs:
         class Sizes:
             num_attention_heads, num_key_value_heads, head_dim = heads, groups, size
 
-        planned = fp8_outputs(targets(source, Sizes(), to_te=False), source)
+        planned = fp8_streams(converted_tensors(source.tensors, Sizes(), to_te=False), source)
         assert source.reads == []
         made = {}
         for output in planned:
-            parts = [bytes(part) for part in output.parts()]
-            made[output.name] = tensor_of(parts, output.info)
-            assert output.name.endswith("_scale") or len(parts) > 1
+            chunks = [bytes(part) for part in output.chunks()]
+            made[output.name] = tensor_of(chunks, output.info)
+            assert output.name.endswith("_scale") or len(chunks) > 1
         assert all(stop - start <= 3 for _, start, stop in source.reads)
         # Twice in all: the three weights' scale is found once.
         assert sum(stop - start for _, start, stop in source.reads) == 2 * rows
@@ -252,10 +254,10 @@ class TestOutputs:
     def test_threads_share_the_search(self):
         tensors = {NAMES[key]: (random_fp8((8, 8), i) * 0.3).bfloat16() for i, key in enumerate("qkv")}
         source = Memory(tensors)
-        planned = [output for output in fp8_outputs(plain(source), source) if output.name.endswith("_scale")]
+        planned = [output for output in fp8_streams(plain(source), source) if output.name.endswith("_scale")]
         found = []
         threads = [
-            threading.Thread(target=lambda o=output: found.append(as_tensor(next(o.parts()), o.info.dtype).item()))
+            threading.Thread(target=lambda o=output: found.append(as_tensor(next(o.chunks()), o.info.dtype).item()))
             for output in planned
         ]
         for thread in threads:
@@ -273,12 +275,12 @@ class TestOutputs:
                 CheckpointError,
                 match=r"o_proj\.weight is (int8|float8_e4m3fn|float32) \[.*\]: only matrices of floating-point",
             ):
-                fp8_outputs(plain(source), source)
+                fp8_streams(plain(source), source)
         source = Memory({f"{LAYER}layernorm_mlp.fc2_weight": torch.ones(2, 2)})
         with pytest.raises(
             CheckpointError, match=r"no tensor is a linear weight of a decoder in the Hugging Face layout"
         ):
-            fp8_outputs(plain(source), source)
+            fp8_streams(plain(source), source)
 
     @pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
     def test_numbers_that_are_not_finite_are_an_error(self, number):

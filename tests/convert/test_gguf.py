@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llama_te_convert.errors import CheckpointError
 from llama_te_convert.sources.gguf import GGUFSource, gguf_config, save_gguf_tokenizer
-from llama_te_convert.sources.tensor_source import CheckpointError
 from llama_te_convert.sources.torch_tensors import read_tensor
 
 F32, F16, BF16 = (getattr(gguf.GGMLQuantizationType, name) for name in ("F32", "F16", "BF16"))
@@ -258,7 +258,7 @@ def test_other_architectures_are_refused(tmp_path, function):
 def test_what_transformers_takes_for_another_model_is_refused(smollm2_file, monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: LlamaConfig(model_type="mistral"))
     monkeypatch.setattr(LlamaConfig, "to_dict", lambda _: {"model_type": "mistral"})
-    with pytest.raises(CheckpointError, match="is a 'mistral' to transformers"):
+    with pytest.raises(CheckpointError, match="transformers reads it as a 'mistral' model"):
         gguf_config(smollm2_file)
 
 
@@ -284,10 +284,12 @@ def test_damaged_files(tmp_path):
     for length in (0, 3, 20, 300, len(whole) // 2, len(whole) - 5000):
         path = tmp_path / f"{length}.gguf"
         path.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=f"{length}.gguf is no GGUF file that can be read, or not complete"):
+        with pytest.raises(
+            CheckpointError, match=f"{length}.gguf is not a GGUF file, or it is damaged or not complete"
+        ):
             GGUFSource(path)
     (tmp_path / "other.gguf").write_bytes(b"version https://git-lfs.github.com/spec/v1" * 9)
-    with pytest.raises(CheckpointError, match="other.gguf is no GGUF file"):
+    with pytest.raises(CheckpointError, match="other.gguf is not a GGUF file"):
         gguf_config(tmp_path / "other.gguf")
 
 
@@ -330,14 +332,14 @@ def test_one_of_several_files_is_refused(tmp_path):
     path = write(tmp_path / "a.gguf", tiny_tensors(), fields=[("split.count", 1)])
     assert gguf_config(path)["num_hidden_layers"] == 1
     path = write(tmp_path / "tiny-00001-of-00003.gguf", tiny_tensors(), fields=[("split.count", 3)])
-    with pytest.raises(CheckpointError, match="is one of 3 files: make one of them first, with llama-gguf-split"):
+    with pytest.raises(CheckpointError, match="is one of 3 files: merge them first, with llama-gguf-split"):
         GGUFSource(path)
 
 
 def test_architecture_that_is_no_text(tmp_path):
     path = write(tmp_path / "tiny.gguf", tiny_tensors())
     path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0\xff\xff\xff\xff\xff"))
-    with pytest.raises(CheckpointError, match="tiny.gguf is no GGUF file that can be read"):
+    with pytest.raises(CheckpointError, match="tiny.gguf is not a GGUF file that can be read"):
         GGUFSource(path)
 
 
@@ -362,7 +364,7 @@ def test_missing_package(smollm2_file, monkeypatch, tmp_path):
 
 def test_file_without_tokenizer(tmp_path):
     path = write(tmp_path / "tiny.gguf", tiny_tensors())
-    with pytest.raises(CheckpointError, match="tiny.gguf: transformers cannot make a tokenizer of it"):
+    with pytest.raises(CheckpointError, match="tiny.gguf: transformers cannot make a tokenizer from it"):
         save_gguf_tokenizer(path, tmp_path / "tokenizer")
 
 
@@ -372,5 +374,5 @@ def test_file_without_what_transformers_needs(tmp_path, monkeypatch):
 
     path = write(tmp_path / "tiny.gguf", tiny_tensors())
     monkeypatch.setattr(AutoConfig, "from_pretrained", fail)
-    with pytest.raises(CheckpointError, match="tiny.gguf: transformers cannot make a configuration of it"):
+    with pytest.raises(CheckpointError, match="tiny.gguf: transformers cannot make a configuration from it"):
         gguf_config(path)

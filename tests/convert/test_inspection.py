@@ -21,9 +21,11 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.sources.tensor_source import Checkpoint, TensorInfo
+from llama_te_convert.layout.tensor_info import TensorInfo
+from llama_te_convert.sources.checkpoint import Checkpoint
 from llama_te_convert.sources.torch_tensors import info_of
-from llama_te_convert.verify.inspection import DtypeUse, ModelSizes, inspect
+from llama_te_convert.verify.inspection import DtypeUse, inspect
+from llama_te_convert.verify.model_fields import ModelSizes
 
 QKV = "model.layers.{}.self_attention.layernorm_qkv.weight"
 
@@ -137,11 +139,11 @@ def test_other_heads(tiny_llama, hf_class, layout):
     head = [name for name in checkpoint.source.tensors if name.startswith(("score.weight", "qa_outputs.weight"))]
     assert len(head) == (hf_class is not LlamaModel)
     for name in head:
-        assert inspect(changed(checkpoint, without=[name])).problems == (f"{name} is needed, but not there.",)
+        assert inspect(changed(checkpoint, without=[name])).problems == (f"{name} is needed, but missing.",)
         (problem,) = inspect(changed(checkpoint, {name: info(9, 64)})).problems
         assert problem.startswith(f"{name} is [9, 64], but the configuration asks for [")
     norm = next(name for name in checkpoint.source.tensors if name.endswith("norm.weight") and "layers" not in name)
-    assert inspect(changed(checkpoint, without=[norm])).problems == (f"{norm} is needed, but not there.",)
+    assert inspect(changed(checkpoint, without=[norm])).problems == (f"{norm} is needed, but missing.",)
 
 
 def test_another_architecture():
@@ -211,8 +213,8 @@ def test_tensors_that_are_missing_or_have_no_rule(hf, te):
     found = inspect(changed(hf, biases, without))
     assert set(found.problems) == {
         "there is no rule for model.layers.{0..2}.self_attn.q_proj.bias.",
-        "model.layers.{1..2}.self_attn.k_proj.weight is needed, but not there.",
-        "lm_head.weight is needed, but not there.",
+        "model.layers.{1..2}.self_attn.k_proj.weight is needed, but missing.",
+        "lm_head.weight is needed, but missing.",
     }
     assert found.lines()[-4] == "3 wrong:"
     assert sorted(found.lines()[-3:]) == sorted(f"  {problem}" for problem in found.problems)
@@ -223,7 +225,7 @@ def test_tensors_that_are_missing_or_have_no_rule(hf, te):
     found = inspect(changed(te, {"model.layers.1.self_attention._extra_state": info(4)}, [QKV.format(0)]))
     assert set(found.problems) == {
         "there is no rule for model.layers.1.self_attention._extra_state.",
-        f"{QKV.format(0)} is needed, but not there.",
+        f"{QKV.format(0)} is needed, but missing.",
     }
 
 
@@ -251,15 +253,15 @@ def test_shapes_that_the_configuration_does_not_agree_with(hf, te):
 def test_layers_that_the_configuration_does_not_agree_with(hf, te):
     for checkpoint in (hf, te):
         assert inspect(changed(checkpoint, num_hidden_layers=2)).problems == (
-            "layers 2 are there, but the configuration has 2 layers.",
+            "the checkpoint has layers 2, but the configuration has 2 layers.",
         )
         # As many as no loop could go through.
         assert inspect(changed(checkpoint, num_hidden_layers=10**15)).problems == (
-            f"the configuration has {10**15} layers, but layers 3..{10**15 - 1} are not there.",
+            f"the configuration has {10**15} layers, but layers 3..{10**15 - 1} are missing.",
         )
         without = [name for name in checkpoint.source.tensors if name.startswith("model.layers.1.")]
         assert inspect(changed(checkpoint, without=without)).problems == (
-            "the configuration has 3 layers, but layers 1 are not there.",
+            "the configuration has 3 layers, but layers 1 are missing.",
         )
 
 
@@ -289,8 +291,8 @@ def test_a_model_type_of_the_other_layout_is_named(hf, te):
         ({"model_type": ["llama"]}, "model_type=['llama'] is not known"),
         ({"attention_bias": True}, "Transformer Engine layers cannot run it: attention_bias=True is not supported"),
         ({"hidden_act": "gelu"}, "Transformer Engine layers cannot run it: hidden_act='gelu' is not supported"),
-        ({"quantization_config": {"quant_method": "awq"}}, "the checkpoint is quantized by 'awq': convert one with"),
-        ({"quantization_config": 3}, "the checkpoint is quantized by 3: convert one with"),
+        ({"quantization_config": {"quant_method": "awq"}}, "the model is quantized by 'awq': convert one with"),
+        ({"quantization_config": 3}, "the model is quantized by 3: convert one with"),
         ({"hidden_size": "64"}, "the configuration of somewhere cannot be used: "),
         ({"num_attention_heads": 0}, "the configuration of somewhere cannot be used: "),
         ({"rope_parameters": [1]}, "the configuration of somewhere cannot be used: "),
@@ -319,7 +321,7 @@ def test_an_empty_checkpoint():
     assert (found.parameters, found.bytes, found.architecture) == (0, 0, None)
     assert found.sizes == ModelSizes(*[None] * 9)
     assert any("model_type=None is not known" in problem for problem in found.problems)
-    assert "model.embed_tokens.weight is needed, but not there." in found.problems
+    assert "model.embed_tokens.weight is needed, but missing." in found.problems
     assert found.lines()[1].startswith("layers unknown, hidden size unknown, ")
     assert found.lines()[0] == "nothing: no architecture named, Hugging Face layout"
 
@@ -330,7 +332,7 @@ def test_an_empty_checkpoint():
 def test_odd_names(hf, name):
     found = inspect(changed(hf, {name: info(2)}))
     assert name in {each.name for each in found.tensors}
-    assert any(name in problem for problem in found.problems) or "layers 7 " in str(found.problems)
+    assert any(name in problem for problem in found.problems) or "layers 7," in str(found.problems)
     assert any(name in line for line in found.lines())
 
 
@@ -341,7 +343,7 @@ def test_a_tampered_file(opened, tiny_llama, tmp_path):
     tensors[QKV.format(1)] = tensors[QKV.format(1)][:-1].contiguous()
     save_file(tensors, tmp_path / "model.safetensors")
     assert inspect(opened(tmp_path)).problems == (
-        f"{QKV.format(2)} is needed, but not there.",
+        f"{QKV.format(2)} is needed, but missing.",
         f"{QKV.format(1)} is [127, 64], but the configuration asks for [128, 64].",
     )
 

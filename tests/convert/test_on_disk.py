@@ -30,7 +30,7 @@ from transformers import (
 
 from convert.slow_conversion import convert_slowly
 from llama_te_convert import CheckpointError, convert_checkpoint, convert_llama_hf_to_te, convert_llama_te_to_hf
-from llama_te_convert.targets import writer as writing_module
+from llama_te_convert.targets import writer
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
 SHARD = 40_000  # bytes: a tiny model has several shards then
@@ -135,7 +135,7 @@ def test_dtype_and_fields(source: Path, tmp_path: Path) -> None:
 
 def test_parts_smaller_than_tensors(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert_checkpoint(str(source), tmp_path / "whole", to_te=True)
-    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 700)
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.CHUNK_BYTES", 700)
     convert_checkpoint(str(source), tmp_path / "parts", to_te=True)
     same(tensors(tmp_path / "whole"), tensors(tmp_path / "parts"))
 
@@ -228,14 +228,14 @@ def set_field(**fields: Any) -> Callable[[Path], None]:
         (break_index, r"'../../norm.safetensors': shards must lie in the folder itself"),
         (lambda folder: next(folder.glob("*.safetensors")).unlink(), r"cannot be read: No such file"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json cannot be read: No such file"),
-        (lambda folder: (folder / "config.json").write_text("{"), r"config.json is no JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json is no JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config.json does not hold a JSON object"),
         (
             set_field(num_attention_heads=8),
-            r"cannot make .*qkv.* of them: 128 rows of queries, keys and values are not",
+            r"cannot become .*qkv.*: 128 rows of queries, keys and values do not fit",
         ),
-        (set_field(num_attention_heads=None), r"these are no sizes of a Llama"),
-        (set_field(num_attention_heads="4"), r"these are no sizes of a Llama"),
+        (set_field(num_attention_heads=None), r"a Llama needs positive whole numbers"),
+        (set_field(num_attention_heads="4"), r"a Llama needs positive whole numbers"),
         (set_field(model_type="gpt2"), r"gpt2"),
         (set_field(hidden_act="gelu"), r"hidden_act='gelu' is not supported"),
     ],
@@ -262,13 +262,13 @@ def test_layouts_and_options_that_do_not_go_together(source: Path, tmp_path: Pat
         convert_checkpoint(str(tmp_path / "te"), tmp_path / "again", to_te=True)
     with pytest.raises(CheckpointError, match="fp8 is a layout of Hugging Face checkpoints"):
         convert_checkpoint(str(source), tmp_path / "fp8", to_te=True, fp8=True)
-    with pytest.raises(CheckpointError, match="does not exist, and is no id of a repository"):
+    with pytest.raises(CheckpointError, match="does not exist, and is not the id of a repository"):
         convert_checkpoint(str(tmp_path / "nothing"), tmp_path / "x", to_te=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="has no tensors: looked for model.safetensors"):
         convert_checkpoint(str(tmp_path / "empty"), tmp_path / "x", to_te=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file, but no GGUF file"):
+    with pytest.raises(CheckpointError, match="is a file, but not a GGUF file"):
         convert_checkpoint(str(tmp_path / "file"), tmp_path / "x", to_te=True)
 
 
@@ -283,10 +283,10 @@ def test_a_finished_folder_is_left_alone(source: Path, tmp_path: Path) -> None:
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "te").iterdir()}
     other = {"dtype": torch.float32}, {"config_changes": {"attn_input_format": "bshd"}}
     for options in other:
-        with pytest.raises(CheckpointError, match="exists and is not what this conversion makes"):
+        with pytest.raises(CheckpointError, match="exists and is not the result of this conversion"):
             convert_checkpoint(str(source), tmp_path / "te", to_te=True, **options)
     (source / "tokenizer.json").write_text('{"a": 2, "b": 3}')
-    with pytest.raises(CheckpointError, match="exists and is not what this conversion makes"):
+    with pytest.raises(CheckpointError, match="exists and is not the result of this conversion"):
         convert_checkpoint(str(source), tmp_path / "te", to_te=True)
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "te").iterdir()}
 
@@ -296,11 +296,11 @@ def test_somebody_elses_folder_is_not_touched(source: Path, tmp_path: Path) -> N
     convert_checkpoint(str(source), tmp_path / "te", to_te=True)  # an empty one will do
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="exists and is not what this conversion makes"):
+    with pytest.raises(CheckpointError, match="exists and is not the result of this conversion"):
         convert_checkpoint(str(source), tmp_path / "mine", to_te=True)
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "file").write_text("mine")
-    with pytest.raises(CheckpointError, match="what another conversion left unfinished"):
+    with pytest.raises(CheckpointError, match="is the unfinished result of another conversion"):
         convert_checkpoint(str(source), tmp_path / "other", to_te=True)
     assert (tmp_path / "mine" / "file").read_text() == (tmp_path / "other.partial" / "file").read_text() == "mine"
 
@@ -308,7 +308,7 @@ def test_somebody_elses_folder_is_not_touched(source: Path, tmp_path: Path) -> N
 def test_two_at_a_time(source: Path, tmp_path: Path) -> None:
     (tmp_path / "te.partial").mkdir()
     with (
-        writing_module._locked(tmp_path / "te.partial"),
+        writer._locked(tmp_path / "te.partial"),
         pytest.raises(CheckpointError, match="another process is writing to"),
     ):
         convert_checkpoint(str(source), tmp_path / "te", to_te=True)
@@ -394,7 +394,7 @@ class FullDisk:
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.write = writing_module._write
+        self.write = writer._write
 
     def __call__(self, file: Any, data: Any) -> None:
         self.room -= memoryview(data).nbytes
@@ -407,7 +407,7 @@ class FullDisk:
 def test_a_full_disk_and_then_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     convert(source, tmp_path / "expected")
     with monkeypatch.context() as patch:
-        patch.setattr(writing_module, "_write", FullDisk(room))
+        patch.setattr(writer, "_write", FullDisk(room))
         with pytest.raises(
             CheckpointError, match=r"^the disk of .*te.partial is full: make room and run the same command"
         ):
@@ -443,9 +443,9 @@ def test_a_small_disk_is_told_before_anything_is_written(
 def test_a_small_disk_that_fills_up(
     source: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writing_module, "_check_space", lambda folder, needed: None)
+    monkeypatch.setattr(writer, "_check_space", lambda folder, needed: None)
     if not small_disk.is_mount():
-        monkeypatch.setattr(writing_module, "_write", FullDisk(200_000))
+        monkeypatch.setattr(writer, "_write", FullDisk(200_000))
     with pytest.raises(CheckpointError, match=r"^the disk of .*te.partial is full"):
         convert(source, small_disk / "te")
     assert not (small_disk / "te").exists()

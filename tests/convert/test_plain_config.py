@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-import llama_te_core.models.checkpoint_format
+import llama_te_core.checkpoint_format
 from conftest import TINY
 from llama_te_convert.configs import core_format
-from llama_te_convert.configs.architectures import hf_config, te_config
+from llama_te_convert.configs.model_config import hf_config, te_config
 from llama_te_convert.configs.plain_config import _COMMON, _OF_LLAMA, plain_fields, write_plain_config
-from llama_te_convert.sources.tensor_source import Checkpoint
-from llama_te_convert.verify.inspection import model_fields
+from llama_te_convert.sources.checkpoint import Checkpoint
+from llama_te_convert.verify.model_fields import model_fields
 from llama_te_core import NVLlamaConfig
 
 LABELS: dict[str, Any] = {
@@ -232,14 +232,6 @@ def test_whatever_is_taken_for_plain_is_what_the_classes_write(tmp_path_factory,
     made = plainly(content, folder / "plain")
     if made is not None:
         assert made == by_classes(content, folder / "classes")
-
-
-def test_the_constants_are_those_of_the_package() -> None:
-    theirs = vars(llama_te_core.models.checkpoint_format)
-    ours = vars(core_format.checkpoint_format)
-    names = [name for name in theirs if name.isupper()]
-    assert {"AUTO_MAP", "FIELDS", "MODEL_TYPE"} <= set(names)
-    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
 
 
 def test_a_plain_llama_is_converted_without_torch_and_transformers(tiny_llama, tmp_path: Path) -> None:

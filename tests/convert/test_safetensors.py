@@ -12,14 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from llama_te_convert.sources.safetensors import (
-    DTYPES,
-    SafetensorsFile,
-    SafetensorsFolder,
-    header_bytes,
-    read_index,
-)
-from llama_te_convert.sources.tensor_source import CheckpointError, TensorInfo, parts
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.layout.tensor_info import TensorInfo
+from llama_te_convert.sources.safetensors import DTYPES, SafetensorsFile, SafetensorsFolder, header_bytes
+from llama_te_convert.sources.shard_index import read_index
+from llama_te_convert.sources.tensor_source import row_chunks
 from llama_te_convert.sources.torch_tensors import as_bytes, info_of, read_tensor, torch_dtype
 
 SETTINGS = settings(
@@ -58,7 +55,7 @@ def test_what_the_package_writes_is_read_and_what_is_written_the_package_reads(t
         out.write(header_bytes({name: file.tensors[name] for name in made}))
         for name in made:
             info = file.tensors[name]
-            for start, stop in parts(info, 0, info.rows):
+            for start, stop in row_chunks(info, 0, info.rows):
                 out.write(file.read(name, start, stop))
     file.close()
     for name, tensor in load_file(ours).items():
@@ -79,11 +76,11 @@ def test_any_rows_are_read(tmp_path: Path, rows: int, bounds: tuple[int, int]) -
 
 def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     info = TensorInfo("float32", (10, 4))
-    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 50)
-    assert list(parts(info, 1, 10)) == [(1, 4), (4, 7), (7, 10)]
-    monkeypatch.setattr("llama_te_convert.sources.tensor_source.PART_BYTES", 1)
-    assert list(parts(info, 8, 10)) == [(8, 9), (9, 10)]
-    assert list(parts(TensorInfo("float32", (3, 0)), 0, 3)) == [(0, 1), (1, 2), (2, 3)]
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.CHUNK_BYTES", 50)
+    assert list(row_chunks(info, 1, 10)) == [(1, 4), (4, 7), (7, 10)]
+    monkeypatch.setattr("llama_te_convert.sources.tensor_source.CHUNK_BYTES", 1)
+    assert list(row_chunks(info, 8, 10)) == [(8, 9), (9, 10)]
+    assert list(row_chunks(TensorInfo("float32", (3, 0)), 0, 3)) == [(0, 1), (1, 2), (2, 3)]
 
 
 # --- broken files -----------------------------------------------------------------------------------------------------
@@ -102,13 +99,13 @@ def entry(shape: object = (2,), offsets: object = (0, 8), dtype: object = "F32")
 @pytest.mark.parametrize(
     ("header", "length", "message"),
     [
-        (b"", None, r"no safetensors file: it has 16 bytes, and a header of 0"),
-        (b"{}", 10**12, r"no safetensors file"),
-        (b"{}", 2**64 - 1, r"no safetensors file"),
-        (b"{x}", None, r"its header is no JSON"),
-        (b"\xff\xff", None, r"its header is no JSON"),
-        (b"[" * 100_000, None, r"its header is no JSON"),
-        (b"[1]", None, r"its header is no JSON object"),
+        (b"", None, r"not a safetensors file: it has 16 bytes, and a header of 0"),
+        (b"{}", 10**12, r"not a safetensors file"),
+        (b"{}", 2**64 - 1, r"not a safetensors file"),
+        (b"{x}", None, r"its header is not JSON"),
+        (b"\xff\xff", None, r"its header is not JSON"),
+        (b"[" * 100_000, None, r"its header is not JSON"),
+        (b"[1]", None, r"its header is not a JSON object"),
         ({"x": 1}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(dtype="F7")}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(dtype=["F32"])}, None, r"entry of tensor 'x' is not valid"),

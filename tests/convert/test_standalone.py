@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 import llama_te_core
 from llama_te_convert import convert_llama_hf_to_te, export_te_checkpoint
-from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.errors import CheckpointError
 from llama_te_core import NVLlamaForCausalLM, NVLlamaForSequenceClassification
 
 IDS_BS = torch.arange(3, 13).view(2, 5)
@@ -165,7 +165,11 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(None, r"te is no folder of a checkpoint"), ("{", r"is no JSON"), ("[1]", r"has model_type=None")],
+        [
+            (None, r"te is not the folder of a checkpoint"),
+            ("{", r"is not valid JSON"),
+            ("[1]", r"does not hold a JSON object"),
+        ],
     )
     def test_no_checkpoint(self, tmp_path, content, message):
         (tmp_path / "te").mkdir()
@@ -179,9 +183,9 @@ class TestErrors:
         model = convert_llama_hf_to_te(tiny_llama())
         (tmp_path / "out").mkdir()
         export_te_checkpoint(model, tmp_path / "out")
-        with pytest.raises(CheckpointError, match=r"out is there already: name a folder that is not, or an empty one"):
+        with pytest.raises(CheckpointError, match=r"out exists already: name a new folder, or an empty one"):
             export_te_checkpoint(model, tmp_path / "out")
-        with pytest.raises(CheckpointError, match=r"config.json is there already"):
+        with pytest.raises(CheckpointError, match=r"config.json exists already"):
             export_te_checkpoint(model, tmp_path / "out" / "config.json")
         assert type(NVLlamaForCausalLM.from_pretrained(tmp_path / "out")) is NVLlamaForCausalLM
 

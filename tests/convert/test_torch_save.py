@@ -8,9 +8,12 @@ import zipfile
 import pytest
 import torch
 
-from llama_te_convert.sources.torch_save import INDEX, SINGLE, PickleSource
-from llama_te_convert.sources.tensor_source import CheckpointError
+from llama_te_convert.errors import CheckpointError
+from llama_te_convert.sources.file_names import TORCH_SAVE
+from llama_te_convert.sources.torch_save import TorchSaveSource
 from llama_te_convert.sources.torch_tensors import info_of, read_tensor
+
+SINGLE, INDEX = TORCH_SAVE
 
 
 def tensors():
@@ -35,7 +38,7 @@ def save_shards(folder, values, files):
 
 
 def assert_same(folder, expected):
-    source = PickleSource(folder)
+    source = TorchSaveSource(folder)
     assert source.tensors == {name: info_of(value) for name, value in expected.items()}
     for name, value in expected.items():
         rows = source.tensors[name].rows
@@ -56,7 +59,7 @@ def test_one_file(tmp_path):
 
 def test_shards(tmp_path):
     save_shards(tmp_path, tensors(), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"])
-    source = PickleSource(tmp_path)
+    source = TorchSaveSource(tmp_path)
     assert source.tensors.keys() == tensors().keys()
     assert_same(tmp_path, {name: tensors()[name] for name in source.tensors})
 
@@ -64,7 +67,7 @@ def test_shards(tmp_path):
 def test_file_is_mapped_and_read_when_rows_are(tmp_path):
     path = tmp_path / SINGLE
     torch.save({"a": torch.zeros(1000, 1000)}, path)
-    source = PickleSource(tmp_path)
+    source = TorchSaveSource(tmp_path)
     with path.open("r+b") as file:
         file.seek(path.stat().st_size // 2)
         file.write(torch.ones(10).numpy().tobytes())
@@ -78,28 +81,28 @@ def test_tensor_that_a_shard_lacks(tmp_path):
     index["weight_map"]["missing"] = "a.bin"
     (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="a.bin does not have the tensor 'missing', which the index says it has"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["../a.bin", "/etc/passwd", "sub/a.bin", "..", "", 3])
 def test_shards_outside_of_the_folder(tmp_path, file):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(CheckpointError, match=f"{INDEX} says that 'a' is in .*: shards must lie in the folder itself"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
 
 
 def test_index_that_is_none(tmp_path):
     (tmp_path / INDEX).write_text("[]")
-    with pytest.raises(CheckpointError, match="is no index of a checkpoint"):
-        PickleSource(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a checkpoint's index"):
+        TorchSaveSource(tmp_path)
 
 
 def test_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be read: No such file"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "a.bin"}}))
     with pytest.raises(CheckpointError, match="a.bin cannot be read: No such file"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
 
 
 class Malicious:
@@ -117,7 +120,7 @@ def test_code_is_not_run(tmp_path):
         with pytest.raises(
             CheckpointError, match=r"pytorch_model.bin is refused: .* \(\w+.mkdir\).*could run any code"
         ):
-            PickleSource(tmp_path)
+            TorchSaveSource(tmp_path)
         assert not trace.exists()
     torch.load(tmp_path / SINGLE, weights_only=False)
     assert trace.exists()  # so the file would have
@@ -126,15 +129,15 @@ def test_code_is_not_run(tmp_path):
 def test_plain_pickle_is_not_run(tmp_path):
     trace = tmp_path / "was_run"
     (tmp_path / SINGLE).write_bytes(pickle.dumps(Malicious(trace)))
-    with pytest.raises(CheckpointError, match="is not as torch.save writes files since torch 1.6"):
-        PickleSource(tmp_path)
+    with pytest.raises(CheckpointError, match="does not have the format that torch.save writes since torch 1.6"):
+        TorchSaveSource(tmp_path)
     assert not trace.exists()
 
 
 def test_older_format(tmp_path):
     torch.save(tensors(), tmp_path / SINGLE, _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="since torch 1.6: .* load and save an older one with torch"):
-        PickleSource(tmp_path)
+    with pytest.raises(CheckpointError, match="since torch 1.6: .* If it is older .* load it with torch"):
+        TorchSaveSource(tmp_path)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.99])
@@ -145,18 +148,18 @@ def test_truncated_file(tmp_path, part):
     with pytest.raises(
         CheckpointError, match="pytorch_model.bin cannot be read: .* It is damaged or not complete"
     ) as error:
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
     assert "\n" not in str(error.value)
 
 
 def test_other_files(tmp_path):
     (tmp_path / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(CheckpointError, match="it begins with b'vers'. Download it again"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
     with zipfile.ZipFile(tmp_path / SINGLE, "w") as archive:
         archive.writestr("hello.txt", "hello")
     with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be read"):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,11 +169,11 @@ def test_other_files(tmp_path):
         ({"a": torch.zeros(2), "step": 3}, "holds a int as 'step', not only tensors by name"),
         ({"model": {"a": torch.zeros(2)}}, "holds a dict as 'model', not only tensors by name"),
         ({3: torch.zeros(2)}, "holds a Tensor as 3, not only tensors by name"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is no ordinary tensor .*torch.sparse_coo"),
-        ({"a": torch.zeros(2, 2, device="meta")}, "'a' is no ordinary tensor .*on meta"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "'a' is not an ordinary tensor .*torch.sparse_coo"),
+        ({"a": torch.zeros(2, 2, device="meta")}, "'a' is not an ordinary tensor .*on meta"),
     ],
 )
 def test_other_contents(tmp_path, value, message):
     torch.save(value, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=message):
-        PickleSource(tmp_path)
+        TorchSaveSource(tmp_path)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from llama_te_convert.layout.tensor_info import TensorInfo
 from llama_te_convert.sources.safetensors import DTYPES
-from llama_te_convert.sources.tensor_source import TensorInfo
 from llama_te_convert.sources.torch_tensors import as_bytes, as_tensor, cast, dtype_name, info_of, torch_dtype
 
 EVERY = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from llama_te_core.layers import backend as layers
 from llama_te_core.layers import reference as reference_layer
+from llama_te_core.layers import selection as layers
 from llama_te_core.layers.reference import ReferenceLayer
 
 
@@ -293,9 +293,6 @@ class FakeTransformerEngine:
         package.pytorch = pytorch
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
-        # The module that imports Transformer Engine is imported anew with the fake, and again after the test.
-        monkeypatch.setitem(sys.modules, "llama_te_core.layers.te", None)
-        del sys.modules["llama_te_core.layers.te"]
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU")

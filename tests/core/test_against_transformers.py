@@ -18,7 +18,7 @@ from transformers import (
 
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_convert.layout.mapping import convert_tensors, plan
+from llama_te_convert.layout.mapping import convert_tensors, map_names
 
 LOGITS = {"atol": 1e-4, "rtol": 0}
 LOSS = {"atol": 1e-5, "rtol": 0}
@@ -114,7 +114,7 @@ def assert_real_tokens_equal(actual_BSx, expected_BSx, mask_BS, **tolerance):
 
 def gradients_in_hf_layout(model_te):
     gradients = {name: parameter.grad for name, parameter in model_te.named_parameters()}
-    return convert_tensors(plan(gradients, to_te=False), gradients, model_te.config, to_te=False)
+    return convert_tensors(map_names(gradients, to_te=False), gradients, model_te.config, to_te=False)
 
 
 def assert_gradients_equal(model_te, model_hf):

@@ -333,9 +333,9 @@ model.save_pretrained(again)
         assert run.returncode == 0, run.stderr
         assert run.stdout.split("\n")[:-1] == [
             "llama_te_core.models.configuration_nvllama",
-            "llama_te_core.models.modeling_nvllama NVLlamaModel",
-            "llama_te_core.models.modeling_nvllama NVLlamaForSequenceClassification",
-            "llama_te_core.models.modeling_nvllama NVLlamaForCausalLM",
+            "llama_te_core.models.decoder NVLlamaModel",
+            "llama_te_core.models.heads NVLlamaForSequenceClassification",
+            "llama_te_core.models.causal_lm NVLlamaForCausalLM",
         ]
         files = {path.name for path in (tmp_path / "again").iterdir()}
         assert files == {"config.json", "generation_config.json", "llama_te.py", "model.safetensors"}

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from core.fake_transformer_engine import FakeTransformerEngine
 from llama_te_core import NVLlamaConfig, NVLlamaModel
-from llama_te_core.layers import backend as layers
+from llama_te_core.layers import selection as layers
 from llama_te_core.layers.reference import ReferenceLayer
 
 # What importing a broken installation does: code of transformer_engine/pytorch.py, and the reason that is shown.

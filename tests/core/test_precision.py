@@ -19,7 +19,9 @@ from core.fake_transformer_engine import (
     QuantizedTensor,
 )
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaModel
-from llama_te_core.precision.plan import PrecisionPlan, calibrate, check_recipe, recipe_name
+from llama_te_core.precision.plan import PrecisionPlan
+from llama_te_core.precision.recipes import check_recipe, recipe_name
+from llama_te_core.precision.scaling_state import calibrate
 
 RECIPES = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
 # What each GPU runs; anything else is refused with the last recipe, or none, as the nearest.
@@ -50,7 +52,7 @@ class TestPlan:
         assert not plan.quantized
         assert plan.token_multiple() == 1
         plan.check_tokens(7, grad=True)
-        plan.check(on_transformer_engine=False)
+        plan.check(None, "the reference implementation")
 
     def test_fp8_recipe_alone_is_every_layer_with_a_warning(self):
         with pytest.warns(UserWarning, match=r"every layer runs in FP8.*layer_precision=\['fp8'\] \* 3"):

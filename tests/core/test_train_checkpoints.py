@@ -24,7 +24,7 @@ from llama_te_convert import convert_llama_te_to_hf
 from llama_te_convert.cli import main
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.checkpoint import checkpoints as module
-from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
 TINY = {
     "vocab_size": 31,
@@ -378,7 +378,7 @@ def test_an_error_of_the_background_comes_with_the_next_call_once(tmp_path):
     for call in (checkpoints.wait, checkpoints.latest, lambda: checkpoints.save(3, run.model, run.optimizer)):
         with full_disk():
             checkpoints.save(2, run.model, run.optimizer)
-            with pytest.raises(CheckpointError, match="step 2 cannot be saved"):
+            with pytest.raises(TrainingCheckpointError, match="step 2 cannot be saved"):
                 call()
         assert checkpoints.latest() == 1
     checkpoints.save(2, run.model, run.optimizer)
@@ -391,7 +391,7 @@ def test_an_error_of_the_background_comes_with_the_next_call_once(tmp_path):
 def test_a_full_disk_is_one_clear_error(tmp_path):
     run = Run()
     checkpoints = Checkpoints(tmp_path, asynchronous=False)
-    with full_disk(), pytest.raises(CheckpointError) as caught:
+    with full_disk(), pytest.raises(TrainingCheckpointError) as caught:
         checkpoints.save(5, run.model, run.optimizer)
     assert str(caught.value) == (
         f"step 5 cannot be saved to {tmp_path}: the disk is full (rank 0): make room, or keep fewer checkpoints. "
@@ -399,7 +399,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     )
     assert names(tmp_path) == []  # what was written is in nobody's way
     checkpoints.save(5, run.model, run.optimizer)
-    with full_disk(), pytest.raises(CheckpointError, match=r"The last checkpoint is that of step 5\.$"):
+    with full_disk(), pytest.raises(TrainingCheckpointError, match=r"The last checkpoint is that of step 5\.$"):
         checkpoints.save(6, run.model, run.optimizer)
     assert names(tmp_path) == ["step-00000005"]
     checkpoints.load(5, run.model, run.optimizer)
@@ -408,7 +408,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 def test_a_disk_that_is_full_in_the_middle_of_a_tensor(tmp_path):
     """Where torch.save covers the disk's error with one of its own."""
     run = Run(hidden_size=256)
-    with full_disk(100_000), pytest.raises(CheckpointError, match=r"the disk is full \(rank 0\): make room"):
+    with full_disk(100_000), pytest.raises(TrainingCheckpointError, match=r"the disk is full \(rank 0\): make room"):
         Checkpoints(tmp_path, asynchronous=False).save(1, run.model, run.optimizer)
 
 
@@ -423,7 +423,7 @@ def test_a_disk_that_is_full_before_or_after_the_tensors(tmp_path, monkeypatch, 
         monkeypatch.setattr(module, "_sync", refuse)
     run = Run()
     checkpoints = Checkpoints(tmp_path, asynchronous=False)
-    with pytest.raises(CheckpointError, match="step 5 cannot be saved .* the disk is full: make room"):
+    with pytest.raises(TrainingCheckpointError, match="step 5 cannot be saved .* the disk is full: make room"):
         checkpoints.save(5, run.model, run.optimizer)
     monkeypatch.undo()
     assert checkpoints.latest() is None
@@ -435,7 +435,9 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     run = Run()
     checkpoints = Checkpoints(tmp_path / "file" / "run")
-    with pytest.raises(CheckpointError, match="step 1 cannot be saved .* NotADirectoryError: .*Not a directory"):
+    with pytest.raises(
+        TrainingCheckpointError, match="step 1 cannot be saved .* NotADirectoryError: .*Not a directory"
+    ):
         checkpoints.save(1, run.model, run.optimizer)
 
 
@@ -460,7 +462,7 @@ def test_the_oldest_stay_until_the_new_one_is_whole(tmp_path):
     run = Run()
     checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)
     checkpoints.save(1, run.model, run.optimizer)
-    with full_disk(), pytest.raises(CheckpointError):
+    with full_disk(), pytest.raises(TrainingCheckpointError):
         checkpoints.save(2, run.model, run.optimizer)
     assert checkpoints.steps() == [1]
     checkpoints.load(1, run.model, run.optimizer)
@@ -478,7 +480,9 @@ def test_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.shutil, "rmtree", refuse)
     checkpoints.save(2, run.model, run.optimizer)
-    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be removed: PermissionError: .*Permission denied"):
+    with pytest.raises(
+        TrainingCheckpointError, match=r"step-00000001 cannot be removed: PermissionError: .*Permission denied"
+    ):
         checkpoints.wait()
     monkeypatch.undo()
     assert checkpoints.steps() == [2]
@@ -562,11 +566,11 @@ def test_keep_is_checked(tmp_path, keep):
 def test_a_missing_step_names_those_there_are(tmp_path):
     run = Run()
     checkpoints = Checkpoints(tmp_path / "run")
-    with pytest.raises(CheckpointError, match="run has no checkpoint of step 3: there is none"):
+    with pytest.raises(TrainingCheckpointError, match="run has no checkpoint of step 3: there is none"):
         checkpoints.load(3, run.model)
     for step in (1, 2):
         checkpoints.save(step, run.model, run.optimizer)
-    with pytest.raises(CheckpointError, match="run has no checkpoint of step 3: there are 1, 2"):
+    with pytest.raises(TrainingCheckpointError, match="run has no checkpoint of step 3: there are 1, 2"):
         checkpoints.load(3, run.model)
 
 
@@ -593,21 +597,25 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
     run = Run().train(1)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, run.model, run.optimizer, run.extra)
-    with pytest.raises(CheckpointError, match=r"step-00000001 cannot be loaded: RuntimeError: Missing key .*layers\.2"):
+    with pytest.raises(
+        TrainingCheckpointError, match=r"step-00000001 cannot be loaded: RuntimeError: Missing key .*layers\.2"
+    ):
         checkpoints.load(1, Run(num_hidden_layers=3).model)
-    with pytest.raises(CheckpointError, match=r"cannot be loaded: ValueError: Size mismatch .*mlp"):
+    with pytest.raises(TrainingCheckpointError, match=r"cannot be loaded: ValueError: Size mismatch .*mlp"):
         checkpoints.load(1, Run(intermediate_size=32).model)
     momentum = Run(torch.optim.SGD, {"momentum": 0.9})
-    with pytest.raises(CheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*momentum_buffer"):
+    with pytest.raises(TrainingCheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*momentum_buffer"):
         checkpoints.load(1, momentum.model, momentum.optimizer)
     first, *others = run.model.parameters()
     groups = torch.optim.AdamW([{"params": [first], "weight_decay": 0.0}, {"params": others}])
-    with pytest.raises(CheckpointError, match=r"optimizer has groups of \[1, 14\] parameters, .* groups of \[15\]"):
+    with pytest.raises(
+        TrainingCheckpointError, match=r"optimizer has groups of \[1, 14\] parameters, .* groups of \[15\]"
+    ):
         checkpoints.load(1, run.model, groups)
-    with pytest.raises(CheckpointError, match="extra has 'data', but the checkpoint has 'scheduler' as extra"):
+    with pytest.raises(TrainingCheckpointError, match="extra has 'data', but the checkpoint has 'scheduler' as extra"):
         checkpoints.load(1, run.model, run.optimizer, {"data": None})
     checkpoints.save(2, run.model, run.optimizer)
-    with pytest.raises(CheckpointError, match="extra has 'data', but the checkpoint has nothing as extra"):
+    with pytest.raises(TrainingCheckpointError, match="extra has 'data', but the checkpoint has nothing as extra"):
         checkpoints.load(2, run.model, run.optimizer, {"data": None})
 
 
@@ -633,10 +641,10 @@ def test_a_damaged_checkpoint(tmp_path, file, size, what):
     if size is not None:
         path.write_bytes(data[:size])
     damaged = f"{path.parent} cannot be loaded: {what}\\. Remove {path.parent} to "
-    with pytest.raises(CheckpointError, match=damaged + r"go on from step 60\.$"):
+    with pytest.raises(TrainingCheckpointError, match=damaged + r"go on from step 60\.$"):
         checkpoints.load(80, run.model, run.optimizer)
     shutil.rmtree(tmp_path / "step-00000060")
-    with pytest.raises(CheckpointError, match=damaged + r"begin anew\.$"):
+    with pytest.raises(TrainingCheckpointError, match=damaged + r"begin anew\.$"):
         checkpoints.load(80, run.model, run.optimizer)
 
 
@@ -651,7 +659,7 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(tmp_pat
 
     monkeypatch.setattr(module.FileSystemReader, "read_data", refuse)
     message = r"step-00000001 cannot be loaded: PermissionError: .*Permission denied \(rank 0\)\.$"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(TrainingCheckpointError, match=message):
         checkpoints.load(1, run.model, run.optimizer)
 
 

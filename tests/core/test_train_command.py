@@ -38,8 +38,8 @@ from llama_te_core.train.config import (
 )
 from llama_te_core.train.data.batch_stream import BatchStream
 from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
-from llama_te_core.train.models import build_model, random_weights
 from llama_te_core.train.schedule import learning_rate
+from llama_te_core.train.setup import build_model, random_weights
 
 STEPS, RATE = 100, 3e-3
 # AdamW divides by a gradient's size, and rounding errors of small ones with it: a usual epsilon makes chaos of them.

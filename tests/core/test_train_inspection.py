@@ -22,7 +22,7 @@ from core.training_runs import docstrings, options, write
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train import loop
 from llama_te_core.train.command import main
-from llama_te_core.train.inspection import Inspection
+from llama_te_core.train.tensor_statistics import TensorStatistics
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "inspect.yaml"
 
@@ -151,7 +151,7 @@ def test_a_run_that_goes_on_drops_what_it_computes_anew(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"step": step, "old": 0.5}) + "\n" for step in (2, 4, 6))
     (tmp_path / "inspect" / "statistics.jsonl").write_text(lines)
     text = EXAMPLE.read_text(encoding="utf-8").replace("freq: 100", "freq: 3")
-    with Inspection(str(features(tmp_path, text)), tmp_path) as inspection:
+    with TensorStatistics(str(features(tmp_path, text)), tmp_path) as inspection:
         config = NVLlamaConfig(
             vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
         )

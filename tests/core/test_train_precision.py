@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from core import fake_transformer_engine
 from core.fake_transformer_engine import FakeTransformerEngine
 from core.training_runs import docstrings, write
-from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 from llama_te_core.train.config import (
     CheckpointConfig,
     DataConfig,
@@ -26,12 +26,13 @@ from llama_te_core.train.config import (
     PrecisionConfig,
     ShapeConfig,
     TrainConfig,
-    check_machine,
 )
+from llama_te_core.train.config.machine import check_machine
 from llama_te_core.train.data.batch_stream import BatchStream
 from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
-from llama_te_core.train.models import build_model, export_te, random_weights
+from llama_te_core.train.export import export_te
 from llama_te_core.train.optimizers import make_optimizer
+from llama_te_core.train.setup import build_model, random_weights
 
 SHAPE = ShapeConfig(
     vocab_size=260, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -230,13 +231,13 @@ def test_checkpoints_hold_what_the_optimizer_has(quantizing: Any, tmp_path: Path
 
     ordinary = Training(quantized_weights=False)
     assert isinstance(ordinary.optimizer, torch.optim.AdamW)
-    with pytest.raises(CheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*step"):
+    with pytest.raises(TrainingCheckpointError, match=r"cannot be loaded: RuntimeError: Missing key .*step"):
         checkpoints.load(1, ordinary.model, ordinary.optimizer)
     checkpoints.load(1, ordinary.model)  # the weights alone
     ordinary.step()
     checkpoints.save(2, ordinary.model, ordinary.optimizer)
     with pytest.raises(
-        CheckpointError, match=r"that of the checkpoint kept .*'step'.*same precision.quantized_weights"
+        TrainingCheckpointError, match=r"that of the checkpoint kept .*'step'.*same precision.quantized_weights"
     ):
         checkpoints.load(2, run.model, run.optimizer)
 
@@ -254,7 +255,7 @@ def test_what_is_exported_was_not_rounded(quantizing: Any, tmp_path: Path) -> No
     [
         ({"compute": "mxfp8"}, {}, "compute='mxfp8', fp8_recipe='current' and weights='fp32': it needs compute='fp8'"),
         ({"fp8_recipe": "block"}, {}, "fp8_recipe='block' and weights='fp32': it needs .* 'current' or 'delayed'"),
-        ({"weights": "bf16"}, {}, "weights='bf16': it needs .* weights='fp32' for what the optimizer keeps"),
+        ({"weights": "bf16"}, {}, "weights='bf16': it needs .* weights='fp32' for the optimizer"),
         ({}, {"parallel": ParallelConfig(tensor=2)}, "parallel.tensor=2: tensor ranks cannot share .* Use shard"),
         ({}, {"activation_checkpointing": "full"}, "activation_checkpointing='full': .* Use .*'none', or"),
         ({}, {"activation_offload_layers": 1}, "activation_offload_layers=1: .* Use 0, or"),
@@ -271,7 +272,7 @@ def test_what_does_not_go_with_quantized_weights_is_refused(
 def test_parts_of_different_sizes_are_refused(quantizing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(**QUANTIZED)
     model_config = run.model_config()
-    monkeypatch.setattr("llama_te_core.train.models.return_loss_alone", lambda *args, **options: None)
+    monkeypatch.setattr("llama_te_core.train.setup.return_loss_alone", lambda *args, **options: None)
     mesh: Any = types.SimpleNamespace(shape=(1, 3, 1, 1))
     with pytest.raises(ValueError, match=r"parallel.shard x context=3 does not divide the 64 rows of layers.0.*qkv"):
         build_model(run, model_config, random_weights(0, model_config), mesh, torch.device("cpu"))

@@ -17,9 +17,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from core.full_disk import full_disk
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
-from llama_te_core.parallel.tensor import whole
-from llama_te_core.train.checkpoint.checkpoints import CheckpointError, Checkpoints
+from llama_te_core.parallel.mesh import make_mesh
+from llama_te_core.parallel.parallelize import parallelize
+from llama_te_core.parallel.shards import whole
+from llama_te_core.parallel.sizes import ParallelSizes
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
 CONFIG = NVLlamaConfig(
     vocab_size=31,  # which no number of processes divides
@@ -120,7 +122,7 @@ def errors(folder: Path) -> dict[str, Any]:
     def attempt(name: str, call: Any, *arguments: Any) -> None:
         try:
             call(*arguments)
-        except (CheckpointError, ValueError) as error:
+        except (TrainingCheckpointError, ValueError) as error:
             found[name] = str(error)
 
     attempt("missing", checkpoints.load, 99, run.module)
@@ -163,7 +165,7 @@ def killed_while_saving(rank: int, device: str, folder: Path) -> None:
     checkpoints.save(2, run.module, run.optimizer)
     try:
         checkpoints.wait()
-    except CheckpointError as error:
+    except TrainingCheckpointError as error:
         (folder / "heard").write_text(str(error))
 
 

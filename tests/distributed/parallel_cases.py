@@ -25,8 +25,10 @@ from conftest import TINY
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.parallel.context import shard_context
-from llama_te_core.parallel.mesh import ParallelSizes, clip_gradients, make_mesh, parallelize, whole_state_dict
-from llama_te_core.parallel.tensor import gather_halves, own_part, scatter_halves, whole
+from llama_te_core.parallel.mesh import make_mesh
+from llama_te_core.parallel.parallelize import clip_gradients, parallelize, whole_state_dict
+from llama_te_core.parallel.shards import gather_halves, own_part, scatter_halves, whole
+from llama_te_core.parallel.sizes import ParallelSizes
 
 PAD = 200  # occurs as a token too: its embedding gets no gradient
 

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from distributed.processes import join
 from llama_te_core.parallel.context import shard_context
-from llama_te_core.parallel.mesh import make_mesh
-from llama_te_core.parallel.tensor import whole
+from llama_te_core.parallel.mesh import data_rank, make_mesh
+from llama_te_core.parallel.shards import whole
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints
 from llama_te_core.train.config import (
     DataConfig,
@@ -33,10 +33,10 @@ from llama_te_core.train.config import (
     ShapeConfig,
     TrainConfig,
 )
-from llama_te_core.train.data.batch_stream import Batch, data_rank
+from llama_te_core.train.data.batch_stream import Batch
 from llama_te_core.train.loop import train_step
-from llama_te_core.train.models import build_model, random_weights
 from llama_te_core.train.optimizers import make_optimizer
+from llama_te_core.train.setup import build_model, random_weights
 
 # Heads that 8 context ranks can share, and sizes that FP8 can take.
 SHAPE = ShapeConfig(

@@ -23,8 +23,10 @@ from core.fake_transformer_engine import FakeTransformerEngine
 from distributed.processes import join
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, next_token_labels
 from llama_te_core.parallel.context import shard_context
-from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
-from llama_te_core.parallel.tensor import whole
+from llama_te_core.parallel.mesh import make_mesh
+from llama_te_core.parallel.parallelize import parallelize
+from llama_te_core.parallel.shards import whole
+from llama_te_core.parallel.sizes import ParallelSizes
 from llama_te_core.train.activation_checkpointing import checkpoint_activations
 from llama_te_core.train.training_loss import return_loss_alone
 
@@ -160,7 +162,7 @@ def transformer_engine(device: torch.device) -> Iterator[FakeTransformerEngine |
     has_gpu = torch.cuda.is_available
     with pytest.MonkeyPatch.context() as patch:
         fake = FakeTransformerEngine().install(patch)
-        from llama_te_core.layers import backend as layers
+        from llama_te_core.layers import selection as layers
 
         assert layers.transformer_engine_problem() is None  # remembered, so that torch can learn the truth again
         patch.setattr(torch.cuda, "is_available", has_gpu)

@@ -109,7 +109,7 @@ def test_a_run_is_what_the_name_of_its_mesh_says(
 ) -> None:
     monkeypatch.setattr(train, "DEVICE", "cpu")
     build = Mock(side_effect=InterruptedError)
-    monkeypatch.setattr("llama_te_core.train.models.build_model", build)
+    monkeypatch.setattr("llama_te_core.train.setup.build_model", build)
     with pytest.raises(InterruptedError):
         train.llama_te_step(train.SHAPES["1B"], "bf16", train.LOADS["1B"], name, None)
     config = build.call_args.args[0]

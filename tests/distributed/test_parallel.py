@@ -17,8 +17,11 @@ from distributed.parallel_cases import CASES, Case
 from distributed.processes import Processes
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.layers.sequence_layout import whole_places
+from llama_te_core.layers.te import TransformerEngineBackend
 from llama_te_core.parallel.context import shard_context
-from llama_te_core.parallel.mesh import ParallelSizes, make_mesh, parallelize
+from llama_te_core.parallel.mesh import make_mesh
+from llama_te_core.parallel.parallelize import parallelize
+from llama_te_core.parallel.sizes import ParallelSizes
 
 # Relative to the largest value of each tensor. Measured: 8e-15 and 2e-6, since sums are in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -225,9 +228,6 @@ def test_heads_that_cannot_be_exchanged_for_tokens_are_refused(monkeypatch):
 
 
 def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
-    FakeTransformerEngine().install(monkeypatch)
-    from llama_te_core.layers import te as transformer_engine_layer
-
     class Layer(torch.nn.Module):
         def set_context_parallel_group(self, *arguments):
             self.group = arguments
@@ -239,7 +239,7 @@ def test_a_transformer_engine_layer_is_told_of_whole_sequences(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "stream")
     layer, another = Layer(), Layer()
     mesh = types.SimpleNamespace(size=lambda: 2, get_group=lambda: "group")
-    transformer_engine_layer.split_context([layer, another], mesh, "all_gather")
+    TransformerEngineBackend().split_context([layer, another], mesh, "all_gather", 2)
     assert layer.group == another.group == ("group", [4, 6], "stream", "all_gather")
     told = layer(
         torch.zeros(1),

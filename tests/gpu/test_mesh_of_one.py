@@ -19,7 +19,6 @@ from core.training_runs import docstrings, losses, options, write
 from distributed.precision_cases import SAVED_AT, STEPS, WARM_UP, Case, new_batch, train
 from distributed.test_training_precision import distance
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
-from llama_te_core.layers.te import split_context
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
@@ -80,7 +79,8 @@ def test_a_context_of_one_rank_changes_no_bit(kind: str, attn_input_format: str,
         batch = {"input_ids": batch["input_ids"].view(2, -1)}
     batch.pop("labels", None)
     expected = model(**batch).logits
-    split_context(model.model.layers, init_device_mesh("cuda", (1,)), kind)
+    heads = model.config.num_key_value_heads
+    model.layer_backend.split_context(list(model.model.layers), init_device_mesh("cuda", (1,)), kind, heads)
     assert torch.equal(model(**batch).logits, expected)
 
 

@@ -121,7 +121,7 @@ def test_outputs_are_those_of_a_padded_batch(
     qkv_format: str, filling: int, fuses_rope: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeTransformerEngine().install(monkeypatch)
-    from llama_te_core.layers.te import CachedAttention
+    from llama_te_core.layers.te_cached_attention import CachedAttention
 
     torch.manual_seed(0)
     plain, hooked = Layer("bshd"), Layer(qkv_format)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from infer.decode_attention_oracle import DecodeCase, assert_decoded, make_decode, same_bits
 from infer.operator_oracle import DTYPES, HEAD_DIMS
+from llama_te_infer.ops import decode_attention as decode_attention_module
+from llama_te_infer.ops import library
 from llama_te_infer.ops.decode_attention import decode_attention, takes_decode_attention, workspace_size
 
 pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
@@ -111,6 +113,65 @@ def test_bad_input(change: Change, message: str) -> None:
         decode_attention(**arguments)
     for name, tensor in before.items():
         assert same_bits(arguments[name], tensor), f"{name} was written"
+
+
+def check_for_kernel(arguments: dict[str, Any]) -> None:
+    """What the operator checks for CUDA tensors before its launch."""
+    library.extension().decode_attention_check(**decode_attention_module._kernel_arguments(**arguments))
+
+
+@pytest.mark.parametrize("gap", [0, 1])
+def test_the_kernel_takes_good_input(gap: int) -> None:
+    for page_size in (0, 16):
+        check_for_kernel(make_decode(DecodeCase(before=(20, 30), page_size=page_size, gap=gap, dtype=torch.bfloat16)))
+    arguments = make_decode(DecodeCase(before=(20, 30), dtype=torch.bfloat16))
+    both = torch.zeros(*arguments["key_cache"].shape[:3], 128, dtype=torch.bfloat16)
+    check_for_kernel(arguments | {"key_cache": both[..., :64], "value_cache": both[..., 64:]})
+
+
+BAD_FOR_KERNEL: list[tuple[Change, str]] = [
+    (
+        replace(qkv=lambda x: x.float()),
+        r"qkv is float32 with G=2 and D=64 and pages of 16: on a GPU allowed are bfloat",
+    ),
+    (replace(qkv=lambda x: x.repeat(1, 1, 5, 1)), r"G=18 .* G up to 16"),
+    (replace(qkv=lambda x: x.repeat(129, 1, 1, 1)), r"qkv has B=258: on a GPU allowed are up to 256"),
+    (replace(qkv=lambda x: x.repeat(1, 33, 1, 1)), r"qkv has K=66: on a GPU allowed are up to 64"),
+    (replace(workspace=lambda x: x.long()), r"workspace is int64; it must be int32"),
+    (replace(workspace=lambda x: x[:-1]), r"workspace has \d+ numbers, but \d+ are needed: make one of workspace_size"),
+    (
+        replace(workspace=lambda x: torch.cat((x, x))[1:]),
+        r"workspace starts at an address that is not a multiple of 16",
+    ),
+    (replace(qkv=lambda x: gapped(x, 4)), r"qkv has a stride of 1032 bytes"),
+    (replace(key_cache=lambda x: gapped(x, 4)), r"key_cache has a stride of 4104 bytes; all but the last dimension's"),
+    (
+        replace(value_cache=lambda x: torch.cat((x, x)).flatten()[4:][: x.numel()].view(x.shape)),
+        r"value_cache starts at an addr",
+    ),
+    (lambda x: {"value_cache": x["key_cache"]}, r"key_cache and value_cache share memory"),
+    (lambda x: {"output": x["qkv"].flatten()[:512].view(2, 4, 64)}, r"qkv and output share memory"),
+    (lambda x: {"output": x["key_cache"].flatten()[:512].view(2, 4, 64)}, r"output and key_cache share memory"),
+    (lambda x: {"cos_sin": x["key_cache"].flatten()[:4096].view(torch.float32).view(32, 64)}, r"cos_sin and key_cache"),
+    (
+        lambda x: {"output": x["workspace"][64:].view(torch.bfloat16)[:512].view(2, 4, 64)},
+        r"workspace and output share",
+    ),
+]
+
+
+def gapped(tensor: torch.Tensor, gap: int) -> torch.Tensor:
+    """The same numbers with a gap of some elements between the first dimension's entries."""
+    flat = tensor.flatten(1)
+    wide = torch.cat((flat, flat[:, :gap]), dim=1)
+    return wide[:, : flat.shape[1]].unflatten(1, tensor.shape[1:])
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FOR_KERNEL, ids=[message for _, message in BAD_FOR_KERNEL])
+def test_bad_input_for_the_kernel(change: Change, message: str) -> None:
+    arguments = make_decode(DecodeCase(before=(20, 30), page_size=16, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        check_for_kernel(arguments | change(arguments))
 
 
 def test_torch_agrees_with_the_schema() -> None:

@@ -366,7 +366,7 @@ OPERATORS = (
 )  # fmt: skip
 
 
-def test_the_package_registers_every_operator() -> None:
-    code = f"import llama_te_infer, torch; print(*(hasattr(torch.ops.llama_te, name) for name in {OPERATORS}))"
+def test_importing_ops_registers_every_operator() -> None:
+    code = f"import llama_te_infer.ops, torch; print(*(hasattr(torch.ops.llama_te, name) for name in {OPERATORS}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * len(OPERATORS)

@@ -1,24 +1,35 @@
-"""Conversion between Hugging Face Llama checkpoints and the Transformer Engine layout of llama_te_core."""
+"""Conversion between Hugging Face Llama checkpoints and the Transformer Engine layout of llama_te_core.
+
+Modules import each other in this direction only, and `|` separates modules that do not import each other:
+
+    cli -> option_types | progress | in_memory | on_disk | adapter
+        -> targets | verify -> sources -> configs -> layout -> errors | version
+
+- `cli`: the command. `option_types`, `progress`: its option values and its progress bar.
+- `in_memory`, `on_disk`, `adapter`: the conversions of models, checkpoints and LoRA adapters.
+- `targets`: writers of checkpoints. `verify`: inspection and comparison of checkpoints.
+- `sources`: readers of checkpoints, one module for each file format.
+- `configs`: the architectures, and their configurations in each layout.
+- `layout`: the rules between the two tensor layouts: names, shapes and rows.
+"""
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from . import version
 
 if TYPE_CHECKING:
     from .adapter import convert_adapter
+    from .errors import CheckpointError
     from .in_memory import convert_llama_hf_to_te, convert_llama_te_to_hf
     from .on_disk import Report, convert_checkpoint
-    from .sources.tensor_source import CheckpointError
     from .targets.standalone import export_te_checkpoint
 
-try:
-    __version__ = version("llama-te-convert")
-except PackageNotFoundError:  # used from a source folder
-    __version__ = "0+unknown"
+__version__ = version.VERSION
 
-# Imported when they are asked for: transformers' models take seconds, and the command does without them.
+# Imported on first use: importing transformers' models takes seconds, and the command does without them.
 _MODULES = {
-    "CheckpointError": "sources.tensor_source",
+    "CheckpointError": "errors",
     "Report": "on_disk",
     "convert_adapter": "adapter",
     "convert_checkpoint": "on_disk",
@@ -41,3 +52,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
-"""LoRA adapters of PEFT, from the Transformer Engine layout to Hugging Face's.
+"""Conversion of PEFT's LoRA adapters from the Transformer Engine layout to the Hugging Face layout.
 
-An adapter adds B·A to a weight. Where a weight's rows are those of several Hugging Face weights, B's rows are theirs:
-each gets its rows of B, and all of A. No number is changed.
+An adapter adds B·A to a weight. A fused weight has the rows of several Hugging Face weights, and B has the same rows.
+Each Hugging Face weight gets its rows of B, and all of A. No number changes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .configs.architectures import architecture_of
-from .configs.core_format import checkpoint_format
-from .layout.mapping import convert_tensors, plan
-from .layout.row_ranges import HeadSizes
-from .sources.checkpoint import read_config
-from .sources.tensor_source import CheckpointError, first_line
+from .configs.config_file import CONFIG_NAME, has_te_layout, head_sizes, read_config
+from .errors import CheckpointError, first_line
+from .layout.mapping import convert_tensors, map_names
+from .sources.checkpoint import not_on_the_hub
+from .targets.new_folder import check_new_folder
 
-# torch takes seconds to import, and refusing a configuration does without it.
+# Importing torch takes seconds, and refusing a configuration does without it.
 if TYPE_CHECKING:
     import torch
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Several weights of a module are adapted by adapters within each other.
+# PEFT nests the wrappers if it adapts several weights of a module.
 _FACTOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.*?)(?:\.base_layer)*\.lora_A\.weight")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-# Others change the weights of the model as well, which have other shapes in the other layout.
+# Other initialisations change the weights of the model too, and those have other shapes in the other layout.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
@@ -42,7 +42,7 @@ class Adapted:
     Attributes:
         module: Its name.
         rank: Columns of B.
-        alpha: What B·A is multiplied by, before it is divided by the rank (or its root).
+        alpha: Factor of B·A. PEFT divides it by the rank, or by the root of the rank.
     """
 
     module: str
@@ -51,29 +51,28 @@ class Adapted:
 
 
 def convert_adapter(source: str | Path, folder: str | Path, *, base: str | None = None) -> list[Adapted]:
-    """Write a LoRA adapter for a model with the Transformer Engine layout as one for the model in transformers.
+    """Convert a LoRA adapter for a model with the Transformer Engine layout to one for the model in transformers.
 
     Args:
         source: Folder that PEFT saved the adapter to.
-        folder: Where the result goes; it must not be there yet, or be empty.
-        base: The model that it is for, a folder of either layout or the id of one on the hub, of which `config.json` is
-            read; by default what the adapter names. A Hugging Face model is named in the result.
+        folder: The target folder, which must be missing or empty.
+        base: The model of the adapter, of which `config.json` is read: a folder of either layout, or the id of a
+            repository on the hub. `None` takes the model that the adapter names. The result names a Hugging Face model.
 
     Returns:
-        What has an adapter now.
+        The modules that have an adapter now.
 
     Raises:
-        CheckpointError: In one line, what is wrong with the adapter, the model or the folder.
+        CheckpointError: The adapter, the model or the folder is not valid.
     """
     source, folder = Path(source), Path(folder)
     config = read_config(source, CONFIG)
     _check(config, source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is there already: name a folder that is not, or an empty one.")
+    check_new_folder(folder)
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(
-            f"{source / CONFIG} does not name the model that the adapter is for (base_model_name_or_path): say --base."
+            f"{source / CONFIG} does not name the adapter's model (base_model_name_or_path): name it with --base."
         )
     base_config = _base_config(base)
     try:
@@ -81,8 +80,8 @@ def convert_adapter(source: str | Path, folder: str | Path, *, base: str | None 
     except CheckpointError:
         raise
     except ValueError as error:
-        raise CheckpointError(f"{source / TENSORS} is no adapter of the layers of {base}: {error}") from error
-    is_te = base_config.get("model_type") == checkpoint_format.MODEL_TYPE
+        raise CheckpointError(f"{source / TENSORS} does not fit the layers of {base}: {error}") from error
+    is_te = has_te_layout(base_config)
     config |= {
         "auto_mapping": None,
         "base_model_name_or_path": None if is_te else base,
@@ -115,7 +114,7 @@ def _check(config: Mapping[str, Any], source: Path) -> None:
             )
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), int | float):
-            raise CheckpointError(f"{source / CONFIG} has {name}={config.get(name)!r}, which is no number.")
+            raise CheckpointError(f"{source / CONFIG} has {name}={config.get(name)!r}, which is not a number.")
 
 
 def _base_config(base: str) -> dict[str, Any]:
@@ -124,11 +123,9 @@ def _base_config(base: str) -> dict[str, Any]:
         from huggingface_hub import hf_hub_download
 
         try:
-            path = Path(hf_hub_download(base, "config.json")).parent
-        except Exception as error:  # whatever keeps it from coming, in one line
-            raise CheckpointError(
-                f"{base} is no local path, and the hub does not give it: {first_line(error)}"
-            ) from error
+            path = Path(hf_hub_download(base, CONFIG_NAME)).parent
+        except Exception as error:  # any failure of the download is reported in one line
+            raise not_on_the_hub(base, error) from error
     return read_config(path)
 
 
@@ -145,10 +142,10 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
 def _convert(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base_config: Mapping[str, Any], base: str
 ) -> tuple[dict[str, torch.Tensor], list[Adapted]]:
-    """The tensors of the new adapter, and what they adapt.
+    """The tensors of the new adapter, and the modules that they adapt.
 
     Raises:
-        ValueError: There is no such adapter.
+        ValueError: The tensors are not an adapter of the model, or it cannot be converted.
     """
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     whole = dict(tensors)
@@ -158,37 +155,40 @@ def _convert(
             continue
         a, b = whole.pop(name), whole.pop(name.removesuffix(_A) + _B, None)
         if b is None:
-            raise ValueError(f"{name} is without its B.")
+            raise ValueError(f"{name} has no B.")
         weight = _weight_name(match["module"], a, b, base_config)
         if "layernorm" in match["module"] and not _is_named(weight, config.get("target_parameters")):
             raise ValueError(
-                f"{match['module']} was adapted as a module, norm included (target_modules): no weight is."
+                f"{match['module']} was adapted as a whole module (target_modules), together with its norm. The "
+                "other layout has no such module: adapt its weights (target_parameters)."
             )
         factors[weight] = (a, b)
 
-    table, sizes = architecture_of(base_config).table, HeadSizes.of(base_config, base)
-    steps = plan(factors, to_te=False, table=table)
-    rows = convert_tensors(steps, {name: b for name, (_, b) in factors.items()}, sizes, to_te=False)
+    rules, sizes = architecture_of(base_config).rules, head_sizes(base_config, base)
+    mappings = map_names(factors, to_te=False, rules=rules)
+    rows = convert_tensors(mappings, {name: b for name, (_, b) in factors.items()}, sizes, to_te=False)
     made: dict[str, torch.Tensor] = {}
     adapted = []
-    for step in steps:
-        a, _ = factors[step.te]
-        alpha = _alpha(step.te, config)
-        for name in step.hf:
+    for mapping in mappings:
+        a, _ = factors[mapping.te]
+        alpha = _alpha(mapping.te, config)
+        for name in mapping.hf:
             module = name.removesuffix(".weight")
             made[_PREFIX + module + _A] = a.clone()
             made[_PREFIX + module + _B] = rows[name]
             adapted.append(Adapted(module, len(a), alpha))
-    # What is saved whole, such as the head, must be the same in the other layout.
+    # A tensor that PEFT saved whole, such as the head, must be the same in the other layout.
     names = (name.removeprefix(_PREFIX).replace(".base_layer.", ".") for name in whole)
-    for step in plan(names, to_te=False, table=table):
-        if step.hf != (step.te,):
-            raise ValueError(f"{step.te} is saved whole (modules_to_save), and is {', '.join(step.hf)} elsewhere.")
+    for mapping in map_names(names, to_te=False, rules=rules):
+        if mapping.hf != (mapping.te,):
+            raise ValueError(
+                f"{mapping.te} is saved whole (modules_to_save), but is {', '.join(mapping.hf)} in the other layout."
+            )
     return made | whole, adapted
 
 
 def _weight_name(module: str, a: torch.Tensor, b: torch.Tensor, base_config: Mapping[str, Any]) -> str:
-    """Which weight of a module it is; the file does not say, but in an MLP no two have one shape."""
+    """The name of an adapted weight. The file names only the module, but the weights of an MLP differ in shape."""
     if not module.endswith("layernorm_mlp"):
         return f"{module}.weight"
     outer, inner = base_config.get("hidden_size"), base_config.get("intermediate_size")
@@ -196,8 +196,8 @@ def _weight_name(module: str, a: torch.Tensor, b: torch.Tensor, base_config: Map
     shapes = {(2 * inner if isinstance(inner, int) else None, outer): "fc1_weight", (outer, inner): "fc2_weight"}
     if shape not in shapes:
         raise ValueError(
-            f"an adapter of {module} is one of a weight of {list(shape)}, which the model, with hidden_size={outer!r} "
-            f"and intermediate_size={inner!r}, has not."
+            f"an adapter of {module} is for a weight of {list(shape)}, but the model, with hidden_size={outer!r} and "
+            f"intermediate_size={inner!r}, has no such weight."
         )
     return f"{module}.{shapes[shape]}"
 
@@ -207,7 +207,7 @@ def _is_named(weight: str, targets: Iterable[str] | None) -> bool:
 
 
 def _alpha(weight: str, config: Mapping[str, Any]) -> float:
-    """`lora_alpha`, or what `alpha_pattern` says, which names a weight or its module as PEFT was told to adapt it."""
+    """The alpha of a weight. `alpha_pattern` names the weight or its module, as PEFT was told to adapt it."""
     name = weight if _is_named(weight, config.get("target_parameters")) else weight.rpartition(".")[0]
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     matching = (alpha for pattern, alpha in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
@@ -215,7 +215,7 @@ def _alpha(weight: str, config: Mapping[str, Any]) -> float:
 
 
 def _target_modules(adapted: Sequence[Adapted], layers: Any) -> list[str]:
-    """The ends of names that all layers have, such as `q_proj`; whole names where only some are adapted."""
+    """The last parts of the names, such as `q_proj`, if they are adapted in all layers; otherwise the whole names."""
     ends = Counter(each.module.rpartition(".")[2] for each in adapted)
     if all(count == layers for count in ends.values()):
         return sorted(ends)

@@ -6,17 +6,17 @@ import argparse
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
-from . import __version__
-from .sources.tensor_source import Checkpoint, CheckpointError
+from .errors import CheckpointError
+from .option_types import assignment, layer_precision, size
+from .progress import Progress
+from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from .version import VERSION
 
 _DTYPES = ("bfloat16", "float16", "float32")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_PRECISIONS = {"fp8": "fp8", "fp4": "fp4", "none": None}
 _EPILOG = """
 examples:
   llama-te-convert to-te ./Llama-3.2-1B ./llama-te
@@ -28,12 +28,19 @@ examples:
   llama-te-convert verify ./Llama-3.2-1B ./llama-te
   llama-te-convert inspect ./llama-te
 
-A conversion that was stopped goes on when the same command is given again. Its result appears when it is complete.
+The same command continues a conversion that was stopped. The result appears when it is complete.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0, 1 for an error or a difference, 130 when it was interrupted."""
+    """Run the command.
+
+    Args:
+        arguments: Arguments of the command; `None` takes those of the process.
+
+    Returns:
+        The exit status: 0 for success, 1 for an error or a difference, 130 for an interrupt.
+    """
     options = parser().parse_args(arguments)
     try:
         return int(options.run(options))
@@ -41,84 +48,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"llama-te-convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("llama-te-convert: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("llama-te-convert: interrupted; run the same command again to continue.", file=sys.stderr)
         return 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """What the command takes."""
+    """The parser of the command line."""
     top = argparse.ArgumentParser(
         prog="llama-te-convert",
         description="Converts Llama checkpoints between the Hugging Face and the Transformer Engine layout, compares "
-        "them and looks into them, in memory that does not grow with their size.",
+        "them and inspects them. Memory does not grow with their size.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"llama-te-convert {__version__}")
+    top.add_argument("--version", action="version", version=f"llama-te-convert {VERSION}")
     commands = top.add_subparsers(metavar="COMMAND", required=True)
-    for name, to_te, text in (
-        ("to-te", True, "convert a Hugging Face checkpoint to the Transformer Engine layout"),
-        ("to-hf", False, "convert a checkpoint of the Transformer Engine layout to Hugging Face's"),
-    ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        what = "a folder, an id on the hub (owner/name)" + (", or a GGUF file" if to_te else "")
-        command.add_argument("source", metavar="SRC", help=what)
-        command.add_argument("folder", metavar="DST", type=Path, help="the new folder")
-        command.add_argument("--dtype", choices=_DTYPES, help="cast floating-point tensors (default: as they are)")
-        command.add_argument(
-            "--max-shard-size", type=_size, default=5 * 10**9, metavar="SIZE", help="of a file, as in 5GB (default)"
-        )
-        command.add_argument(
-            "--set", type=_assignment, action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-            help="set a field of the new configuration (may be repeated); VALUE is JSON, or else a text",
-        )  # fmt: skip
-        if to_te:
-            command.add_argument(
-                "--layer-precision", metavar="SPEC",
-                help='precision of layers, as "1:-1=fp8" or "0=none,1:8=fp8,8:=fp4": ranges are those of Python',
-            )  # fmt: skip
-        else:
-            command.add_argument(
-                "--fp8", action="store_true",
-                help="write linear weights in FP8 (e4m3) with one scale each, as serving engines read them",
-            )  # fmt: skip
-        command.add_argument(
-            "--allow-pickle", action="store_true", help="also read pytorch_model.bin, by torch's restricted unpickler"
-        )
-        command.add_argument("--json", action="store_true", help="print the report as JSON")
-        command.set_defaults(run=_convert, to_te=to_te, layer_precision=None, fp8=False)
-    text = "convert a LoRA adapter of PEFT for the Transformer Engine layout to one for the Hugging Face model"
-    adapter = commands.add_parser("adapter-to-hf", help=text, description=text[0].upper() + text[1:] + ".")
-    adapter.add_argument("source", metavar="SRC", help="the folder that PEFT saved it to")
-    adapter.add_argument("folder", metavar="DST", type=Path, help="the new folder")
-    adapter.add_argument(
-        "--base", metavar="MODEL",
-        help="the Hugging Face model that it is for, a folder or an id on the hub (default: sizes are taken from the "
-        "model that the adapter names)",
-    )  # fmt: skip
-    adapter.set_defaults(run=_convert_adapter)
-    text = "compare two checkpoints, of either layout, tensor by tensor"
-    verify = commands.add_parser(
-        "verify", help=text, description=text[0].upper() + text[1:] + "; status 1 if they differ."
+    _add_conversion(commands, "to-te", "convert a Hugging Face checkpoint to the Transformer Engine layout", to_te=True)
+    _add_conversion(
+        commands, "to-hf", "convert a checkpoint of the Transformer Engine layout to Hugging Face's", to_te=False
     )
-    verify.add_argument("a", metavar="A", help="a folder, an id on the hub or a GGUF file")
-    verify.add_argument("b", metavar="B", help="likewise")
-    verify.add_argument(
-        "--tolerance",
-        action="store_true",
-        help="allow for rounding to the coarser of the two dtypes (default: no bit differs)",
-    )
-    verify.add_argument("--logits", metavar="TEXT", help="also run both models on this text and compare their logits")
-    verify.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
-    verify.add_argument("--json", action="store_true", help="print the result as JSON")
-    verify.set_defaults(run=_verify)
-    text = "say what is in a checkpoint, what its tensors become, and what is wrong with it"
-    inspect = commands.add_parser("inspect", help=text, description=text[0].upper() + text[1:] + ".")
-    inspect.add_argument("source", metavar="SRC", help="a folder, an id on the hub or a GGUF file")
-    inspect.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
-    inspect.add_argument("--json", action="store_true", help="print it as JSON")
-    inspect.set_defaults(run=_inspect)
+    _add_adapter(commands)
+    _add_verify(commands)
+    _add_inspect(commands)
     return top
+
+
+def _add_conversion(commands: Any, name: str, text: str, *, to_te: bool) -> None:
+    command = commands.add_parser(name, help=text, description=_sentence(text))
+    sources = "a folder, an id on the hub (owner/name)" + (", or a GGUF file" if to_te else "")
+    command.add_argument("source", metavar="SRC", help=sources)
+    command.add_argument("folder", metavar="DST", type=Path, help="the new folder")
+    command.add_argument("--dtype", choices=_DTYPES, help="cast floating-point tensors (default: keep their dtype)")
+    command.add_argument(
+        "--max-shard-size", type=size, default=5 * 10**9, metavar="SIZE", help="most bytes of a file (default: 5GB)"
+    )
+    command.add_argument(
+        "--set", type=assignment, action="append", default=[], metavar="FIELD=VALUE", dest="changes",
+        help="set a field of the new configuration (may be repeated); VALUE is JSON, or a string if it is not",
+    )  # fmt: skip
+    if to_te:
+        command.add_argument(
+            "--layer-precision", metavar="SPEC",
+            help='precision of layers, as "1:-1=fp8" or "0=none,1:8=fp8,8:=fp4"; ranges as in Python',
+        )  # fmt: skip
+    else:
+        command.add_argument(
+            "--fp8", action="store_true",
+            help="write linear weights in FP8 (e4m3) with one scale each, as serving engines read them",
+        )  # fmt: skip
+    command.add_argument(
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, with torch's restricted unpickler"
+    )
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_convert, to_te=to_te, layer_precision=None, fp8=False)
+
+
+def _add_adapter(commands: Any) -> None:
+    text = "convert a LoRA adapter of PEFT for the Transformer Engine layout to one for the Hugging Face model"
+    command = commands.add_parser("adapter-to-hf", help=text, description=_sentence(text))
+    command.add_argument("source", metavar="SRC", help="the folder that PEFT saved the adapter to")
+    command.add_argument("folder", metavar="DST", type=Path, help="the new folder")
+    command.add_argument(
+        "--base", metavar="MODEL",
+        help="the Hugging Face model of the adapter, a folder or an id on the hub (default: the model that the adapter "
+        "names)",
+    )  # fmt: skip
+    command.set_defaults(run=_convert_adapter)
+
+
+def _add_verify(commands: Any) -> None:
+    text = "compare two checkpoints, of either layout, tensor by tensor"
+    command = commands.add_parser("verify", help=text, description=_sentence(text + "; status 1 if they differ"))
+    command.add_argument("a", metavar="A", help="a folder, an id on the hub or a GGUF file")
+    command.add_argument("b", metavar="B", help="the other one")
+    command.add_argument(
+        "--tolerance", action="store_true",
+        help="allow one rounding to the coarser of the two dtypes (default: compare bits)",
+    )  # fmt: skip
+    command.add_argument("--logits", metavar="TEXT", help="also run both models on this text and compare their logits")
+    command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+    command.set_defaults(run=_verify)
+
+
+def _add_inspect(commands: Any) -> None:
+    text = "list the tensors of a checkpoint, the tensors that they convert to, and its problems"
+    command = commands.add_parser("inspect", help=text, description=_sentence(text))
+    command.add_argument("source", metavar="SRC", help="a folder, an id on the hub or a GGUF file")
+    command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
+    command.set_defaults(run=_inspect)
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -127,7 +150,7 @@ def _convert(options: argparse.Namespace) -> int:
     def changes(checkpoint: Checkpoint) -> dict[str, Any]:
         fields = dict(options.changes)
         if options.layer_precision is not None:
-            fields["layer_precision"] = _layer_precision(options.layer_precision, _layers(checkpoint))
+            fields["layer_precision"] = layer_precision(options.layer_precision, _layers(checkpoint))
         return fields
 
     dtype = None
@@ -135,7 +158,7 @@ def _convert(options: argparse.Namespace) -> int:
         from .sources.torch_tensors import torch_dtype
 
         dtype = torch_dtype(options.dtype)
-    with _Progress(options.folder.name) as bar:
+    with Progress(options.folder.name) as bar:
         report = convert_checkpoint(
             options.source,
             options.folder,
@@ -171,9 +194,8 @@ def _convert_adapter(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .sources.checkpoint import find_checkpoint, open_checkpoint
-    from .verify.logits import compare_logits
     from .verify.compare import TOLERANCES, compare
+    from .verify.logits import compare_logits
 
     paths = [find_checkpoint(each, allow_pickle=options.allow_pickle) for each in (options.a, options.b)]
     with contextlib.ExitStack() as stack:
@@ -181,7 +203,7 @@ def _verify(options: argparse.Namespace) -> int:
         stack.callback(a.source.close)
         stack.callback(b.source.close)
         total = sum(info.nbytes for info in a.source.tensors.values())
-        bar = stack.enter_context(_Progress("compare"))
+        bar = stack.enter_context(Progress("compare"))
         comparison = compare(
             a, b, tolerances=TOLERANCES if options.tolerance else None, progress=lambda done: bar.update(done, total)
         )
@@ -196,7 +218,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .sources.checkpoint import find_checkpoint, open_checkpoint
     from .verify.inspection import inspect
 
     path = find_checkpoint(options.source, allow_pickle=options.allow_pickle)
@@ -207,108 +228,8 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
-# --- options ----------------------------------------------------------------------------------------------------------
-
-
-def _size(text: str) -> int:
-    number = text.upper().rstrip("KMGTIB")
-    unit = text.upper()[len(number) :]
-    try:
-        size = int(float(number) * (_UNITS[unit] if unit else 1))
-    except (KeyError, ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write one as in 5GB, 500MB or 2GiB")
-    return size
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    field, equals, value = text.partition("=")
-    if not equals or not field.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is no FIELD=VALUE")
-    try:
-        return field, json.loads(value)
-    except ValueError:
-        return field, value
-
-
 def _layers(checkpoint: Checkpoint) -> int:
     layers = checkpoint.config.get("num_hidden_layers")
     if not isinstance(layers, int):
-        raise CheckpointError(f"the configuration of {checkpoint.path} does not say num_hidden_layers.")
+        raise CheckpointError(f"the configuration of {checkpoint.path} has no num_hidden_layers.")
     return layers
-
-
-def _layer_precision(spec: str, layers: int) -> list[str | None]:
-    """A precision for each layer, from "1:-1=fp8": ranges of layers as in Python; layers that none names have none."""
-    precision: list[str | None] = [None] * layers
-
-    def refuse(entry: str, why: str) -> NoReturn:
-        raise CheckpointError(
-            f"--layer-precision {spec!r}: {entry!r} {why}. Write layers as 0, -1 or 1:-1, then = and one of "
-            f"{', '.join(_PRECISIONS)}; several with commas."
-        )
-
-    for entry in spec.split(","):
-        where, equals, what = entry.strip().partition("=")
-        if not equals or what.strip().lower() not in _PRECISIONS:
-            refuse(entry, "does not end in =fp8, =fp4 or =none")
-        try:
-            bounds = [int(bound) if bound.strip() else None for bound in where.split(":")]
-        except ValueError:
-            refuse(entry, "does not name layers by whole numbers")
-        if len(bounds) == 1 and bounds[0] is not None:
-            if not -layers <= bounds[0] < layers:
-                refuse(entry, f"names a layer that is not there, of {layers}")
-            chosen = [range(layers)[bounds[0]]]
-        elif len(bounds) in (2, 3) and bounds[2:] != [0]:
-            chosen = list(range(layers)[slice(*bounds)])
-        else:
-            refuse(entry, "does not name layers")
-        for layer in chosen:
-            precision[layer] = _PRECISIONS[what.strip().lower()]
-    return precision
-
-
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-class _Bar(Protocol):
-    total: float | None
-    n: float
-
-    def refresh(self) -> object: ...
-    def close(self) -> object: ...
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds. Goes to standard error."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self._bar: _Bar | None = None
-        self._last = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def update(self, done: int, total: int) -> None:
-        """Show how far it is."""
-        now = time.monotonic()
-        if not sys.stderr.isatty():
-            if now - self._last >= 10:
-                self._last = now
-                print(f"{self.what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
-            return
-        if self._bar is None:
-            from tqdm import tqdm  # type: ignore[import-untyped]
-
-            self._bar = tqdm(total=total, unit="B", unit_scale=True, desc=self.what, file=sys.stderr)
-        if now - self._last >= 0.1 or done == total:
-            self._last = now
-            self._bar.n = done
-            self._bar.refresh()

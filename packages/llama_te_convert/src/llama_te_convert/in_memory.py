@@ -10,69 +10,73 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llama_te_core import NVLlamaPreTrainedModel
+from llama_te_core.compat.transformers import attention_implementation
 
-from .configs.architectures import architecture_of, hf_class, hf_config, te_class, te_config
-from .layout.mapping import Row, check_targets, convert_tensors, plan
+from .configs.architectures import architecture_of, hf_class, te_class
+from .configs.model_config import hf_config, te_config
+from .layout.mapping import check_names, convert_tensors, map_names
+from .layout.row_order import HeadSizes
+from .layout.rules import Rule
 
 
 def convert_llama_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> NVLlamaPreTrainedModel:
     """Convert a transformers Llama or Mistral, with or without a head, to the Transformer Engine layout.
 
-    Works on any device, with or without Transformer Engine. Dtypes, device and tied weights are kept; the result
-    shares no memory with `model_hf`.
+    It works on any device, with or without Transformer Engine. The result has the same dtypes, device and tied weights,
+    and shares no memory with `model_hf`.
 
     Args:
-        model_hf: A `LlamaForCausalLM`, `LlamaModel`, or one of the three task models; or those of Mistral.
+        model_hf: A `LlamaForCausalLM`, `LlamaModel` or one of the three task models, or a Mistral of these kinds.
         **config_kwargs: Fields of `NVLlamaConfig` to set, such as `attn_input_format="bshd"`.
 
     Returns:
         The `NVLlama...` model of the same kind.
 
     Raises:
-        TypeError: `model_hf` is none of these.
-        ValueError: Its tensors or its configuration are not those of a model that the layers can run.
+        TypeError: `model_hf` is another model.
+        ValueError: The layers cannot run a model with these tensors or this configuration.
     """
     target = te_class(model_hf)
     content = model_hf.config.to_dict()
-    config = te_config(content, **{**_in_memory(model_hf, target), **config_kwargs})
-    return _convert(model_hf, target, config, architecture_of(content).table, to_te=True)
+    config = te_config(content, **{**_in_memory_fields(model_hf, target), **config_kwargs})
+    return _convert(model_hf, target, config, architecture_of(content).rules, to_te=True)
 
 
 def convert_llama_te_to_hf(model_te: NVLlamaPreTrainedModel, **config_kwargs: Any) -> PreTrainedModel:
-    """Convert a model with the Transformer Engine layout to transformers' own; see `convert_llama_hf_to_te`.
+    """Convert a model with the Transformer Engine layout to a model of transformers: see `convert_llama_hf_to_te`.
 
-    Weights that are held in a quantized format only are returned to the model's dtype.
+    Weights that the model holds only in a quantized format are dequantized to the model's dtype.
 
     Args:
         model_te: One of the `NVLlama...` models.
         **config_kwargs: Fields of the configuration in transformers to set.
 
     Returns:
-        The model of the same kind of the architecture that it was converted from: `Llama...` or `Mistral...`.
+        The model of the same kind, `Llama...` or `Mistral...`, as the model was before its conversion.
 
     Raises:
-        TypeError: `model_te` is not one of these models.
-        ValueError: Its tensors are not those of such a model.
+        TypeError: `model_te` is another model.
+        ValueError: The tensors do not fit the configuration.
     """
     target = hf_class(model_te)
     content = model_te.config.to_dict()
-    config = hf_config(content, **{**_in_memory(model_te, target), **config_kwargs})
-    return _convert(model_te, target, config, architecture_of(content).table, to_te=False)
+    config = hf_config(content, **{**_in_memory_fields(model_te, target), **config_kwargs})
+    return _convert(model_te, target, config, architecture_of(content).rules, to_te=False)
 
 
-def _in_memory(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> dict[str, Any]:
-    """What the configuration of a model has to say that is not in a `config.json`, or is about that file's model."""
+def _in_memory_fields(source: PreTrainedModel, target_class: type[PreTrainedModel]) -> dict[str, Any]:
+    """Configuration fields of a model in memory that a `config.json` lacks or has with another meaning."""
     architectures = source.config.architectures
     if architectures == [type(source).__name__]:
         architectures = [target_class.__name__]
-    return {"architectures": architectures, "attn_implementation": source.config._attn_implementation}
+    return {"architectures": architectures, "attn_implementation": attention_implementation(source.config)}
 
 
 def _convert(
     source: PreTrainedModel,
     target_class: type[PreTrainedModel],
     config: Any,
-    table: tuple[Row, ...],
+    rules: tuple[Rule, ...],
     *,
     to_te: bool,
 ) -> PreTrainedModel:
@@ -83,13 +87,15 @@ def _convert(
         target = target_class(config)
     target.tie_weights()
     wanted = set(_named_tensors(target))
-    steps = plan(tensors, to_te=to_te, table=table)
+    mappings = map_names(tensors, to_te=to_te, rules=rules)
+    fields = source.config.to_dict()
+    sizes = HeadSizes(fields["num_attention_heads"], fields["num_key_value_heads"], fields["head_dim"])
     with torch.no_grad():
-        made = convert_tensors(steps, tensors, source.config, to_te=to_te)
-        check_targets(made, wanted)
-        for name, tensor in made.items():
+        converted = convert_tensors(mappings, tensors, sizes, to_te=to_te)
+        check_names(converted, wanted)
+        for name, tensor in converted.items():
             _check_shape(target, name, tensor)
-        _fill(target, made)
+        _fill(target, converted)
         if isinstance(target, NVLlamaPreTrainedModel):
             target.quantize_loaded_weights()
     target.tie_weights()
@@ -100,7 +106,7 @@ def _convert(
 
 
 def _fill(target: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give a model on the meta device its parameters, in the dtypes that they come in."""
+    """Give a model on the meta device its parameters and buffers. Parameters keep the dtypes of `tensors`."""
     for name, tensor in tensors.items():
         module_name, _, parameter_name = name.rpartition(".")
         module = target.get_submodule(module_name)
@@ -114,12 +120,12 @@ def _fill(target: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _named_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters by name, tied ones once."""
+    """Parameters by name. A tied parameter has one name."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in an ordinary dtype: weights that TE holds in a quantized format are dequantized."""
+    """A tensor in an ordinary dtype. Weights that TE holds in a quantized format are dequantized."""
     return tensor.dequantize() if type(tensor).__module__.startswith("transformer_engine") else tensor
 
 

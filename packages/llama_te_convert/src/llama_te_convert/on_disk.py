@@ -1,4 +1,4 @@
-"""Conversion of checkpoints on disk, tensor by tensor, in memory that does not grow with them."""
+"""Conversion of checkpoints on disk, in chunks of rows, so that memory does not grow with the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,24 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .configs.architectures import architecture_of, hf_config, refuse_quantized, te_config
+from .configs.architectures import architecture_of
+from .configs.config_file import head_sizes
+from .configs.model_config import hf_config, refuse_quantized, te_config
 from .configs.plain_config import plain_fields, write_plain_config
-from .layout.row_ranges import HeadSizes, outputs, targets
-from .sources.checkpoint import find_checkpoint, open_checkpoint
-from .sources.tensor_source import Checkpoint, CheckpointError
+from .errors import CheckpointError
+from .layout.row_ranges import converted_tensors
+from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
-from .verify.inspection import inspect, tensor_problems
+from .verify.inspection import inspect
+from .verify.problems import tensor_problems
+from .version import VERSION
 
-# torch takes seconds to import, and most conversions do without it.
+# Importing torch takes seconds, and most conversions do without it.
 if TYPE_CHECKING:
     import torch
 
-MAX_SHARD_BYTES = 5_000_000_000  # as transformers has it
-_WORKERS = 2  # writing is the kernel copying to its page cache: more than one core of it keeps a fast disk busy
+MAX_SHARD_BYTES = 5_000_000_000  # 5 GB, as in files of transformers
+_WORKERS = 2  # the kernel copies into its page cache, and one core of that does not keep a fast disk busy
 
-# What is not carried along: other formats of the weights, and code that belongs to the source's layout.
-_LEFT = re.compile(
+# Files that are not copied: weights in any format, and code that belongs to the source's layout.
+_NOT_COPIED = re.compile(
     r"\..*|config\.json|conversion\.json|.*\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ot|py|distcp)"
     r"|.*\.(safetensors|bin)\.index\.json"
 )
@@ -38,14 +42,14 @@ _LEFT = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """The report of a conversion.
 
     Attributes:
         folder: The converted checkpoint.
-        tensors: Tensors in it.
-        bytes: Their bytes.
-        kept_bytes: Of these, what an earlier run had written.
-        seconds: How long it took.
+        tensors: Number of tensors in it.
+        bytes: Bytes of these tensors.
+        kept_bytes: Bytes that an earlier run had written.
+        seconds: Duration of this run.
     """
 
     folder: str
@@ -56,7 +60,7 @@ class Report:
 
     @property
     def megabytes_per_second(self) -> float:
-        """Rate of what was written now."""
+        """The rate at which this run wrote."""
         return (self.bytes - self.kept_bytes) / 1e6 / max(self.seconds, 1e-9)
 
 
@@ -76,18 +80,21 @@ def convert_checkpoint(
 
     Args:
         source: A folder, the id of a repository on the hub, or a GGUF file.
-        folder: Where the result goes. It appears when it is complete; a run that was interrupted goes on with what an
-            earlier one left in `folder` + ".partial".
-        to_te: To the Transformer Engine layout (else from it to Hugging Face's).
-        dtype: What floating-point tensors become; as they are by default.
-        max_shard_bytes: Most bytes of a file, where a tensor fits.
-        config_changes: Fields of the new configuration to set, or what makes them of the open checkpoint.
-        fp8: Write the decoder's linear weights in FP8 with a scale for each, as serving engines read them.
+        folder: The target folder. It appears when it is complete. Until then the files are in `folder` + ".partial",
+            and the next run with the same arguments continues there.
+        to_te: Whether to convert to the Transformer Engine layout (otherwise to the Hugging Face layout).
+        dtype: New dtype of floating-point tensors; `None` keeps theirs.
+        max_shard_bytes: Largest size of a file in bytes. A larger tensor gets a file of its own.
+        config_changes: Fields of the new configuration to set, or a function that makes them from the open checkpoint.
+        fp8: Whether to write the decoder's linear weights in FP8 with a scale for each, as serving engines read them.
         allow_pickle: Whether to read `pytorch_model.bin` files.
-        progress: Called with the bytes done and those there are.
+        progress: Called with the bytes that are written and the bytes in total.
+
+    Returns:
+        The report of the conversion.
 
     Raises:
-        CheckpointError: In one line, what is wrong with the source, the target or the options.
+        CheckpointError: The source, the target or an option is not valid, or a file cannot be read or written.
     """
     begin = time.perf_counter()
     path, folder = find_checkpoint(source, allow_pickle=allow_pickle), Path(folder)
@@ -97,24 +104,25 @@ def convert_checkpoint(
             layout = "Transformer Engine" if to_te else "Hugging Face"
             raise CheckpointError(f"{path} has the {layout} layout already.")
         if fp8 and to_te:
-            raise CheckpointError("fp8 is a layout of Hugging Face checkpoints: it goes with a conversion to them.")
+            raise CheckpointError("fp8 is a layout of Hugging Face checkpoints: it needs a conversion to that layout.")
         refuse_quantized(checkpoint.config)
         changes = dict((config_changes(checkpoint) if callable(config_changes) else config_changes) or {})
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         if dtype_name is not None:
             changes = {"dtype": dtype_name, **changes}
-        # transformers, which a plain Llama does without, takes seconds to import; tensors are written in the meantime.
+        # Importing transformers takes seconds, so the tensors are written meanwhile. A plain Llama does without it.
         write_config = background.submit(_config_writer, checkpoint, changes, fp8)
-        table = architecture_of(checkpoint.config).table
-        sizes = HeadSizes.of(checkpoint.config, checkpoint.path)
-        made = targets(checkpoint.source, sizes, to_te=to_te, dtype=dtype_name, table=table)
-        planned = outputs(made, checkpoint.source)
+        rules = architecture_of(checkpoint.config).rules
+        sizes = head_sizes(checkpoint.config, checkpoint.path)
+        converted = converted_tensors(checkpoint.source.tensors, sizes, to_te=to_te, dtype=dtype_name, rules=rules)
         if fp8:
-            from .targets.fp8 import fp8_outputs
+            from .targets.fp8 import fp8_streams
 
-            planned = fp8_outputs(made, checkpoint.source)
+            streams = fp8_streams(converted, checkpoint.source)
+        else:
+            streams = [stream(tensor, checkpoint.source) for tensor in converted]
         record = {
-            "made_by": f"llama-te-convert {__version__}",
+            "made_by": f"llama-te-convert {VERSION}",
             "tensors": {
                 "layout": "transformer_engine" if to_te else "huggingface",
                 "source": str(path.resolve()),
@@ -125,35 +133,35 @@ def convert_checkpoint(
             },
             "config_changes": changes,
         }
-        total = sum(output.info.nbytes for output in planned)
+        total = sum(tensor.info.nbytes for tensor in streams)
         done = 0
 
         def count(written: int) -> None:
             nonlocal done
             if write_config.done():
-                write_config.result()  # if it cannot be made there is no use in going on
+                write_config.result()  # raises if the configuration cannot be converted, so that the run ends early
             done += written
             progress(done, total)
 
         def write_rest(target: Path) -> None:
-            _carry_along(path, target)
+            _copy_other_files(path, target)
             write_config.result()(target)
 
         kept = total
         if not is_finished(folder, record):
             kept = write_checkpoint(
-                shards(planned, max_shard_bytes),
+                shards(streams, max_shard_bytes),
                 folder,
                 record,
                 write_rest=write_rest,
                 workers=_WORKERS if checkpoint.source.concurrent else 1,
                 progress=count,
             )
-    return Report(str(folder), len(planned), total, kept, time.perf_counter() - begin)
+    return Report(str(folder), len(streams), total, kept, time.perf_counter() - begin)
 
 
 def _config_writer(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -> Callable[[Path], None]:
-    """What writes the new configuration, if the old one is valid and the checkpoint has the tensors that it says."""
+    """Convert the configuration, check the tensors against it, and return the function that writes it to a folder."""
     fields = None if changes or fp8 else plain_fields(checkpoint.config)
     if fields is not None:
         _refuse(checkpoint, tensor_problems(checkpoint, fields))
@@ -173,19 +181,19 @@ def _config_writer(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -
 
 def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
     if problems:
-        more = f" And {len(problems) - 1} more: llama-te-convert inspect tells them." if len(problems) > 1 else ""
+        more = f" And {len(problems) - 1} more: llama-te-convert inspect lists them." if len(problems) > 1 else ""
         raise CheckpointError(f"{checkpoint.path}: {problems[0]}{more}")
 
 
-def _carry_along(source: Path, target: Path) -> None:
-    """Tokenizer, chat template, generation configuration, licence and the like."""
+def _copy_other_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer, chat template, generation configuration, licence and similar files."""
     if source.is_file():
         from .sources.gguf import save_gguf_tokenizer
 
         save_gguf_tokenizer(source, target)
         return
     for path in source.iterdir():
-        if _LEFT.fullmatch(path.name):
+        if _NOT_COPIED.fullmatch(path.name):
             continue
         if path.is_file():
             shutil.copyfile(path, target / path.name)
@@ -194,6 +202,6 @@ def _carry_along(source: Path, target: Path) -> None:
 
 
 def _files(path: Path) -> list[list[Any]]:
-    """Name, size and time of change of a checkpoint's files: whether it is still the same."""
+    """Name, size and modification time of a checkpoint's files, by which a later run recognises the same source."""
     paths = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
     return [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in paths if each.name != RECORD]

@@ -1,40 +1,34 @@
 """Llama 3 on NVIDIA Transformer Engine, as transformers models: `NVLlamaForCausalLM` and its kin.
 
-Importing this package makes transformers' Auto classes know the models. Transformer Engine itself is imported when a
-model is built on a machine with a GPU.
+Importing this package makes transformers' Auto classes know the models. It imports neither torch nor transformers
+itself: each name here is imported when it is first used. Transformer Engine is imported when a model is built on a
+machine with a GPU.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .data.collators import DataCollatorWithFlattening
-from .data.labels import next_token_labels
-from .data.packing import TokenPackingDataset
-from .loss.linear_cross_entropy import linear_cross_entropy
-from .models.configuration_nvllama import NVLlamaConfig
-from .models.modeling_nvllama import (
-    NVLlamaForCausalLM,
-    NVLlamaForQuestionAnswering,
-    NVLlamaForSequenceClassification,
-    NVLlamaForTokenClassification,
-    NVLlamaModel,
-    NVLlamaPreTrainedModel,
-)
-from .precision.plan import calibrate
+from .compat.transformers import when_imported
 
-try:
-    __version__ = version("llama-te-core")
-except PackageNotFoundError:  # used from a source folder
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from .data.collators import DataCollatorWithFlattening
+    from .data.labels import next_token_labels
+    from .data.packing import TokenPackingDataset
+    from .loss.linear_cross_entropy import linear_cross_entropy
+    from .models.causal_lm import NVLlamaForCausalLM
+    from .models.configuration_nvllama import NVLlamaConfig
+    from .models.decoder import NVLlamaModel
+    from .models.heads import (
+        NVLlamaForQuestionAnswering,
+        NVLlamaForSequenceClassification,
+        NVLlamaForTokenClassification,
+    )
+    from .models.pretrained import NVLlamaPreTrainedModel
+    from .precision.scaling_state import calibrate
+
+    __version__: str
 
 __all__ = [
     "DataCollatorWithFlattening",
@@ -51,11 +45,50 @@ __all__ = [
     "next_token_labels",
 ]
 
-AutoConfig.register(NVLlamaConfig.model_type, NVLlamaConfig, exist_ok=True)
-AutoModel.register(NVLlamaConfig, NVLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(NVLlamaConfig, NVLlamaForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(NVLlamaConfig, NVLlamaForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(NVLlamaConfig, NVLlamaForTokenClassification, exist_ok=True)
-AutoModelForQuestionAnswering.register(NVLlamaConfig, NVLlamaForQuestionAnswering, exist_ok=True)
-# By this list of names Trainer knows whose labels to shift when it computes the loss itself, as label smoothing does.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[NVLlamaConfig.model_type] = NVLlamaForCausalLM.__name__
+_MODULES = {
+    "DataCollatorWithFlattening": ".data.collators",
+    "NVLlamaConfig": ".models.configuration_nvllama",
+    "NVLlamaForCausalLM": ".models.causal_lm",
+    "NVLlamaForQuestionAnswering": ".models.heads",
+    "NVLlamaForSequenceClassification": ".models.heads",
+    "NVLlamaForTokenClassification": ".models.heads",
+    "NVLlamaModel": ".models.decoder",
+    "NVLlamaPreTrainedModel": ".models.pretrained",
+    "TokenPackingDataset": ".data.packing",
+    "calibrate": ".precision.scaling_state",
+    "linear_cross_entropy": ".loss.linear_cross_entropy",
+    "next_token_labels": ".data.labels",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name], __name__), name)
+    elif name == "__version__":
+        value = _version()
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # found at once from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llama-te-core")
+    except PackageNotFoundError:  # used from a source folder
+        return "0+unknown"
+
+
+def _register() -> None:
+    from .models.auto_classes import register
+
+    register()
+
+
+when_imported("transformers", _register)

@@ -34,7 +34,7 @@ def gpus() -> list[dict[str, str]]:
 
 def layers() -> dict[str, str | None]:
     """Return the layer implementation that "auto" chooses, and why it is not Transformer Engine's."""
-    from llama_te_core.layers.backend import transformer_engine_problem
+    from llama_te_core.layers import transformer_engine_problem
 
     problem = transformer_engine_problem()
     return {"auto": "reference" if problem else "transformer_engine", "transformer_engine_problem": problem}

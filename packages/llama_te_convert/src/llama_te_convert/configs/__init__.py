@@ -1,1 +1,1 @@
-"""Configurations of the architectures that convert."""
+"""Configurations: which architectures convert, and their `config.json` in each layout."""

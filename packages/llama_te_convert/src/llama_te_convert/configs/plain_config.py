@@ -1,8 +1,9 @@
 """Configurations of plain Llamas, converted without torch and transformers.
 
-Importing those takes longer than converting a small checkpoint. What their classes make of a `config.json` is clear
-where it has the fields of a Llama alone, with values of the kind that they should have: this module makes the same of
-it, byte for byte. Any other is left to the classes (`architectures`), which know what else is allowed and what to say.
+Importing those takes longer than converting a small checkpoint. A plain Llama has only the fields of a Llama, with
+values of the expected kind. The classes of transformers write a predictable `config.json` for it, and this module
+writes the same bytes. `model_config` converts every other configuration with those classes, which know what else is
+allowed and which error to raise.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .architectures import ARCHITECTURES, architecture_of, renamed
-from .core_format import checkpoint_format
+from .config_file import CONFIG_NAME, has_te_layout, is_size
+from llama_te_core import checkpoint_format
 
 _LLAMA = ARCHITECTURES["llama"]
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0
 
 
 def _is_token(value: Any) -> bool:
@@ -58,13 +56,18 @@ def _is_list(value: Any, is_item: Callable[[Any], bool]) -> bool:
 
 
 class _Field(NamedTuple):
-    """A field of a configuration: what it is where a file leaves it out, and whether a value is plain."""
+    """A field of a configuration.
+
+    Attributes:
+        default: Its value if the file leaves it out.
+        is_plain: Whether a value is of the expected kind.
+    """
 
     default: Any
     is_plain: Callable[[Any], bool]
 
 
-# Of every configuration in transformers, which writes those alone that are not the default.
+# The fields of every configuration. transformers writes them only if they differ from the default.
 _COMMON = {
     "architectures": _Field(None, lambda value: value is None or _is_list(value, _is_text)),
     "dtype": _Field(None, lambda value: value in (None, "bfloat16", "float16", "float32")),
@@ -74,39 +77,39 @@ _COMMON = {
         None, lambda value: value in (None, "regression", "single_label_classification", "multi_label_classification")
     ),
 }
-# Of a Llama, which has two more: head_dim and num_key_value_heads, whose defaults depend on others.
+# The fields of a Llama. The defaults of head_dim and num_key_value_heads depend on other fields.
 _OF_LLAMA = {
     "attention_bias": _Field(False, lambda value: value is False),
     "attention_dropout": _Field(0.0, _is_number),
     "bos_token_id": _Field(1, lambda value: value is None or _is_token(value)),
     "eos_token_id": _Field(2, lambda value: value is None or _is_token(value) or _is_list(value, _is_token)),
-    "head_dim": _Field(None, lambda value: value is None or _is_size(value)),
+    "head_dim": _Field(None, lambda value: value is None or is_size(value)),
     "hidden_act": _Field("silu", lambda value: value == "silu"),
-    "hidden_size": _Field(4096, _is_size),
+    "hidden_size": _Field(4096, is_size),
     "initializer_range": _Field(0.02, lambda value: _is_float(value) and 0 <= value <= 1),
-    "intermediate_size": _Field(11008, _is_size),
-    "max_position_embeddings": _Field(2048, _is_size),
+    "intermediate_size": _Field(11008, is_size),
+    "max_position_embeddings": _Field(2048, is_size),
     "mlp_bias": _Field(False, lambda value: value is False),
-    "num_attention_heads": _Field(32, _is_size),
-    "num_hidden_layers": _Field(32, _is_size),
-    "num_key_value_heads": _Field(None, lambda value: value is None or _is_size(value)),
+    "num_attention_heads": _Field(32, is_size),
+    "num_hidden_layers": _Field(32, is_size),
+    "num_key_value_heads": _Field(None, lambda value: value is None or is_size(value)),
     "pad_token_id": _Field(None, lambda value: value is None or _is_token(value)),
-    "pretraining_tp": _Field(1, _is_size),
+    "pretraining_tp": _Field(1, is_size),
     "rms_norm_eps": _Field(1e-6, _is_float),
     "tie_word_embeddings": _Field(False, _is_flag),
     "use_cache": _Field(True, _is_flag),
-    "vocab_size": _Field(32000, _is_size),
+    "vocab_size": _Field(32000, is_size),
 }
-# What is in a file and no field of the model.
+# Entries of a file that are not fields of the model.
 _LEFT = ("_commit_hash", "_name_or_path", "model_type", "transformers_version")
 
-_ROPE_FIELDS: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta")  # the last two are of older files
+_ROPE_FIELDS: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta")  # older files have the last two
 _ROPE_THETA = 10000.0
 _ORIGINAL = "original_max_position_embeddings"
 
 
 class _Rope(NamedTuple):
-    """The parameters of a type of rotary embeddings, besides its name and `rope_theta`."""
+    """The parameters of one type of rotary embeddings, besides its name and `rope_theta`."""
 
     needed: frozenset[str]
     optional: frozenset[str]
@@ -126,19 +129,19 @@ _ROPE = {
 
 
 def plain_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """All fields of a plain Llama, as its configuration in transformers has them.
+    """All fields that the configuration of a plain Llama has in transformers.
 
     Args:
         config: The content of its `config.json`, in either layout.
 
     Returns:
-        In the Hugging Face layout, with defaults for what the file leaves out, as JSON types. `None` if the classes
-        have to look at it.
+        The fields in the Hugging Face layout as JSON types, with defaults for missing ones. `None` if the configuration
+        is not plain.
     """
     if architecture_of(config) is not _LLAMA:
         return None
     given = dict(config)
-    if config.get("model_type") == checkpoint_format.MODEL_TYPE:
+    if has_te_layout(config):
         given = checkpoint_format.config_fields(config)
         given.pop("auto_map", None)
         if any(given.pop(name, value) != value for name, value in checkpoint_format.FIELDS.items()):
@@ -165,12 +168,11 @@ def plain_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         transformers_version = version("transformers")
-    except PackageNotFoundError:  # used from a source folder
+    except PackageNotFoundError:  # transformers is on the path, but not installed
         return None
-    names = {te: hf for hf, te in _LLAMA.te_classes.items()}
     return {
         **fields,
-        "architectures": renamed(fields["architectures"], names),
+        "architectures": renamed(fields["architectures"], _LLAMA.hf_classes),
         "model_type": _LLAMA.model_type,
         "rope_parameters": rope_parameters,
         "transformers_version": transformers_version,
@@ -190,7 +192,7 @@ def _is_consistent(fields: Mapping[str, Any]) -> bool:
 
 
 def _rope_parameters(given: Mapping[str, Any], positions: int) -> dict[str, Any] | None:
-    """The field of that name, from it or from its old ones; `None` if it is not plain."""
+    """The field `rope_parameters`, made from the old fields if the file has those. `None` if they are not plain."""
     found = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name) is not None]
     if len(found) > 1 or not all(isinstance(each, dict) for each in found):
         return None
@@ -206,19 +208,19 @@ def _rope_parameters(given: Mapping[str, Any], positions: int) -> dict[str, Any]
     is_plain = (
         known.needed <= names <= known.needed | known.optional
         and all(_is_list(values.pop(name), _is_number) for name in ("short_factor", "long_factor") if name in values)
-        and _is_size(values.pop(_ORIGINAL, 1))
+        and is_size(values.pop(_ORIGINAL, 1))
         and all(map(_is_number, values.values()))
     )
     return rope if is_plain else None
 
 
 def write_plain_config(fields: Mapping[str, Any], folder: Path, *, to_te: bool) -> None:
-    """Write what `save_pretrained` of the configuration would.
+    """Write the files that `save_pretrained` of the configuration would write.
 
     Args:
-        fields: What `plain_fields` returned.
-        folder: Where to.
-        to_te: As that of the Transformer Engine layout (else of Hugging Face's).
+        fields: The result of `plain_fields`.
+        folder: The target folder.
+        to_te: Whether to write the Transformer Engine layout (otherwise the Hugging Face layout).
     """
     written = {name: value for name, value in fields.items() if name not in _COMMON or value != _COMMON[name].default}
     if to_te:
@@ -233,7 +235,7 @@ def write_plain_config(fields: Mapping[str, Any], folder: Path, *, to_te: bool) 
         }
         text = checkpoint_format.config_text(written)
     else:
-        if "id2label" in written:  # in the order of numbers
+        if "id2label" in written:  # sorted as numbers, not as texts
             written["id2label"] = {int(key): label for key, label in written["id2label"].items()}
         text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Which tensors of one layout make which tensors of the other."""
+"""The two tensor layouts, and the rules between them: names, shapes and rows."""

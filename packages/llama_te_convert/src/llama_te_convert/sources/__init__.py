@@ -1,1 +1,1 @@
-"""Readers of checkpoints, one for each format."""
+"""Readers of checkpoints, one module for each file format."""

@@ -1,7 +1,7 @@
-"""GGUF files of a Llama, with the names and values that transformers gives them: dequantized to float32.
+"""GGUF files of a Llama, dequantized to float32, with the tensor names and values of transformers.
 
-llama.cpp rotates neighbouring elements of a head where transformers rotates its halves, so the file has the rows of
-queries and keys in another order, which is undone here.
+llama.cpp rotates neighbouring elements of a head, and transformers rotates the two halves of a head. The file therefore
+has the query and key rows in another order, and this reader restores transformers' order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from .tensor_source import CheckpointError, TensorInfo, read_exactly
+from ..errors import CheckpointError
+from ..layout.tensor_info import TensorInfo
+from .tensor_source import read_exactly
 
 _MODEL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -35,15 +37,22 @@ _LAYER_NAMES = {
 }
 _LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<rest>\w+)\.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
-# Rotary frequencies, which transformers computes from the configuration.
+# transformers computes the rotary frequencies from the configuration.
 _COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
-# What llama.cpp takes for a Llama 3.1 and later: the file keeps nothing but the factors that come of it.
+# llama.cpp uses these values for Llama 3.1 and later. The file stores only the factors that result.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor in the file: where it is, its type there, and the heads whose rows are in another order, or 0."""
+    """A tensor in the file.
+
+    Attributes:
+        offset: Position of its first byte.
+        nbytes: Its bytes in the file.
+        quantization: Its type in the file, an entry of `gguf.GGMLQuantizationType`.
+        permuted_heads: Number of heads whose rows have llama.cpp's order; 0 if the rows are in transformers' order.
+    """
 
     offset: int
     nbytes: int
@@ -52,14 +61,14 @@ class _Stored:
 
 
 class GGUFSource:
-    """A Llama's GGUF file.
+    """The tensors of a Llama's GGUF file.
 
     Args:
         path: The file.
 
     Raises:
-        CheckpointError: The package `gguf` is not installed; the file cannot be read, is not that of a Llama, or has
-            tensors that a Llama does not have, or in a type that `gguf` cannot dequantize.
+        CheckpointError: The package `gguf` is not installed; the file cannot be read or does not hold a Llama; or a
+            tensor does not belong to a Llama or has a type that `gguf` cannot dequantize.
     """
 
     concurrent = True
@@ -69,7 +78,7 @@ class GGUFSource:
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, _Stored] = {}
         self._gguf = _import_gguf(path)
-        # The reader maps the whole file: it goes when its header is known, and rows are read from the file.
+        # The package's reader maps the whole file, so only the header is read with it.
         reader = _read_header(self._gguf, path)
         unknown = []
         for tensor in reader.tensors:
@@ -107,7 +116,7 @@ class GGUFSource:
         self._stored[name] = _Stored(int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, heads)
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
-        """Rows of a tensor: see `TensorSource`."""
+        """Read rows of a tensor: see `TensorSource`."""
         return np.ascontiguousarray(self._rows(name, start, stop)).reshape(-1).view(np.uint8).data
 
     def _rows(self, name: str, start: int, stop: int) -> Any:
@@ -124,7 +133,7 @@ class GGUFSource:
         return rows[wanted - first]
 
     def _dequantized(self, name: str, start: int, stop: int) -> Any:
-        """Rows in the file's order; those of a tensor with one dimension are one row."""
+        """Rows in the file's order. A tensor with one dimension is one row."""
         info, stored = self.tensors[name], self._stored[name]
         row_bytes = stored.nbytes // (info.rows if len(info.shape) > 1 else 1)
         raw = np.empty((stop - start, row_bytes), np.uint8)
@@ -140,23 +149,25 @@ class GGUFSource:
 def gguf_config(path: Path) -> dict[str, Any]:
     """The Hugging Face configuration of a Llama's GGUF file, as a dict.
 
-    It is what transformers reads from the file, and the scaling of rotary frequencies of Llama 3.1 and later, which
-    transformers leaves out.
+    transformers reads the configuration from the file, but leaves out how Llama 3.1 and later scale rotary frequencies.
+    This function adds the scaling.
 
     Raises:
-        CheckpointError: The package `gguf` is not installed; the file cannot be read, is not that of a Llama, or scales
-            rotary frequencies in another way than Llama 3.
+        CheckpointError: The package `gguf` is not installed; the file cannot be read or does not hold a Llama; or it
+            scales rotary frequencies in another way than Llama 3.
     """
     from transformers import AutoConfig
 
     reader = _read_header(_import_gguf(path), path)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).to_dict()
-    except Exception as error:  # what transformers raises for a file that it cannot use is not documented
-        raise CheckpointError(f"{path}: transformers cannot make a configuration of it: {error}.") from error
+    except Exception as error:  # transformers does not document its errors for unusable files
+        raise CheckpointError(f"{path}: transformers cannot make a configuration from it: {error}.") from error
     if config["model_type"] != "llama":
-        raise CheckpointError(f"{path} is a {config['model_type']!r} to transformers: only a Llama can be converted.")
-    # The last two say where the file was.
+        raise CheckpointError(
+            f"{path}: transformers reads it as a {config['model_type']!r} model, but only a Llama can be converted."
+        )
+    # The last two are the file's path.
     for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         config.pop(name, None)
     config["architectures"] = ["LlamaForCausalLM"]
@@ -169,18 +180,18 @@ def save_gguf_tokenizer(path: Path, folder: Path) -> None:
 
     Args:
         path: The file.
-        folder: Where to.
+        folder: The target folder.
 
     Raises:
-        CheckpointError: The package `gguf` is not installed, or transformers cannot make a tokenizer of the file.
+        CheckpointError: The package `gguf` is not installed, or transformers cannot make a tokenizer from the file.
     """
     from transformers import AutoTokenizer
 
     _import_gguf(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception as error:  # as above
-        raise CheckpointError(f"{path}: transformers cannot make a tokenizer of it: {error}.") from error
+    except Exception as error:  # see gguf_config
+        raise CheckpointError(f"{path}: transformers cannot make a tokenizer from it: {error}.") from error
     tokenizer.save_pretrained(folder)
 
 
@@ -188,24 +199,26 @@ def _import_gguf(path: Path) -> Any:
     try:
         return importlib.import_module("gguf")
     except ImportError as error:
-        raise CheckpointError(f"{path} is a GGUF file, which needs a package to be read: pip install gguf") from error
+        raise CheckpointError(
+            f"{path} is a GGUF file, and reading it needs the package gguf: pip install gguf"
+        ) from error
 
 
 def _read_header(gguf: Any, path: Path) -> Any:
-    """The package's reader of a file that is a Llama's."""
+    """Open a Llama's file with the reader of the package."""
     try:
         reader = gguf.GGUFReader(path)
         architecture, files = _field(reader, "general.architecture"), _field(reader, "split.count")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # a file that is damaged can make it raise anything
+    except Exception as error:  # the reader can raise anything for a damaged file
         raise CheckpointError(
-            f"{path} is no GGUF file that can be read, or not complete: {type(error).__name__}: {error}."
+            f"{path} is not a GGUF file, or it is damaged or not complete: {type(error).__name__}: {error}."
         ) from error
     if reader.byte_order == "S":
         raise CheckpointError(f"{path} has another byte order than this machine: convert it with llama.cpp first.")
     if files not in (None, 0, 1):
-        raise CheckpointError(f"{path} is one of {files} files: make one of them first, with llama-gguf-split --merge.")
+        raise CheckpointError(f"{path} is one of {files} files: merge them first, with llama-gguf-split --merge.")
     if architecture != "llama":
         raise CheckpointError(f"{path} has the architecture {architecture!r}: only 'llama' can be converted.")
     return reader
@@ -238,19 +251,19 @@ def _hf_name(name: str) -> str | None:
 
 
 def _rows_in_file(rows: Any, head_size: int) -> Any:
-    """Where the file has these rows: row `place` of half `half` of a head is its row `2 * place + half` there."""
+    """The positions of rows in the file. Row `place` of half `half` of a head is its row `2 * place + half` there."""
     head, row = np.divmod(rows, head_size)
     half, place = np.divmod(row, head_size // 2)
     return head * head_size + 2 * place + half
 
 
 def _rope_parameters(reader: Any, config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The configuration's, with what the file says of scaled frequencies."""
+    """The `rope_parameters` of the configuration, with the scaling that the file stores."""
     scaling = _field(reader, "llama.rope.scaling.type")
     if scaling not in (None, "none"):
         raise CheckpointError(
             f"{path} scales rotary frequencies by the method {scaling!r}, which is not supported: convert the model "
-            "that the file was made of."
+            "that the file was made from."
         )
     rope = dict(config["rope_parameters"])
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
@@ -259,17 +272,17 @@ def _rope_parameters(reader: Any, config: dict[str, Any], path: Path) -> dict[st
     factors = np.array(factors, np.float64)
     llama3 = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
     expected = _llama3_factors(llama3, config["head_dim"])
-    # The file's are float32. Other models' differ by some percent where any does.
+    # The file stores float32. Factors of another scaling differ by some percent.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise CheckpointError(
             f"{path}: its {_ROPE_FACTORS} scales rotary frequencies in another way than Llama 3, which is not "
-            "supported: convert the model that the file was made of."
+            "supported: convert the model that the file was made from."
         )
     return llama3 if llama3["factor"] != 1.0 else rope
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Any:
-    """What each frequency is divided by."""
+    """The number that each frequency is divided by."""
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
     turns = rope["original_max_position_embeddings"] / wavelengths
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

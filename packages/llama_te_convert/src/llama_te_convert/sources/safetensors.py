@@ -1,8 +1,8 @@
-"""Files in the safetensors format, read and written in parts.
+"""Files in the safetensors format, read and written in chunks.
 
-The format (https://github.com/huggingface/safetensors): 8 bytes, the length of the header; the header, a JSON object of
-name to `dtype`, `shape` and `data_offsets`; then the tensors' bytes. The package's own reader maps whole files, so that
-what a process takes grows with the checkpoint; this one reads with `pread` into one buffer.
+The format (https://github.com/huggingface/safetensors): 8 bytes hold the length of the header. The header is a JSON
+object that maps each name to its `dtype`, `shape` and `data_offsets`. The bytes of the tensors follow. The safetensors
+package maps whole files into memory, so a process grows with the checkpoint. This reader calls `pread` into one buffer.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .tensor_source import CheckpointError, TensorInfo, read_exactly
+from ..errors import CheckpointError
+from ..layout.tensor_info import TensorInfo
+from .file_names import SAFETENSORS
+from .shard_index import expected_tensors, shard_files
+from .tensor_source import read_exactly
 
 DTYPES: dict[str, str] = {
     "F64": "float64",
@@ -32,19 +36,19 @@ DTYPES: dict[str, str] = {
     "BOOL": "bool",
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MOST_HEADER_BYTES = 100_000_000  # as the safetensors package has it
+_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
 _ALIGNMENT = 8
 
 
 class SafetensorsFile:
-    """One file, open for reading.
+    """One open file.
 
     Args:
         path: The file.
-        buffers: What each thread reads into; files of one checkpoint have it in common.
+        buffers: The read buffer of each thread. The files of one checkpoint share it.
 
     Raises:
-        CheckpointError: It cannot be read, or its header is not that of such a file.
+        CheckpointError: The file cannot be read, or its header is not valid.
     """
 
     def __init__(self, path: Path, buffers: threading.local | None = None) -> None:
@@ -63,7 +67,7 @@ class SafetensorsFile:
             raise
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
-        """Rows of a tensor: see `TensorSource`."""
+        """Read rows of a tensor: see `TensorSource`."""
         row_bytes = self.tensors[name].row_bytes
         count = (stop - start) * row_bytes
         buffer = getattr(self._buffers, "bytes", bytearray())
@@ -79,16 +83,17 @@ class SafetensorsFile:
 
 
 def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The dtype and shape of each tensor, and the position of its first byte."""
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):
-        raise CheckpointError(f"{path} is no safetensors file: it has {size} bytes, and a header of {length}.")
+    if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+        raise CheckpointError(f"{path} is not a safetensors file: it has {size} bytes, and a header of {length}.")
     try:
         header = json.loads(os.pread(file, length, 8).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON ({error}).") from error
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object.")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object.")
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
@@ -98,7 +103,7 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
             dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             numbers = [begin, end, *shape]
             if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError(f"{numbers} are not all numbers from 0")
+                raise ValueError(f"{numbers} are not all whole numbers from 0")
             info = TensorInfo(dtype, tuple(shape))
             if end > data_bytes or info.nbytes != end - begin:
                 raise ValueError(f"{entry['dtype']} {shape} at [{begin}, {end}) of {data_bytes} bytes")
@@ -114,7 +119,11 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
-    """What stands before the tensors' bytes in a file with these, in this order."""
+    """The bytes that precede the tensors in a file.
+
+    Args:
+        tensors: Dtype and shape of each tensor, in the order of the file.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in tensors.items():
@@ -130,14 +139,14 @@ def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 class SafetensorsFolder:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
 
     Args:
         folder: The checkpoint's folder.
 
     Raises:
-        CheckpointError: A file is missing, cannot be read or is not what it should be, or the index names files
-            outside of the folder.
+        CheckpointError: A file is missing, cannot be read or is not valid, or the index names a file outside of the
+            folder.
     """
 
     concurrent = True
@@ -146,58 +155,22 @@ class SafetensorsFolder:
         self.files: dict[str, SafetensorsFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
-        self._buffers = threading.local()
-        index = folder / INDEX
+        buffers = threading.local()
         try:
-            if index.exists():
-                self._open_indexed(folder, read_index(index))
-            else:
-                self._open(folder / SINGLE, None)
+            for path, expected in shard_files(folder, SAFETENSORS):
+                file = self.files[path.name] = SafetensorsFile(path, buffers)
+                for name in expected_tensors(path, expected, file.tensors):
+                    self.tensors[name] = file.tensors[name]
+                    self._file_of[name] = file
         except BaseException:
             self.close()
             raise
 
-    def _open_indexed(self, folder: Path, file_of: dict[str, str]) -> None:
-        for file_name in dict.fromkeys(file_of.values()):
-            self._open(folder / file_name, [name for name, file in file_of.items() if file == file_name])
-
-    def _open(self, path: Path, names: Iterable[str] | None) -> None:
-        file = self.files[path.name] = SafetensorsFile(path, self._buffers)
-        for name in file.tensors if names is None else names:
-            if name not in file.tensors:
-                raise CheckpointError(f"{path} does not have the tensor {name!r}, which the index says it has.")
-            self.tensors[name] = file.tensors[name]
-            self._file_of[name] = file
-
     def read(self, name: str, start: int, stop: int) -> memoryview:
-        """Rows of a tensor: see `TensorSource`."""
+        """Read rows of a tensor: see `TensorSource`."""
         return self._file_of[name].read(name, start, stop)
 
     def close(self) -> None:
         """Close all files."""
         for file in self.files.values():
             file.close()
-
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """The file of each tensor, from an index file.
-
-    Raises:
-        CheckpointError: It is no such file, or names a file that is not directly in its folder.
-    """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        file_of = dict(index["weight_map"].items())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is no index of a checkpoint: it has no valid weight_map ({error}).") from error
-    for name, file in file_of.items():
-        plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
-        if not plain:
-            raise CheckpointError(f"{path} says that {name!r} is in {file!r}: shards must lie in the folder itself.")
-    return file_of

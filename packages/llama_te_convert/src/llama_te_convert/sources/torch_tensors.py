@@ -1,10 +1,11 @@
-"""Between the bytes of checkpoints and torch's tensors, for what computes with them."""
+"""Conversion between the bytes of a checkpoint and torch tensors."""
 
 from __future__ import annotations
 
 import torch
 
-from .tensor_source import TensorInfo, TensorSource
+from ..layout.tensor_info import TensorInfo
+from .tensor_source import TensorSource
 
 
 def info_of(tensor: torch.Tensor) -> TensorInfo:
@@ -13,36 +14,36 @@ def info_of(tensor: torch.Tensor) -> TensorInfo:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as `TensorInfo` names it."""
+    """The name of a dtype in `TensorInfo`, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that `TensorInfo` names so."""
+    """The dtype with this name in `TensorInfo`."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype), name
     return dtype
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on the CPU, without a copy if it is contiguous."""
+    """The bytes of a CPU tensor, without a copy if it is contiguous."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def as_tensor(data: memoryview, dtype: str) -> torch.Tensor:
-    """The tensor [elements] that has these bytes, in the same memory."""
+    """A flat tensor over these bytes, without a copy."""
     if not data:
         return torch.empty(0, dtype=torch_dtype(dtype))
     return torch.frombuffer(data, dtype=torch.uint8).view(torch_dtype(dtype))
 
 
 def cast(data: memoryview, dtype: str, to: str) -> memoryview:
-    """The bytes of elements in another dtype."""
+    """The bytes of the same elements in another dtype."""
     return as_bytes(as_tensor(data, dtype).to(torch_dtype(to)))
 
 
 def read_tensor(source: TensorSource, name: str, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a tensor; the source's next read in this thread may overwrite them.
+    """Read rows [start, stop) of a tensor. The source's next read in the same thread may overwrite them.
 
     Raises:
         CheckpointError: The file cannot be read.

@@ -1,17 +1,13 @@
-"""Hugging Face checkpoints with weights in FP8, in the layout that serving engines read.
+"""Hugging Face checkpoints with FP8 weights, in the layout that serving engines read.
 
-The layout is that of compressed-tensors' "float-quantized" format: a linear layer's `weight` in float8_e4m3fn and its
-`weight_scale`, float32 [1], by which it is multiplied; activations get a scale for each token while the model runs.
+The layout is compressed-tensors' "float-quantized" format. A linear layer has `weight` in float8_e4m3fn and
+`weight_scale`, float32 [1], which multiplies it. The engine scales activations for each token while the model runs.
 
 - Shape and names of the scale: https://github.com/vllm-project/compressed-tensors,
   `quantization/lifecycle/initialize.py` (an expected shape of 1 for the strategy "tensor").
-- How vLLM reads it: https://github.com/vllm-project/vllm, `model_executor/layers/quantization/compressed_tensors/`
-  (`schemes/compressed_tensors_w8a8_fp8.py`), where the layers that it fuses, queries with keys and values and gate with
-  up, are quantized once more unless they have one scale. So here they share theirs.
-
-Weights that a model held in FP8 alone come back bit for bit. Its checkpoint has w = dtype(q · s), with FP8 numbers q
-and one scale s, which is not in the checkpoint. There are at most 126 magnitudes then, so that the search for s needs
-them alone, whatever the size of the tensor.
+- vLLM's reader: https://github.com/vllm-project/vllm, `model_executor/layers/quantization/compressed_tensors/`
+  (`schemes/compressed_tensors_w8a8_fp8.py`). vLLM fuses query, key and value, and gate and up, and quantizes them a
+  second time unless they have one scale. So these weights share their scale here.
 """
 
 from __future__ import annotations
@@ -25,13 +21,14 @@ from typing import Any
 
 import torch
 
-from ..layout.row_ranges import Output, Target, outputs, read
-from ..sources.tensor_source import CheckpointError, TensorInfo, TensorSource
+from ..errors import CheckpointError
+from ..layout.row_ranges import ConvertedTensor
+from ..layout.tensor_info import TensorInfo
+from ..sources.tensor_source import TensorSource
 from ..sources.torch_tensors import as_bytes, as_tensor, dtype_name, torch_dtype
+from .fp8_scale import FP8, FP8_MAX, MAGNITUDES, exact_scale, quantize
+from .stream import TensorStream, read_chunks, stream
 
-_FP8 = torch.float8_e4m3fn
-_LARGEST = torch.finfo(_FP8).max
-_MAGNITUDES = torch.arange(1, 127, dtype=torch.uint8).view(_FP8).float()  # all that it has but zero, ascending
 _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _SCALE = TensorInfo("float32", (1,))
 
@@ -40,19 +37,14 @@ _LINEAR = re.compile(
     r"(?:self_attn\.(?:(?P<qkv>[qkv])|o)_proj|mlp\.(?:(?P<gate_up>gate|up)|down)_proj)\.weight"
 )
 _HEADS = ("lm_head", "score", "qa_outputs")
-
-# Bits of float32, which have the order of the numbers.
-_SMALLEST_SCALE = 0x00800000  # the least normal number
-_INFINITY = 0x7F800000
-_MANTISSA = 0x007FFFFF
-_CHUNK = 2**20  # numbers looked at in one go
+_BLOCK = 2**20  # elements to compute with at once: the intermediate results take several times their memory
 
 
 def fp8_quantization_config(ignore: Sequence[str] = _HEADS) -> dict[str, Any]:
-    """The `quantization_config` of `config.json` that goes with `fp8_outputs`.
+    """The `quantization_config` in the `config.json` of a checkpoint with the tensors of `fp8_streams`.
 
     Args:
-        ignore: Names of linear layers that are not quantized.
+        ignore: Names of linear layers that stay unquantized.
     """
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     return {
@@ -72,98 +64,98 @@ def fp8_quantization_config(ignore: Sequence[str] = _HEADS) -> dict[str, Any]:
     }
 
 
-def fp8_outputs(targets: list[Target], source: TensorSource) -> list[Output]:
-    """The targets with the linear weights of the decoder in FP8, each followed by its scale; others as they are.
+def fp8_streams(tensors: Sequence[ConvertedTensor], source: TensorSource) -> list[TensorStream]:
+    """Stream the tensors with the decoder's linear weights in FP8, each followed by its scale.
 
-    Weights are read twice, in parts: for the scale, when one of the group that shares it is first asked for, and to be
-    written. Dequantized, as dtype(q · scale), they are the weights again bit for bit where any scale achieves that; if
-    one does for queries, keys and values, or for gate and up, they have it in common. Others are rounded to nearest,
-    with the scale that makes the largest magnitude of the group 448.
+    A weight is read twice in chunks: once to find the scale, when the first weight of its group is written, and once to
+    write it. The scale gives the weights back bit for bit, as dtype(q · scale), if any scale does that; query, key and
+    value weights share it, as do gate and up, if one scale does it for all of them. Otherwise the weights are rounded
+    to the nearest FP8 numbers, with the scale that maps the group's largest magnitude to 448.
 
     Args:
-        targets: All tensors of the Hugging Face layout.
-        source: What they are made of.
+        tensors: All tensors of the Hugging Face layout.
+        source: The checkpoint that they are read from.
 
     Raises:
-        CheckpointError: There is no such weight, or one is no floating-point matrix; in `Output.parts` also if one has
-            numbers that are not finite.
+        CheckpointError: There is no linear weight, or one is not a floating-point matrix. `TensorStream.chunks` also
+            raises it for a weight with numbers that are not finite.
     """
-    groups: dict[str, list[Target]] = defaultdict(list)
-    for target in targets:
-        if match := _LINEAR.fullmatch(target.name):
-            if not target.info.is_floating_point or target.info.itemsize < 2 or len(target.info.shape) != 2:
+    groups: dict[str, list[ConvertedTensor]] = defaultdict(list)
+    for tensor in tensors:
+        if match := _LINEAR.fullmatch(tensor.name):
+            if not tensor.info.is_floating_point or tensor.info.itemsize < 2 or len(tensor.info.shape) != 2:
                 raise CheckpointError(
-                    f"{target.name} is {target.info.dtype} {list(target.info.shape)}: only matrices of floating-point "
-                    "numbers of 16 bits or more are put into FP8."
+                    f"{tensor.name} is {tensor.info.dtype} {list(tensor.info.shape)}: only matrices of floating-point "
+                    "numbers with 16 bits or more can be written in FP8."
                 )
-            fused = "qkv" if match["qkv"] else "gate_up" if match["gate_up"] else target.name
-            groups[match["layer"] + fused].append(target)
+            fused = "qkv" if match["qkv"] else "gate_up" if match["gate_up"] else tensor.name
+            groups[match["layer"] + fused].append(tensor)
     if not groups:
         raise CheckpointError("no tensor is a linear weight of a decoder in the Hugging Face layout: nothing for FP8.")
     scales_of = {
-        target.name: scales for group in groups.values() for scales in [_Scales(group, source)] for target in group
+        tensor.name: scales for group in groups.values() for scales in [_GroupScales(group, source)] for tensor in group
     }
-    made = []
-    for target, unchanged in zip(targets, outputs(targets, source), strict=True):
-        scales = scales_of.get(target.name)
+    streams = []
+    for tensor in tensors:
+        scales = scales_of.get(tensor.name)
         if scales is None:
-            made.append(unchanged)
+            streams.append(stream(tensor, source))
             continue
-        weight = functools.partial(_quantized, target, source, scales)
-        scale = functools.partial(_scale, target, scales)
-        made.append(Output(target.name, TensorInfo(dtype_name(_FP8), target.info.shape), weight))
-        made.append(Output(f"{target.name}_scale", _SCALE, scale))
-    return made
+        weight = functools.partial(_weight_chunks, tensor, source, scales)
+        scale = functools.partial(_scale_chunks, tensor, scales)
+        streams.append(TensorStream(tensor.name, TensorInfo(dtype_name(FP8), tensor.info.shape), weight))
+        streams.append(TensorStream(f"{tensor.name}_scale", _SCALE, scale))
+    return streams
 
 
-def _quantized(target: Target, source: TensorSource, scales: _Scales) -> Iterator[memoryview]:
-    scale = scales.of(target)
-    for numbers in _numbers(target, source):
-        yield as_bytes(quantize(numbers, scale))
+def _weight_chunks(tensor: ConvertedTensor, source: TensorSource, scales: _GroupScales) -> Iterator[memoryview]:
+    scale = scales.of(tensor)
+    for block in _blocks(tensor, source):
+        yield as_bytes(quantize(block, scale))
 
 
-def _scale(target: Target, scales: _Scales) -> Iterator[memoryview]:
-    yield as_bytes(torch.tensor([scales.of(target)], dtype=torch.float32))
+def _scale_chunks(tensor: ConvertedTensor, scales: _GroupScales) -> Iterator[memoryview]:
+    yield as_bytes(torch.tensor([scales.of(tensor)], dtype=torch.float32))
 
 
-def _numbers(target: Target, source: TensorSource) -> Iterator[torch.Tensor]:
-    """A weight's elements in order, a few at a time: what is made of them takes several times their memory."""
-    for part in read(target, source):
-        yield from as_tensor(part, target.info.dtype).split(_CHUNK)
+def _blocks(tensor: ConvertedTensor, source: TensorSource) -> Iterator[torch.Tensor]:
+    """The elements of a weight in order, at most `_BLOCK` at a time."""
+    for chunk in read_chunks(tensor, source):
+        yield from as_tensor(chunk, tensor.info.dtype).split(_BLOCK)
 
 
-class _Scales:
-    """The scales of weights that engines fuse, found when the first is asked for, by whichever thread."""
+class _GroupScales:
+    """The scales of weights that engines fuse. The first thread that asks for one finds them all."""
 
-    def __init__(self, targets: list[Target], source: TensorSource) -> None:
-        self._targets = targets
+    def __init__(self, group: list[ConvertedTensor], source: TensorSource) -> None:
+        self._group = group
         self._source = source
         self._lock = threading.Lock()
         self._found: dict[str, float] = {}
 
-    def of(self, target: Target) -> float:
+    def of(self, tensor: ConvertedTensor) -> float:
         """The scale of one of the weights.
 
         Raises:
-            CheckpointError: They cannot be read, or are not finite.
+            CheckpointError: A weight cannot be read, or is not finite.
         """
         with self._lock:
             if not self._found:
                 self._found = self._find()
-            return self._found[target.name]
+            return self._found[tensor.name]
 
     def _find(self) -> dict[str, float]:
-        names = [target.name for target in self._targets]
-        dtypes = [_computed(torch_dtype(target.info.dtype)) for target in self._targets]
-        looked_at = [_look(target, self._source) for target in self._targets]
-        largest = max(most for most, _ in looked_at)
-        each = [magnitudes for _, magnitudes in looked_at]
+        names = [tensor.name for tensor in self._group]
+        dtypes = [_compared_dtype(torch_dtype(tensor.info.dtype)) for tensor in self._group]
+        found = [_magnitudes(tensor, self._source) for tensor in self._group]
+        largest = max(most for most, _ in found)
+        each = [magnitudes for _, magnitudes in found]
         if len(set(dtypes)) == 1 and all(magnitudes is not None for magnitudes in each):
             together = torch.cat([magnitudes for magnitudes in each if magnitudes is not None]).unique()
             if (scale := exact_scale(together, dtypes[0])) is not None:
                 return dict.fromkeys(names, scale)
-        rounding = max(largest / _LARGEST, torch.finfo(torch.float32).tiny)
-        # Zeros alone come back with any scale, and engines take a group's largest: it should not be theirs.
+        rounding = max(largest / FP8_MAX, torch.finfo(torch.float32).tiny)
+        # Any scale gives zeros back. A weight of zeros takes the group's, since engines use the largest of a group.
         alone = [
             exact_scale(magnitudes, dtype) if magnitudes is not None and len(magnitudes) else None
             for magnitudes, dtype in zip(each, dtypes, strict=True)
@@ -171,85 +163,37 @@ class _Scales:
         return {name: rounding if scale is None else scale for name, scale in zip(names, alone, strict=True)}
 
 
-def _computed(dtype: torch.dtype) -> torch.dtype:
-    """What a weight is compared in: products with a scale are float32."""
+def _compared_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight is compared: the products with a scale are float32."""
     return torch.float32 if dtype.itemsize > 4 else dtype
 
 
-def _look(target: Target, source: TensorSource) -> tuple[float, torch.Tensor | None]:
-    """The largest magnitude, and all magnitudes but zero in float32 unless there are more than FP8 has."""
+def _magnitudes(tensor: ConvertedTensor, source: TensorSource) -> tuple[float, torch.Tensor | None]:
+    """The largest magnitude of a weight, and its distinct positive magnitudes in float32.
+
+    The second is `None` if there are more magnitudes than FP8 has.
+    """
     largest = 0.0
     magnitudes: torch.Tensor | None = torch.empty(0)
-    for numbers in _numbers(target, source):
-        if numbers.numel() == 0:
+    for block in _blocks(tensor, source):
+        if block.numel() == 0:
             continue
-        low, high = (float(end) for end in numbers.aminmax())
-        if not max(-low, high) <= _LARGEST_FLOAT:  # nor is NaN
-            raise CheckpointError(f"{target.name} has numbers that are not finite, which FP8 cannot hold.")
+        low, high = (float(end) for end in block.aminmax())
+        if not max(-low, high) <= _LARGEST_FLOAT:  # false for NaN too
+            raise CheckpointError(f"{tensor.name} has numbers that are not finite, which FP8 cannot hold.")
         largest = max(largest, -low, high)
         if magnitudes is not None:
-            magnitudes = torch.cat([magnitudes, _distinct(numbers)]).unique()
+            magnitudes = torch.cat([magnitudes, _distinct(block)]).unique()
             magnitudes = magnitudes[magnitudes > 0]
-            if len(magnitudes) > len(_MAGNITUDES):
+            if len(magnitudes) > len(MAGNITUDES):
                 magnitudes = None
     return largest, magnitudes
 
 
-def _distinct(numbers: torch.Tensor) -> torch.Tensor:
-    """The magnitudes among numbers, in float32."""
-    if numbers.dtype.itemsize != 2:
-        return numbers.float().abs().unique()
-    # Many times faster than sorting them.
-    counts = torch.bincount(numbers.view(torch.int16) & 0x7FFF)
-    return counts.nonzero().view(-1).to(torch.int16).view(numbers.dtype).float()
-
-
-def quantize(weight: torch.Tensor, scale: torch.Tensor | float) -> torch.Tensor:
-    """The nearest weight / scale in FP8."""
-    return (weight.float() / scale).clamp_(-_LARGEST, _LARGEST).to(_FP8)
-
-
-def exact_scale(magnitudes: torch.Tensor, dtype: torch.dtype) -> float | None:
-    """A scale with which all magnitudes come back from FP8, dtype(q · scale), as they are; `None` if there is none.
-
-    For each FP8 number that the largest magnitude can stand for, the others follow, since the scale is known to a
-    fraction of the distance between FP8 numbers. dtype(q · s) grows with s, so that the scales that bring a magnitude
-    back are the float32 numbers between two, which bisection finds whatever is rounded on the way; all magnitudes come
-    back with the scales that are between the two of each. (Where magnitudes are so small that `dtype` has them with
-    fewer bits, a scale that exists may not be found.)
-
-    Args:
-        magnitudes: Distinct positive numbers of `dtype`, in float32.
-        dtype: The weights' own.
-    """
-    if len(magnitudes) > len(_MAGNITUDES):
-        return None
-    if len(magnitudes) == 0:
-        return 1.0
-    top_M1 = _MAGNITUDES.flip(0)[:, None]  # the largest first, which leaves the most of FP8's range to small weights
-    quantized_MN = quantize(magnitudes, magnitudes.max() / top_M1).float()
-    lowest_MN = _first_scale(quantized_MN, magnitudes, dtype, above=False)
-    highest_MN = _first_scale(quantized_MN, magnitudes, dtype, above=True) - 1
-    lowest_M = lowest_MN.amax(1).clamp(min=_SMALLEST_SCALE)
-    highest_M = highest_MN.amin(1).clamp(max=_INFINITY - 1)
-    possible_M = (quantized_MN > 0).all(1) & (lowest_M <= highest_M)
-    for lowest, highest in zip(lowest_M[possible_M].tolist(), highest_M[possible_M].tolist(), strict=True):
-        power_of_two = (lowest + _MANTISSA) & ~_MANTISSA
-        bits = power_of_two if power_of_two <= highest else (lowest + highest) // 2
-        scale = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-        if torch.equal((quantize(magnitudes, scale).float() * scale).to(dtype).float(), magnitudes):
-            return float(scale)
-    return None
-
-
-def _first_scale(quantized_MN: torch.Tensor, wanted_N: torch.Tensor, dtype: torch.dtype, above: bool) -> torch.Tensor:
-    """Bits of the first float32 with which a product reaches what is wanted, or is above it."""
-    low = torch.zeros(quantized_MN.shape, dtype=torch.int32)  # never enough
-    high = torch.full_like(low, _INFINITY)  # always enough
-    while bool((high - low > 1).any()):
-        middle = low + (high - low) // 2
-        made = (quantized_MN * middle.view(torch.float32)).to(dtype).float()
-        enough = made > wanted_N if above else made >= wanted_N
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
-    return high
+def _distinct(block: torch.Tensor) -> torch.Tensor:
+    """The distinct magnitudes of a block, in float32."""
+    if block.dtype.itemsize != 2:
+        return block.float().abs().unique()
+    # Counting the bit patterns is many times faster than sorting the numbers.
+    counts = torch.bincount(block.view(torch.int16) & 0x7FFF)
+    return counts.nonzero().view(-1).to(torch.int16).view(block.dtype).float()

@@ -1,8 +1,8 @@
-"""Writing a checkpoint so that it is there whole or not at all, and an interrupted run goes on where it was.
+"""Writes a checkpoint completely or not at all, and continues an interrupted run.
 
-Everything is made in a folder beside the target, `NAME.partial`, which gets its own name as the last thing. A shard
-gets its name there when it is complete and on the disk, so that a shard with its name is never made again. What is
-being made is written down in `conversion.json`: a run with another source or other options does not go on with it.
+All files are written into a folder beside the target, `NAME.partial`. The last step renames that folder to `NAME`. A
+shard gets its final name when it is complete and on the disk, so a later run does not write it again. `conversion.json`
+records the source and the options: a run with other ones does not continue the folder.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..layout.row_ranges import Output
-from ..sources.safetensors import INDEX, SINGLE, header_bytes
-from ..sources.tensor_source import CheckpointError
+from ..errors import CheckpointError
+from ..sources.file_names import SAFETENSORS
+from ..sources.safetensors import header_bytes
+from .stream import TensorStream
 
 RECORD = "conversion.json"
 _LOCK = ".lock"
@@ -31,49 +32,63 @@ _UNFINISHED = ".tmp"
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the checkpoint."""
+    """One file of the checkpoint.
+
+    Attributes:
+        name: Its name.
+        tensors: Its tensors, in order.
+    """
 
     name: str
-    outputs: tuple[Output, ...]
+    tensors: tuple[TensorStream, ...]
 
     @property
     def header(self) -> bytes:
-        """What stands before the tensors' bytes."""
-        return header_bytes({output.name: output.info for output in self.outputs})
+        """The bytes that precede the tensors."""
+        return header_bytes({tensor.name: tensor.info for tensor in self.tensors})
 
     @property
     def tensor_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(output.info.nbytes for output in self.outputs)
+        return sum(tensor.info.nbytes for tensor in self.tensors)
 
 
-def shards(outputs: list[Output], max_shard_bytes: int) -> list[Shard]:
-    """Tensors in their order, in files of at most so many bytes where a tensor fits."""
-    groups: list[list[Output]] = [[]]
+def shards(tensors: list[TensorStream], max_shard_bytes: int) -> list[Shard]:
+    """Distribute tensors over files.
+
+    Args:
+        tensors: The tensors, in their order.
+        max_shard_bytes: Largest size of a file in bytes. A larger tensor gets a file of its own.
+    """
+    groups: list[list[TensorStream]] = [[]]
     size = 0
-    for output in outputs:
-        if groups[-1] and size + output.info.nbytes > max_shard_bytes:
+    for tensor in tensors:
+        if groups[-1] and size + tensor.info.nbytes > max_shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append(output)
-        size += output.info.nbytes
+        groups[-1].append(tensor)
+        size += tensor.info.nbytes
     if len(groups) == 1:
-        return [Shard(SINGLE, tuple(groups[0]))]
+        return [Shard(SAFETENSORS.single_file, tuple(groups[0]))]
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
 
 
 def is_finished(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether `folder` is already what the conversion would make.
+    """Whether `folder` already holds the result of the conversion.
+
+    Args:
+        folder: The target folder.
+        record: The source and the options of the conversion, as JSON types.
 
     Raises:
-        CheckpointError: It is something else, which will not be touched.
+        CheckpointError: The folder holds something else, which stays untouched.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     if _read_record(folder) == record:
         return True
     raise CheckpointError(
-        f"{folder} exists and is not what this conversion makes: name another folder, or remove it first."
+        f"{folder} exists and is not the result of this conversion: name another folder, or remove it first."
     )
 
 
@@ -90,19 +105,19 @@ def write_checkpoint(
 
     Args:
         planned: Its files.
-        folder: Where it goes; nothing may be there but an empty folder.
-        record: What is being made, as JSON types. An unfinished folder is this conversion's if its `tensors` are the
-            same; the rest may have changed.
-        write_rest: Writes configuration, tokenizer and what else goes along into the folder that it is given.
-        workers: Files that are written at the same time.
-        progress: Called with numbers of bytes written, for those of earlier runs too.
+        folder: The target folder, which must be missing or empty.
+        record: The source and the options of the conversion, as JSON types. An unfinished folder belongs to this
+            conversion if its entry `tensors` is the same; other entries may differ.
+        write_rest: Writes the configuration, the tokenizer and other files into the folder that it is given.
+        workers: Number of files to write at the same time.
+        progress: Called with a number of new bytes; the first call has the bytes of earlier runs.
 
     Returns:
-        Bytes of tensors that earlier runs had written already.
+        Bytes of tensors that earlier runs had written.
 
     Raises:
-        CheckpointError: The disk is full or refuses to be written to, or the source cannot be read; what is complete
-            is kept. Or another conversion's unfinished folder is in the way.
+        CheckpointError: The disk is full or cannot be written, or the source cannot be read; complete files are kept.
+            Or the unfinished folder belongs to another conversion.
     """
     partial = folder.with_name(folder.name + ".partial")
     try:
@@ -116,7 +131,7 @@ def write_checkpoint(
             progress(kept)
             _write_shards(partial, missing, workers, progress)
             if len(planned) > 1:
-                _write_index(partial / INDEX, planned)
+                _write_index(partial / SAFETENSORS.index_file, planned)
             write_rest(partial)
             for path in partial.iterdir():
                 _sync(path)
@@ -126,7 +141,7 @@ def write_checkpoint(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"the disk of {partial} is full: make room and run the same command again, which goes on from there."
+                f"the disk of {partial} is full: make room and run the same command again, which continues from there."
             ) from error
         raise CheckpointError(f"{error.filename or partial} cannot be written: {error.strerror or error}.") from error
     return kept
@@ -147,7 +162,7 @@ def _write_shards(folder: Path, missing: list[Shard], workers: int, progress: Ca
         try:
             for future in as_completed(futures):
                 future.result()
-        except BaseException:  # interrupts too: threads would go on to the end of their shards
+        except BaseException:  # interrupts too, since the threads would otherwise finish their shards
             stopped.set()
             for future in futures:
                 future.cancel()
@@ -159,16 +174,16 @@ def _write_shard(path: Path, shard: Shard, progress: Callable[[int], None]) -> N
     try:
         with unfinished.open("wb", buffering=0) as file:
             _write(file, shard.header)
-            for output in shard.outputs:
+            for tensor in shard.tensors:
                 written = 0
-                for part in output.parts():
-                    _write(file, part)
-                    written += part.nbytes
-                    progress(part.nbytes)
-                assert written == output.info.nbytes, output.name
+                for chunk in tensor.chunks():
+                    _write(file, chunk)
+                    written += chunk.nbytes
+                    progress(chunk.nbytes)
+                assert written == tensor.info.nbytes, tensor.name
             os.fsync(file.fileno())
     except OSError:
-        unfinished.unlink(missing_ok=True)  # room for the run after this one
+        unfinished.unlink(missing_ok=True)  # leaves its room to the next run
         raise
     unfinished.rename(path)
 
@@ -182,7 +197,7 @@ def _write(file: BinaryIO, data: bytes | memoryview) -> None:
 def _write_index(path: Path, planned: list[Shard]) -> None:
     index = {
         "metadata": {"total_size": sum(shard.tensor_bytes for shard in planned)},
-        "weight_map": {output.name: shard.name for shard in planned for output in shard.outputs},
+        "weight_map": {tensor.name: shard.name for shard in planned for tensor in shard.tensors},
     }
     path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -192,11 +207,13 @@ def _is_complete(path: Path, shard: Shard) -> bool:
 
 
 def _claim(partial: Path, record: Mapping[str, Any]) -> None:
-    """Write down what is being made, or see that it is what an earlier run began."""
+    """Record this conversion in the unfinished folder, unless another conversion began it."""
     found = _read_record(partial)
     ours = isinstance(found, dict) and found.get("tensors") == record["tensors"]
     if not ours and any(path.name not in (_LOCK, RECORD + _UNFINISHED) for path in partial.iterdir()):
-        raise CheckpointError(f"{partial} is what another conversion left unfinished: finish that one, or remove it.")
+        raise CheckpointError(
+            f"{partial} is the unfinished result of another conversion: finish that one, or remove the folder."
+        )
     unfinished = partial / (RECORD + _UNFINISHED)
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     _sync(unfinished)
@@ -212,7 +229,7 @@ def _read_record(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Keep a second process off the folder."""
+    """Keep other processes out of the folder."""
     with (partial / _LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,1 +1,1 @@
-"""Inspection and comparison of checkpoints."""
+"""Inspection of a checkpoint, and comparison of two: tensors, configurations and logits."""

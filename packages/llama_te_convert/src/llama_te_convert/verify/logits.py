@@ -1,4 +1,7 @@
-"""Comparison of what two checkpoints compute."""
+"""Comparison of the logits that two checkpoints compute.
+
+Shapes: S positions of the text, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from typing import Any
 
 import torch
 
-from ..sources.tensor_source import CheckpointError, first_line
+from ..configs.architectures import ARCHITECTURES
+from ..errors import CheckpointError, first_line
+from ..sources.torch_tensors import dtype_name
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -21,13 +26,13 @@ class LogitsComparison:
 
     Attributes:
         tokens: Number of positions.
-        device: What the models ran on.
-        a_dtype: The dtype that the first ran in, as in "bfloat16".
-        b_dtype: Likewise.
-        largest: Largest absolute difference; infinite where one has a number and the other has none.
-        position: Where that is.
-        same_tokens: Number of positions with the same most likely token.
-        first_other: The first position with another one; `None` if there is none.
+        device: Device that the models ran on.
+        a_dtype: Dtype that the first model ran in, as in "bfloat16".
+        b_dtype: Dtype that the second model ran in.
+        largest: Largest absolute difference; infinite if only one of two logits is a number.
+        position: Position of the largest difference.
+        same_tokens: Number of positions at which both models have the same most likely token.
+        first_other: The first position at which the most likely tokens differ; `None` if there is none.
     """
 
     tokens: int
@@ -45,7 +50,7 @@ class LogitsComparison:
         return self.first_other is None
 
     def lines(self) -> list[str]:
-        """A text for people."""
+        """The comparison as text."""
         dtypes = self.a_dtype if self.a_dtype == self.b_dtype else f"{self.a_dtype} and {self.b_dtype}"
         likely = (
             f"the same at all {self.tokens} positions"
@@ -58,7 +63,7 @@ class LogitsComparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON types; an infinite difference is a text."""
+        """The comparison as JSON types. An infinite difference becomes a string."""
         largest = self.largest if math.isfinite(self.largest) else str(self.largest)
         return {**asdict(self), "largest": largest, "same": self.same}
 
@@ -66,16 +71,16 @@ class LogitsComparison:
 def compare_logits(a_folder: Path, b_folder: Path, text: str) -> LogitsComparison:
     """Run two checkpoints on a text, each in its own dtype, and compare their logits.
 
-    One model is in memory at a time; on a GPU if there is one. Layers with a precision of their own (`layer_precision`)
-    run in the checkpoint's dtype as well.
+    The models run one after the other, on a GPU if there is one, and only one is in memory at a time. `layer_precision`
+    is ignored: all layers run in the checkpoint's dtype.
 
     Args:
         a_folder: A folder that transformers or `llama_te_core` can load, or a GGUF file.
         b_folder: Another one.
-        text: What they read; the tokenizer is that of the first that has one.
+        text: The text. The first checkpoint that has a tokenizer tokenizes it.
 
     Raises:
-        CheckpointError: A model or a tokenizer cannot be loaded, or they do not fit each other or the text.
+        CheckpointError: A model or a tokenizer cannot be loaded; the vocabularies differ; or the text has no tokens.
     """
     ids = _tokens(a_folder, b_folder, text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,14 +107,14 @@ def compare_logits(a_folder: Path, b_folder: Path, text: str) -> LogitsCompariso
 
 
 def _location(path: Path) -> tuple[Path, dict[str, str]]:
-    """What transformers wants to be told: a folder, and the name of a GGUF file in it."""
+    """The arguments of `from_pretrained`: a folder, and the name of a GGUF file in it."""
     return (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
 
 
 def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
     from transformers import AutoTokenizer
 
-    import llama_te_core  # noqa: F401  # so that transformers knows the configuration beside a tokenizer
+    import llama_te_core  # noqa: F401  # registers the configuration that lies beside a tokenizer
 
     having = [path for path in (a_folder, b_folder) if _has_tokenizer(path)]
     if not having:
@@ -120,7 +125,7 @@ def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
     folder, file = _location(having[0])
     try:
         ids = list(AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)(text)["input_ids"])
-    except Exception as error:  # each kind of tokenizer has its own
+    except Exception as error:  # each kind of tokenizer has its own errors
         raise CheckpointError(f"the tokenizer of {having[0]} cannot be used: {first_line(error)}") from error
     if not ids:
         raise CheckpointError(f"the text {text!r} has no tokens: give a longer one.")
@@ -132,22 +137,22 @@ def _has_tokenizer(path: Path) -> bool:
 
 
 def _logits(path: Path, ids: list[int], device: str) -> tuple[torch.Tensor, str]:
-    """Logits [S, V] in float32 on the CPU, and the dtype that they were computed in."""
+    """Logits [S, V] in float32 on the CPU, and the dtype in which the model computed them."""
     model = _model(path)
     vocabulary = model.get_input_embeddings().num_embeddings
     if max(ids) >= vocabulary:
         raise CheckpointError(
-            f"the text has the token {max(ids)}, but {path} has {vocabulary} tokens: the tokenizer is of another model."
+            f"the text has the token {max(ids)}, but {path} has {vocabulary} tokens: the tokenizer does not fit."
         )
     try:
         with torch.no_grad():
             logits_1SV = model.to(device)(torch.tensor([ids], device=device), use_cache=False).logits
-    except RuntimeError as error:  # too little memory, say
+    except RuntimeError as error:  # such as too little memory
         raise CheckpointError(f"{path} cannot be run on {device}: {first_line(error)}") from error
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     logits_SV = logits_1SV[0].float().cpu()
     del model, logits_1SV
-    gc.collect()  # modules hold each other
+    gc.collect()  # modules reference each other, so only a collection frees them
     if device == "cuda":
         torch.cuda.empty_cache()
     return logits_SV, dtype
@@ -157,8 +162,6 @@ def _model(path: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from llama_te_core import NVLlamaConfig
-
-    from ..configs.architectures import ARCHITECTURES
 
     folder, file = _location(path)
     try:
@@ -175,9 +178,9 @@ def _model(path: Path) -> Any:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # each format and version has its own
+    except Exception as error:  # each format and version has its own errors
         raise CheckpointError(f"{path} cannot be loaded as a model: {first_line(error)}") from error
-    # transformers only warns of them, and fills them with random numbers.
+    # transformers only warns of missing tensors, and fills them with random numbers.
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(

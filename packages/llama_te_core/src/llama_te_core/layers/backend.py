@@ -1,94 +1,202 @@
-"""Which implementation of the decoder layer a model gets: Transformer Engine's or the reference."""
+"""The interface of the two implementations of the decoder layer.
+
+A model asks its `LayerBackend` each question that the two answer differently. No other code looks at the class of a
+layer.
+"""
 
 from __future__ import annotations
 
-import functools
-import warnings
-from typing import TYPE_CHECKING
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement
 
-from .reference import ReferenceLayer
+from ..precision.plan import PrecisionPlan
 
-if TYPE_CHECKING:
-    from ..models.configuration_nvllama import NVLlamaConfig
-    from ..precision.plan import PrecisionPlan
+CACHE_OF_SPLIT_MODEL = (
+    "past_key_values is given, but the model is split over tensor or context ranks, where layers take no cache: pass "
+    "use_cache=False, or run the model unsplit."
+)
 
 
-@functools.cache
-def transformer_engine_problem() -> str | None:
-    """Why TE layers cannot run in this process: one line, or `None` where they can.
+class LayerConfig(Protocol):
+    """The fields of `NVLlamaConfig` that a layer is built from."""
 
-    The first call imports Transformer Engine if there is a GPU.
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    attention_dropout: float
+    initializer_range: float
+    attn_input_format: str
+    self_attn_mask_type: str
+    use_quantized_model_init: bool
+
+
+class LayerBackend(ABC):
+    """One implementation of the decoder layer.
+
+    Objects have no state. The defaults here are right for layers of ordinary PyTorch modules and dtypes.
+
+    Attributes:
+        name: The value of `NVLlamaConfig.layer_implementation` that asks for it.
+        can_quantize_weights: Whether layers can hold their weights in a quantized format only, as
+            `NVLlamaConfig.use_quantized_model_init` asks.
     """
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU"
-    try:
-        import transformer_engine.pytorch as te
 
-        te.TransformerLayer  # noqa: B018  (a package without its compiled parts imports, but lacks the layer)
-    except ModuleNotFoundError as error:
-        if error.name == "transformer_engine":
-            return "Transformer Engine is not installed (pip install 'llama-te-core[cu13]', see the README)"
-        return f"the installed Transformer Engine does not import: {_first_line(error)}"
-    except Exception as error:  # a broken installation raises anything: OSError, RuntimeError, AssertionError
-        return f"the installed Transformer Engine does not import: {_first_line(error)}"
-    return None
+    name: ClassVar[str]
+    can_quantize_weights: ClassVar[bool] = False
 
+    @abstractmethod
+    def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:
+        """Build all decoder layers of a model, in torch's default dtype and on its default device.
 
-def choose_implementation(requested: str) -> str:
-    """Turn `layer_implementation` into "transformer_engine" or "reference".
+        Args:
+            config: Sizes of the model.
+            precision: The precision of each layer; a layer may be built in its format.
+            softmax_scale: The factor on query·key in attention.
+        """
 
-    Raises:
-        RuntimeError: Transformer Engine is asked for and cannot run here.
-    """
-    if requested == "reference":
-        return "reference"
-    problem = transformer_engine_problem()
-    if problem is None:
-        return "transformer_engine"
-    if requested == "transformer_engine":
-        raise RuntimeError(
-            f"layer_implementation='transformer_engine', but {problem}. "
-            "Use 'auto' or 'reference' to run the layers in plain PyTorch."
-        )
-    _warn_once(problem)
-    return "reference"
+    @abstractmethod
+    def check_precision(self, precision: PrecisionPlan, device: torch.device) -> None:
+        """Refuse a precision that the layers cannot compute in.
 
+        Args:
+            precision: The precision of each layer.
+            device: The model's.
 
-@functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(f"Layers run in plain PyTorch, since {problem}.", stacklevel=2)
+        Raises:
+            RuntimeError: See `precision.recipes.check_recipe`.
+        """
 
+    # Weights
 
-def build_layers(config: NVLlamaConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:
-    """The decoder layers of a model, all of the implementation that `config.layer_implementation` leads to.
+    def is_own_module(self, module: nn.Module) -> bool:
+        """Tell whether a module is one of the layers' own classes, which `_init_weights` does not know."""
+        return hasattr(module, "layer_norm_weight")
 
-    Parameters have torch's default dtype and device.
+    def is_quantized(self, tensor: torch.Tensor) -> bool:
+        """Tell whether a tensor is held in a quantized format only."""
+        return False
 
-    Args:
-        config: Sizes of the model.
-        precision: What each layer computes in; TE layers may be constructed in that format.
-        softmax_scale: What attention multiplies query·key by.
-    """
-    if choose_implementation(config.layer_implementation) == "reference":
-        numbers = range(1, config.num_hidden_layers + 1)
-        return nn.ModuleList(ReferenceLayer(config, number, softmax_scale) for number in numbers)
-    from .te import build_transformer_engine_layer
+    def initialize_quantized(self, module: nn.Module) -> bool:
+        """Give a module on the meta device memory and random weights, if it holds quantized weights.
 
-    layers = []
-    for index in range(config.num_hidden_layers):
-        with precision.init_context(index, config.use_quantized_model_init):
-            layers.append(build_transformer_engine_layer(config, index + 1, softmax_scale))
-    return nn.ModuleList(layers)
+        Returns:
+            Whether it does; any other module stays as it is.
+        """
+        return False
 
+    def quantize_loaded_weights(self, model: nn.Module) -> None:
+        """Quantize weights that a checkpoint's ordinary tensors have replaced.
 
-def is_transformer_engine(layer: nn.Module) -> bool:
-    """Whether a layer that `build_layers` made is TE's."""
-    return not isinstance(layer, ReferenceLayer)
+        Raises:
+            RuntimeError: The weights are not on a GPU.
+        """
+        return None
 
+    def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
+        """Return the state dict with quantized weights in the model's dtype; `None` where there are none."""
+        return None
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+    def quantized_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters that exist in a quantized format only.
+
+        All processes of a mesh get the same ones, or their parts of them.
+        """
+        return []
+
+    def share_scale(self, parameter: nn.Parameter, group: Any) -> None:
+        """Let the processes of a group quantize their parts of one weight with one scale."""
+        raise ValueError(f"layers of {self.name} hold no quantized weights.")
+
+    def fp8_parts(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the values, float8_e4m3fn, and the scale, float32 [1], of a weight in FP8; `None` for any other."""
+        return None
+
+    # Training
+
+    def make_adamw(
+        self,
+        groups: list[dict[str, Any]],
+        options: Mapping[str, Any],
+        first_values: Mapping[torch.Tensor, torch.Tensor],
+    ) -> torch.optim.Optimizer:
+        """Make the AdamW that suits the weights; a quantized one gets a weight in FP32 in the optimizer's state.
+
+        Args:
+            groups: Parameter groups, with their weight decays.
+            options: `lr`, `betas` and `eps`.
+            first_values: The float32 values of quantized parameters; others begin with their rounded value.
+        """
+        on_gpu = groups[0]["params"][0].device.type == "cuda"
+        return torch.optim.AdamW(groups, **options, fused=on_gpu)
+
+    @abstractmethod
+    def checkpoint(
+        self,
+        function: Callable[..., torch.Tensor],
+        *args: Any,
+        torch_checkpoint: Callable[..., torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run a layer without keeping its activations; the backward pass computes them again.
+
+        Args:
+            function: The layer, or its forward function.
+            args: Its arguments.
+            torch_checkpoint: Called with a function and its positional arguments, by layers of plain PyTorch; torch's
+                own without re-entrance by default.
+            kwargs: Its arguments by name.
+        """
+
+    @abstractmethod
+    def offload_activations(self, layers: Sequence[nn.Module], count: int) -> None:
+        """Let the first layers keep their activations in the host's memory until the backward pass.
+
+        Args:
+            layers: All layers of a model; they are changed.
+            count: The number of layers that offload.
+        """
+
+    # Many processes
+
+    @abstractmethod
+    def split_tensor(
+        self, layer: nn.Module, config: LayerConfig, softmax_scale: float, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        """Share the heads and the features of the MLP out over tensor ranks.
+
+        Args:
+            layer: A layer whose weights of the QKV product and of the MLP are `DTensor`s on the mesh; it is changed.
+            config: The layer was built with it.
+            softmax_scale: The same.
+            mesh: The tensor ranks, one dimension.
+            placement: Of the tokens that come in and go out: `Replicate()` or `Shard(0)`.
+        """
+
+    @abstractmethod
+    def split_context(self, layers: Sequence[nn.Module], mesh: DeviceMesh, kind: str, key_value_heads: int) -> None:
+        """Share the tokens of each sequence out over context ranks.
+
+        Args:
+            layers: All layers of a model; from now on their input is a rank's part of each sequence, as
+                `parallel.context.shard_context` cuts it.
+            mesh: The context ranks, one dimension.
+            kind: How ranks get each other's keys and values: "p2p", "all_gather" or "a2a" (TE's `cp_comm_type`).
+            key_value_heads: Of one tensor rank.
+
+        Raises:
+            ValueError: The kind does not fit the number of heads.
+        """
+
+    def is_own_hook(self, hook: Callable[..., Any]) -> bool:
+        """Tell whether a hook on a module is one that the layers themselves registered."""
+        return False

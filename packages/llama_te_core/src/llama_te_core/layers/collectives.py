@@ -1,26 +1,37 @@
-"""What a layer that is split over processes exchanges, as functions that autograd knows.
+"""The communication of split layers, as functions that autograd knows.
 
-Each takes the mesh of the processes, of one dimension, or `None` for a layer that is not split: then nothing happens.
+Each takes a mesh of one dimension, or `None` for a layer that is not split. With `None` nothing happens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 import torch
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
+
+def distribute(module: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
+    """Turn parameters of a module into `DTensor`s; rank 0 of the mesh decides their values.
+
+    Args:
+        module: It is changed.
+        mesh: The processes.
+        placements: A placement for each parameter, by name.
+    """
+    for name, placement in placements.items():
+        weight = getattr(module, name)
+        sharded = distribute_tensor(weight.detach(), mesh, [placement])
+        setattr(module, name, nn.Parameter(sharded, requires_grad=weight.requires_grad))
 
 
-# How Transformer Engine's layers bring queries together with the keys of other context ranks, in the words of its
-# `cp_comm_type`: keys and values go round a ring, are gathered, or heads are exchanged for tokens.
-ContextKind = Literal["p2p", "all_gather", "a2a"]
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor that may be a `DTensor`, in the same memory. Nothing is sent."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local(weight: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
-    """The part of a distributed weight that this process computes with."""
+    """Return the part of a distributed weight that this process computes with."""
     if mesh is None:
         return weight
     assert isinstance(weight, DTensor)
@@ -28,24 +39,26 @@ def local(weight: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
 
 
 def local_norm(weight: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> torch.Tensor:
-    """The same of a norm's weight, which all have: its gradient is summed where each has tokens of its own.
+    """Return a norm's weight, which all processes have alike.
+
+    Its gradient is summed over the processes where each has tokens of its own.
 
     Args:
         weight: The norm's weight.
         mesh: The processes.
-        placement: Of the tokens: `Replicate()`, all have them, or `Shard(0)`.
+        placement: Of the tokens: `Replicate()` (each process has all of them) or `Shard(0)`.
     """
     own = local(weight, mesh)
     return shared(own, mesh, Replicate()) if placement.is_shard() else own
 
 
 def shared(x: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> torch.Tensor:
-    """The whole of what all processes have, on the way to where each does something else: gradients are summed.
+    """Return a whole tensor, from which each process computes something else. Its gradients are summed.
 
     Args:
         x: This process's tensor.
         mesh: The processes.
-        placement: `Replicate()`: all have it alike. `Shard(n)`: each has an equal part along dimension n, in the order
+        placement: `Replicate()`: all have the whole. `Shard(n)`: each has an equal part along dimension n, in the order
             of the ranks.
     """
     if mesh is None:
@@ -55,12 +68,12 @@ def shared(x: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> to
 
 
 def summed(x: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> torch.Tensor:
-    """The sum over the processes of what each has.
+    """Return the sum of the processes' tensors.
 
     Args:
         x: This process's term.
         mesh: The processes.
-        placement: `Replicate()`: all go on with the whole sum. `Shard(n)`: each with its part along dimension n.
+        placement: `Replicate()`: each gets the whole sum. `Shard(n)`: each gets its part along dimension n.
     """
     if mesh is None:
         return x
@@ -68,14 +81,14 @@ def summed(x: torch.Tensor, mesh: DeviceMesh | None, placement: Placement) -> to
 
 
 def scattered(x_N: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
-    """This process's part along the first dimension of what all have alike."""
+    """Return this process's part, along the first dimension, of a tensor that all processes have."""
     if mesh is None:
         return x_N
     return DTensor.from_local(x_N, mesh, [Replicate()]).redistribute(placements=[Shard(0)]).to_local()
 
 
 def gathered(x_N: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
-    """The way back from `scattered`: all have the whole, and go on with it alike."""
+    """Undo `scattered`: return the whole, with which all processes compute the same."""
     if mesh is None:
         return x_N
     return DTensor.from_local(x_N, mesh, [Shard(0)]).redistribute(placements=[Replicate()]).to_local()

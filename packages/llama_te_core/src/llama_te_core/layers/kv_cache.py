@@ -1,7 +1,6 @@
-"""What a model asks of a key/value cache, and where `generate` gets one from.
+"""The interface of a key/value cache, and the search for the installed one.
 
-The caches themselves are in the package llama_te_infer, which registers itself under an entry point; this package does
-not import it.
+The package llama_te_infer holds the caches and registers itself under an entry point. This package does not import it.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-ENTRY_POINT_GROUP = "llama_te_core.layers.kv_cache"
+ENTRY_POINT_GROUP = "llama_te_core.kv_cache"
 
 
 @runtime_checkable
 class KVCache(Protocol):
     """Keys and values of the tokens seen so far, for every layer.
 
-    A superset of what Transformer Engine's layers use of `te.InferenceParams`.
+    It includes the part of `te.InferenceParams` that Transformer Engine's layers use.
     """
 
     batch_size: int
@@ -32,7 +31,7 @@ class KVCache(Protocol):
     dtype: torch.dtype
 
     def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
-        """Make room for the next `width` columns of a batch; returns how many tokens each row brings.
+        """Make room for the next `width` columns of a batch; return the number of new tokens of each row.
 
         Args:
             attention_mask: [batch_size, columns] over the columns seen so far and the new ones, or over the new ones
@@ -43,46 +42,45 @@ class KVCache(Protocol):
         ...
 
     def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Compute the whole step of one new column itself, where it has a faster way than the model's layers.
+        """Compute the whole step of one new column, if the cache has a faster way than the model's layers.
 
-        Called without gradients, when nothing of the step is wanted but its logits.
+        The model calls this without gradients, and only when it needs nothing but the logits.
 
         Args:
             model: The `NVLlamaForCausalLM`, in evaluation mode.
             input_ids: int64 [batch_size, 1].
-            attention_mask: As of `begin_step`.
+            attention_mask: See `begin_step`.
 
         Returns:
-            Logits [batch_size, 1, V], and the step has begun and ended; `None` where it is left to the layers, and
-            nothing has begun.
+            Logits [batch_size, 1, V] after the whole step; `None`, with no step begun, where the layers must compute.
         """
         ...
 
     def longest(self) -> int:
-        """Tokens that the longest row has, those of the current step included."""
+        """Return the number of tokens of the longest row, the current step included."""
         ...
 
     def get_seqlens_pre_step(self) -> torch.Tensor:
-        """int32 [max_batch_size] on the device: tokens that each row had before the current step."""
+        """Return the number of tokens of each row before the current step, int32 [max_batch_size] on the device."""
         ...
 
     def repeat_rows(self, copies: int) -> None:
-        """Let `copies` rows go on as each row did, in its place."""
+        """Replace each row by `copies` rows with the same content."""
         ...
 
     def padded_places(self, width: int) -> torch.Tensor | None:
-        """Where the current step's packed tokens stand in a padded batch, tokens first, as int64 [tokens] indices.
+        """Return the place of each packed token of the current step in a padded batch whose rows begin with tokens.
 
         Args:
-            width: Columns of the padded batch, at least as many as a row has new tokens.
+            width: Columns of the padded batch, at least the new tokens of the longest row.
 
         Returns:
-            Places of the flattened batch [rows * width]; `None` if all of them are taken, in order.
+            int64 [tokens], places in the flattened batch [rows * width]; `None` if the tokens fill the batch.
         """
         ...
 
     def step(self, layer_number: int, new_k: torch.Tensor, new_v: torch.Tensor, qkv_format: str) -> Any:
-        """Store a layer's new keys and values, once in a step, and return what TE's attention takes: see TE."""
+        """Store a layer's new keys and values, once in a step, and return the arguments of TE's attention (see TE)."""
         ...
 
     @property
@@ -106,16 +104,16 @@ class KVCache(Protocol):
         ...
 
     def keys_and_values(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a layer as [batch, keys, K, D], with at least as many keys as the longest row has."""
+        """Return a layer's keys and values as [batch, keys, K, D], with at least the keys of the longest row."""
         ...
 
 
 def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
-    """Refuse a cache that does not fit the model or the batch, before anything is written to it.
+    """Refuse a cache that does not fit the model or the batch, before any layer writes to it.
 
     Raises:
-        TypeError: It is of another kind.
-        ValueError: It has other heads, another dtype or too few rows.
+        TypeError: The object is no such cache.
+        ValueError: The cache has other heads, another dtype or too few rows.
     """
     if not isinstance(cache, KVCache):
         raise TypeError(
@@ -140,7 +138,7 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
 
 @functools.cache
 def default_cache_factory() -> Callable[..., KVCache] | None:
-    """The installed function that makes a cache for `generate`, or `None`, with a warning, where there is none."""
+    """Return the installed function that makes a cache for `generate`; `None`, with a warning, where there is none."""
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         factory: Callable[..., KVCache] = entry.load()
         return factory

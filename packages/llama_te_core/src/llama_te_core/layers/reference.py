@@ -1,11 +1,11 @@
 """The decoder layer in plain PyTorch: same parameters, call and meaning as `te.TransformerLayer`, on any device.
 
-It is what runs without Transformer Engine, and what the other implementation is tested against, so it is written to be
-read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` gives.
+It runs where Transformer Engine does not, and tests hold the other implementation against it, so it is written to be
+read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` returns.
 
-`train.parallel` splits a layer over processes: it shards the weights and sets `tensor_mesh` (heads, and features of the
-MLP, are shared out) and `context_mesh` (tokens of each sequence are shared out). Without them there is one process.
-`token_placement` tells what a tensor rank has of the tokens that come into the layer and leave it: all, or its part.
+`ReferenceBackend` splits a layer over processes: it sets `tensor_mesh` (processes share the heads and the features of
+the MLP) and `context_mesh` (processes share the tokens of each sequence). Without them there is one process.
+`token_placement` says whether a tensor rank has all tokens that enter and leave the layer, or its part of them.
 
 Shapes: B sequences, S positions of a padded batch, T packed tokens, P positions, L keys of a cache, E hidden size, F
 size of the MLP, H query heads, K key/value heads, G a key/value head's share of the fused projection (its query heads,
@@ -14,29 +14,83 @@ its key and its value), D size of a head. `x_bE` stands for either `[B, S, E]` o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from ..precision.plan import PrecisionPlan
+from .backend import CACHE_OF_SPLIT_MODEL, LayerBackend, LayerConfig
 from .collectives import local, local_norm, shared, summed
+from .kv_cache import KVCache
 from .rope import rotate
 from .sequence_layout import token_places, whole_places
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from ..models.configuration_nvllama import NVLlamaConfig
-    from .kv_cache import KVCache
-
 _BEHIND_ALL = torch.iinfo(torch.int64).max
 
-CACHE_OF_SPLIT_MODEL = (
-    "past_key_values is given, but the model is split over tensor or context ranks, where layers take no cache: pass "
-    "use_cache=False, or run the model unsplit."
-)
+
+class ReferenceBackend(LayerBackend):
+    """Layers are `ReferenceLayer`s."""
+
+    name = "reference"
+
+    def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:  # noqa: D102
+        numbers = range(1, config.num_hidden_layers + 1)
+        return nn.ModuleList(ReferenceLayer(config, number, softmax_scale) for number in numbers)
+
+    def check_precision(self, precision: PrecisionPlan, device: torch.device) -> None:  # noqa: D102
+        precision.check(None, "the reference implementation")
+
+    def checkpoint(  # noqa: D102
+        self,
+        function: Callable[..., torch.Tensor],
+        *args: Any,
+        torch_checkpoint: Callable[..., torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        # Arguments by name are bound beforehand, since re-entrant checkpointing takes none.
+        bound = functools.partial(function, **kwargs)
+        if torch_checkpoint is None:
+            torch_checkpoint = functools.partial(checkpoint, use_reentrant=False)
+        return torch_checkpoint(bound, *args)
+
+    def offload_activations(self, layers: Sequence[nn.Module], count: int) -> None:
+        """See `LayerBackend`. The layers wait for each copy, and copy their weights too."""
+        layer: Any
+        for layer in layers[:count]:
+            layer.forward = functools.partial(_forward_on_host, layer.forward)
+
+    def split_tensor(  # noqa: D102
+        self, layer: nn.Module, config: LayerConfig, softmax_scale: float, mesh: DeviceMesh, placement: Placement
+    ) -> None:
+        own: Any = layer
+        attention = own.self_attention
+        parallelize_module(attention.proj, mesh, RowwiseParallel(output_layouts=placement))
+        for part in (attention.layernorm_qkv, own.layernorm_mlp):
+            part.tensor_mesh, part.token_placement = mesh, placement
+
+    def split_context(self, layers: Sequence[nn.Module], mesh: DeviceMesh, kind: str, key_value_heads: int) -> None:
+        """See `LayerBackend`. The layers gather keys and values, whatever the kind."""
+        layer: Any
+        for layer in layers:
+            layer.self_attention.context_mesh = mesh
+
+
+class _Forward(Protocol):
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+def _forward_on_host(forward: _Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
+    with save_on_cpu(pin_memory=True):
+        return forward(*args, **kwargs)
 
 
 class LayerNormLinear(nn.Module):
@@ -80,7 +134,7 @@ class LayerNormMLP(nn.Module):
 class MultiheadAttention(nn.Module):
     """Causal grouped-query attention with rotary position embedding and TE's interleaved QKV weight."""
 
-    def __init__(self, config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> None:
+    def __init__(self, config: LayerConfig, layer_number: int, softmax_scale: float) -> None:
         super().__init__()
         self.layer_number = layer_number
         self.head_dim: int = config.head_dim
@@ -227,7 +281,7 @@ class ReferenceLayer(nn.Module):
         softmax_scale: What attention multiplies query·key by.
     """
 
-    def __init__(self, config: NVLlamaConfig, layer_number: int, softmax_scale: float) -> None:
+    def __init__(self, config: LayerConfig, layer_number: int, softmax_scale: float) -> None:
         super().__init__()
         self.self_attention = MultiheadAttention(config, layer_number, softmax_scale)
         self.layernorm_mlp = LayerNormMLP(config.hidden_size, config.intermediate_size, config.rms_norm_eps)

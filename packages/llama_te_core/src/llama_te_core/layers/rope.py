@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles that a layer rotates queries and keys by.
+"""Rotary position embedding: the angles of positions, and the rotation of queries and keys.
 
 Shapes: P positions, D size of a head, N heads; `x_bND` stands for any leading dimensions of tokens.
 """
@@ -9,35 +9,36 @@ import inspect
 from typing import Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-# Rope types whose frequencies depend on how long the longest sequence is.
+from ..compat.transformers import rope_functions
+
+# Rope types whose frequencies depend on the length of the longest sequence.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_rope_type(rope_type: str) -> None:
-    """Refuse a type of `rope_parameters` that nothing is known of: transformers warns at most.
+    """Refuse an unknown type of `rope_parameters`, about which transformers warns at most.
 
     Raises:
-        ValueError: With the type, and those that there are.
+        ValueError: With the type and the known ones.
     """
-    known = ["default", *ROPE_INIT_FUNCTIONS]
+    known = ["default", *rope_functions()]
     if rope_type not in known:
         raise ValueError(f"rope_parameters has rope_type={rope_type!r}: it must be one of {', '.join(known)}.")
 
 
 class RotaryAngles:
-    """Angles of every `rope_parameters` type that transformers' Llama knows.
+    """Angles for every `rope_parameters` type of transformers' Llama.
 
-    The frequencies come from transformers itself, computed on the host in float32. Angles are kept per device and
-    grow when a longer sequence arrives. This is not a module: it has no parameters, nothing to save, and nothing that
-    casting or moving the model could change.
+    transformers computes the frequencies, on the host in float32. A table of angles stays on each device and grows when
+    a longer sequence arrives. This is not a module: it has no parameters, nothing to save, and nothing that casting or
+    moving the model could change.
 
     Args:
         config: A Llama configuration.
 
     Raises:
-        ValueError: `rope_parameters` are of an unknown type, or lack what theirs needs.
+        ValueError: `rope_parameters` have an unknown type, or lack a value that the type needs.
     """
 
     def __init__(self, config: Any) -> None:
@@ -55,19 +56,19 @@ class RotaryAngles:
 
     @property
     def softmax_scale(self) -> float:
-        """What attention multiplies query·key by.
+        """The factor on query·key in attention.
 
-        Yarn and longrope scale the rotated query and key each; both factors are carried by the softmax scale, since
+        Yarn and longrope scale the rotated query and the rotated key. The softmax scale carries both factors, since
         Transformer Engine's rotation takes angles only.
         """
         return float(self._config.head_dim**-0.5 * self._scaling**2)
 
     def __call__(self, length: int, device: torch.device) -> torch.Tensor:
-        """Angles for sequences of at most `length` tokens.
+        """Return the angles for sequences of at most `length` tokens.
 
         Args:
-            length: Number of positions that the longest sequence has, cached ones included.
-            device: Where the angles are wanted.
+            length: Positions of the longest sequence, cached ones included.
+            device: The device of the result.
 
         Returns:
             float32 of shape [P, 1, 1, D] with P ≥ `length`, the two halves of D equal (TE's layout).
@@ -86,11 +87,11 @@ class RotaryAngles:
         return table_P11D
 
     def are_fixed(self, length: int) -> bool:
-        """Whether all sequences of at most `length` tokens have the same angles."""
+        """Tell whether all sequences of at most `length` tokens have the same angles."""
         return self._regime(length) == self._regime(1)
 
     def _regime(self, length: int) -> int:
-        """Lengths with the same regime have the same frequencies."""
+        """Return a number that is equal for lengths with the same frequencies."""
         if self.rope_type == "dynamic":
             trained = self._config.max_position_embeddings
             return length if length > trained else trained
@@ -99,13 +100,13 @@ class RotaryAngles:
         return 0
 
     def _frequencies(self, length: int | None) -> tuple[torch.Tensor, float]:
-        """float32 frequencies [D/2] on the host, and the factor on cosine and sine."""
+        """Return float32 frequencies [D/2] on the host, and the factor on cosine and sine."""
         config = self._config
         with torch.device("cpu"):  # the model may be under construction on the meta device
             if self.rope_type == "default":
                 exponent_D = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
                 return 1.0 / config.rope_parameters["rope_theta"] ** exponent_D, 1.0
-            function = ROPE_INIT_FUNCTIONS[self.rope_type]
+            function = rope_functions()[self.rope_type]
             arguments = {"device": torch.device("cpu"), "seq_len": length}
             known = inspect.signature(function).parameters
             if self.rope_type not in _LENGTH_DEPENDENT:
@@ -123,7 +124,8 @@ def rotate(query_bND: torch.Tensor, key_bND: torch.Tensor, angle_bD: torch.Tenso
         angle_bD: float32, the two halves of D equal.
 
     Returns:
-        Tensors like the queries and the keys. Cosine and sine are rounded to their dtype first, as transformers does.
+        Tensors like the queries and the keys. Cosine and sine are rounded to the queries' dtype first, as in
+        transformers.
     """
     angle_b1D = angle_bD[..., None, :]
     cos_b1D, sin_b1D = angle_b1D.cos().to(query_bND.dtype), angle_b1D.sin().to(query_bND.dtype)

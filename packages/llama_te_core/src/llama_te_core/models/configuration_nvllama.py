@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+from ..checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, config_fields, config_text
 from ..precision.plan import check_layer_precision
-from .checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, config_fields, config_text
 from .remote_code import write_remote_code
 
 ATTENTION_FORMATS = ("thd", "bshd")
@@ -19,7 +19,7 @@ LAYER_IMPLEMENTATIONS = ("auto", "transformer_engine", "reference")
 
 
 class NVLlamaConfig(LlamaConfig):
-    """`LlamaConfig` plus what Transformer Engine (TE) layers need to know.
+    """`LlamaConfig` with the fields of Transformer Engine (TE) layers.
 
     Every field of `transformers.LlamaConfig` keeps its name and meaning.
 
@@ -33,9 +33,8 @@ class NVLlamaConfig(LlamaConfig):
         use_quantized_model_init: Keep the weights of "fp8" and "fp4" layers in that format only
             (`te.quantized_model_init`), without a high-precision copy.
         layer_implementation: `"transformer_engine"`, `"reference"` (plain PyTorch, any device) or `"auto"`, which
-            takes Transformer Engine where it can run. Describes this process, so it is never saved.
-        source_model_type: The `model_type` of the Hugging Face architecture that the model is one of, which it converts
-            back to.
+            takes Transformer Engine where it can run. It describes this process, so it is never saved.
+        source_model_type: The `model_type` of the model's Hugging Face architecture, to which it converts back.
 
     Raises:
         ValueError: A field has a value that Llama on Transformer Engine does not know.
@@ -58,7 +57,7 @@ class NVLlamaConfig(LlamaConfig):
     def check(self) -> None:
         """Refuse values that Llama on Transformer Engine does not know.
 
-        Models call this too, since fields can be set after construction.
+        Models call this too, since code may set fields after construction.
 
         Raises:
             ValueError: With the field, its value and what is allowed.
@@ -105,30 +104,30 @@ class NVLlamaConfig(LlamaConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a configuration from the content of a `config.json`."""
         loaded = super().from_dict(config_fields(config_dict), **kwargs)
-        # transformers sets fields that are given here after construction.
+        # transformers sets these keyword arguments after construction.
         (loaded[0] if isinstance(loaded, tuple) else loaded).check()
         return loaded
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as JSON types."""
+        """Return the configuration as JSON types."""
         config_dict = super().to_dict()
         config_dict.pop("layer_implementation", None)
         return config_dict
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Write the file that `from_pretrained` reads, with the text that keeps plain Llama classes off."""
+        """Write the file that `from_pretrained` reads, with the guard against plain Llama classes."""
         text = config_text(json.loads(self.to_json_string(use_diff=use_diff)))
         Path(json_file_path).write_text(text, encoding="utf-8")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write `config.json` and the file that `trust_remote_code=True` loads the classes through."""
+        """Write `config.json` and the code file for `trust_remote_code=True`."""
         os.makedirs(save_directory, exist_ok=True)
         write_remote_code(save_directory)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: `auto_map` is always saved and points at the installed package, so no source is copied."""
+        """Do nothing: `auto_map` is always saved and names the installed package, so no source is copied."""
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

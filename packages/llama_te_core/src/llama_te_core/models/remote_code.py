@@ -1,10 +1,10 @@
-"""Writes what a checkpoint carries so that `trust_remote_code=True` finds the classes.
+"""The code files of a checkpoint, through which `trust_remote_code=True` finds the classes.
 
-Of the installed package: a module that imports them from there. A standalone checkpoint has copies of the modules that
-the models need, this one among them, and what is saved from such copies is a standalone checkpoint again.
+The installed package writes one module that imports the classes from it. A standalone checkpoint has copies of all
+modules that the models need, this one among them. A model that was loaded from such copies saves them again.
 
-transformers looks for such modules in one folder, so the copies lie side by side: `layers/rope.py` becomes
-`layers_rope.py`, and `from ..layers.rope import` in a copy becomes `from .layers_rope import`.
+transformers looks for code in one folder, so the copies lie side by side: `layers/rope.py` becomes `layers_rope.py`,
+and `from ..layers.rope import` in a copy becomes `from .layers_rope import`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import re
 from pathlib import Path
 
-from .checkpoint_format import IS_INSTALLED, LOADER, LOADER_SOURCE, STANDALONE
+from ..checkpoint_format import IS_INSTALLED, LOADER, LOADER_SOURCE, STANDALONE
 
 
 def write_remote_code(folder: str | os.PathLike[str]) -> None:
-    """Write what `checkpoint_format.AUTO_MAP` names into `folder`."""
+    """Write the module that `checkpoint_format.AUTO_MAP` names into `folder`."""
     if IS_INSTALLED:
         (Path(folder) / f"{LOADER}.py").write_text(LOADER_SOURCE, encoding="utf-8")
     else:
@@ -25,7 +25,7 @@ def write_remote_code(folder: str | os.PathLike[str]) -> None:
 
 
 def write_standalone_code(folder: str | os.PathLike[str]) -> None:
-    """Copy what `auto_map(STANDALONE)` names, and all that it imports of this package, into `folder`."""
+    """Copy the module that `auto_map(STANDALONE)` names, and its imports from this package, into `folder`."""
     here = Path(__file__).resolve().parent
     package = here.parent if IS_INSTALLED else here
     missing, copied = [here / f"{STANDALONE}.py"], set[Path]()
@@ -43,7 +43,7 @@ _RELATIVE_IMPORT = re.compile(r"^([ \t]*)from (\.+)([\w.]+) import", re.MULTILIN
 
 
 def _side_by_side(source: Path, package: Path) -> tuple[str, list[Path]]:
-    """The text of a module with imports from one folder, and the modules of the package that it imports."""
+    """Return a module's text with imports from one folder, and the modules of the package that it imports."""
     imported = []
 
     def rewrite(match: re.Match[str]) -> str:
@@ -56,6 +56,6 @@ def _side_by_side(source: Path, package: Path) -> tuple[str, list[Path]]:
 
 
 def _flat_name(file: Path, package: Path) -> str:
-    """The name of a module's copy: its folders and its name, those of `models/` by their names alone."""
+    """Return the name of a module's copy: its folders and its name, without the folder for modules of `models/`."""
     parts = file.relative_to(package).with_suffix("").parts
     return "_".join(parts[1:] if parts[0] == "models" else parts)

@@ -1,4 +1,6 @@
-"""Batches for a mesh: each process's tokens of them, and the number that makes losses one mean.
+"""Context parallelism: processes share the tokens of each sequence.
+
+`apply_context_parallel` splits the layers, and `shard_context` the batches.
 
 Shapes: B sequences, S columns of a padded batch, T packed tokens, L tokens (or columns) of one process.
 """
@@ -15,32 +17,50 @@ from torch.nn import functional as F
 
 from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.sequence_layout import token_places, whole_places
+from ..models.causal_lm import NVLlamaForCausalLM
+from .sizes import ContextKind
 
-# Processes along these have different tokens.
+# Processes along these dimensions of the mesh have different tokens.
 _TOKEN_DIMENSIONS = ("replicate", "shard", "context")
 
 
-def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh | None) -> dict[str, Any]:
-    """This process's part of a batch, with what makes the mean loss and gradients those of all tokens of the mesh.
-
-    Each sequence's tokens are shared out over the context ranks as `whole_places` says. Labels are shifted before, and
-    `num_items_in_batch` is the number of all labels of the mesh over the number of processes with different tokens: the
-    losses of these processes then average to the mean over all labels, and so do their gradients, which FSDP and DDP
-    average.
+def apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh, kind: ContextKind) -> None:
+    """Let a model's layers take this process's part of each sequence.
 
     Args:
-        batch: What the model takes: `input_ids` [B, S] with `attention_mask` [B, S], or packed, [1, T], with
-            `cu_seq_lens_q`; `labels` or `shift_labels` of the same shape. Other tensors that begin with that shape are
-            cut alike. All processes of one place in `replicate` and `shard` need the same batch.
-        mesh: What `make_mesh` returned; `None` for one process.
-
-    Returns:
-        The model's arguments. With several context ranks there is no mask: the tokens of a row come first, and the
-        padding behind them counts as part of the sequence, which no token attends to. Each then has about 1/context of
-        the tokens.
+        model: It is changed.
+        mesh: The result of `make_mesh`.
+        kind: How ranks get each other's keys and values; see `parallelize`.
 
     Raises:
-        ValueError: Sequences cannot be shared out equally, or are not told by `cu_seq_lens_q`.
+        ValueError: The kind does not fit the number of heads.
+    """
+    context = mesh["context"]
+    heads = model.config.num_key_value_heads // mesh["tensor"].size()
+    model.layer_backend.split_context(list(model.model.layers), context, kind, heads)
+    model.model.context_ranks = context.size()
+
+
+def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh | None) -> dict[str, Any]:
+    """Return this process's part of a batch, and the divisor that makes losses the mean over all tokens of the mesh.
+
+    `whole_places` says which tokens of a sequence a context rank gets. Labels are shifted first. `num_items_in_batch`
+    is the number of all labels of the mesh over the number of processes with different tokens. The losses of these
+    processes then average to the mean over all labels. So do their gradients, which FSDP and DDP average.
+
+    Args:
+        batch: The model's arguments: `input_ids` [B, S] with `attention_mask` [B, S], or packed, [1, T], with
+            `cu_seq_lens_q`; `labels` or `shift_labels` of the same shape. Other tensors that begin with that shape are
+            cut alike. All processes with one place in `replicate` and `shard` need the same batch.
+        mesh: The result of `make_mesh`; `None` for one process.
+
+    Returns:
+        The model's arguments. With several context ranks each has about 1/context of the tokens, and there is no mask:
+        each row begins with its tokens, and the padding after them counts as part of the sequence, to which no token
+        attends.
+
+    Raises:
+        ValueError: The ranks cannot share sequences equally, or `cu_seq_lens_q` is missing for packed sequences.
     """
     part = dict(batch)
     labels = part.pop("labels", None)
@@ -68,11 +88,11 @@ def _mean_over_processes(count: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
 def _cut_packed(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     packed = {name: batch.pop(name) for name in list(batch) if name.startswith(("cu_seq_lens", "max_length"))}
     batch.pop("pad_between_seqs", None)
-    batch.pop("position_ids", None)  # they follow
+    batch.pop("position_ids", None)  # they follow from the sequences
     # Padding within a sequence counts as its end, where causality hides it.
     offsets = packed.get("cu_seq_lens_q_padded")
     offsets = packed["cu_seq_lens_q"] if offsets is None else offsets
-    # On the host looking costs nothing; on a GPU it would wait, so there a wrong length goes unnoticed.
+    # Reading costs nothing on the host. On a GPU it would wait, so a wrong length goes unnoticed there.
     if offsets.device.type == "cpu" and bool((offsets % (2 * ranks)).any()):
         raise ValueError(
             f"sequences of {offsets.diff().tolist()} tokens cannot be shared out over context={ranks} ranks: make each "

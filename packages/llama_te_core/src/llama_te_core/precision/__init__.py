@@ -1,1 +1,1 @@
-"""The precision that each layer computes in."""
+"""Number formats: the precision of each layer, Transformer Engine's recipes, and the state of delayed scaling."""

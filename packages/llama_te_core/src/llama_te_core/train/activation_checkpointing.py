@@ -1,35 +1,20 @@
-"""Layers that compute their activations anew in the backward pass, instead of keeping them."""
+"""Activation checkpointing: layers compute their activations again in the backward pass, instead of keeping them."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch.utils import checkpoint as torch_checkpoint
-
-from ..layers.backend import is_transformer_engine
-from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..models.causal_lm import NVLlamaForCausalLM
 
 
 def checkpoint_activations(model: NVLlamaForCausalLM, layers: Literal["none", "selective", "full"]) -> None:
-    """Have layers keep their input alone: a third more work for a fraction of the memory.
+    """Let layers keep their input alone: a third more work for a fraction of the memory.
 
     Args:
-        model: It is changed; call this before `parallelize`, so that weights are gathered around the whole.
+        model: It is changed. Call this before `parallelize`, so that FSDP gathers weights around the whole.
         layers: "none", every second one ("selective"), or all ("full").
     """
     chosen = {"none": slice(0), "selective": slice(None, None, 2), "full": slice(None)}[layers]
     for layer in list(model.model.layers)[chosen]:
-        forward = layer.forward
-        if is_transformer_engine(layer):
-            from ..layers.te import checkpoint
-
-            layer.forward = functools.partial(checkpoint, forward)
-        else:
-            layer.forward = functools.partial(_checkpoint, forward)
-
-
-def _checkpoint(forward: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    output: torch.Tensor = torch_checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-    return output
+        layer.forward = functools.partial(model.layer_backend.checkpoint, layer.forward)

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments)
-        from .checkpoint.checkpoints import CheckpointError
+        from .checkpoint.checkpoints import TrainingCheckpointError
         from .data.batch_stream import UnusableDocumentError
         from .loop import RefusedRunError, train
         from .metrics import NonFiniteLossError
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         train(config)
-    except (CheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError) as error:
+    except (TrainingCheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError) as error:
         print(f"llama-te-train: {error}", file=sys.stderr)
         return 1
     return 0

@@ -19,20 +19,23 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
-from ..models.modeling_nvllama import NVLlamaForCausalLM
-from ..parallel.mesh import clip_gradients, make_mesh, process_rank
+from ..models.causal_lm import NVLlamaForCausalLM
+from ..parallel.mesh import make_mesh, process_rank
+from ..parallel.parallelize import clip_gradients
 from .checkpoint.checkpoints import Checkpoints
 from .checkpoint.run_folder import check_same_model, check_same_run
-from .config import TrainConfig, check_machine
+from .config import TrainConfig
+from .config.machine import check_machine
 from .data.batch_stream import BatchStream
 from .data.byte_tokenizer import byte_tokenizer
-from .inspection import Inspection
+from .export import converted, export_hf, export_te
 from .interruption import Interruption
 from .metrics import Metrics
-from .models import build_model, checkpoint_weights, converted, export_hf, export_te, random_weights
 from .optimizers import make_optimizer
 from .profiling import Profiler
 from .schedule import learning_rate
+from .setup import build_model, checkpoint_weights, random_weights
+from .tensor_statistics import TensorStatistics
 
 
 class RefusedRunError(RuntimeError):
@@ -91,9 +94,9 @@ def train(config: TrainConfig) -> int:
             if tokenizer is not None:
                 _check_vocabulary(len(tokenizer), model_config.vocab_size)
                 model_config.bos_token_id, model_config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-            inspection = None
+            statistics = None
             if config.log.inspect is not None:
-                inspection = until_the_end.enter_context(Inspection(config.log.inspect, folder))
+                statistics = until_the_end.enter_context(TensorStatistics(config.log.inspect, folder))
             rank = process_rank()
             if rank == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -106,8 +109,8 @@ def train(config: TrainConfig) -> int:
         if rank == 0:
             (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
             _announce(config, model, mesh, device, step)
-        if inspection is not None:
-            inspection.begin(model, step)
+        if statistics is not None:
+            statistics.begin(model, step)
         profiler = Profiler(config.profile, folder / "profile", rank)
         metrics = Metrics(
             config.log, folder, model_config, compute=config.precision.compute, device=device, ranks=stream.ranks,
@@ -121,8 +124,8 @@ def train(config: TrainConfig) -> int:
                 rate = learning_rate(step, config.steps, config.optimizer.learning_rate, config.schedule)
                 loss, norm = train_step(config, called, optimizer, rate, stream, metrics)
                 metrics.add(step, loss, norm, rate)
-                if inspection is not None:
-                    inspection.end_step()
+                if statistics is not None:
+                    statistics.end_step()
                 stopped = interruption.agreed()
                 last = stopped or step == config.steps
                 profiler.after(step, last)

@@ -167,7 +167,7 @@ class Metrics:
         if process_rank() != 0:
             return
         self._file = folder / "metrics.jsonl"
-        drop_behind(self._file, step)
+        drop_lines_after(self._file, step)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -287,7 +287,7 @@ def _wandb_id(folder: Path, step: int) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def drop_behind(file: Path, step: int) -> None:
+def drop_lines_after(file: Path, step: int) -> None:
     """Keep the lines of a file up to a step; a last one that was not finished is dropped too."""
     if not file.exists():
         return

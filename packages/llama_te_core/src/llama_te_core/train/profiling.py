@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..compat.torch import start_memory_recording, stop_memory_recording
 from .config import ProfileConfig
 
 
@@ -33,7 +34,7 @@ class Profiler:
             self._trace, self._trace_ends = profile(activities=activities), step + self.config.trace_steps - 1
             self._trace.start()
         if step == self.config.memory_at:
-            torch.cuda.memory._record_memory_history()
+            start_memory_recording()
             self._memory_ends = step + self.config.memory_steps - 1
 
     def after(self, step: int, last: bool) -> None:
@@ -43,8 +44,7 @@ class Profiler:
             self._trace.export_chrome_trace(str(self._file("trace", "json")))
             self._trace = None
         if self._memory_ends >= 0 and (last or step >= self._memory_ends):
-            torch.cuda.memory._dump_snapshot(str(self._file("memory", "pickle")))
-            torch.cuda.memory._record_memory_history(enabled=None)
+            stop_memory_recording(str(self._file("memory", "pickle")))
             self._memory_ends = -1
 
     def _file(self, kind: str, suffix: str) -> Path:

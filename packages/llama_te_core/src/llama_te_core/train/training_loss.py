@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..layers.collectives import local
 from ..loss.linear_cross_entropy import linear_cross_entropy
-from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..models.causal_lm import NVLlamaForCausalLM
 
 
 def return_loss_alone(

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, Protocol
 
 import torch
+from llama_te_core.compat.torch import forward_hooks
 
 from ..kv_cache.step import CacheStep
 from ..ops import library
@@ -98,7 +99,7 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     decoder = model.model
     for name, module in model.named_modules():
         # The model's own forward pass calls the step. The step replaces every module below it.
-        if module is not model and (_user_hooks(module) or "forward" in vars(module)):
+        if module is not model and (_user_hooks(model, module) or "forward" in vars(module)):
             return f"{name} has hooks or a forward pass of its own"
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     names |= {f"model.layers.{index}.{name}" for index in range(len(decoder.layers)) for name in LAYER_PARAMETERS}
@@ -122,10 +123,9 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     return None
 
 
-def _user_hooks(module: Any) -> list[Any]:
+def _user_hooks(model: Any, module: Any) -> list[Any]:
     """Return the hooks of a module that users have registered. The layers' own hooks only serve the cache."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    return [hook for hook in hooks if not getattr(hook, "__module__", "").startswith("llama_te_core.layers.")]
+    return [hook for hook in forward_hooks(module) if not model.layer_backend.is_own_hook(hook)]
 
 
 @functools.cache

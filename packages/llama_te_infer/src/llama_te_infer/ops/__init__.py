@@ -1,5 +1,9 @@
 """The compiled operators, one module for each: `from llama_te_infer.ops.linear import linear`.
 
-An operator `torch.ops.llama_te.<name>` is registered when its module is imported. `library` says whether the kernels
-are available here, and which sizes they take.
+Importing this package registers the operators `torch.ops.llama_te.*`. `library` says whether their kernels are
+available here, and which sizes they take.
 """
+
+from . import append_rope, decode_attention, embed, greedy, linear, reorder, rms_norm, swiglu
+
+__all__ = ["append_rope", "decode_attention", "embed", "greedy", "linear", "reorder", "rms_norm", "swiglu"]

@@ -8,6 +8,8 @@ head, P positions, T tokens of a row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .append_rope import append_rope
@@ -19,7 +21,7 @@ from .cache_arguments import (
     check_tokens_contiguous,
     rows_and_places,
 )
-from .checks import check_contiguous, check_tensor, name_of, overlap, strides_of
+from .checks import check_contiguous, check_tensor, name_of, strides_of
 from .library import check_on_host, checks_values, cuda_function, extension, launch_arguments, limits, register
 
 
@@ -121,29 +123,21 @@ def _decode_attention_cuda(
     workspace: torch.Tensor,
 ) -> None:
     _check(qkv, cos_sin, start, page_table, key_cache, value_cache, output)
-    _check_for_kernel(qkv, cos_sin, page_table, key_cache, value_cache, output, workspace)
+    arguments = _kernel_arguments(qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace)
     rows = len(qkv)
     if rows == 0:
         return
-    arguments = cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {"rows": rows}
-    row_stride = strides_of(qkv)[0] * qkv.itemsize
     if checks_values():
-        appended = {"qkv_token_stride": row_stride, "tokens": rows, "width": 1, "query": output.data_ptr()}
-        check_on_host(
-            extension().append_rope_check,
-            arguments | appended,
-            page_table,
-            cu_new=torch.arange(rows + 1, dtype=torch.int32),
-            start=start,
-        )
-    cuda_function("decode_attention_cuda")(
-        **launch_arguments(qkv),
-        **arguments,
-        qkv_row_stride=row_stride,
-        scale=scale,
-        output=output.data_ptr(),
-        workspace=workspace.data_ptr(),
-    )
+        appended = cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
+            "qkv_token_stride": arguments["qkv_row_stride"],
+            "tokens": rows,
+            "width": 1,
+            "rows": rows,
+            "query": output.data_ptr(),
+        }
+        cu_new = torch.arange(rows + 1, dtype=torch.int32)
+        check_on_host(extension().append_rope_check, appended, page_table, cu_new=cu_new, start=start)
+    cuda_function("decode_attention_cuda")(**launch_arguments(qkv), **arguments)
 
 
 def _decode_attention_cpu(
@@ -201,16 +195,21 @@ def _check(
     check_rows(rows, start, page_table, key_cache)
 
 
-def _check_for_kernel(
+def _kernel_arguments(
     qkv: torch.Tensor,
     cos_sin: torch.Tensor,
+    start: torch.Tensor,
     page_table: torch.Tensor | None,
+    scale: float,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     output: torch.Tensor,
     workspace: torch.Tensor,
-) -> None:
-    """Refuse what the GPU's kernel does not take."""
+) -> dict[str, Any]:
+    """Refuse sizes that the GPU's kernel does not take, and return its arguments.
+
+    The extension checks alignment and overlap.
+    """
     most = limits()
     rows, kv_heads, heads_of_group, head_dim = qkv.shape
     group = heads_of_group - 2
@@ -234,30 +233,10 @@ def _check_for_kernel(
             f"workspace has {workspace.shape[0]} numbers, but {needed} are needed: make one of "
             f"workspace_size({rows}, {kv_heads}, {group}, {head_dim}, {capacity}) zeros."
         )
-    tensors = {
-        "qkv": qkv,
-        "cos_sin": cos_sin,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
-        "output": output,
-        "workspace": workspace,
+    return cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
+        "rows": rows,
+        "qkv_row_stride": strides_of(qkv)[0] * qkv.itemsize,
+        "scale": scale,
+        "output": output.data_ptr(),
+        "workspace": workspace.data_ptr(),
     }
-    for name, tensor in tensors.items():
-        strides = [stride * tensor.itemsize for stride in strides_of(tensor)[:-1]]
-        if tensor.data_ptr() % most.vector_bytes or any(stride % most.vector_bytes for stride in strides):
-            raise ValueError(
-                f"{name} starts at address {tensor.data_ptr()} and has strides of {strides} bytes: all must be "
-                f"multiples of {most.vector_bytes} bytes."
-            )
-    for name in ("key_cache", "value_cache"):
-        stride = tensors[name].stride(1) * qkv.itemsize
-        if stride >= 2**31:  # the kernel multiplies with 32 bits
-            raise ValueError(f"{name} has a stride of {stride} bytes between places: allowed are less than 2**31.")
-    # Keys and values may lie interleaved in one tensor, as long as one does not start on the other.
-    interleaved = not key_cache.is_contiguous() and key_cache.data_ptr() != value_cache.data_ptr()
-    for name in ("output", "workspace", "key_cache", "value_cache"):
-        for other, tensor in tensors.items():
-            if name == other or (interleaved and {name, other} == {"key_cache", "value_cache"}):
-                continue
-            if overlap(tensors[name], tensor):
-                raise ValueError(f"{name} and {other} share memory: pass tensors that do not overlap.")

@@ -59,9 +59,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...parallel.tensor import gather_halves, local_part, scatter_halves
-from ...precision.plan import scaling_state, set_scaling_state
-from ..optimizers import MASTER
+from ...compat.torch import FSDP_CLASS_PREFIX, file_of_item, uncompiled
+from ...compat.transformer_engine import MASTER_WEIGHT
+from ...layers.collectives import local_part
+from ...parallel.shards import gather_halves, scatter_halves
+from ...precision.scaling_state import scaling_state, set_scaling_state
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
@@ -72,7 +74,7 @@ _OPTIONS = ("betas", "eps", "weight_decay")
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class TrainingCheckpointError(RuntimeError):
     """A checkpoint cannot be saved or loaded."""
 
 
@@ -136,8 +138,8 @@ class Checkpoints:
                 should be small.
 
         Raises:
-            CheckpointError: This save, or the one before, has failed; what is there already stays. The disk is full,
-                for example.
+            TrainingCheckpointError: This save, or the one before, has failed, for example on a full disk; checkpoints
+                that exist stay.
             TypeError: The model is of another kind.
             ValueError: `step` is not larger than those that there are, or weights exist in a quantized format only.
                 `optimizers.make_optimizer` keeps them in FP32 too.
@@ -162,7 +164,7 @@ class Checkpoints:
         """Wait until the last save is on the disk. Call it before the process group is destroyed.
 
         Raises:
-            CheckpointError: It has failed.
+            TrainingCheckpointError: It has failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -172,7 +174,7 @@ class Checkpoints:
         """The steps of the checkpoints that there are, in order.
 
         Raises:
-            CheckpointError: The last save has failed.
+            TrainingCheckpointError: The last save has failed.
         """
         self.wait()
         return self._on_rank_0(self._found)
@@ -181,7 +183,7 @@ class Checkpoints:
         """The step of the newest checkpoint; `None` where there is none.
 
         Raises:
-            CheckpointError: The last save has failed.
+            TrainingCheckpointError: The last save has failed.
         """
         return max(self.steps(), default=None)
 
@@ -211,15 +213,15 @@ class Checkpoints:
                 tensors in the host's memory.
 
         Raises:
-            CheckpointError: There is no such checkpoint, it is damaged, or it does not fit. The model may be loaded in
-                part then.
+            TrainingCheckpointError: There is no such checkpoint, it is damaged, or it does not fit. The model may be
+                loaded in part then.
             TypeError: The model is of another kind.
             ValueError: Weights exist in a quantized format only; see `save`.
         """
         steps = self.steps()
         if step not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}: {there}.")
+            raise TrainingCheckpointError(f"{self.folder} has no checkpoint of step {step}: {there}.")
         model = _unwrapped(model)
         weights = _weights(model)
         reader = _Reader(self.path(step))
@@ -237,7 +239,7 @@ class Checkpoints:
             empty = _empty_optimizer_state(model, optimizer, {path[0] for path in saved})
             kept, kept_there = {key for each in empty.values() for key in each}, {path[1] for path in saved}
             if kept < kept_there:  # torch names what the checkpoint lacks, but passes over what it has beyond
-                raise CheckpointError(
+                raise TrainingCheckpointError(
                     f"optimizer keeps {sorted(kept)} of a parameter, but that of the checkpoint kept "
                     f"{sorted(kept_there)}: go on with one of the same kind (in a training run, with the same "
                     "precision.quantized_weights)."
@@ -318,21 +320,21 @@ class Checkpoints:
                 self.path(step).rename(self._partial(step))
                 shutil.rmtree(self._partial(step))
             except OSError as error:
-                raise CheckpointError(f"{self.path(step)} cannot be removed: {_reason(error)}.") from error
+                raise TrainingCheckpointError(f"{self.path(step)} cannot be removed: {_reason(error)}.") from error
 
-    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+    def _failed(self, step: int, error: BaseException) -> TrainingCheckpointError:
         newest = max(self._found(), default=None)
         stays = "There is no checkpoint yet." if newest is None else f"The last checkpoint is that of step {newest}."
-        return CheckpointError(f"step {step} cannot be saved to {self.folder}: {_reason(error)}. {stays}")
+        return TrainingCheckpointError(f"step {step} cannot be saved to {self.folder}: {_reason(error)}. {stays}")
 
-    def _not_loaded(self, step: int, steps: list[int], error: BaseException) -> CheckpointError:
+    def _not_loaded(self, step: int, steps: list[int], error: BaseException) -> TrainingCheckpointError:
         message = f"{self.path(step)} cannot be loaded: {_reason(error)}."
         if isinstance(_first(error)[0], _DamagedFileError):
             newest = max((other for other in steps if other != step), default=None)
             message += f" Remove {self.path(step)} to " + (
                 "begin anew." if newest is None else f"go on from step {newest}."
             )
-        return CheckpointError(message)
+        return TrainingCheckpointError(message)
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         """What an action of rank 0 returns or raises, in all processes."""
@@ -380,7 +382,7 @@ class _Reader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:
         files: dict[str, list[ReadItem]] = {}
         for item in plan.items:
-            files.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+            files.setdefault(file_of_item(self, item), []).append(item)
         for name, items in files.items():
             with _reading(name):
                 super().read_data(replace(plan, items=items), planner)
@@ -400,9 +402,9 @@ def _reading(name: str) -> Iterator[None]:
 
 
 def _unwrapped(model: nn.Module) -> PreTrainedModel:
-    inner: Any = model
-    while isinstance(inner, DistributedDataParallel) or hasattr(inner, "_orig_mod"):
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner._orig_mod
+    inner: Any = uncompiled(model)
+    while isinstance(inner, DistributedDataParallel):
+        inner = uncompiled(inner.module)
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"model is a {type(inner).__name__}: it must be a model of transformers or of this package.")
     return inner
@@ -411,7 +413,9 @@ def _unwrapped(model: nn.Module) -> PreTrainedModel:
 def _config(model: PreTrainedModel) -> PreTrainedConfig:
     """The configuration as the model's own `save_pretrained` writes it."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # fully_shard makes a class of that name
+    config.architectures = [
+        type(model).__name__.removeprefix(FSDP_CLASS_PREFIX)
+    ]  # fully_shard makes a class of that name
     config.dtype = model.dtype
     return config
 
@@ -443,7 +447,7 @@ def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -
 
 def _without_masters(state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """An optimizer's state without weights, which are saved as the model's."""
-    return {name: {key: value for key, value in each.items() if key != MASTER} for name, each in state.items()}
+    return {name: {key: value for key, value in each.items() if key != MASTER_WEIGHT} for name, each in state.items()}
 
 
 def _empty_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer, saved: Set[str]) -> dict[str, Any]:
@@ -465,7 +469,7 @@ def _set_optimizer_state(
     saved = [sorted(group["params"]) for group in groups]
     there = [sorted(group["params"]) for group in target["param_groups"]]
     if saved != there:
-        raise CheckpointError(
+        raise TrainingCheckpointError(
             f"optimizer has groups of {list(map(len, there))} parameters, but the checkpoint has groups of "
             f"{list(map(len, saved))}, or of others: give each group the parameters that it had."
         )
@@ -474,8 +478,10 @@ def _set_optimizer_state(
         for group, own in zip(groups, target["param_groups"], strict=True)
     ]
     for name, each in state.items():
-        if MASTER in target["state"].get(name, {}):
-            each[MASTER] = target["state"][name][MASTER]  # loaded with the model's weights, whose memory it is
+        if MASTER_WEIGHT in target["state"].get(name, {}):
+            each[MASTER_WEIGHT] = target["state"][name][
+                MASTER_WEIGHT
+            ]  # loaded with the model's weights, whose memory it is
     # Not strict: what had no state when it was saved, such as a parameter that no step has changed yet, has none now.
     set_optimizer_state_dict(
         model, optimizer, {"state": state, "param_groups": groups}, options=StateDictOptions(strict=False)
@@ -499,7 +505,7 @@ def _set_own_state(state: dict[str, Any], model: nn.Module, extra: MutableMappin
     for name, value in extra.items():
         if name not in state["extra"]:
             names = ", ".join(map(repr, state["extra"])) or "nothing"
-            raise CheckpointError(f"extra has {name!r}, but the checkpoint has {names} as extra.")
+            raise TrainingCheckpointError(f"extra has {name!r}, but the checkpoint has {names} as extra.")
         if isinstance(value, Stateful):
             value.load_state_dict(state["extra"][name])
         else:

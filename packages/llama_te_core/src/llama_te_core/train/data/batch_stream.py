@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from ...compat.torchdata import shut_down_workers
 from ...parallel.context import shard_context
+from ...parallel.mesh import data_rank
 from .text_data import TextBatches, TextData, merge_states
 
 
@@ -93,7 +95,7 @@ class BatchStream:
         self._iterator = None
         if self.workers and iterator is not None:
             # At Python's exit they would get a SIGTERM, which they leave to this process, and be waited for for ever.
-            iterator._shutdown_workers()
+            shut_down_workers(iterator)
 
     def state_dict(self) -> dict[str, Any]:
         """The place of all data-parallel ranks, the same in all processes, which call this together."""
@@ -140,17 +142,6 @@ class BatchStream:
                 generator=torch.Generator(),
                 pin_memory=self.device.type == "cuda",
             )
-
-
-def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """This process's place among those with batches of their own, and their number."""
-    if mesh is None:
-        return 0, 1
-    shards = mesh["shard"].size()
-    return (
-        mesh.get_local_rank("replicate") * shards + mesh.get_local_rank("shard"),
-        mesh["replicate"].size() * shards,
-    )
 
 
 def _leave_signals_to_the_process(worker: int) -> None:

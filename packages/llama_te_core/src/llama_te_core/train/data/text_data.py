@@ -26,9 +26,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...compat.torchdata import batches_since_snapshot
 from ...data.collators import DataCollatorWithFlattening
 from ...data.packing import TokenPackingDataset
-from .documents import SUFFIXES, Document, Files, HubDataset, Source, TextDocument, in_order
+from .documents import SUFFIXES, Document, Files, HubDataset, Source, in_order
+from .settings import TextSettings
 
 # What to do where a document, or documents, do not fit the settings.
 _TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
@@ -58,55 +60,25 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class TextData:
-    """What to train on, and how batches are made of it.
+class TextData(TextSettings):
+    """Training data: documents, and the way to make batches of them.
 
     Attributes:
-        source: A .txt, .jsonl or .parquet file, a folder with such files at any depth, or a hub id, `owner/name`, where
-            no such path exists. Nothing is downloaded but for a hub id.
-        tokenizer: Makes the tokens of a text. None: documents have them already, in a field `input_ids`, and they are
-            taken as they are.
-        tokens_per_batch: Of one shard's batch: at most, and with `split_long` exactly, but for the last one.
-        sequence_length: Tokens of the longest sequence; None for `tokens_per_batch`.
-        split_long: Cut a document where its sequence is full, and where the batch is. Each piece is a sequence of its
-            own. False keeps documents whole, but what is behind `sequence_length` is dropped.
-        text_field: The field of a document that is its text. A .txt file has text alone.
-        text_document: What a document of a .txt file is: the whole "file", or each "paragraph", between blank lines.
-        add_bos: Begin each text with the tokenizer's BOS token.
-        add_eos: End each text with its EOS token.
-        skip_empty: Pass over documents without tokens, which are an error otherwise.
-        epochs: How often all documents are gone through; None for ever. Batches go on over the end of an epoch.
-        seed: With the number of the epoch, it decides the order of documents.
-        shuffle_buffer: Documents that wait in memory, of which the next is drawn by chance; files come in random order
-            then. 0 leaves documents as they stand in the source.
-        subset: Of a data set of the hub, `load_dataset`'s `name`.
-        split: Of a data set of the hub.
-        streaming: Read a data set of the hub over the network, in place of a download that is kept.
-        pad_to_multiple_of: As `DataCollatorWithFlattening` has it: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
+        tokenizer: Makes the tokens of a text. None: documents have their tokens in a field `input_ids`.
+        epochs: The number of passes over all documents; None repeats for ever. A batch may span two epochs.
+        seed: Decides the order of documents, together with the number of the epoch.
+        pad_to_multiple_of: See `DataCollatorWithFlattening`: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
             `tokens_per_batch` here, the last batch is as long as all others.
-        pad_sequences_to_be_divisible_by: As `DataCollatorWithFlattening` has it, for context parallelism.
-        vocab_size: What token ids must be below; None for any.
+        pad_sequences_to_be_divisible_by: See `DataCollatorWithFlattening`, for context parallelism.
+        vocab_size: Above all token ids; None for any ids.
 
     Raises:
         ValueError: A setting is out of its range, or does not go with another.
     """
 
-    source: str | os.PathLike[str]
     tokenizer: Tokenizer | None
-    tokens_per_batch: int
-    sequence_length: int | None = None
-    split_long: bool = True
-    text_field: str = "text"
-    text_document: TextDocument = "file"
-    add_bos: bool = True
-    add_eos: bool = True
-    skip_empty: bool = False
     epochs: int | None = 1
     seed: int = 0
-    shuffle_buffer: int = 10_000
-    subset: str | None = None
-    split: str = "train"
-    streaming: bool = False
     pad_to_multiple_of: int | None = None
     pad_sequences_to_be_divisible_by: int | None = None
     vocab_size: int | None = None
@@ -523,9 +495,9 @@ def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
     """The states of `TextBatches` in a loader's state, whose form is the loader's affair."""
     if not isinstance(state, Mapping):
         return
-    if state.get("_steps_since_snapshot"):
+    if age := batches_since_snapshot(state):
         raise ValueError(
-            f"states has a loader's state that is {state['_steps_since_snapshot']} batches old: it was made with "
+            f"states has a loader's state that is {age} batches old: it was made with "
             "snapshot_every_n_steps above 1. Give the StatefulDataLoader snapshot_every_n_steps=1."
         )
     if {"positions", "shards", "earlier", "order"} <= set(state):

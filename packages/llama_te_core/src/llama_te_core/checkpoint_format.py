@@ -1,6 +1,6 @@
-"""What a checkpoint of the Transformer Engine layout has beside its tensors: `config.json`, and what finds its classes.
+"""The files of a checkpoint beside its tensors: `config.json`, and the code that finds its classes.
 
-Nothing but the standard library is imported, so that a tool that knows files alone can read this module by itself.
+This module imports the standard library alone, for tools that read and write nothing but files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MODEL_TYPE = "nv_llama"
-# What a Llama's configuration has besides its own fields, with the values that it gets unless others are set.
+# The fields that a Llama's configuration has in addition to its own, with their defaults.
 FIELDS: dict[str, Any] = {
     "attn_input_format": "thd",
     "self_attn_mask_type": "padding_causal",
@@ -19,18 +19,18 @@ FIELDS: dict[str, Any] = {
     "source_model_type": "llama",
 }
 
-# Written to config.json in the place of an integer that a plain Llama no longer reads, so that loading the folder as
-# one stops with this text: both have a `model_type`, but transformers only warns about that and would go on to fill
-# every layer with random numbers.
+# config.json has this text in the place of an integer that a plain Llama no longer reads, so that loading the folder as
+# a plain Llama stops with it. transformers only warns of another `model_type`, and would fill every layer with random
+# numbers.
 _NOT_A_PLAIN_LLAMA = (
     "these weights have the Transformer Engine layout: load them with llama_te_core.NVLlamaForCausalLM, "
     "or convert them with llama_te_convert.convert_llama_te_to_hf"
 )
-_PRETRAINING_TP = "llama_pretraining_tp"  # where the file keeps the integer
+_PRETRAINING_TP = "llama_pretraining_tp"  # the field that keeps the integer
 
 LOADER = "llama_te"
-STANDALONE = "modeling_nvllama"  # reaches all the others
-IS_INSTALLED = __package__ == "llama_te_core.models"  # else a checkpoint brought this code along
+STANDALONE = "modeling_nvllama"  # imports all the others
+IS_INSTALLED = __package__ == "llama_te_core"  # else this code came with a checkpoint
 
 LOADER_SOURCE = '''"""Loads this checkpoint's classes from the installed package: pip install llama-te-core."""
 
@@ -46,9 +46,9 @@ from llama_te_core import (
 
 
 def auto_map(module: str) -> dict[str, str]:
-    """The entry of `config.json` that says that a module beside it has the classes.
+    """Return the entry of `config.json` that names a module beside it for each class.
 
-    One module has them all: transformers imports each that is named here, and what it imports, as modules of its own.
+    One module has all classes: transformers imports each module named here, and its imports, as separate modules.
     """
     return {
         "AutoConfig": f"{module}.NVLlamaConfig",
@@ -64,7 +64,7 @@ AUTO_MAP = auto_map(LOADER if IS_INSTALLED else STANDALONE)
 
 
 def config_text(fields: Mapping[str, Any]) -> str:
-    """The text of `config.json`, with what keeps plain Llama classes off.
+    """Return the text of `config.json`, with the guard against plain Llama classes.
 
     Args:
         fields: The configuration as JSON types.
@@ -74,7 +74,7 @@ def config_text(fields: Mapping[str, Any]) -> str:
 
 
 def config_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that `config_text` made a file's content of; other content is left as it is."""
+    """Return the fields that `config_text` wrote; content from elsewhere stays as it is."""
     fields = dict(content)
     if fields.get("pretraining_tp") == _NOT_A_PLAIN_LLAMA:
         fields["pretraining_tp"] = fields.pop(_PRETRAINING_TP, 1)

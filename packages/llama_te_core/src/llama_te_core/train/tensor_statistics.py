@@ -1,4 +1,4 @@
-"""Statistics of the tensors of quantized layers: Transformer Engine's "precision debug tools", on nvdlfw-inspect."""
+"""Statistics of the tensors of quantized layers, by Transformer Engine's "precision debug tools" on nvdlfw-inspect."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..models.modeling_nvllama import NVLlamaForCausalLM
+from ..compat.transformer_engine import debug_features
+from ..models.causal_lm import NVLlamaForCausalLM
 from ..parallel.mesh import process_rank
-from ..precision.plan import transformer_engine
-from .metrics import drop_behind
+from .metrics import drop_lines_after
 
 
-class Inspection:
-    """What the features of a file tell of each step, in `FOLDER/inspect/statistics.jsonl` and TensorBoard's files.
+class TensorStatistics:
+    """Statistics of each step, in `FOLDER/inspect/statistics.jsonl` and TensorBoard's files.
 
-    It is nvdlfw-inspect's logger in place of that package's own, which cuts numbers off behind the fourth decimal and
-    begins its file anew with each start. Made before the model, whose layers ask whether there is one when they are
-    built; one at a time in a process. All processes have one; numbers are of all together, and rank 0 writes them.
+    It replaces nvdlfw-inspect's own logger, which cuts numbers after the fourth decimal and begins a new file with each
+    start. Make it before the model, since layers look for it when they are built, and one at a time in a process. All
+    processes have one. Numbers cover all processes, and rank 0 writes them.
 
     Args:
         features: The YAML file.
@@ -37,19 +37,19 @@ class Inspection:
         self._file: Path | None = None
         self._tensorboard: Any = None
         self._api = importlib.import_module("nvdlfw_inspect.api")
-        importlib.import_module("nvdlfw_inspect.logging").BaseLogger.register(Inspection)
+        importlib.import_module("nvdlfw_inspect.logging").BaseLogger.register(TensorStatistics)
         try:
             self._api.initialize(
                 config_file=features,
-                feature_dirs=[str(Path(transformer_engine().__file__).parents[1] / "debug" / "features")],
+                feature_dirs=[str(debug_features())],
                 statistics_logger=self,
                 log_dir=str(folder / "inspect"),
             )
-        except Exception as error:  # what is wrong in a file may show as anything: AssertionError, KeyError, YAMLError
+        except Exception as error:  # a wrong file raises anything: AssertionError, KeyError, YAMLError
             self._api.end_debug()
             raise ValueError(f"log.inspect={features!r}: nvdlfw-inspect does not take it: {error}") from error
 
-    def __enter__(self) -> Inspection:
+    def __enter__(self) -> TensorStatistics:
         return self
 
     def __exit__(
@@ -60,11 +60,11 @@ class Inspection:
         self._api.end_debug()
 
     def begin(self, model: NVLlamaForCausalLM, step: int) -> None:
-        """Name the modules of a model as its parameters are named, but with layers counted from 1, as TE does.
+        """Name the modules of a model like its parameters, but with layers counted from 1, as in TE.
 
         Args:
-            model: As it will be trained, since splitting it may replace modules.
-            step: The one that the run goes on from. Statistics of later ones, which are computed anew, are dropped.
+            model: Ready for training, since splitting it may replace modules.
+            step: The last step before this start. Statistics of later steps are dropped, since the run repeats them.
         """
         self._api.infer_and_assign_layer_names(model.model)
         self._step = step + 1
@@ -72,14 +72,14 @@ class Inspection:
         if process_rank() != 0:
             return
         self._file = self.folder / "inspect" / "statistics.jsonl"
-        drop_behind(self._file, step)
+        drop_lines_after(self._file, step)
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(self.folder / "tensorboard" / "inspect", purge_step=step + 1)
 
     def end_step(self) -> None:
-        """Write what the step has told, if anything; all processes call this together."""
+        """Write the step's statistics, if any; all processes call this together."""
         self._api.step()
         if self._file is None:
             return
@@ -92,6 +92,6 @@ class Inspection:
         self._step += 1
 
     def log_scalar(self, name: str, value: Any, iteration: int, **kwargs: Any) -> None:
-        """What nvdlfw-inspect calls with each number of a step, a float or a tensor [], within `end_step`."""
+        """Take one number of a step, a float or a tensor []. nvdlfw-inspect calls this within `end_step`."""
         if self._file is not None:
             self._values[name] = float(value)

@@ -1,61 +1,58 @@
-"""The model of a run: built in parts on each process, filled from a seed or a checkpoint, written as a whole.
+"""The model of a run, built in parts on each process, with weights from a seed or a checkpoint.
 
-Weights depend on the seed or the checkpoint alone, not on how many processes there are: each process makes or reads one
+Weights depend on the seed or the checkpoint alone, not on the number of processes: each process makes or reads one
 whole tensor at a time and keeps its part.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.configuration_nvllama import NVLlamaConfig
-from ..models.modeling_nvllama import NVLlamaForCausalLM
-from ..parallel.mesh import parallelize, process_rank, whole_state_dict
-from ..parallel.tensor import own_part
+from ..parallel.parallelize import parallelize
+from ..parallel.shards import own_part
 from .activation_checkpointing import checkpoint_activations
 from .activation_offload import offload_activations
-from .config import DTYPES, TrainConfig
+from .config import TrainConfig
 from .optimizers import quantized_parameters, scale_parts_as_one, set_value
 from .training_loss import return_loss_alone
 
-# The whole tensor of a name, of the shape and dtype of the one given, on its device.
+# Returns the whole tensor of a parameter's name, with the shape, dtype and device of the given tensor.
 Weights = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def build_model(
     config: TrainConfig, model_config: NVLlamaConfig, weights: Weights, mesh: DeviceMesh | None, device: torch.device
 ) -> tuple[NVLlamaForCausalLM, nn.Module]:
-    """The model in training mode, split over the mesh, whose call returns the loss.
+    """Build the model in training mode, split over the mesh. Calling it returns the loss.
 
     Args:
         config: The run.
         model_config: The model's configuration.
-        weights: Where its values come from.
+        weights: The source of its values.
         mesh: None for one process.
-        device: Where it is trained.
+        device: The device of the training.
 
     Returns:
-        The model, and what is called in its place, which may be DDP's wrapper around it.
+        The model, and the module to call, which may be DDP's wrapper around the model.
 
     Raises:
         RuntimeError: This machine cannot compute in the run's precision.
-        ValueError: The model cannot be shared out over the mesh, or the weights are of another.
+        ValueError: The mesh cannot share the model out, or the weights belong to another model.
     """
     precision, parallel = config.precision, config.parallel
     sizes = (1, 1, 1, 1) if mesh is None else mesh.shape
-    # Whole on no process, or to be quantized, which FSDP has to have split before it can gather it.
+    # No process holds the whole model; and FSDP must split quantized weights before it can gather them.
     in_parts = sizes[1] * sizes[2] * sizes[3] > 1 or (precision.quantized_weights and mesh is not None)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(precision.weights_dtype)
@@ -78,7 +75,7 @@ def build_model(
             model,
             mesh,
             compute_dtype=precision.compute_dtype,
-            reduce_dtype=DTYPES[precision.reduce],
+            reduce_dtype=precision.reduce_dtype,
             reshard_after_forward=parallel.reshard_after_forward,
             context_kind=parallel.context_kind,
         )
@@ -95,18 +92,18 @@ def _check_even_rows(model: NVLlamaForCausalLM, parts: int) -> None:
         if weight.dim() == 2 and weight.shape[0] % parts:
             raise ValueError(
                 f"parallel.shard x context={parts} does not divide the {weight.shape[0]} rows of layers.{name}, but "
-                "Transformer Engine gathers quantized weights of equal parts alone: choose numbers that do, or use "
+                "Transformer Engine gathers quantized weights in equal parts only: choose numbers that do, or use "
                 "precision.quantized_weights=False."
             )
 
 
 @torch.no_grad()
 def fill(model: NVLlamaForCausalLM, weights: Weights) -> None:
-    """Give a model's parameters their values, each process its part; tied ones once.
+    """Set the values of a model's parameters, on each process its part; tied parameters once.
 
     Args:
         model: Before or after `parallelize`.
-        weights: Where values come from; asked for each parameter in turn.
+        weights: The source of the values.
     """
     quantized = set(quantized_parameters(model))
     for name, parameter in model.named_parameters():
@@ -117,11 +114,11 @@ def fill(model: NVLlamaForCausalLM, weights: Weights) -> None:
 
 
 def random_weights(seed: int, config: NVLlamaConfig) -> Weights:
-    """Normally distributed matrices, and norms of ones, the same for any number of processes.
+    """Return normally distributed matrices, and norms of ones, the same for any number of processes.
 
     Args:
-        seed: Decides the values, with each parameter's name.
-        config: Tells the standard deviation.
+        seed: Decides the values, together with each parameter's name.
+        config: Gives the standard deviation.
     """
 
     def weights(name: str, like: torch.Tensor) -> torch.Tensor:
@@ -135,10 +132,10 @@ def random_weights(seed: int, config: NVLlamaConfig) -> Weights:
 
 
 def checkpoint_weights(folder: Path) -> Weights:
-    """The tensors of a folder that `NVLlamaForCausalLM.save_pretrained` or `llama-te-convert to-te` has written.
+    """Return the tensors of a folder that `NVLlamaForCausalLM.save_pretrained` or `llama-te-convert to-te` wrote.
 
     Args:
-        folder: With its safetensors files, and their index if there are several.
+        folder: Holds safetensors files, and an index if there are several.
 
     Raises:
         FileNotFoundError: There are none.
@@ -158,64 +155,16 @@ def checkpoint_weights(folder: Path) -> Weights:
 
     def weights(name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in files:
-            raise ValueError(f"model.checkpoint={str(folder)!r} has no {name}: it is of another model, or not whole.")
+            raise ValueError(
+                f"model.checkpoint={str(folder)!r} has no {name}: it belongs to another model, or is not whole."
+            )
         with safe_open(folder / files[name], "pt") as file:
             whole = file.get_tensor(name)
         if whole.shape != like.shape:
             raise ValueError(
-                f"model.checkpoint={str(folder)!r} has {name} of {list(whole.shape)}, but its config.json means "
+                f"model.checkpoint={str(folder)!r} has {name} of {list(whole.shape)}, but its config.json asks for "
                 f"{list(like.shape)}: they do not fit together."
             )
         return whole.to(like.device, like.dtype)
 
     return weights
-
-
-def converted(checkpoint: str, folder: Path) -> Path:
-    """The folder of a Hugging Face checkpoint in the Transformer Engine layout; rank 0 converts it once.
-
-    Args:
-        checkpoint: A folder, hub id or GGUF file.
-        folder: Where to; all processes see it.
-    """
-    if process_rank() == 0:
-        from llama_te_convert import convert_checkpoint
-
-        convert_checkpoint(checkpoint, folder, to_te=True)
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
-
-
-def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """Write a model as `from_pretrained` loads it, from rank 0, which gathers it on the host; all processes call this.
-
-    Args:
-        model: Split or not.
-        tokenizer: Goes along; None for none.
-        folder: Replaced if it is there.
-    """
-    state = whole_state_dict(model)
-    if process_rank() != 0:
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=state)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def export_hf(folder_te: Path, folder_hf: Path) -> None:
-    """Convert an exported folder to Hugging Face's layout; rank 0 alone, which needs no other for it.
-
-    Args:
-        folder_te: What `export_te` wrote.
-        folder_hf: Replaced if it is there.
-    """
-    if process_rank() == 0:
-        from llama_te_convert import convert_checkpoint
-
-        shutil.rmtree(folder_hf, ignore_errors=True)
-        convert_checkpoint(str(folder_te), folder_hf, to_te=False)

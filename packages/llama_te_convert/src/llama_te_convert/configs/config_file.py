@@ -1,0 +1,70 @@
+"""Reading `config.json`, and the few values that a conversion of tensors needs from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..layout.row_order import HeadSizes
+from llama_te_core import checkpoint_format
+
+CONFIG_NAME = "config.json"
+
+
+def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
+    """Read the JSON object in a file of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        name: The file.
+
+    Raises:
+        CheckpointError: The file is missing, or does not hold a JSON object.
+    """
+    path = folder / name
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object.")
+    return config
+
+
+def has_te_layout(config: Mapping[str, Any]) -> bool:
+    """Whether the content of a `config.json` says that the checkpoint has the Transformer Engine layout."""
+    return config.get("model_type") == checkpoint_format.MODEL_TYPE
+
+
+def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
+    """The attention sizes in a `config.json`, with the defaults of transformers.
+
+    Args:
+        config: The content of the file.
+        path: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: A size is missing, or they are not the sizes of a Llama.
+    """
+    heads: Any = config.get("num_attention_heads")
+    groups: Any = config.get("num_key_value_heads") or heads
+    size: Any = config.get("head_dim")
+    hidden: Any = config.get("hidden_size")
+    if size is None and is_size(hidden) and is_size(heads):
+        size = hidden // heads
+    if not all(map(is_size, (heads, groups, size))) or heads % groups:
+        raise CheckpointError(
+            f"the configuration of {path} has num_attention_heads={heads!r}, num_key_value_heads={groups!r} and "
+            f"head_dim={size!r}: a Llama needs positive whole numbers, and key/value heads that divide the heads."
+        )
+    return HeadSizes(heads, groups, size)
+
+
+def is_size(value: Any) -> bool:
+    """Whether a value is a positive integer, and no bool."""
+    return type(value) is int and value > 0

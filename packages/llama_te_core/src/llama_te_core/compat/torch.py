@@ -1,0 +1,78 @@
+"""Names of torch that its documentation does not promise. Checked against torch 2.8 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils import _pytree
+
+# `fully_shard` gives a module a class of this prefix and the name of its own class.
+FSDP_CLASS_PREFIX = "FSDP"
+
+
+def placement_of_two_halves() -> Placement:
+    """Return the placement of a tensor of two halves by rows: each process holds its share of both halves."""
+    return _StridedShard(0, split_factor=2)
+
+
+def local_range(
+    tensor: torch.Tensor, like: DTensor, placements: list[Placement] | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the size and the offset of this process's part of a whole tensor, for each dimension.
+
+    Args:
+        tensor: Gives the shape of the whole.
+        like: Gives the mesh, and the placements where none are given.
+        placements: One for each dimension of the mesh.
+    """
+    size, offset = compute_local_shape_and_global_offset(
+        tensor.shape, like.device_mesh, like.placements if placements is None else placements
+    )
+    return tuple(size), tuple(offset)
+
+
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """Apply a function to the leaves of nested dicts and lists, and return the same nest of results."""
+    return _pytree.tree_map(function, tree, *others)
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    inner: Any = module
+    while hasattr(inner, "_orig_mod"):
+        inner = inner._orig_mod
+    result: nn.Module = inner
+    return result
+
+
+def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return all hooks on a module's forward pass, those before it and those after it."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def start_memory_recording() -> None:
+    """Record each allocation on the GPU from now on."""
+    torch.cuda.memory._record_memory_history()
+
+
+def stop_memory_recording(file: str) -> None:
+    """Write the recorded allocations to a file for pytorch.org/memory_viz, and stop recording."""
+    torch.cuda.memory._dump_snapshot(file)
+    torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def file_of_item(reader: Any, item: Any) -> str:
+    """Return the name of the file that holds an item of a checkpoint.
+
+    Args:
+        reader: A `FileSystemReader` that has read the checkpoint's metadata.
+        item: A `ReadItem` of a load plan.
+    """
+    name: str = reader.storage_data[item.storage_index].relative_path
+    return name

@@ -1,0 +1,173 @@
+"""Names of Transformer Engine (TE) that its documentation does not promise. Checked against TE 2.20.
+
+Importing this module imports neither torch nor TE.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# The key of the FP32 weight in the state that TE's FusedAdam keeps of a parameter.
+MASTER_WEIGHT = "master_param"
+
+# Attributes of the tensors that delayed scaling keeps for one direction, "fwd" or "bwd".
+_DIRECTIONS = ("fwd", "bwd")
+_SCALING_TENSORS = ("scale", "amax_history")
+# TE counts three tensors for each product: its input, its weight and its output.
+_TENSORS_OF_A_PRODUCT = 3
+
+
+def transformer_engine() -> Any:
+    """Import and return the module `transformer_engine.pytorch`.
+
+    An import statement would not do: transformers refuses code of a hub that has one for a package that is not
+    installed.
+    """
+    return importlib.import_module("transformer_engine.pytorch")
+
+
+def make_recipe(name: str, **settings: Any) -> Any:
+    """Make a quantization recipe of TE by the name of its class, such as "DelayedScaling"."""
+    return getattr(importlib.import_module("transformer_engine.common.recipe"), name)(**settings)
+
+
+def debug_features() -> Path:
+    """Return the folder of TE's features for nvdlfw-inspect. TE documents the path in its examples alone."""
+    return Path(transformer_engine().__file__).parents[1] / "debug" / "features"
+
+
+def is_module_of_transformer_engine(module: nn.Module) -> bool:
+    """Tell whether TE defines the class of a module, without importing TE."""
+    return type(module).__module__.startswith("transformer_engine")
+
+
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Tell whether TE holds a tensor in a quantized format only. TE is not imported."""
+    te: Any = sys.modules.get("transformer_engine.pytorch")
+    return te is not None and isinstance(tensor, te.QuantizedTensor)
+
+
+def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the storage of a parameter in FP8 (E4M3) with one scale; `None` for any other format.
+
+    Returns:
+        The values, float8_e4m3fn of the parameter's shape, and the float32 [1] that multiplies them; no copies.
+    """
+    import torch
+
+    te: Any = sys.modules.get("transformer_engine.pytorch")
+    if te is None or not isinstance(parameter, te.Float8Tensor):
+        return None
+    storage: Any = parameter
+    values, scale = storage._data, storage._scale_inv
+    if storage._fp8_dtype.name != "kFloat8E4M3" or values is None or scale is None or scale.numel() != 1:
+        return None
+    return values.view(torch.float8_e4m3fn), scale.view(1)
+
+
+def share_scale(parameter: torch.Tensor, group: Any) -> None:
+    """Let TE look for the largest value of a quantized tensor over the processes of a group.
+
+    TE sets the same attribute when FSDP gathers such a weight for the first time.
+    """
+    quantized: Any = parameter
+    quantized.amax_reduction_group = group
+
+
+def set_softmax_scale(layer: nn.Module, softmax_scale: float) -> None:
+    """Set the factor on query·key in a `te.TransformerLayer`, which has no argument for it (default: D**-0.5)."""
+    attention: Any = layer
+    for module in attention.self_attention.core_attention.modules():
+        if hasattr(module, "softmax_scale"):
+            module.softmax_scale = softmax_scale
+
+
+def holds_quantized_weights(module: nn.Module) -> bool:
+    """Tell whether a module was built under `te.quantized_model_init`."""
+    return bool(getattr(module, "primary_weights_in_fp8", False))
+
+
+def quantize_in_place(module: nn.Module) -> None:
+    """Quantize the weights of a module that `holds_quantized_weights`, from the values that they have now.
+
+    TE quantizes a weight when it initialises it. So TE initialises each weight here with the value that is there.
+    """
+    own: Any = module
+    initialisers = {name: meta.init_fn for name, meta in own.param_init_meta.items()}
+    for meta in own.param_init_meta.values():
+        meta.init_fn = _keep_value
+    own.reset_parameters()
+    for name, init_fn in initialisers.items():
+        own.param_init_meta[name].init_fn = init_fn
+
+
+def _keep_value(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter
+
+
+def delayed_scaling_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy what delayed scaling keeps in one module to the host.
+
+    TE's own `get_extra_state` has the same values as a pickle, which TE loads only where an environment variable
+    allows it.
+
+    Returns:
+        "scale_fwd" and "scale_bwd" [N], "amax_history_fwd" and "amax_history_bwd" [steps, N], float32; empty where the
+        module does not scale so, or has not computed yet.
+    """
+    meta = getattr(module, "fp8_meta", {})
+    return {
+        f"{name}_{direction}": getattr(meta[f"scaling_{direction}"], name).detach().cpu().clone()
+        for direction, name in _scaling_tensors()
+        if hasattr(meta.get(f"scaling_{direction}"), "amax_history")
+    }
+
+
+def set_delayed_scaling_state(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Set what `delayed_scaling_state` returned; a module that is none of TE's stays as it is."""
+    own: Any = module
+    if not hasattr(own, "fp8_meta"):
+        return
+    recipe = make_recipe("DelayedScaling", amax_history_len=state["amax_history_fwd"].shape[0])
+    own.fp8_meta["recipe"] = recipe
+    own.fp8_meta["num_gemms"] = state["scale_fwd"].numel() // _TENSORS_OF_A_PRODUCT
+    own.init_fp8_meta_tensors(recipe)
+    for direction, name in _scaling_tensors():
+        getattr(own.fp8_meta[f"scaling_{direction}"], name).copy_(state[f"{name}_{direction}"])
+
+
+def _scaling_tensors() -> Iterator[tuple[str, str]]:
+    return ((direction, name) for direction in _DIRECTIONS for name in _SCALING_TENSORS)
+
+
+def fused_adam(
+    groups: list[dict[str, Any]],
+    keeps_master: Callable[[torch.Tensor], bool],
+    first_values: Mapping[torch.Tensor, torch.Tensor],
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """Make TE's FusedAdam with its state in place and FP32 master weights.
+
+    Args:
+        groups: Parameter groups.
+        keeps_master: Tells whether a parameter needs a master weight.
+        first_values: The float32 values of master weights, by parameter; others begin with the parameter's value.
+        options: Other arguments of `FusedAdam`.
+    """
+    optimizer: Any = transformer_engine().optimizers.FusedAdam(groups, **options, master_weights=True)
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        optimizer.initialize_state(parameter, store_param_remainders=False)
+        if not keeps_master(parameter):
+            del optimizer.state[parameter][MASTER_WEIGHT]
+        elif parameter in first_values:
+            optimizer.set_scaled_state(parameter, MASTER_WEIGHT, first_values[parameter])
+    result: torch.optim.Optimizer = optimizer
+    return result

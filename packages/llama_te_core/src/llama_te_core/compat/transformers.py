@@ -1,0 +1,118 @@
+"""Names of transformers that its documentation does not promise. Checked against transformers 5.17.
+
+Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+
+@functools.cache
+def cache_field() -> str:
+    """Return the name of the key/value cache as an argument and in outputs.
+
+    transformers renames it: `past_key_values` up to 5.2x, `cache` after that.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def mark_as_given(cache: Any) -> None:
+    """Mark a cache as the caller's, so that `generate` returns it."""
+    cache._is_user_defined = True
+
+
+def prefill(cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call the `_prefill` of transformers' `GenerationMixin`, as `super()._prefill` would in the class `cls`."""
+    mixin: Any = super(cls, model)
+    return mixin._prefill(*args, **kwargs)
+
+
+def gradient_checkpointing_function(model: Any) -> Callable[..., Any]:
+    """Return the function that `gradient_checkpointing_enable` has set, with the user's arguments bound."""
+    function: Callable[..., Any] = model._gradient_checkpointing_func
+    return function
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return the attention implementation that a configuration asks for."""
+    name: str | None = config._attn_implementation
+    return name
+
+
+def rope_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions that compute rotary frequencies, by `rope_type`; "default" is not among them."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    functions: dict[str, Callable[..., Any]] = ROPE_INIT_FUNCTIONS
+    return functions
+
+
+def rope_parameter_names() -> set[str]:
+    """Return the names that `rope_parameters` may have."""
+    from transformers.modeling_rope_utils import RopeParameters
+
+    return set(RopeParameters.__annotations__)
+
+
+def add_causal_model(model_type: str, class_name: str) -> None:
+    """Tell Trainer that a class is a causal language model.
+
+    Trainer shifts the labels of these classes where it computes the loss itself, as it does for label smoothing.
+    """
+    names: dict[str, str] = importlib.import_module(
+        "transformers.models.auto.modeling_auto"
+    ).MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names[model_type] = class_name
+
+
+def when_imported(name: str, action: Callable[[], None]) -> None:
+    """Run an action once a module is there: now, or right after its import.
+
+    Args:
+        name: The module. It must not be under import now.
+        action: May import other modules, and this one.
+    """
+    if name in sys.modules:
+        action()
+    else:
+        sys.meta_path.insert(0, _ImportObserver(name, action))
+
+
+class _ImportObserver(MetaPathFinder):
+    """Finds one module as Python does, and runs an action after the module is executed."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self._name = name
+        self._action = action
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find the one module that this object observes."""
+        if fullname != self._name:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self._action()
+
+        # Not by a loader of our own: inspect and pickle ask the loader for the source and more.
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec

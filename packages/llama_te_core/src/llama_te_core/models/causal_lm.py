@@ -1,0 +1,144 @@
+"""The decoder with a language-model head.
+
+Shapes: B sequences, S columns of a padded batch, E hidden size, V vocabulary. Packed sequences are one row,
+B = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from ..compat.transformers import cache_field
+from ..data.labels import next_token_labels
+from ..layers.kv_cache import KVCache
+from ..layers.sequence_layout import PackedSequences, check_mask
+from .configuration_nvllama import NVLlamaConfig
+from .decoder import NVLlamaModel
+from .generation import CachedGenerationMixin
+from .pretrained import NVLlamaPreTrainedModel
+
+_PACKED_ARGUMENTS = frozenset(field.name for field in fields(PackedSequences))
+
+
+class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
+    """The decoder with a language-model head, which always computes in the weights' own dtype.
+
+    Args: see `NVLlamaModel`.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: NVLlamaConfig, fp8_recipe: Any | None = None, fp4_recipe: Any | None = None) -> None:
+        super().__init__(config)
+        self.model = NVLlamaModel(config, fp8_recipe=fp8_recipe, fp4_recipe=fp4_recipe)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        cache: Any | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits and, with labels, the loss.
+
+        A cache may compute a step itself that adds one token to each row and returns logits alone: see
+        `KVCache.decode`.
+
+        Args:
+            input_ids: See `NVLlamaModel.forward`, as for all arguments not named here.
+            attention_mask: See there.
+            position_ids: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            labels: int64 [B, S]; the logits at a position are trained on the next label. The loss leaves out -100, and
+                a label whose predecessor is padding in `attention_mask`: nothing predicts a sequence's first token.
+            use_cache: See there.
+            logits_to_keep: The number of last columns to compute logits of (0: all), or the columns themselves.
+            cache: See there.
+            **kwargs: See there; `shift_labels`, int64 [B, S], are shifted labels in place of `labels`;
+                `num_items_in_batch` divides the loss.
+
+        Returns:
+            `loss` (if labels were given) and `logits` [B, S, V].
+        """
+        # The loss takes the rest of the arguments.
+        packed = {name: kwargs.pop(name) for name in list(kwargs) if name in _PACKED_ARGUMENTS}
+        # Not a named argument: Trainer would expect it in every batch, and compute no loss without it.
+        shift_labels = kwargs.pop("shift_labels", None)
+        output_hidden_states = kwargs.pop("output_hidden_states", None)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        cache = past_key_values if cache is None else cache
+        more_than_logits = output_hidden_states or labels is not None or shift_labels is not None
+        if not (more_than_logits or use_cache is False or inputs_embeds is not None or packed):
+            decoded_B1V = self._decode(input_ids, attention_mask, cache, logits_to_keep)
+            if decoded_B1V is not None:
+                return CausalLMOutputWithPast(logits=decoded_B1V, **{cache_field(): cache})
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **packed,
+        )
+        columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits_BSV = self.lm_head(outputs.last_hidden_state[:, columns])
+        loss = None
+        if labels is not None and shift_labels is None:
+            shift_labels = next_token_labels(labels, attention_mask)
+        if shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits_BSV,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits_BSV,
+            hidden_states=outputs.hidden_states,
+            **{cache_field(): outputs.get(cache_field())},
+        )
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: Any | None,
+        logits_to_keep: int | torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Return logits [B, 1, V] of a step that the cache computes; `None` where the layers must compute it."""
+        is_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        is_one_column = input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
+        if not (is_inference and is_one_column and isinstance(logits_to_keep, int)) or cache is None:
+            return None
+        assert input_ids is not None
+        rows = len(input_ids)
+        cache = self.check_cache(cache, rows)
+        if attention_mask is not None:
+            check_mask(attention_mask, rows, 1, cache)
+        return cache.decode(self, input_ids, attention_mask)
+
+    def check_cache(self, cache: Any, rows: int) -> KVCache:
+        """Refuse a cache that does not fit the model, or has fewer than `rows` rows; see `kv_cache.check_cache`."""
+        return self.model.check_cache(cache, rows)

@@ -1,0 +1,91 @@
+"""Generation with the caches of this project, as a mixin for transformers' `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import GenerationMixin
+
+from ..compat.transformers import cache_field, mark_as_given, prefill
+from ..layers.kv_cache import KVCache, default_cache_factory
+
+
+class CachedGenerationMixin(GenerationMixin):
+    """`generate` with a `KVCache`, in place of transformers' own caches.
+
+    A class that uses it has a `config` and a method `check_cache`.
+    """
+
+    config: Any
+
+    def check_cache(self, cache: Any, rows: int) -> KVCache:
+        """Refuse a cache that does not fit the model, or has fewer than `rows` rows; see `kv_cache.check_cache`."""
+        raise NotImplementedError
+
+    def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
+        """Generate text by transformers' own method, which takes the cache by either of its names here."""
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            kwargs[cache_field()] = cache
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Make a cache that the layers can use, or check the given one. `generate` calls this."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r}: the layers cannot use transformers' "
+                "own caches. Leave it out, or pass a llama_te_infer.InferenceParams as past_key_values."
+            )
+        given = model_kwargs.get(cache_field())
+        rows = batch_size * _rows_of_a_prompt(generation_config)
+        if given is None and generation_config.use_cache is not False:
+            factory = default_cache_factory()
+            if factory is None:
+                generation_config.use_cache = False
+                return None
+            if generation_config.is_assistant:
+                # All drafts for a text share this cache, but only the length of the first one is known here.
+                max_cache_length = max(max_cache_length, self.config.max_position_embeddings)
+            model_kwargs[cache_field()] = factory(self, batch_size=rows, max_length=max_cache_length)
+        elif given is not None:
+            mark_as_given(self.check_cache(given, rows))
+        return None
+
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Compute each prompt once, then copy its row of the cache.
+
+        `generate` calls this with one row for each beam or returned sequence of a prompt.
+        """
+        cache = model_kwargs.get(cache_field())
+        copies = _rows_of_a_prompt(generation_config)
+        # A cache with content may have other content in each of the rows.
+        if copies == 1 or cache is None or cache.get_seq_length() > 0:
+            return prefill(CachedGenerationMixin, self, input_ids, generation_config, model_kwargs, *args, **kwargs)
+        rows = input_ids.shape[0]
+        once = {
+            name: value[::copies] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+            for name, value in model_kwargs.items()
+        }
+        outputs = prefill(CachedGenerationMixin, self, input_ids[::copies], generation_config, once, *args, **kwargs)
+        cache.repeat_rows(copies)
+        outputs.logits = outputs.logits.repeat_interleave(copies, 0)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(hidden.repeat_interleave(copies, 0) for hidden in outputs.hidden_states)
+        return outputs
+
+
+def _rows_of_a_prompt(generation_config: Any) -> int:
+    """Return the number of rows that `generate` makes of each prompt."""
+    return max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)

@@ -1,0 +1,133 @@
+"""The base class of the models: initialisation, loading and saving."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from ..compat.torch import local_range
+from ..layers.selection import choose_backend
+from .configuration_nvllama import NVLlamaConfig
+
+
+class NVLlamaPreTrainedModel(PreTrainedModel):
+    """The base of all models here: configuration, initialisation, loading and saving.
+
+    Attributes:
+        layer_backend: The implementation of the decoder layers.
+
+    Raises:
+        RuntimeError: Transformer Engine is asked for and cannot run here.
+        ValueError: The configuration has a value that Llama on Transformer Engine does not know.
+    """
+
+    config_class = NVLlamaConfig
+    config: NVLlamaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReferenceLayer", "TransformerLayer"]  # noqa: RUF012  (transformers' own attribute)
+    _skip_keys_device_placement = ["inference_params"]  # noqa: RUF012
+    # The layers compute attention, whatever transformers chooses.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: NVLlamaConfig) -> None:
+        super().__init__(config)
+        config.check()
+        self.layer_backend = choose_backend(config.layer_implementation)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding) and isinstance(module.weight, DTensor):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.padding_idx is not None:
+                _clear_row(module.weight, module.padding_idx)
+            return
+        # transformers takes every class with "LayerNorm" in its name for a norm, and would fill its weights with ones.
+        if not self.layer_backend.is_own_module(module):
+            super()._init_weights(module)
+            return
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "layer_norm_weight":
+                init.ones_(parameter)
+            elif not self.layer_backend.is_quantized(parameter):  # quantizing has initialised it
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+    def init_empty_weights(self, device: torch.device | str | None = None) -> None:
+        """Give a model that was built on the meta device memory and fresh random weights.
+
+        This works after FSDP2's `fully_shard`: each process then allocates its shard alone.
+
+        Args:
+            device: The device of the weights; the current GPU by default, the CPU where there is none.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        for module in self.modules():
+            own = list(module.parameters(recurse=False)) + list(module.buffers(recurse=False))
+            if not any(tensor.is_meta for tensor in own):
+                continue
+            if not self.layer_backend.initialize_quantized(module):
+                module.to_empty(device=device, recurse=False)
+                self._init_weights(module)
+        self.tie_weights()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint with this layout; arguments are those of transformers.
+
+        Raises:
+            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
+        missing = sorted(key for key in info["missing_keys"] if key.startswith(decoder))
+        if missing:
+            unexpected = sorted(info["unexpected_keys"], key=lambda key: ("layers." not in key, key))
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of the decoder, such as "
+                f"{missing[0]!r}"
+                + (f", and has others, such as {unexpected[0]!r}" if unexpected else "")
+                + ". A Hugging Face Llama is converted with llama_te_convert.convert_llama_hf_to_te first."
+            )
+        model.quantize_loaded_weights()
+        return (model, info) if with_info else model
+
+    def quantize_loaded_weights(self) -> None:
+        """Quantize the weights after loading, where `config.use_quantized_model_init` asks for it.
+
+        `from_pretrained` calls this itself.
+
+        Raises:
+            RuntimeError: The weights are not on a GPU.
+        """
+        if self.config.use_quantized_model_init:
+            self.layer_backend.quantize_loaded_weights(self)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint; arguments are those of transformers. Quantized weights are saved in the model's dtype."""
+        if self.config.use_quantized_model_init and "state_dict" not in kwargs:
+            kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: a checkpoint's `auto_map` points at the installed package, so no source is copied."""
+
+
+def _clear_row(weight: DTensor, row: int) -> None:
+    """Fill one row of a matrix that processes share by rows with zeros, in the process that has it.
+
+    `weight[row]` would not do: some versions of torch refuse it where two dimensions of the mesh share the rows.
+    """
+    part = weight.to_local()
+    _, offset = local_range(weight, weight)
+    if 0 <= row - offset[0] < part.shape[0]:
+        part[row - offset[0]].zero_()

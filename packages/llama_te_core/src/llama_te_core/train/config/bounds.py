@@ -1,0 +1,26 @@
+"""Checks of single numbers of the configuration."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def at_least(name: str, value: Any, least: int) -> None:
+    """Refuse a value that is no integer of at least `least`.
+
+    Raises:
+        ValueError: With the option's name and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r}: it must be an integer of at least {least}.")
+
+
+def finite(name: str, value: float) -> None:
+    """Refuse a value that is no finite number of at least 0.
+
+    Raises:
+        ValueError: With the option's name and the value.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}={value!r}: it must be a finite number of at least 0.")

@@ -1,0 +1,223 @@
+"""The contract of `llama_te_core.compat`: private names of other libraries are where, and what, we take them for."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from llama_te_core.compat import torch as compat_torch
+from llama_te_core.compat import transformer_engine as compat_te
+from llama_te_core.compat import transformers as compat_transformers
+from llama_te_core.models.generation import CachedGenerationMixin
+
+
+def moved(library: str, name: str) -> str:
+    version = importlib.import_module(library).__version__
+    return f"{library} {version} has moved or changed {name}: adapt llama_te_core/compat/{library}.py"
+
+
+class TestTransformers:
+    def test_the_cache_has_one_of_two_names(self) -> None:
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        field = compat_transformers.cache_field()
+        assert field in inspect.signature(BaseModelOutputWithPast).parameters, moved(
+            "transformers", "the cache's field"
+        )
+
+    def test_generate_reads_the_mark_of_a_given_cache(self) -> None:
+        from transformers.generation import utils
+
+        cache = types.SimpleNamespace()
+        compat_transformers.mark_as_given(cache)
+        assert set(vars(cache)) == {"_is_user_defined"}
+        assert "_is_user_defined" in inspect.getsource(utils), moved("transformers", "_is_user_defined")
+
+    @pytest.mark.parametrize("name", ["_prepare_cache_for_generation", "_prefill"])
+    def test_generate_calls_the_methods_that_we_override(self, name: str) -> None:
+        from transformers import GenerationMixin
+
+        theirs = list(inspect.signature(getattr(GenerationMixin, name)).parameters)
+        ours = inspect.signature(getattr(CachedGenerationMixin, name)).parameters.values()
+        positional = [each.name for each in ours if each.kind is each.POSITIONAL_OR_KEYWORD]
+        assert theirs[: len(positional)] == positional, moved("transformers", f"GenerationMixin.{name}")
+
+    def test_gradient_checkpointing_sets_a_function(self) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+        model = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        decoder = model.layers[0]  # transformers' own layers hold it, where a model has no layers of their class
+        holder = model if hasattr(model, "_gradient_checkpointing_func") else decoder
+        function: Any = compat_transformers.gradient_checkpointing_function(holder)
+        assert function.keywords["use_reentrant"], moved("transformers", "_gradient_checkpointing_func")
+
+    def test_a_configuration_says_its_attention(self) -> None:
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(attn_implementation="eager")
+        assert compat_transformers.attention_implementation(config) == "eager", moved(
+            "transformers", "_attn_implementation"
+        )
+
+    def test_rope_types_and_their_parameters(self) -> None:
+        functions = compat_transformers.rope_functions()
+        assert {"linear", "dynamic", "yarn", "longrope", "llama3"} <= set(functions), moved(
+            "transformers", "rope types"
+        )
+        names = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
+        assert names <= compat_transformers.rope_parameter_names(), moved("transformers", "RopeParameters")
+
+    def test_trainer_knows_causal_models_by_name(self) -> None:
+        from transformers import trainer
+
+        assert "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES" in inspect.getsource(trainer), moved(
+            "transformers", "label smoothing"
+        )
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["nv_llama"] == "NVLlamaForCausalLM"
+
+    def test_an_action_runs_after_an_import_and_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "imported_later.py").write_text("value = 3\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        seen: list[int] = []
+        compat_transformers.when_imported("imported_later", lambda: seen.append(sys.modules["imported_later"].value))
+        assert seen == []
+        module = importlib.import_module("imported_later")
+        assert seen == [3] and inspect.getsource(module) == "value = 3\n"
+        importlib.reload(module)
+        compat_transformers.when_imported("imported_later", lambda: seen.append(4))
+        assert seen == [3, 4]
+        del sys.modules["imported_later"]
+
+
+class TestTorch:
+    def test_each_process_holds_its_share_of_two_halves(self) -> None:
+        placement = compat_torch.placement_of_two_halves()
+        assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")
+        assert placement == compat_torch.placement_of_two_halves() and placement != Shard(0)
+
+    def test_the_local_range_of_a_tensor(self) -> None:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        try:
+            mesh = init_device_mesh("cpu", (1,))
+            tensor = distribute_tensor(torch.empty(10, 3), mesh, [Shard(0)])
+            assert isinstance(tensor, DTensor)
+            found = compat_torch.local_range(tensor, tensor)
+            assert found == ((10, 3), (0, 0)), moved("torch", "compute_local_shape_and_global_offset")
+            assert compat_torch.local_range(torch.empty(4, 2), tensor, [Replicate()]) == ((4, 2), (0, 0))
+        finally:
+            dist.destroy_process_group()
+
+    def test_trees_are_mapped_together(self) -> None:
+        tree = {"a": [1, 2], "b": 3}
+        other = {"a": [10, 20], "b": 30}
+        mapped = compat_torch.tree_map(lambda one, two: one + two, tree, other)
+        assert mapped == {"a": [11, 22], "b": 33}, moved("torch", "_pytree.tree_map")
+
+    def test_a_compiled_module_shows_its_own(self) -> None:
+        module = nn.Linear(2, 2)
+        assert compat_torch.uncompiled(torch.compile(module)) is module, moved("torch", "_orig_mod")
+        assert compat_torch.uncompiled(module) is module
+
+    def test_hooks_on_a_forward_pass_are_found(self) -> None:
+        module = nn.Linear(2, 2)
+
+        def before(*args: Any) -> None: ...
+
+        def after(*args: Any) -> None: ...
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+        assert set(compat_torch.forward_hooks(module)) == {before, after}, moved("torch", "_forward_hooks")
+
+    def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[tuple[Any, ...]] = []
+        memory = torch.cuda.memory
+        assert "enabled" in inspect.signature(memory._record_memory_history).parameters
+        assert hasattr(memory, "_dump_snapshot"), moved("torch", "_dump_snapshot")
+        monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **how: calls.append(("record", how)))
+        monkeypatch.setattr(memory, "_dump_snapshot", lambda file: calls.append(("dump", file)))
+        compat_torch.start_memory_recording()
+        compat_torch.stop_memory_recording("file")
+        assert calls == [("record", {}), ("dump", "file"), ("record", {"enabled": None})]
+
+    def test_a_checkpoint_says_where_an_item_lies(self, tmp_path: Path) -> None:
+        from torch.distributed.checkpoint import FileSystemReader, load, save
+        from torch.distributed.checkpoint.planner import LoadPlan
+
+        class Reader(FileSystemReader):
+            def read_data(self, plan: LoadPlan, planner: Any) -> Any:
+                files.extend(compat_torch.file_of_item(self, item) for item in plan.items)
+                return super().read_data(plan, planner)
+
+        files: list[str] = []
+        save({"a": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
+        load({"a": torch.zeros(3)}, storage_reader=Reader(tmp_path), no_dist=True)
+        assert files and all((tmp_path / name).is_file() for name in files), moved("torch", "storage_data")
+
+    def test_fully_shard_names_its_classes(self) -> None:
+        from torch.distributed.fsdp._fully_shard import _fully_shard
+
+        assert f'"{compat_torch.FSDP_CLASS_PREFIX}"' in inspect.getsource(_fully_shard) or (
+            f'f"{compat_torch.FSDP_CLASS_PREFIX}' in inspect.getsource(_fully_shard)
+        ), moved("torch", "the class that fully_shard makes")
+
+
+class TestPeft:
+    def test_a_factory_makes_the_wrapper_of_a_parameter(self) -> None:
+        pytest.importorskip("peft")
+        from peft import LoraConfig, get_peft_model
+
+        from llama_te_core.compat import peft as compat_peft
+
+        asked: list[str | None] = []
+
+        def factory(module: nn.Module, adapter_name: str, *, parameter_name: str | None = None, **options: Any) -> Any:
+            asked.append(parameter_name)
+            return compat_peft.ParamWrapper(module, adapter_name, parameter_name=parameter_name, **options)
+
+        config = LoraConfig(target_parameters=["0.weight"], r=1)
+        compat_peft.set_wrapper_factory(config, factory)
+        model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), config)
+        assert asked == ["weight"], moved("peft", "_register_custom_module")
+        wrappers = [each for each in model.modules() if isinstance(each, compat_peft.ParamWrapper)]
+        assert len(wrappers) == 1 and wrappers[0].parameter_name == "weight", moved("peft", "ParamWrapper")
+
+
+class TestTorchdata:
+    def test_workers_end_and_states_have_an_age(self) -> None:
+        pytest.importorskip("torchdata")
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        from llama_te_core.compat import torchdata as compat_torchdata
+
+        loader = StatefulDataLoader(list(range(8)), batch_size=1, num_workers=1, snapshot_every_n_steps=4)
+        iterator = iter(loader)
+        next(iterator)
+        assert compat_torchdata.batches_since_snapshot(loader.state_dict()) == 1, moved("torchdata", "the state's age")
+        compat_torchdata.shut_down_workers(iterator)
+        assert not any(worker.is_alive() for worker in iterator._workers), moved("torchdata", "_shutdown_workers")
+
+
+class TestTransformerEngineWithoutIt:
+    """What the functions do where TE is not installed; tests/gpu/test_compat.py holds them to TE itself."""
+
+    def test_nothing_is_quantized(self) -> None:
+        assert not compat_te.is_quantized(torch.ones(1)) and compat_te.fp8_parts(torch.ones(1)) is None
+        assert not compat_te.is_module_of_transformer_engine(nn.Linear(1, 1))
+        assert not compat_te.holds_quantized_weights(nn.Linear(1, 1))
+        assert compat_te.delayed_scaling_state(nn.Linear(1, 1)) == {}

@@ -1,0 +1,100 @@
+"""The contract of `llama_te_core.compat.transformer_engine`, held to Transformer Engine itself."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+from llama_te_core.compat import transformer_engine as compat
+
+pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
+
+
+def moved(name: str) -> str:
+    import transformer_engine
+
+    return (
+        f"transformer_engine {transformer_engine.__version__} has moved or changed {name}: adapt "
+        "llama_te_core/compat/transformer_engine.py"
+    )
+
+
+def quantized_linear() -> Any:
+    te = compat.transformer_engine()
+    with te.quantized_model_init(enabled=True, recipe=compat.make_recipe("Float8CurrentScaling")):
+        return te.Linear(64, 32, bias=False, params_dtype=torch.bfloat16, device="cuda")
+
+
+def test_the_features_for_inspection_are_in_the_package() -> None:
+    assert compat.debug_features().is_dir(), moved("debug/features")
+
+
+def test_modules_and_weights_are_recognised() -> None:
+    linear = quantized_linear()
+    assert compat.is_module_of_transformer_engine(linear), moved("the modules' package")
+    assert compat.holds_quantized_weights(linear), moved("primary_weights_in_fp8")
+    assert compat.is_quantized(linear.weight) and not compat.is_quantized(torch.ones(1)), moved("QuantizedTensor")
+
+
+def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
+    weight = quantized_linear().weight
+    parts = compat.fp8_parts(weight)
+    assert parts is not None, moved("Float8Tensor")
+    values, scale = parts
+    assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and scale.shape == (1,)
+    torch.testing.assert_close(values.float() * scale, weight.dequantize().float())
+
+
+def test_a_module_quantizes_the_values_that_it_has() -> None:
+    linear = quantized_linear()
+    expected = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)
+    linear.weight = torch.nn.Parameter(expected.clone())
+    compat.quantize_in_place(linear)
+    assert compat.is_quantized(linear.weight), moved("param_init_meta")
+    assert (linear.weight.dequantize() - expected).abs().max() < 0.07 * expected.abs().max()
+
+
+def test_a_quantized_weight_takes_a_group() -> None:
+    te = compat.transformer_engine()
+    assert "amax_reduction_group" in inspect.getsource(te.Float8Tensor) or hasattr(
+        quantized_linear().weight, "amax_reduction_group"
+    ), moved("amax_reduction_group")
+
+
+def test_a_layer_takes_a_softmax_scale() -> None:
+    te = compat.transformer_engine()
+    layer = te.TransformerLayer(64, 64, 4, device="cuda")
+    compat.set_softmax_scale(layer, 0.125)
+    scales = [
+        module.softmax_scale
+        for module in layer.self_attention.core_attention.modules()
+        if hasattr(module, "softmax_scale")
+    ]
+    assert scales and set(scales) == {0.125}, moved("softmax_scale")
+
+
+def test_the_state_of_delayed_scaling_is_read_and_set() -> None:
+    te = compat.transformer_engine()
+    recipe = compat.make_recipe("DelayedScaling", amax_history_len=4)
+    one, two = (te.Linear(64, 32, bias=False, params_dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    assert compat.delayed_scaling_state(one) == {}
+    with te.autocast(enabled=True, recipe=recipe):
+        one(torch.randn(32, 64, device="cuda", dtype=torch.bfloat16)).sum().backward()
+    state = compat.delayed_scaling_state(one)
+    assert set(state) == {"scale_fwd", "scale_bwd", "amax_history_fwd", "amax_history_bwd"}, moved("fp8_meta")
+    compat.set_delayed_scaling_state(two, state)
+    copied = compat.delayed_scaling_state(two)
+    assert all(torch.equal(copied[name], value) for name, value in state.items()), moved("init_fp8_meta_tensors")
+
+
+def test_the_optimizer_keeps_master_weights() -> None:
+    weight = quantized_linear().weight
+    plain = torch.nn.Parameter(torch.ones(8, device="cuda"))
+    first = torch.randn(32, 64, device="cuda")
+    groups = [{"params": [weight, plain], "weight_decay": 0.0}]
+    optimizer = compat.fused_adam(groups, lambda each: each is weight, {weight: first}, {"lr": 1e-3})
+    assert torch.equal(optimizer.state[weight][compat.MASTER_WEIGHT], first), moved("FusedAdam")
+    assert compat.MASTER_WEIGHT not in optimizer.state[plain]
