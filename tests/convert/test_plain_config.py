@@ -14,9 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig
 
-import llama_te_core.checkpoint_format
 from conftest import TINY
-from llama_te_convert.configs import core_format
 from llama_te_convert.configs.model_config import hf_config, te_config
 from llama_te_convert.configs.plain_config import _COMMON, _OF_LLAMA, plain_fields, write_plain_config
 from llama_te_convert.sources.checkpoint import Checkpoint

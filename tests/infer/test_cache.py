@@ -19,8 +19,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.layers.kv_cache import KVCache
 from llama_te_infer import InferenceParams, PagedKVCacheManager
+from llama_te_infer.kv_cache.engine_cache import EngineCache
 from llama_te_infer.ops import library
 
 LAYERS = (1, 2)
@@ -602,3 +604,25 @@ def test_a_layer_stored_by_append_rope_is_not_stored_again() -> None:
     cache.pre_step(OrderedDict([(0, 1)]))
     keys, *_ = cache.step(1, wrong[:1], wrong[:1], "thd")
     assert torch.equal(keys[0, 2], wrong[0])
+
+
+@pytest.mark.parametrize("is_paged", [False, True])
+def test_attention_of_transformer_engine_finds_what_it_reads(is_paged: bool) -> None:
+    """The names that TE 2.20's attention reads from a cache, beside the methods of `KVCache`."""
+    paged: dict[str, Any] = {"is_paged": True, "page_size": 16, "total_num_pages": 8} if is_paged else {}
+    cache = InferenceParams(2, 64, 2, 16, torch.float32, max_ctx_len=32, device="cpu", **paged)
+    caches: list[Any] = [cache]
+    if is_paged:
+        config = NVLlamaConfig(
+            vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        )
+        model = NVLlamaForCausalLM(config)
+        caches.append(EngineCache(model, rows=2, max_sequence_length=64, total_num_pages=7, page_size=16))
+    for each in caches:
+        assert each.is_paged is is_paged
+        assert each.max_ctx_len == (32 if each is cache else 64)
+        assert callable(each.convert_paged_to_nonpaged)
+        if is_paged:
+            assert (each.page_size, each.total_num_pages) == (16, 8)
+            assert each.cache_manager.max_pages_per_seq == 4
+            assert each.cache_manager.page_table.shape == (2, 4)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_te_core import checkpoint_format
+
 from ..errors import CheckpointError
 from ..layout.row_order import HeadSizes
-from llama_te_core import checkpoint_format
 
 CONFIG_NAME = "config.json"
 

@@ -7,10 +7,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llama_te_core import checkpoint_format
+
 from ..errors import CheckpointError
 from .architectures import architecture_of, renamed
 from .config_file import has_te_layout
-from llama_te_core import checkpoint_format
 
 # Importing transformers takes seconds, and a plain Llama converts without it.
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llama_te_core import checkpoint_format
+
 from .architectures import ARCHITECTURES, architecture_of, renamed
 from .config_file import CONFIG_NAME, has_te_layout, is_size
-from llama_te_core import checkpoint_format
 
 _LLAMA = ARCHITECTURES["llama"]
 

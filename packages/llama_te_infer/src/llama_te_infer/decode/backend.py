@@ -7,6 +7,7 @@ import warnings
 from typing import Any, Protocol
 
 import torch
+
 from llama_te_core.compat.torch import forward_hooks
 
 from ..kv_cache.step import CacheStep

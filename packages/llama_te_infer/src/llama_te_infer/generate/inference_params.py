@@ -95,12 +95,10 @@ class InferenceParams(CacheStep):
         }
         manager: CacheManager
         if is_paged:
-            self.total_num_pages, page_size = _check_pages(
-                max_batch_size, max_sequence_length, total_num_pages, page_size
-            )
-            manager = PagedKVCacheManager(self.total_num_pages, page_size, **memory, **shared)
+            total_num_pages, page_size = _check_pages(max_batch_size, max_sequence_length, total_num_pages, page_size)
+            manager = PagedKVCacheManager(total_num_pages, page_size, **memory, **shared)
         else:
-            page_size = None
+            total_num_pages = page_size = None
             manager = NonPagedKVCacheManager(**memory, **shared)
         super().__init__(
             manager,
@@ -108,6 +106,7 @@ class InferenceParams(CacheStep):
             max_sequence_length=max_sequence_length,
             num_heads_kv=num_heads_kv,
             page_size=page_size,
+            total_num_pages=total_num_pages,
             max_ctx_len=max_ctx_len,
             **shared,
         )

@@ -56,6 +56,7 @@ class EngineCache(CacheStep):
             dtype=dtype,
             device=device,
             page_size=page_size,
+            total_num_pages=total_num_pages + 1,
         )
         self.padding_page = total_num_pages
         for layer in range(config.num_hidden_layers):

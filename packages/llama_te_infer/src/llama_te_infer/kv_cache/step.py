@@ -33,6 +33,7 @@ class CacheStep:
         dtype: Of keys and values.
         device: Of keys and values.
         page_size: Tokens of a page; `None` for contiguous storage.
+        total_num_pages: Pages of all rows together; `None` for contiguous storage.
         max_ctx_len: Most new tokens of a row in one step; `max_sequence_length` by default.
 
     Attributes:
@@ -54,16 +55,17 @@ class CacheStep:
         dtype: torch.dtype,
         device: torch.device,
         page_size: int | None = None,
+        total_num_pages: int | None = None,
         max_ctx_len: int | None = None,
     ) -> None:
         self.cache_manager = cache_manager
         self.max_batch_size, self.max_sequence_length = max_batch_size, max_sequence_length
         self.num_heads_kv, self.head_dim_k, self.head_dim_v = num_heads_kv, head_dim_k, head_dim_v
         self.dtype, self.device = dtype, device
-        # Transformer Engine's attention reads these two by their names, and `cache_manager`.
+        # Transformer Engine's attention reads these four by their names, and `cache_manager`.
         self.is_paged = page_size is not None
+        self.page_size, self.total_num_pages = page_size, total_num_pages
         self.max_ctx_len = max_sequence_length if max_ctx_len is None else max_ctx_len
-        self.page_size = page_size
         # One buffer, so that a step is one copy to the device.
         self._lengths = torch.zeros(3 * max_batch_size + 2, dtype=torch.int32, device=device)
         self.cu_seqlens_q = self._lengths[: max_batch_size + 1]
