@@ -55,6 +55,7 @@ def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Pa
 
 
 @each_page
+@pytest.mark.filterwarnings("error:generate runs without a key/value cache")
 def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(checkpoint)
     text = page.read_text(encoding="utf-8")

@@ -52,7 +52,7 @@ def kernels() -> Kernels:
 def interpreted_loss(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes `linear_cross_entropy` run the kernels on the CPU."""
     passes = (kernels.module.statistics, kernels.module.write_gradient)
-    monkeypatch.setattr(sys.modules["llama_te_core.linear_cross_entropy"], "_passes", lambda device: passes)
+    monkeypatch.setattr(sys.modules["llama_te_core.loss.linear_cross_entropy"], "_passes", lambda device: passes)
 
 
 @SETTINGS

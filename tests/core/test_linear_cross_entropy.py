@@ -274,7 +274,7 @@ def test_the_logits_of_all_tokens_are_never_there(dtype):
 
 
 def test_a_gpu_without_triton_warns_once(monkeypatch):
-    module = sys.modules["llama_te_core.linear_cross_entropy"]
+    module = sys.modules["llama_te_core.loss.linear_cross_entropy"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     module._triton_is_installed.cache_clear()
     with pytest.warns(UserWarning, match="plain PyTorch on this GPU.* Install the version of triton"):

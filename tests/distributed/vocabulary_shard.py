@@ -34,7 +34,7 @@ def kernels() -> Any:
     from llama_te_core.loss import kernels as cross_entropy_kernels
 
     passes = (cross_entropy_kernels.statistics, cross_entropy_kernels.write_gradient)
-    return mock.patch.object(sys.modules["llama_te_core.linear_cross_entropy"], "_passes", return_value=passes)
+    return mock.patch.object(sys.modules["llama_te_core.loss.linear_cross_entropy"], "_passes", return_value=passes)
 
 
 def loss_and_gradients(case: dict[str, Any], group: dist.ProcessGroup) -> dict[str, torch.Tensor | None] | str:
