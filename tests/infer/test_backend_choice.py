@@ -21,6 +21,7 @@ from llama_te_infer import Engine, SamplingParams, inference_params_for
 from llama_te_infer.decode import backend
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.decode.layers import LayersDecode
+from llama_te_infer.engine import engine as engine_module
 
 NEW = 12
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
@@ -244,3 +245,13 @@ def test_a_hook_registered_while_requests_run_counts_with_the_next_request(
         outputs += engine.step()
     assert [output.outputs[0].token_ids for output in outputs] == [expected] * 2
     assert len(seen) > NEW
+
+
+def test_a_hook_that_the_engine_does_not_run_is_named(model: PreTrainedModel) -> None:
+    engine_module._warn_of_unused_hooks.cache_clear()
+    plain = written(Engine(model))
+    handle = model.register_forward_hook(lambda module, args, output: output)
+    with pytest.warns(UserWarning, match=r"hooks on the NVLlamaForCausalLM itself .* do not run: register them on"):
+        engine = Engine(model)
+    assert written(engine) == plain
+    handle.remove()

@@ -11,12 +11,15 @@ before. So the host learns one step late that a sequence has ended, and drops th
 from __future__ import annotations
 
 import functools
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
+
+from llama_te_core.compat.torch import forward_hooks
 
 from ..decode.backend import DecodeBackend, check_implementation, select_backend
 from ..decode.fused import FusedDecode
@@ -36,6 +39,15 @@ from .scheduler import Scheduler
 Prompt = str | Sequence[int]
 
 SECONDS_BEFORE_PROGRESS = 2.0
+
+
+@functools.cache
+def _warn_of_unused_hooks() -> None:
+    warnings.warn(
+        "The engine calls the model's decoder and its head, so hooks on the NVLlamaForCausalLM itself and its replaced "
+        "forward do not run: register them on model.model or model.lm_head.",
+        stacklevel=2,
+    )
 
 
 class Engine:
@@ -308,6 +320,8 @@ class Engine:
         self._is_stepping = False
 
     def _select_backend(self) -> DecodeBackend:
+        if forward_hooks(self.model) or "forward" in vars(self.model):
+            _warn_of_unused_hooks()
         self._fused, _ = select_backend(self.model, self._cache, self._rows, self.decode_implementation, self._fused)
         self._backend_is_current = True
         return self._layers if self._fused is None else self._fused
