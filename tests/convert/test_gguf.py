@@ -339,7 +339,7 @@ def test_one_of_several_files_is_refused(tmp_path):
 def test_architecture_that_is_no_text(tmp_path):
     path = write(tmp_path / "tiny.gguf", tiny_tensors())
     path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0\xff\xff\xff\xff\xff"))
-    with pytest.raises(CheckpointError, match="tiny.gguf is not a GGUF file that can be read"):
+    with pytest.raises(CheckpointError, match="tiny.gguf is not a GGUF file, or it is damaged"):
         GGUFSource(path)
 
 
