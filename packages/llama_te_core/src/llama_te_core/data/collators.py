@@ -1,8 +1,8 @@
 """Turns the padded batch of a Hugging Face collator into one packed (THD) batch.
 
 Shape suffixes: B rows of the padded batch, S its padded length, R real tokens, N packed sequences (the rows that have
-a real token, then the dummy sequence if there is one), T tokens of the packed buffer. "real" is a token that the
-attention mask keeps.
+a real token, then the dummy sequence if there is one), T tokens of the packed buffer. A token is "real" if the
+attention mask keeps it.
 """
 
 import math
@@ -19,41 +19,42 @@ from .labels import IGNORED_LABEL
 
 @dataclass
 class DataCollatorWithFlattening:
-    """Packs the batch of another collator into one row without padding, as THD attention takes it.
+    """Packs the batch of another collator into one row without padding, for THD attention.
 
-    The wrapped collator does its own work first (masking, label making, padding); then the tokens that its attention
-    mask keeps are laid end to end, whichever side the padding was on.
+    The wrapped collator does its own work first (masking, label making, padding). This class then lays the tokens that
+    the attention mask keeps end to end, for padding on either side.
 
     **Loss boundaries.** A causal language model shifts labels itself: token ``t`` is trained on label ``t + 1``. In a
-    packed row the last token of a sequence would so be trained on the first token of the next one. Therefore the label
-    at the first token of every sequence becomes ``separator_id``, by default -100, which the loss ignores. Nothing is
-    lost by it: inside its own sequence a first token has no token before it that could predict it. A model that does
-    not shift (token classification) needs ``separator_id=None``, which keeps every label. ``shift_labels`` from the
-    wrapped collator are packed as they are, since they are aligned with the tokens already.
+    packed row this would train the last token of a sequence on the first token of the next one. Therefore the label
+    at the first token of every sequence becomes ``separator_id``, by default -100, which the loss ignores. This loses
+    no training signal: no token of its own sequence comes before the first token and could predict it. A model that
+    does not shift (token classification) needs ``separator_id=None``, which keeps every label. ``shift_labels`` from
+    the wrapped collator are aligned with the tokens already, so their values stay.
 
-    **Padding.** Both options may be combined. ``pad_sequences_to_be_divisible_by`` is applied first, within each
-    sequence; then ``pad_to_multiple_of`` appends one dummy sequence, if the total needs it. The dummy's length keeps
-    both promises, so the total is then a multiple of the least common multiple of the two. Padding has the pad token
-    in ``input_ids``, -100 in ``labels`` and ``shift_labels``, and 0 in any other per-token field. The dummy sequence is
-    an ordinary sequence to attention (``cu_seq_lens_*`` counts its tokens), so that no position is without a
-    defined output. Under context parallelism each rank holds ``T / cp_size`` tokens: to give each rank a multiple of
-    16, ask for ``pad_to_multiple_of=16 * cp_size``.
+    **Padding.** Both options may be combined. ``pad_sequences_to_be_divisible_by`` pads each sequence first. Then
+    ``pad_to_multiple_of`` appends one dummy sequence, if the total needs it. The dummy's length respects both options,
+    so the total is then a multiple of the least common multiple of the two. Padding has the pad token in
+    ``input_ids``, -100 in ``labels`` and ``shift_labels``, and 0 in any other per-token field. Attention treats the
+    dummy sequence like any other (``cu_seq_lens_*`` counts its tokens), so every position has a defined output. Under
+    context parallelism each rank holds ``T / cp_size`` tokens: to give each rank a multiple of 16, ask for
+    ``pad_to_multiple_of=16 * cp_size``.
 
     Attributes:
         collator: Any callable from a list of features to a mapping of padded tensors: ``input_ids`` [B, S] and
-            optionally ``attention_mask`` [B, S] (nonzero is real; without it every token is), ``labels`` and others.
+            optionally ``attention_mask`` [B, S] (nonzero for real tokens; without a mask every token is real),
+            ``labels`` and others.
         return_position_ids: Also return ``position_ids``, which restart at 0 in each sequence.
         pad_to_multiple_of: Make the total T a multiple of this: 16 for FP8, 32 for MXFP8, 128 for NVFP4.
         pad_sequences_to_be_divisible_by: Make the length of each sequence in the buffer a multiple of this: twice the
             number of ranks for context parallelism.
         separator_id: Label of the first token of each sequence; None leaves labels alone. An id other than -100
-            trains the last token of each sequence on that id, which padding within sequences would hand to a pad
-            token, so the two are refused together.
+            trains the last token of each sequence on that id. With padding within sequences this would train a pad
+            token, so the two options cannot be combined.
         pad_token_id: Token id of all padding. Default: the pad token of ``collator.tokenizer``.
 
     Raises:
-        ValueError: An argument is out of its range, padding is asked for and no pad token is known, or a trained
-            ``separator_id`` is combined with ``pad_sequences_to_be_divisible_by``.
+        ValueError: An argument is out of its range, padding is requested without a pad token, or a ``separator_id``
+            other than -100 is combined with ``pad_sequences_to_be_divisible_by``.
     """
 
     collator: Callable[[list[Any]], Mapping[str, Any]]
@@ -76,29 +77,29 @@ class DataCollatorWithFlattening:
         self._check_pad_token()
 
     def __call__(self, features: Sequence[Any], return_tensors: str | None = None) -> dict[str, Any]:
-        """Collates and packs one batch.
+        """Collate and pack one batch.
 
         Args:
-            features: The samples, as the wrapped collator takes them.
-            return_tensors: None or "pt"; there for the signature that transformers calls collators with.
+            features: The samples, in the form that the wrapped collator takes.
+            return_tensors: None or "pt"; transformers passes this argument to collators.
 
         Returns:
             A dict with
             ``input_ids`` [1, T]; ``labels`` and any other per-token field of the padded batch [1, T, ...], each in its
             own dtype;
             ``cu_seq_lens_q``, ``cu_seq_lens_k`` int32 [N + 1]: running count of tokens;
-            ``max_length_q``, ``max_length_k`` int: the longest sequence as it lies in the buffer, padding included;
+            ``max_length_q``, ``max_length_k`` int: the length of the longest sequence, padding included;
             with ``pad_sequences_to_be_divisible_by`` also ``cu_seq_lens_q_padded``, ``cu_seq_lens_k_padded`` int32
             [N + 1] (the offsets of the sequences in the buffer; ``cu_seq_lens_*`` then leaves out the padding within
             sequences) and ``pad_between_seqs`` True;
             with ``return_position_ids`` also ``position_ids`` int64 [1, T].
-            ``attention_mask`` is gone: the lengths say it all. Fields with one entry per row ([B] or a list) keep their
-            form; integer ``labels`` [B] get -100 for the dummy sequence, others have no entry for it. Rows without a
-            real token are dropped from all fields.
+            The lengths replace ``attention_mask``. Fields with one entry per row ([B] or a list) keep their form. For
+            the dummy sequence, integer ``labels`` [B] get -100, and the other fields get no entry. All fields drop the
+            rows without a real token.
 
         Raises:
-            ValueError: The features are whole batches, the wrapped collator's output cannot be packed (its message
-                says which field and why), or no row has a real token.
+            ValueError: The features are whole batches, the wrapped collator's output cannot be packed (the message
+                names the field and the reason), or no row has a real token.
         """
         if return_tensors not in (None, "pt"):
             raise ValueError(f"return_tensors is {return_tensors!r}; only None or 'pt' (PyTorch tensors) is supported.")
@@ -118,7 +119,7 @@ class DataCollatorWithFlattening:
     def _pack(self, name: str, value: Any, mask_BS: torch.Tensor, layout: "_Layout") -> Any:
         if not _is_per_token(name, value, mask_BS):
             return self._keep_per_sequence(name, value, mask_BS, layout)
-        # A missing pad token is 0 here: the constructor has made sure that then no position stays padding.
+        # Without a pad token the buffer starts as 0. The constructor allows that only where no position is padding.
         padding = {"input_ids": self.pad_token_id or 0, "labels": IGNORED_LABEL, "shift_labels": IGNORED_LABEL}
         packed_T = value.new_full((layout.total, *value.shape[2:]), padding.get(name, 0))
         packed_T[layout.position_R] = value[mask_BS]
@@ -135,7 +136,7 @@ class DataCollatorWithFlattening:
         if name != "labels" or self.pad_to_multiple_of is None:
             return kept
         if kept.is_floating_point():
-            # Refused even where this batch needs no dummy: otherwise a run would fail at a random step.
+            # Refuse this even where this batch needs no dummy: otherwise a run would fail at a random step.
             raise ValueError(
                 f"labels are {kept.dtype} with shape {tuple(value.shape)}, one entry for each sequence, and "
                 f"pad_to_multiple_of is {self.pad_to_multiple_of}: its dummy sequence has no floating-point label that "
@@ -195,9 +196,9 @@ class DataCollatorWithFlattening:
 
 @dataclass
 class _Layout:
-    """Where each real token goes in the packed buffer."""
+    """The place of each real token in the packed buffer."""
 
-    # Tokens that attention sees in each sequence, and the same with the padding within the sequence.
+    # The length of each sequence, without and with its padding.
     lengths_N: torch.Tensor
     slots_N: torch.Tensor
     position_R: torch.Tensor
@@ -228,7 +229,7 @@ def _running_count(lengths_N: torch.Tensor) -> torch.Tensor:
 
 
 def _count_within(lengths_N: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2, ... restarting in each sequence: int64 [sum of lengths]."""
+    """Count 0, 1, 2, ... from the beginning of each sequence: int64 [sum of lengths]."""
     starts_N = lengths_N.cumsum(0) - lengths_N
     starts_T = torch.repeat_interleave(starts_N, lengths_N)
     return torch.arange(len(starts_T), device=lengths_N.device) - starts_T
@@ -238,7 +239,7 @@ def _is_per_token(name: str, value: Any, mask_BS: torch.Tensor) -> bool:
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return False
     if name == "labels" and value.is_floating_point():
-        # [B, num_labels] of a multi-label classifier, even where num_labels happens to be S.
+        # These are a multi-label classifier's labels [B, num_labels], even where num_labels happens to be S.
         return False
     if value.shape[:2] == mask_BS.shape:
         return True
@@ -278,7 +279,7 @@ def _real_tokens(padded: Mapping[str, Any], features: list[Any]) -> torch.Tensor
 
 
 def _check_unpadded(features: list[Any], input_ids_BS: torch.Tensor) -> None:
-    """Padding that no mask marks would be trained on as text: refuse it wherever it can be seen."""
+    """Refuse visible padding that no mask marks, since training would take it for text."""
     token_lists = [feature.get("input_ids") if isinstance(feature, Mapping) else feature for feature in features]
     lengths = {len(tokens) for tokens in token_lists if isinstance(tokens, (list, tuple, torch.Tensor))}
     if lengths - {input_ids_BS.shape[1]}:

@@ -1,4 +1,4 @@
-"""Labels of a language model: the token that each token is trained to predict.
+"""Makes a language model's labels: for each token, the token that it is trained to predict.
 
 Shapes: B sequences, S columns of a padded batch. Packed sequences are one row, B = 1.
 """
@@ -6,22 +6,22 @@ Shapes: B sequences, S columns of a padded batch. Packed sequences are one row, 
 import torch
 from torch.nn import functional as F
 
-# The label that the loss ignores, in torch and transformers.
+# The loss of torch and of transformers ignores this label.
 IGNORED_LABEL = -100
 
 
 def next_token_labels(
     labels: torch.Tensor, attention_mask: torch.Tensor | None = None, ignore_index: int = IGNORED_LABEL
 ) -> torch.Tensor:
-    """Shift labels so that each token stands beside the label that it predicts, the next token's.
+    """Shift labels by one, so that each token stands beside the label that it predicts, the next token's.
 
-    Nothing predicts the first token of a sequence, so its label is dropped. In a padded batch that follows from the
-    mask. In packed sequences the label itself must be `ignore_index`, as `DataCollatorWithFlattening` makes it; or it
-    is a separator, and then the last token of the sequence before is trained on it.
+    No token predicts the first token of a sequence, so its label is dropped. In a padded batch the mask shows the first
+    token. In packed sequences the first token's label must be `ignore_index`, as `DataCollatorWithFlattening` makes it.
+    If it is a separator, the last token of the previous sequence is trained on it.
 
     Args:
         labels: int64 [B, S], the label of each token; for packed sequences [1, T].
-        attention_mask: [B, S], 0 at padding, on either side; of a wider mask the last S columns count.
+        attention_mask: [B, S], 0 at padding on either side; the last S columns of a wider mask count.
         ignore_index: The label of tokens that predict nothing.
 
     Returns:

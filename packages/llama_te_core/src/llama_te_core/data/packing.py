@@ -16,23 +16,22 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
     Each item is a whole batch, a list of samples in their original order, so the DataLoader must not batch again:
     ``DataLoader(packing, batch_size=None, collate_fn=DataCollatorWithFlattening(...))``.
 
-    Without ``split_samples`` a batch ends before the sample that would exceed the budget. With it, that sample is cut:
-    the batch gets exactly the budget and the rest of the sample starts the next one. A piece is a sequence of its own
-    afterwards: its tokens do not attend to the earlier piece, and its first token is not a training target. Fields
-    that are as long as ``input_ids`` (lists, tuples, arrays, tensors) are cut with it, all others are repeated in each
-    piece. Samples without tokens are skipped.
+    Without ``split_samples`` a batch ends before the sample that would exceed the budget. ``split_samples`` cuts that
+    sample: the batch gets exactly the budget, and the rest of the sample starts the next batch. Each piece becomes a
+    sequence of its own: its tokens do not attend to the earlier piece, and its first token is not a training target.
+    The cut divides ``input_ids`` and all fields of the same length (lists, tuples, arrays, tensors). Each piece repeats
+    the other fields. Samples without tokens are skipped.
 
-    **Workers.** Each DataLoader worker packs its own share and has its own last batch. Sharding a torch or Hugging Face
-    ``IterableDataset`` over workers is that data set's job; everything else (map-style data sets, lists, other
-    iterables) is dealt out here, every ``num_workers``-th sample to a worker. Sharding over ranks is the inner data
-    set's job always (``datasets.distributed.split_dataset_by_node``).
+    **Workers.** Each DataLoader worker packs its own share and has its own last batch. A torch or Hugging Face
+    ``IterableDataset`` must shard itself over workers. This class shards everything else (map-style data sets, lists,
+    other iterables): each worker takes every ``num_workers``-th sample. The inner data set must always shard itself
+    over ranks (``datasets.distributed.split_dataset_by_node``).
 
-    **Resuming.** ``state_dict`` and ``load_state_dict`` continue exactly after the last batch that was handed out,
-    provided that the inner data set gives the same order again (set its epoch first). The samples already used are
-    skipped: by index where the data set has indices, otherwise by reading them again, since the state that a streaming
-    data set keeps of itself may be inexact (shuffle buffers). A state belongs to one worker of one number of workers:
-    with ``num_workers > 0`` use torchdata's ``StatefulDataLoader``, which asks each worker; iterating elsewhere with
-    such a state is an error.
+    **Resuming.** ``state_dict`` and ``load_state_dict`` continue exactly after the last yielded batch, provided that
+    the inner data set gives the same order again (set its epoch first). Resuming skips the used samples by index where
+    the data set has indices. Otherwise it reads them again, since the state of a streaming data set may be inexact
+    (shuffle buffers). A state belongs to one worker and one number of workers. With ``num_workers > 0`` use torchdata's
+    ``StatefulDataLoader``, which saves each worker's state; iterating elsewhere with such a state is an error.
 
     Args:
         dataset: Samples: mappings with ``input_ids``, one list, array or 1-D tensor of tokens. A one-shot iterator
@@ -40,12 +39,12 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         max_tokens_per_batch: The budget.
         drop_last: Drop the last samples if they do not fill a batch.
         split_samples: Cut samples at the budget.
-        pad_sequences_to_be_divisible_by: The collator's argument of the same name: the budget then counts each sample
-            with the padding that the collator will add, and with ``split_samples`` must be a multiple of it.
+        pad_sequences_to_be_divisible_by: The collator's argument of the same name. The budget then counts each sample
+            with the padding that the collator will add. With ``split_samples`` the budget must be a multiple of it.
 
     Raises:
-        ValueError: An argument is out of its range. While iterating: a sample is longer than the budget and may not be
-            cut, or has no usable ``input_ids``.
+        ValueError: An argument is out of its range. While iterating: a sample is longer than the budget without
+            ``split_samples``, or has no usable ``input_ids``.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         self.split_samples = split_samples
         self.pad_sequences_to_be_divisible_by = pad_sequences_to_be_divisible_by
         self._check_budget_divides()
-        # The position after the last batch: samples drawn, and those that wait for the next batch.
+        # The position after the last batch: the number of samples drawn, and the samples that wait for the next batch.
         self._drawn = 0
         self._carried: list[Sample] = []
         self._resume_on: tuple[int, int] | None = None
@@ -104,7 +103,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
             )
 
     def set_epoch(self, epoch: int) -> None:
-        """Passes the epoch to the inner data set, if that one takes it (a shuffled streaming data set does)."""
+        """Pass the epoch to the inner data set, if it has ``set_epoch`` (a shuffled streaming data set has)."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
@@ -112,8 +111,8 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         """Return the position after the last batch, for ``load_state_dict``.
 
         Returns:
-            A dict: ``drawn``, the number of samples used; ``carried``, those of them that wait for the next batch (at
-            most one, perhaps a piece); ``worker``, the worker's number and the number of workers.
+            A dict: ``drawn``, the number of samples used; ``carried``, the used samples that wait for the next batch
+            (at most one, perhaps a piece); ``worker``, the worker's number and the number of workers.
         """
         return {"drawn": self._drawn, "carried": self._carried, "worker": self._resume_on or _worker()}
 
@@ -121,7 +120,7 @@ class TokenPackingDataset(IterableDataset[list[Sample]]):
         """Start the next iteration at a saved position; later ones start at the beginning.
 
         Args:
-            state_dict: What ``state_dict`` returned, on a data set made with the same arguments.
+            state_dict: The result of ``state_dict`` of a data set made with the same arguments.
         """
         self._drawn = state_dict["drawn"]
         self._carried = list(state_dict["carried"])

@@ -1,1 +1,1 @@
-"""The batches of a training run, from its documents."""
+"""Reads a training run's documents and makes its batches."""

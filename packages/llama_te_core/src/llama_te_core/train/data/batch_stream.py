@@ -1,4 +1,4 @@
-"""The batches of a run: for this process's place in the mesh, on its device, resumed exactly."""
+"""The stream of a run's batches: for this process's rank in the mesh, on its device, resumed exactly."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .text_data import TextBatches, TextData, merge_states
 
 
 class Batch(NamedTuple):
-    """A packed batch as the model takes it.
+    """A packed batch, ready for the model.
 
     Attributes:
-        arguments: The model's, on the device: see `shard_context`.
-        tokens: The number of tokens before cutting, padding included.
-        squared_lengths: The sum of the squares of the sequences' lengths, to which attention's work is proportional.
+        arguments: The model's arguments, on the device: see `shard_context`.
+        tokens: The number of tokens before context ranks share them out, padding included.
+        squared_lengths: The sum of the squares of the sequences' lengths. Attention's work is proportional to it.
     """
 
     arguments: dict[str, Any]
@@ -34,20 +34,20 @@ class Batch(NamedTuple):
 
 
 class UnusableDocumentError(ValueError):
-    """A run has reached a document that it cannot use."""
+    """The run reached a document that it cannot use."""
 
 
 class BatchStream:
-    """Batches without end, with a state from which any number of processes can go on.
+    """An endless stream of batches. Any number of processes can resume from its state.
 
     Args:
         data: The data; its `epochs` are None.
-        mesh: The processes; None for one.
+        mesh: The processes; None for one process.
         device: The device of the batches.
-        workers: Processes that read and tokenise.
+        workers: The number of processes that read and tokenise.
 
     Raises:
-        FileNotFoundError: There is no such source.
+        FileNotFoundError: The source does not exist.
         ValueError: The source, or its first document, cannot be used.
     """
 
@@ -75,7 +75,7 @@ class BatchStream:
         try:
             batch = next(self._iterator)
         except ValueError as error:
-            # The message of a worker's error is a whole traceback.
+            # A worker's error has a whole traceback as its message.
             *_, message = str(error).strip().splitlines()
             raise UnusableDocumentError(message.removeprefix("ValueError: ")) from error
         lengths = batch["cu_seq_lens_q"].diff()
@@ -90,33 +90,33 @@ class BatchStream:
         )
 
     def close(self) -> None:
-        """End the workers; there are no more batches."""
+        """End the workers. The stream yields no batch afterwards."""
         iterator: Any = self._iterator
         self._iterator = None
         if self.workers and iterator is not None:
-            # Python's exit sends them a SIGTERM, which they ignore, and waits for them for ever.
+            # At exit Python sends the workers a SIGTERM and waits for them. They ignore it, so it would wait for ever.
             shut_down_workers(iterator)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place of all data-parallel ranks; all processes call this together and get the same."""
+        """Return the positions of all data-parallel ranks. All processes call this together and get the same result."""
         rank, _ = data_rank(self.mesh)
         state = self._loader.state_dict()
         states: list[Any] = [(rank, state)]
         if dist.is_initialized() and self.ranks > 1:
             states = [None] * dist.get_world_size()
             dist.all_gather_object(states, (rank, state))
-        # Processes of one data-parallel rank have the same.
+        # Processes of one data-parallel rank have the same state.
         by_rank = dict(states)
         return {"ranks": [by_rank[rank] for rank in sorted(by_rank)], "workers": self.workers}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved place, with any number of ranks and workers.
+        """Continue from a saved position, with any number of ranks and workers.
 
         Args:
             state_dict: The result of `state_dict`.
 
         Raises:
-            ValueError: It belongs to other documents, or to another order.
+            ValueError: The state belongs to other documents, or to another order.
         """
         states = state_dict["ranks"]
         rank, _ = data_rank(self.mesh)
@@ -138,13 +138,13 @@ class BatchStream:
                 batch_size=None,
                 num_workers=self.workers,
                 worker_init_fn=_leave_signals_to_the_process,
-                # Its own generator: the start of the loader must not change the random numbers of training.
+                # The loader has its own generator, so that its start does not change training's random numbers.
                 generator=torch.Generator(),
                 pin_memory=self.device.type == "cuda",
             )
 
 
 def _leave_signals_to_the_process(worker: int) -> None:
-    # Where all processes of a job get the signal, a worker that ended would end this process too, before it saves a
-    # checkpoint. Workers end together with the process.
+    # All processes of a job may get the signal. A worker that ended at the signal would end this process too, before it
+    # saves a checkpoint. Workers end together with this process.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

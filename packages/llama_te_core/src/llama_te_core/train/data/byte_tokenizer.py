@@ -1,4 +1,4 @@
-"""A tokenizer without files: the tokens are the 256 bytes, a BOS and an EOS."""
+"""A tokenizer without files: its tokens are the 256 bytes, a BOS and an EOS."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 258 tokens that knows any text, and is saved and loaded like any other of transformers."""
+    """Make a tokenizer of 258 tokens that encodes any text. It saves and loads like every tokenizer of transformers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*alphabet, BOS, EOS])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

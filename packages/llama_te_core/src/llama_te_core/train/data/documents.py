@@ -15,16 +15,16 @@ from random import Random
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 SUFFIXES = (".jsonl", ".parquet", ".txt")
-_ROWS = 1000  # of a table, converted to Python objects at a time
+_ROWS = 1000  # rows of a table to convert to Python objects at a time
 
 TextDocument = Literal["file", "paragraph"]
 
 
 class Document(NamedTuple):
-    """One document as it was read.
+    """One document, not yet parsed.
 
     Attributes:
-        place: Its file and line, for messages.
+        place: The document's file and line, for messages.
         content: A line of JSON, or the fields.
     """
 
@@ -32,10 +32,10 @@ class Document(NamedTuple):
     content: bytes | Mapping[str, Any]
 
     def fields(self) -> Mapping[str, Any]:
-        """Its fields by name.
+        """Return the document's fields by name.
 
         Raises:
-            ValueError: The line is no JSON object.
+            ValueError: The line is not a JSON object.
         """
         if isinstance(self.content, Mapping):
             return self.content
@@ -53,7 +53,7 @@ class Document(NamedTuple):
 
 
 class Files:
-    """A folder's .txt, .jsonl and .parquet files, those in its folders too, or one such file.
+    """The .txt, .jsonl and .parquet files of a folder and its subfolders, or one such file.
 
     Args:
         path: The folder or file.
@@ -61,7 +61,7 @@ class Files:
         text_document: One document of a .txt file: the whole file, or a paragraph between blank lines.
 
     Raises:
-        ValueError: There is no such file.
+        ValueError: The path has no file with one of these suffixes.
     """
 
     def __init__(self, path: Path, field: str, text_document: TextDocument) -> None:
@@ -84,12 +84,12 @@ class Files:
         return f"{len(listing)} files, {zlib.crc32(repr((listing, self.text_document)).encode()):08x}"
 
     def documents(self, random: Random | None) -> Iterator[Document]:
-        """Yield all documents once, file by file: in an order drawn from `random`, or by name without it."""
+        """Yield each document once. `random` shuffles the files; without it they come by name."""
         for file in self.files if random is None else sorted(self.files, key=lambda file: random.random()):
             yield from self._read(file)
 
     def count(self, most: int) -> int:
-        """Count the documents, up to `most`, and read no further than that."""
+        """Count the documents, and stop reading at `most` of them."""
         found = 0
         for file in self.files:
             if file.suffix == ".parquet":
@@ -115,7 +115,7 @@ class Files:
 
     def _rows(self, file: Path) -> Iterator[Document]:
         with _table(file) as table:
-            # Without the field, all columns, for the message that names them.
+            # Where the table lacks the field, read all columns: the error message lists them.
             columns = [self.field] if self.field in table.schema_arrow.names else None
             rows = (row for batch in table.iter_batches(_ROWS, columns=columns) for row in batch.to_pylist())
             for number, row in enumerate(rows, 1):
@@ -140,11 +140,11 @@ class HubDataset:
         name: The hub id, `owner/name`.
         field: The field that callers read.
         subset: `load_dataset`'s `name`.
-        split: Of the data set.
-        streaming: Read over the network, in place of a download that is kept.
+        split: The split of the data set.
+        streaming: Read over the network instead of downloading the data set first.
 
     Raises:
-        ValueError: On the first document: the data set cannot be loaded.
+        ValueError: At the first document: the data set cannot be loaded.
     """
 
     def __init__(self, name: str, field: str, subset: str | None, split: str, streaming: bool) -> None:
@@ -160,7 +160,7 @@ class HubDataset:
         return f"{self.name}, {self.subset}, {self.split}"
 
     def documents(self, random: Random | None) -> Iterator[Document]:
-        """Yield all rows once, in order; `random` has no effect: a download does not show where its files begin."""
+        """Yield each row once, in order. `random` has no effect, since a download does not show its files' borders."""
         try:
             from datasets import load_dataset
         except ImportError as error:
@@ -178,7 +178,7 @@ class HubDataset:
         if self.field in (dataset.column_names or ()):
             dataset = dataset.select_columns([self.field])
         number = 0
-        # Iterating would not do: within a worker of a DataLoader it yields a share, in another order.
+        # Plain iteration within a worker of a DataLoader would yield only a share, in another order.
         for batch in dataset.iter(_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
@@ -189,21 +189,20 @@ Source: TypeAlias = Files | HubDataset
 
 
 def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iterator[Document]:
-    """Yield a source's documents in the order of an epoch, the same for the same arguments.
+    """Yield a source's documents in the order of an epoch. The same arguments give the same order.
 
-    Files come in random order, and their documents go through a buffer, from which a random one leaves when the next
-    one enters.
+    Files come in random order. Their documents go through a buffer: when a document enters, a random one leaves.
 
     Args:
         source: The source.
-        seed: Of the run.
-        epoch: Counted from 0.
-        shuffle_buffer: How many documents the buffer holds; 0 leaves the source's order as it is.
+        seed: The run's seed.
+        epoch: The epoch, from 0.
+        shuffle_buffer: The number of documents that the buffer holds; 0 keeps the source's order.
     """
     if shuffle_buffer == 0:
         yield from source.documents(None)
         return
-    # Random.random alone: for no other method does Python promise the same numbers in later versions.
+    # Use Random.random alone: Python promises the same numbers in later versions for no other method.
     random = Random(f"{seed} {epoch}")
     buffer: list[Document] = []
     for document in source.documents(random):
@@ -220,7 +219,7 @@ def in_order(source: Source, seed: int, epoch: int, shuffle_buffer: int) -> Iter
 
 
 def _table(file: Path) -> Any:
-    """An open `pyarrow.parquet.ParquetFile`."""
+    """Open a `pyarrow.parquet.ParquetFile`."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:

@@ -1,14 +1,14 @@
-"""Packed batches from documents, for training: tokenised on the way, shared out over processes, resumed exactly.
+"""Makes packed training batches from documents: tokenises them, shares them out over processes, resumes exactly.
 
     data = TextData(source="./texts", tokenizer=tokenizer, tokens_per_batch=16_384)
     loader = StatefulDataLoader(TextBatches(data, rank, ranks), batch_size=None, num_workers=2)
 
-All processes read the same documents in the same order. Document `n` of an epoch is of shard `n % shards`, and there is
-one shard for each worker of each rank. A shard packs its documents one after the other, through all epochs. How far it
-has come is its `Position`. The positions of all shards together say what of the data is left, which any other number of
-shards can share out anew: document `n` of what is left is of shard `n % shards` again.
+All processes read the same documents in the same order. Each worker of each rank is one shard, and document `n` of an
+epoch belongs to shard `n % shards`. A shard packs its documents one after the other, through all epochs. Its `Position`
+records its progress. The positions of all shards together determine the unused documents. Another number of shards can
+share these out in the same way: unused document `n` belongs to shard `n % shards`.
 
-Shapes: B sequences of a batch, S tokens of the longest.
+Shapes: B sequences of a batch, S tokens of the longest sequence.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ...data.packing import TokenPackingDataset
 from .documents import SUFFIXES, Document, Files, HubDataset, Source, in_order
 from .settings import TextSettings
 
-# What to do where a document, or documents, do not fit the settings.
+# Advice for error messages about documents that do not fit the settings.
 _TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
 _SHARES = (
     "Use more documents (a .txt file is one, or each of its paragraphs with text_document='paragraph'), or fewer "
@@ -42,7 +42,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tokenizer(Protocol):
-    """What is asked of a tokenizer; those of transformers have it."""
+    """The methods of a tokenizer that this module calls. Every tokenizer of transformers has them."""
 
     @property
     def bos_token_id(self) -> int | None:
@@ -55,25 +55,25 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool, verbose: bool) -> list[int]:
-        """The tokens of a text."""
+        """Return the tokens of a text."""
         ...
 
 
 @dataclass(frozen=True)
 class TextData(TextSettings):
-    """Training data: documents, and the way to make batches of them.
+    """Training data: the documents, and the settings for making batches of them.
 
     Attributes:
-        tokenizer: Makes the tokens of a text. None: documents have their tokens in a field `input_ids`.
+        tokenizer: Makes the tokens of a text. With None, documents have their tokens in a field `input_ids`.
         epochs: The number of passes over all documents; None repeats for ever. A batch may span two epochs.
-        seed: Decides the order of documents, together with the number of the epoch.
+        seed: Determines the order of documents, together with the number of the epoch.
         pad_to_multiple_of: See `DataCollatorWithFlattening`: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
-            `tokens_per_batch` here, the last batch is as long as all others.
+            `tokens_per_batch` here, the last batch is as long as every other batch.
         pad_sequences_to_be_divisible_by: See `DataCollatorWithFlattening`, for context parallelism.
-        vocab_size: Above all token ids; None for any ids.
+        vocab_size: Every token id must be less than this; None allows any id.
 
     Raises:
-        ValueError: A setting is out of its range, or does not go with another.
+        ValueError: A setting is out of its range, or conflicts with another setting.
     """
 
     tokenizer: Tokenizer | None
@@ -110,20 +110,20 @@ class TextData(TextSettings):
 
     @property
     def longest_sequence(self) -> int:
-        """`sequence_length`, or what None stands for."""
+        """The limit of a sequence's length: `sequence_length`, or `tokens_per_batch` where it is None."""
         return self.tokens_per_batch if self.sequence_length is None else self.sequence_length
 
     @property
     def field(self) -> str:
-        """The field of a document that is read."""
+        """The field to read from each document."""
         return "input_ids" if self.tokenizer is None else self.text_field
 
     def open(self) -> Source:
-        """The source of documents: what exists here, else a hub id. Nothing is downloaded yet.
+        """Open the source of documents: a local path if it exists, else a hub id. This downloads nothing.
 
         Raises:
-            FileNotFoundError: `source` is neither.
-            ValueError: A folder has no file that can be read, or a file is of another kind.
+            FileNotFoundError: `source` is neither an existing path nor a hub id.
+            ValueError: A folder has no readable file, or a file has an unknown suffix.
         """
         name = os.fspath(self.source)
         path = Path(name).expanduser()
@@ -136,14 +136,14 @@ class TextData(TextSettings):
         return HubDataset(name, self.field, self.subset, self.split, self.streaming)
 
     def tokens(self, document: Document) -> list[int]:
-        """A document's tokens, BOS and EOS included; none of one that is to be passed over.
+        """Return a document's tokens, BOS and EOS included; an empty list for a document to skip.
 
         Args:
-            document: Of the source.
+            document: A document of the source.
 
         Raises:
-            ValueError: The document has no such field, another kind of value there, no tokens, or ids that are no
-                tokens of the vocabulary.
+            ValueError: The document lacks the field, the field has the wrong type or no tokens, or a token id is
+                outside the vocabulary.
         """
         fields = document.fields()
         if self.field not in fields:
@@ -186,12 +186,12 @@ class TextData(TextSettings):
         return tokens
 
     def collator(self) -> DataCollatorWithFlattening:
-        """What makes one packed batch of sequences."""
+        """Return the collator that packs sequences into one batch."""
         return DataCollatorWithFlattening(
             _padded,
             pad_to_multiple_of=self.pad_to_multiple_of,
             pad_sequences_to_be_divisible_by=self.pad_sequences_to_be_divisible_by,
-            # Padding is no target, and no sequence attends to it: any token will do.
+            # The loss ignores padding, and no sequence attends to it, so any token will do.
             pad_token_id=0,
         )
 
@@ -209,12 +209,12 @@ class TextData(TextSettings):
 
 
 class Position(NamedTuple):
-    """How far a shard has come.
+    """A shard's progress through its documents.
 
     Attributes:
-        epoch: Counted from 0.
-        documents: How many of its documents of this epoch are used up, the next one not counted.
-        tokens: How many tokens of the next document are used, counted from its beginning; perhaps all.
+        epoch: The epoch, from 0.
+        documents: The number of documents that the shard has used up in this epoch. The next one does not count.
+        tokens: The number of tokens used from the beginning of the next document. This may be all its tokens.
     """
 
     epoch: int
@@ -225,29 +225,29 @@ class Position(NamedTuple):
 class TextBatches(IterableDataset[dict[str, Any]]):
     """The batches of one data-parallel rank, from the first epoch to the last.
 
-    An item is a whole batch, as `DataCollatorWithFlattening` makes it: `input_ids` and `labels` int64 [1, T],
+    An item is a whole batch that `DataCollatorWithFlattening` made: `input_ids` and `labels` int64 [1, T],
     `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`. Give a DataLoader `batch_size=None`. Workers
     tokenise and pack.
 
-    **Processes.** Each (rank, worker) is a shard of its own, with documents of its own. Context- and tensor-parallel
-    processes of one data-parallel rank get the same batches: give them the same `rank`. Shards have as many documents,
-    to one, but not as many tokens: ranks need not come to the end at the same step.
+    **Processes.** Each (rank, worker) is a shard with its own documents. Context- and tensor-parallel processes of one
+    data-parallel rank need the same batches: give them the same `rank`. The numbers of documents in two shards differ
+    by at most one, but their numbers of tokens differ more. Ranks may therefore reach the end at different steps.
 
-    **Resuming.** With torchdata's `StatefulDataLoader`, the loader's state gives the very next batch, in the middle of
-    an epoch and with workers too. For another number of ranks or workers, `merge_states` makes one state of those of
-    all ranks; after `load_state_dict` with it, each token that has been in no batch comes once, in other batches than
-    it would have. Documents are read again up to the place, but not tokenised.
+    **Resuming.** With torchdata's `StatefulDataLoader`, the loader's state continues with exactly the next batch, also
+    in the middle of an epoch and with workers. For another number of ranks or workers, `merge_states` merges the states
+    of all ranks into one. After `load_state_dict` with the merged state, each unused token comes exactly once, but the
+    batches are composed differently. Resuming reads earlier documents again, but does not tokenise them.
 
     Args:
         data: The settings.
-        rank: This process's place among the data-parallel ranks.
-        ranks: Their number.
+        rank: This process's data-parallel rank, from 0.
+        ranks: The number of data-parallel ranks.
 
     Raises:
         ValueError: `rank` is out of its range, or the source cannot be read. While iterating: a document cannot be
-            used (the message says which one and why), or a shard gets no tokens in a whole epoch.
-        FileNotFoundError: `source` is no path that exists, and no hub id.
-        RuntimeError: While iterating: the state that was loaded is of other ranks or workers.
+            used (the message names the document and the reason), or a shard gets no tokens in a whole epoch.
+        FileNotFoundError: `source` is neither an existing path nor a hub id.
+        RuntimeError: While iterating: the loaded state belongs to other ranks or workers.
     """
 
     def __init__(self, data: TextData, rank: int = 0, ranks: int = 1) -> None:
@@ -262,16 +262,17 @@ class TextBatches(IterableDataset[dict[str, Any]]):
             "seed": data.seed,
             "shuffle_buffer": data.shuffle_buffer,
         }
-        # After the batch handed out last. The second is of the shards that there were before, see `_left`.
+        # This shard's position after the last yielded batch.
         self._position = Position(0, 0, 0)
+        # The final positions of the shards of earlier runs that had another number of shards, see `_left`.
         self._earlier: list[list[Position]] = []
         self._loaded: Mapping[str, Any] | None = None
 
     def check_documents(self, workers: int) -> None:
-        """Refuse fewer documents than shards before the first batch is asked for, where files are here to be counted.
+        """Refuse local files that hold fewer documents than there are shards, before the first batch.
 
         Args:
-            workers: Of the loader of each rank.
+            workers: The number of workers of each rank's loader.
 
         Raises:
             ValueError: A shard would get no documents in a whole epoch.
@@ -289,12 +290,12 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         return self._batches()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batch handed out last.
+        """Return the position after the last yielded batch.
 
         Returns:
             A dict of numbers and strings, in lists and dicts: `positions`, a list of [shard, epoch, documents, tokens];
-            `shards`, their number; `earlier`, the positions at which earlier numbers of shards were left; `order`, what
-            the order of documents depends on.
+            `shards`, the number of shards; `earlier`, the final positions of earlier runs with another number of
+            shards; `order`, the settings that determine the order of documents.
         """
         earlier, position = (self._earlier, self._position) if self._loaded is None else self._start()
         shard, shards = self._shard()
@@ -306,13 +307,13 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Makes the next iteration start at a saved position; the one after it starts at the beginning.
+        """Make the next iteration start at a saved position; later iterations start at the beginning.
 
         Args:
-            state_dict: What `state_dict` returned for this shard, or `merge_states` for all.
+            state_dict: The result of this shard's `state_dict`, or of `merge_states` for all shards.
 
         Raises:
-            ValueError: It is no such state, or of documents in another order.
+            ValueError: The dict is not such a state, or its documents had another order.
         """
         if "order" not in state_dict:
             raise ValueError(
@@ -348,7 +349,7 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         return self.rank * worker.num_workers + worker.id, self.ranks * worker.num_workers
 
     def _start(self) -> tuple[list[list[Position]], Position]:
-        """What earlier shards have left, and where this one starts in it."""
+        """Return the final positions of earlier runs' shards, and this shard's start in the documents they left."""
         if self._loaded is None:
             return [], Position(0, 0, 0)
         shard, shards = self._shard()
@@ -367,17 +368,18 @@ class TextBatches(IterableDataset[dict[str, Any]]):
 
 
 def merge_states(states: Iterable[Any]) -> dict[str, Any]:
-    """One state of those of all data-parallel ranks, that any number of ranks and workers can load.
+    """Merge the states of all data-parallel ranks into one that any number of ranks and workers can load.
 
     Args:
-        states: States of `TextBatches`, or of loaders of them, saved after the same step. Of ranks that have the same
-            batches, one is enough.
+        states: States of `TextBatches`, or of their loaders, saved after the same step. One state is enough for ranks
+            that have the same batches.
 
     Returns:
-        A state for `TextBatches.load_state_dict`, to be loaded before the loader is made.
+        A state for `TextBatches.load_state_dict`. Load it before you make the loader.
 
     Raises:
-        ValueError: There is no state, they are not of one run and step, or a loader's state is of an earlier step.
+        ValueError: There is no state, the states come from different runs or steps, or a loader's state comes from an
+            earlier step.
     """
     found = [state for each in states for state in _states_in(each)]
     if not found:
@@ -401,7 +403,7 @@ def merge_states(states: Iterable[Any]) -> dict[str, Any]:
 
 
 class _Sequences(IterableDataset[dict[str, Any]]):
-    """The sequences of one shard from a position on, each with its place for `_position_after`."""
+    """The sequences of one shard from a position on. Each has its place, which `_position_after` reads."""
 
     def __init__(
         self,
@@ -438,7 +440,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
                 )
 
     def _share(self, epoch: int) -> Iterator[tuple[Document, int]]:
-        """This shard's documents of an epoch, and how many tokens of each earlier shards have used."""
+        """Yield this shard's documents of an epoch, each with the number of tokens that earlier runs have used."""
         documents = in_order(self.source, self.data.seed, epoch, self.data.shuffle_buffer)
         left: Iterable[tuple[Document, int]] = ((document, 0) for document in documents)
         for positions in self.earlier:
@@ -450,7 +452,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
         longest = self.data.longest_sequence
         if not self.data.split_long:
             tokens = tokens[:longest]
-        # Pieces end at multiples of `longest` from the document's beginning, wherever this shard begins in it.
+        # Pieces end at multiples of `longest` from the document's beginning, also where this shard begins inside it.
         while used < len(tokens):
             end = min((used // longest + 1) * longest, len(tokens))
             yield {"input_ids": tokens[used:end], "end": end}
@@ -465,7 +467,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
 def _left(
     documents: Iterable[tuple[Document, int]], epoch: int, positions: list[Position]
 ) -> Iterator[tuple[Document, int]]:
-    """What shards that stopped at `positions` have left of documents that were shared out to them."""
+    """Yield the documents that shards left unused when they stopped at `positions`."""
     for number, (document, used) in enumerate(documents):
         place, shard = divmod(number, len(positions))
         reached = positions[shard]
@@ -476,7 +478,7 @@ def _left(
 
 
 def _position_after(batch: list[Mapping[str, Any]], carried: list[Mapping[str, Any]]) -> Position:
-    """The position after a batch, given what has been drawn and waits for the next one."""
+    """Return the position after a batch. `carried` samples are drawn already and wait for the next batch."""
     if carried:
         waiting = carried[0]
         return Position(waiting["epoch"], waiting["document"], waiting["end"] - len(waiting["input_ids"]))
@@ -492,7 +494,7 @@ def _padded(sequences: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
-    """The states of `TextBatches` in a loader's state, whose form is the loader's affair."""
+    """Find the states of `TextBatches` in a loader's state, without knowledge of the loader's format."""
     if not isinstance(state, Mapping):
         return
     if age := batches_since_snapshot(state):
@@ -508,7 +510,7 @@ def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _setting(name: str, value: Any) -> str:
-    """How messages name a setting with its value: in Python, and in the command's configuration."""
+    """Return a setting with its value for a message, as in Python and as in the command's configuration."""
     return f"{name}={value!r} (in a configuration `data.{name}: {json.dumps(value)}`)"
 
 
