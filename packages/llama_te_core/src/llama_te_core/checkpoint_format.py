@@ -1,6 +1,6 @@
-"""The files of a checkpoint beside its tensors: `config.json`, and the code that finds its classes.
+"""Defines a checkpoint's files beside its tensors: `config.json`, and the code that finds its classes.
 
-This module imports the standard library alone, for tools that read and write nothing but files.
+This module imports only the standard library, for tools that only read and write files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MODEL_TYPE = "nv_llama"
-# The fields that a Llama's configuration has in addition to its own, with their defaults.
+# Our configuration adds these fields to a plain Llama's, with these defaults.
 FIELDS: dict[str, Any] = {
     "attn_input_format": "thd",
     "self_attn_mask_type": "padding_causal",
@@ -19,9 +19,9 @@ FIELDS: dict[str, Any] = {
     "source_model_type": "llama",
 }
 
-# config.json has this text in the place of an integer that a plain Llama no longer reads, so that loading the folder as
-# a plain Llama stops with it. transformers only warns of another `model_type`, and would fill every layer with random
-# numbers.
+# config.json has this text in place of an integer that plain Llama models do not use. Loading the folder as a plain
+# Llama then fails with this text. Otherwise transformers would only warn about the other `model_type`, and would fill
+# every layer with random numbers.
 _NOT_A_PLAIN_LLAMA = (
     "these weights have the Transformer Engine layout: load them with llama_te_core.NVLlamaForCausalLM, "
     "or convert them with llama_te_convert.convert_llama_te_to_hf"
@@ -29,7 +29,7 @@ _NOT_A_PLAIN_LLAMA = (
 _PRETRAINING_TP = "llama_pretraining_tp"  # the field that keeps the integer
 
 LOADER = "llama_te"
-STANDALONE = "modeling_nvllama"  # imports all the others
+STANDALONE = "modeling_nvllama"  # imports every other module of the bundled code
 IS_INSTALLED = __package__ == "llama_te_core"  # else this code came with a checkpoint
 
 LOADER_SOURCE = '''"""Loads this checkpoint's classes from the installed package: pip install llama-te-core."""
@@ -46,7 +46,7 @@ from llama_te_core import (
 
 
 def auto_map(module: str) -> dict[str, str]:
-    """Return the entry of `config.json` that names a module beside it for each class.
+    """Return the entry of `config.json` that names the module of each class. The module lies beside `config.json`.
 
     One module has all classes: transformers imports each module named here, and its imports, as separate modules.
     """
@@ -74,7 +74,7 @@ def config_text(fields: Mapping[str, Any]) -> str:
 
 
 def config_fields(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that `config_text` wrote; content from elsewhere stays as it is."""
+    """Return the fields that `config_text` wrote. Content that it did not write stays as it is."""
     fields = dict(content)
     if fields.get("pretraining_tp") == _NOT_A_PLAIN_LLAMA:
         fields["pretraining_tp"] = fields.pop(_PRETRAINING_TP, 1)

@@ -34,8 +34,8 @@ class KVCache(Protocol):
         """Make room for the next `width` columns of a batch; return the number of new tokens of each row.
 
         Args:
-            attention_mask: [batch_size, columns] over the columns seen so far and the new ones, or over the new ones
-                alone; nonzero for tokens. `None`: all new columns are tokens.
+            attention_mask: [batch_size, columns], nonzero for tokens. It covers the earlier and the new columns, or the
+                new columns alone. `None`: all new columns are tokens.
             batch_size: Rows of the batch.
             width: New columns.
         """
@@ -44,7 +44,7 @@ class KVCache(Protocol):
     def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Compute the whole step of one new column, if the cache has a faster way than the model's layers.
 
-        The model calls this without gradients, and only when it needs nothing but the logits.
+        The model calls this without gradients, and only when it needs the logits alone.
 
         Args:
             model: The `NVLlamaForCausalLM`, in evaluation mode.
@@ -52,7 +52,7 @@ class KVCache(Protocol):
             attention_mask: See `begin_step`.
 
         Returns:
-            Logits [batch_size, 1, V] after the whole step; `None`, with no step begun, where the layers must compute.
+            Logits [batch_size, 1, V] after the whole step. `None`, without beginning a step, if the layers must compute.
         """
         ...
 
@@ -85,7 +85,7 @@ class KVCache(Protocol):
 
     @property
     def fuses_rope(self) -> bool:
-        """Whether `append_rope` is one kernel here, so that Transformer Engine's own rotation is not needed."""
+        """Whether `append_rope` is one kernel here, which replaces Transformer Engine's own rotation."""
         ...
 
     def append_rope(self, layer_number: int, qkv: torch.Tensor, angles: torch.Tensor, qkv_format: str) -> torch.Tensor:
@@ -112,7 +112,7 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
     """Refuse a cache that does not fit the model or the batch, before any layer writes to it.
 
     Raises:
-        TypeError: The object is no such cache.
+        TypeError: The object is not a `KVCache`.
         ValueError: The cache has other heads, another dtype or too few rows.
     """
     if not isinstance(cache, KVCache):
@@ -138,7 +138,7 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
 
 @functools.cache
 def default_cache_factory() -> Callable[..., KVCache] | None:
-    """Return the installed function that makes a cache for `generate`; `None`, with a warning, where there is none."""
+    """Return the installed function that makes a cache for `generate`; without one, warn and return `None`."""
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         factory: Callable[..., KVCache] = entry.load()
         return factory

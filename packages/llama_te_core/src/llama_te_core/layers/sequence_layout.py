@@ -2,7 +2,7 @@
 
 A caller passes a padded batch or packed sequences. Layers take one of two arrangements: `"bshd"`, a padded batch whose
 rows begin with their tokens, or `"thd"`, all tokens of all sequences in one row. A `SequenceLayout` rearranges tokens
-in both directions, and has the layers' arguments.
+in both directions, and provides the layers' arguments.
 
 A token's position is the number of tokens before it in its sequence. Padding does not count.
 
@@ -25,13 +25,13 @@ class PackedSequences:
 
     Args:
         cu_seq_lens_q: int32 [B + 1], running sum of the sequences' lengths, from 0.
-        cu_seq_lens_k: The same for the keys; equal to it in self-attention.
-        max_length_q: At least the length of the longest sequence with its padding. Without it, the tensor gives the
-            length, after a wait for the device.
+        cu_seq_lens_k: The same for the keys; equal to `cu_seq_lens_q` in self-attention.
+        max_length_q: At least the length of the longest sequence with its padding. Without it, `lay_out` reads the
+            length from the tensor, and waits for the device.
         max_length_k: The same for the keys.
-        cu_seq_lens_q_padded: int32 [B + 1], where each sequence starts in the buffer, if there is padding between.
+        cu_seq_lens_q_padded: int32 [B + 1], the start of each sequence in the buffer, if sequences have padding.
         cu_seq_lens_k_padded: The same for the keys.
-        pad_between_seqs: Whether there is padding between sequences; follows from the tensors if not given.
+        pad_between_seqs: Whether sequences have padding; follows from the tensors if not given.
     """
 
     cu_seq_lens_q: torch.Tensor
@@ -60,9 +60,9 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor | None = None
     cu_seqlens_padded: torch.Tensor | None = None
     max_seqlen: int | None = None
-    # The place in the flattened [B * S] input of each token that the layers see; None: the same place.
+    # For each token of the layers, its place in the flattened [B * S] input; None: the same place.
     source_N: torch.Tensor | None = None
-    # For each place of the flattened input, the token that the layers saw; padding reads any token.
+    # For each place of the flattened input, the index of the layers' token; padding reads any token.
     target: torch.Tensor | None = None
 
     def arrange(self, input_BSx: torch.Tensor) -> torch.Tensor:
@@ -117,15 +117,15 @@ def lay_out(
         attn_input_format: The arrangement that the layers take, "thd" or "bshd".
         self_attn_mask_type: "padding_causal" or "causal", for "bshd".
         attention_mask: [B, S], nonzero for tokens; with a cache also [B, columns seen + S].
-        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences. Given positions are checked
-            against a mask (on the CPU, where reading costs nothing). For packed tokens without `packed`, a new sequence
-            begins at each 0; with `packed` they are ignored.
+        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences. This function checks given
+            positions against the mask (on the CPU, where reading costs nothing). For packed tokens without `packed`, a
+            new sequence begins at each 0. With `packed`, positions are ignored.
         packed: The packed sequences.
         cache: The cache of this pass.
         token_multiple: Where this function packs, it pads the number of tokens to a multiple of this.
 
     Returns:
-        The layout; with a cache, its step has begun.
+        The layout. A cache's step has begun.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -171,7 +171,7 @@ def check_mask(attention_mask: torch.Tensor, rows: int, width: int, cache: KVCac
     """Refuse a mask that does not fit a batch of [rows, width].
 
     Raises:
-        ValueError: Its shape is another one.
+        ValueError: The mask has another shape.
     """
     shape = list(attention_mask.shape)
     allowed = attention_mask.dim() == 2 and shape[0] == rows
@@ -256,7 +256,7 @@ def _packed_here(
         mask_N = mask_BS.flatten()
         target = (mask_N.cumsum(0) - 1).clamp_(min=0)
         if tokens is None:
-            # The number of tokens decides every shape from here on. Without a cache's count, packing waits for the
+            # Every shape from here on depends on the number of tokens. Without a cache's count, packing waits for the
             # device here, and only here.
             source_N = mask_N.nonzero().flatten()
             tokens = len(source_N)
@@ -266,14 +266,14 @@ def _packed_here(
             source_N = source_N[:tokens]
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         cu_seqlens[1:] = mask_BS.sum(1).cumsum(0)
-    # At least one token, so that a batch of nothing but padding runs like any other.
+    # Keep at least one token, so that a batch of padding alone runs like any other.
     missing = -tokens % token_multiple if tokens else token_multiple
     if missing:
         if source_N is None:
             source_N = target = torch.arange(tokens, device=device)
         source_N = torch.cat((source_N, source_N.new_zeros(missing)))
-        # The filling is a sequence of its own, so its outputs stay finite and reach no other token. A cache has no row
-        # for it, and ignores tokens after the last row.
+        # The fill tokens are a sequence of their own, so their outputs stay finite and reach no other token. A cache
+        # has no row for them, and ignores tokens after the last row.
         if cache is None:
             cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + missing))
     return SequenceLayout(
@@ -320,7 +320,7 @@ def _sequence_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
         return None
     position_T = position_ids[0]
-    # Finding the sequences waits for the device, which cu_seq_lens_q avoids.
+    # This search waits for the device. Callers that pass cu_seq_lens_q avoid it.
     start_T = position_T == 0
     start_T[0] = True
     begins = start_T.nonzero().flatten()
@@ -350,7 +350,7 @@ def _check_positions(
 
 
 def token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each of `tokens` packed tokens, its sequence and its place there, from the sequences' offsets [B + 1].
+    """Return each packed token's sequence and its place there, each [tokens], from the sequences' offsets [B + 1].
 
     Tokens behind the last sequence count as its continuation.
     """
@@ -360,16 +360,17 @@ def token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torc
 
 
 def whole_places(place: torch.Tensor, length: torch.Tensor | int, rank: int, ranks: int) -> torch.Tensor:
-    """Where tokens of a part of a sequence stand in the whole, when sequences are shared out over context ranks.
+    """Convert tokens' places in a context rank's part of a sequence into places in the whole sequence.
 
-    A sequence is cut into 2 x `ranks` equal chunks, and rank i has the i-th from either end. Late tokens attend to many
-    keys and early ones to few, so that all ranks have the same work. This is the order of Transformer Engine.
+    Context ranks cut a sequence into 2 x `ranks` equal chunks, and rank i has the i-th chunk from either end. Late
+    tokens attend to many keys and early tokens to few, so this gives all ranks the same work. Transformer Engine uses
+    the same order.
 
     Args:
         place: Integers of any shape, the tokens' places in the rank's part.
         length: Length of the rank's part, even; broadcasts with `place`.
         rank: The rank, from 0.
-        ranks: How many there are; with one, nothing changes.
+        ranks: The number of ranks; with one, nothing changes.
 
     Returns:
         The places in the whole sequence, shaped as the arguments broadcast.

@@ -1,8 +1,8 @@
-"""The two passes of `linear_cross_entropy` over a chunk's logits, as Triton kernels that read them once each.
+"""Triton kernels for the two passes of `linear_cross_entropy` over a chunk's logits. Each reads the logits once.
 
-Triton comes with torch's builds for GPUs; no other build imports this module.
+Triton comes with torch's GPU builds. Code for other builds does not import this module.
 
-Shapes: C tokens of a chunk, V vocabulary (this process's part, if sharded), B columns of one step of a program.
+Shapes: C tokens of a chunk, V vocabulary (this process's shard, if sharded), B columns of one step of a program.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-# 16 logits for each of a program's threads: two loads of 16 bytes, and registers for several programs at a time.
+# 16 logits for each thread of a program: two loads of 16 bytes. Registers then suffice for several programs at a time.
 _COLUMNS = 4096
 _WARPS = 8
 
@@ -23,8 +23,8 @@ def statistics(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_CV: Floating point [C, V], each row contiguous.
 
     Returns:
-        Both [C] in float32 (float64 for float64 logits). Where all logits are -inf, the largest is a finite number and
-        the sum is 0. A logit of NaN or inf makes the sum NaN.
+        The largest logits and the sums, each [C] in float32 (float64 for float64 logits). Where all logits are -inf,
+        the largest is a finite number and the sum is 0. A logit of NaN or inf makes the sum NaN.
     """
     tokens, vocabulary = logits_CV.shape
     precise = torch.promote_types(logits_CV.dtype, torch.float32)
@@ -53,11 +53,11 @@ def write_gradient(
     """Replace logits by exp(logit - peak) · factor, minus 1 at an owned target, rounded once at the end.
 
     Args:
-        logits_CV: Floating point [C, V], each row contiguous. Written.
-        peak_C: float32 [C] (float64 for float64 logits), contiguous like the next ones.
-        factor_C: The same.
-        target_C: int64 [C]: a column.
-        owned_C: bool [C]: whether the target is one.
+        logits_CV: Floating point [C, V], each row contiguous. The kernel overwrites it.
+        peak_C: float32 [C] (float64 for float64 logits), contiguous like the three tensors below.
+        factor_C: Shape and dtype of `peak_C`.
+        target_C: int64 [C]: the column of the token's label.
+        owned_C: bool [C]: whether this process's shard has the label.
     """
     tokens, vocabulary = logits_CV.shape
     columns = _columns(vocabulary)
@@ -89,14 +89,14 @@ def _statistics_kernel(
     lowest: tl.constexpr,
     columns: tl.constexpr,
 ) -> None:
-    # One program for a token, so that sums are in the same order every time. 64 bits, since a chunk may have more
-    # than 2³¹ logits.
+    # One program computes one token, so that it adds in the same order every time. The index has 64 bits, since a chunk
+    # may have more than 2³¹ logits.
     token = tl.program_id(0).to(tl.int64)
     precise = peak_C.dtype.element_ty
     column_B = tl.arange(0, columns)
-    # Not -inf, from which -inf could not be subtracted.
+    # Start from a finite number: -inf minus -inf would be NaN.
     peak = tl.full((), lowest, precise)
-    # A sum for each place of a block: only the peak has to be agreed on among threads before the end.
+    # Keep one sum for each column of a block. Threads then exchange only the peak before the end.
     sum_B = tl.zeros((columns,), precise)
     for start in range(0, vocabulary, columns):
         inside_B = start + column_B < vocabulary

@@ -1,7 +1,7 @@
 """Cross entropy behind a language-model head, without the logits of all tokens at once.
 
-Shapes: T tokens, C tokens of a chunk, E hidden size, V vocabulary (of a sharded one, this process's part), P processes
-that share the vocabulary; M, N and K of any product.
+Shapes: T tokens, C tokens of a chunk, E hidden size, V vocabulary (this process's shard, if sharded), P processes that
+share the vocabulary; M, N and K of any product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ..data.labels import IGNORED_LABEL
 
-# Whether cuBLAS may add a product of 16-bit matrices to a float32 one: before that, torch refuses such a summand.
+# Whether cuBLAS may add a product of 16-bit matrices to a float32 matrix. Older versions of torch refuse it.
 _ADDS_TO_FLOAT32 = torch.version.cuda is not None and torch.__version__ >= "2.11"
 
 
@@ -33,48 +33,51 @@ def linear_cross_entropy(
     chunk_tokens: int = 2048,
     vocabulary_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Return the mean cross entropy of `hidden @ weight.T` against labels: the head and its loss in one.
+    """Return the mean cross entropy of `hidden @ weight.T` against labels: fuse the head with its loss.
 
-    Logits are made for `chunk_tokens` tokens at a time, and gradients with them, so that the product with the head is
-    computed once. Logits are rounded to the dtype that the head computes in, as `lm_head` would round them: the dtype
-    of `hidden` and `weight`, or autocast's. All behind them is float32 (float64 where that is their dtype).
+    The forward pass computes logits and their gradients for `chunk_tokens` tokens at a time, so that it multiplies by
+    the head once. It rounds logits like `lm_head`, to the dtype that the head computes in: autocast's, or the dtype of
+    `hidden` and `weight`. It computes the loss from them in float32 (float64 for float64 logits).
 
-    **Speed.** Beside the three matrix products, which are torch's, a GPU reads a chunk's logits twice and writes
-    their gradient over them, by two Triton kernels. Results are the same bits every time. Without Triton, which is part
-    of torch's builds for GPUs, and on other devices PyTorch does the same in more passes.
+    **Speed.** torch computes the three matrix products. Beside them, two Triton kernels read a chunk's logits twice and
+    overwrite them with their gradient. Results are the same bits every time. On other devices, and without Triton
+    (which torch's GPU builds include), PyTorch computes the same in more passes.
 
-    **Memory.** In 16 bits 2 bytes times chunk_tokens x V while a chunk is computed, and 4 bytes times V x E for
-    weight's gradient, which is summed over the chunks in float32: a sum in bfloat16 would be rounded once for each
-    chunk. With Llama 3 1B's head, [128256, 2048], that is 0.5 GB and 1.1 GB. From the forward to the backward pass
-    weight's gradient stays, and hidden's in its dtype. The backward pass rounds both, one after the other, while
-    nothing else of this is left. Without the kernels there are 4 bytes more for each of a chunk's logits, and before
-    torch 2.11 a chunk's share of weight's gradient, [V, E] in the head's dtype. Autocast's copy of the head is there
-    during the forward pass. A tensor that requires no gradient costs nothing, and without gradients nothing stays.
+    **Memory.** In 16 bits a chunk's logits take 2 bytes x chunk_tokens x V while the chunk is computed. The gradient of
+    `weight` takes 4 bytes x V x E: it is summed over the chunks in float32, since bfloat16 would round the sum once for
+    each chunk. With Llama 3 1B's head, [128256, 2048], these are 0.5 GB and 1.1 GB. From the forward to the backward
+    pass, the gradient of `weight` stays, and the gradient of `hidden` in its dtype. The backward pass rounds them one
+    after the other, when no other tensor of this function is left. Without the kernels, each logit of a chunk takes 4
+    bytes more. Before torch 2.11, a chunk's share of weight's gradient, [V, E] in the head's dtype, comes on top.
+    Autocast's copy of the head exists during the forward pass. A tensor that requires no gradient costs nothing, and
+    without gradients nothing stays.
 
     **Sharded vocabulary.** With `vocabulary_group` each process holds some rows of the head, in the order of the
-    group's ranks, and calls this with the same hidden and labels. The loss is the same in all of them. Gradients of
-    hidden are summed over the group here, so no later code may sum them again. Gradients of weight cover the own rows.
-    All processes must agree on which tensors require gradients.
+    group's ranks, and calls this with the same hidden and labels. All processes get the same loss. This function sums
+    the gradient of `hidden` over the group, so no later code may sum it again. The gradient of `weight` covers the
+    process's own rows. All processes must agree on which tensors require gradients.
 
     Args:
         hidden: Floating point [..., E], the input of the head.
-        weight: [V, E] in the same dtype, unless autocast casts both; a plain tensor: of a `DTensor`, its `to_local()`.
+        weight: [V, E] in the same dtype, unless autocast casts both. It must be a plain tensor: pass a `DTensor`'s
+            `to_local()`.
         labels: int64 [...]; each token's own label, shifted already (see `next_token_labels`).
-        ignore_index: Label of tokens that are left out.
+        ignore_index: The loss ignores tokens with this label.
         z_loss: Adds this times the mean of logsumexp(logits)², which keeps logits from drifting.
-        num_items: Divides the sums in place of the number of labels that are not left out, as transformers'
-            `num_items_in_batch` does where a step has several batches or processes.
+        num_items: Divides the sums instead of the number of labels that count. transformers passes it as
+            `num_items_in_batch` where a step has several batches or processes.
         chunk_tokens: Tokens of a chunk.
         vocabulary_group: Processes that share the vocabulary; shards may differ in size.
 
     Returns:
-        The loss, float32 (or float64) []. It can be differentiated once. Where all labels are left out it is NaN with
+        The loss, float32 (or float64) []. It can be differentiated once. Where no label counts, it is NaN with
         gradients of zero, or 0 with `num_items`, as in transformers.
 
     Raises:
-        ValueError: Shapes or dtypes do not fit together, an argument is out of its range, or a label is no token (for
-            labels on a GPU a device-side assertion tells, since looking would wait for it).
-        RuntimeError: In the backward pass: a second derivative is asked for.
+        ValueError: Shapes or dtypes do not fit together, an argument is out of its range, or a label is outside the
+            vocabulary. For labels on a GPU, a device-side assertion fails instead, since a check here would wait for
+            the GPU.
+        RuntimeError: In the backward pass: the caller requests a second derivative.
     """
     _check(hidden, weight, labels, z_loss, chunk_tokens)
     labels_T = labels.reshape(-1).to(hidden.device)
@@ -93,12 +96,12 @@ def linear_cross_entropy(
     if num_items is not None:
         return total / (num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items)
     count = counted_T.sum()
-    # Not by dividing 0 by 0: its gradient would be NaN as well.
+    # Do not divide 0 by 0: the gradient would be NaN as well.
     return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses. Autograd divides it, which keeps gradients in the range of float16."""
+    """The sum of the losses. Autograd divides it later, which keeps gradients in the range of float16."""
 
     @staticmethod
     def forward(
@@ -142,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Not torch's `once_differentiable`, which lets this pass and takes the gradients for constants.
+        # torch's `once_differentiable` would allow create_graph=True here, and treat the gradients as constants.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_cross_entropy was differentiated with create_graph=True: it has no second derivative. Take "
@@ -169,7 +172,7 @@ def _chunk_loss(
 ) -> torch.Tensor:
     """Return the sum of the chunk's losses; write one gradient and add to the other.
 
-    A function of its own frees all tensors of a chunk before the next one begins.
+    This is a separate function, so that it frees all tensors of a chunk before the next chunk begins.
     """
     statistics, write_gradient = _passes(head_VE.device)
     logits_CV = hidden_CE @ head_VE.T
@@ -184,7 +187,7 @@ def _chunk_loss(
     if grad_hidden_CE is not None or grad_weight_VE is not None:
         factor_C = ((1 + 2 * z_loss * logsumexp_C) / sum_C).masked_fill(~counted_C, 0)
         write_gradient(logits_CV, peak_C, factor_C, target_C, owned_C)
-        grad_CV = logits_CV  # now
+        grad_CV = logits_CV  # write_gradient has overwritten the logits
         if grad_hidden_CE is not None:
             grad_hidden_CE.copy_(grad_CV @ head_VE)
         if grad_weight_VE is not None:
@@ -195,7 +198,7 @@ def _chunk_loss(
 def _passes(
     device: torch.device,
 ) -> tuple[Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]], Callable[..., None]]:
-    """Return the two passes over the logits: Triton's on a GPU, else PyTorch's, which also test the former."""
+    """Return the two passes over the logits: Triton's on a GPU, else PyTorch's. Tests compare the two."""
     if device.type == "cuda" and _triton_is_installed():
         from . import kernels as cross_entropy_kernels
 
@@ -218,7 +221,7 @@ def _triton_is_installed() -> bool:
 def _statistics(logits_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kernels.statistics`."""
     precise = torch.promote_types(logits_CV.dtype, torch.float32)
-    # Not -inf, from which -inf could not be subtracted.
+    # Clamp to a finite number: -inf minus -inf would be NaN.
     peak_C = logits_CV.amax(1).to(precise).clamp_(min=torch.finfo(precise).min)
     return peak_C, (logits_CV - peak_C[:, None]).exp_().sum(1)
 
@@ -232,13 +235,13 @@ def _write_gradient(
 ) -> None:
     """See `kernels.write_gradient`."""
     grad_CV = logits_CV.to(peak_C.dtype).sub_(peak_C[:, None]).exp_().mul_(factor_C[:, None])
-    # Before rounding, which would make one of a probability close to it.
+    # Subtract before rounding, which would turn a probability close to 1 into 1.
     grad_CV.scatter_(1, target_C[:, None], grad_CV.gather(1, target_C[:, None]) - owned_C[:, None].to(grad_CV.dtype))
     logits_CV.copy_(grad_CV)
 
 
 def _add_product(total_MN: torch.Tensor, left_MK: torch.Tensor, right_KN: torch.Tensor) -> None:
-    """Add a product to a sum that may be wider, in its width."""
+    """Add a product to a sum in the sum's dtype, which may be wider."""
     if total_MN.dtype == right_KN.dtype:
         total_MN.addmm_(left_MK, right_KN)
     elif _ADDS_TO_FLOAT32 and total_MN.device.type == "cuda":
@@ -248,18 +251,18 @@ def _add_product(total_MN: torch.Tensor, left_MK: torch.Tensor, right_KN: torch.
 
 
 def _scaled(gradient: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    # With a dimension, since a scale without any would be rounded to the gradient's dtype, where a loss scale of
-    # float16 training is infinite. Into a tensor of the result's dtype, since the product could be twice its size.
+    # torch rounds a 0-d scale to the gradient's dtype, and float16 training's loss scale is infinite in float16: give
+    # the scale a dimension. Write into a tensor of the result's dtype, since the product could take twice the memory.
     return torch.mul(gradient, scale[None], out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _targets(
     labels_T: torch.Tensor, counted_T: torch.Tensor, rows: int, group: dist.ProcessGroup | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return each label's column in this process's shard, int64 [T], 0 elsewhere; and whether it is there, bool [T]."""
+    """Locate labels in this process's shard: their columns, int64 [T], 0 elsewhere; whether it has them, bool [T]."""
     rows_P = labels_T.new_zeros(dist.get_world_size(group) if group else 1, dtype=torch.int64)
     rank = dist.get_rank(group) if group else 0
-    rows_P[rank].fill_(rows)  # assigning it would wait for a GPU
+    rows_P[rank].fill_(rows)  # an assignment would wait for a GPU
     _all_reduce(rows_P, dist.ReduceOp.SUM, group)
     column_T = labels_T - rows_P[:rank].sum()
     owned_T = counted_T & (column_T >= 0) & (column_T < rows)
@@ -269,7 +272,7 @@ def _targets(
             f"labels contain {int(labels_T[wrong_T][0])}, but the vocabulary has {int(rows_P.sum())} tokens: a label "
             "must be one of them, or ignore_index."
         )
-    # On a GPU a column outside makes the loss's own look-up fail.
+    # On a GPU a column out of range makes the loss's gather fail.
     return column_T.masked_fill(~owned_T, 0).masked_fill(wrong_T, rows), owned_T
 
 
@@ -281,7 +284,7 @@ def _all_reduce(tensor: torch.Tensor, op: Any, group: dist.ProcessGroup | None) 
 
 
 def _head_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer would compute."""
+    """Return the dtype that a linear layer would compute in."""
     device = hidden.device.type
     # Autocast does not cast float64.
     if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):

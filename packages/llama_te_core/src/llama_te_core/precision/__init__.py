@@ -1,1 +1,1 @@
-"""Number formats: the precision of each layer, Transformer Engine's recipes, and the state of delayed scaling."""
+"""Number formats: each layer's precision, Transformer Engine's recipes, and the state of delayed scaling."""

@@ -1,7 +1,7 @@
-"""The precision of each layer: the checks, the contexts that a forward pass runs in, and the number of tokens.
+"""Plans each layer's precision: checks it, makes the contexts of a forward pass, and gives the multiple of tokens.
 
-`NVLlamaConfig.layer_precision` names a precision for each layer, "fp8", "fp4" or `None`. A Transformer Engine (TE)
-recipe, given to the model, says how the numbers of a precision are scaled. Importing this module does not import TE.
+`NVLlamaConfig.layer_precision` names a precision for each layer, "fp8", "fp4" or `None`. The model takes a Transformer
+Engine (TE) recipe, which defines the scaling of a precision's numbers. Importing this module does not import TE.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def check_layer_precision(layer_precision: Sequence[LayerPrecision] | None, num_
     """Refuse a `layer_precision` that does not describe `num_layers` layers.
 
     Raises:
-        ValueError: It is no list, its length is wrong, or an entry is not "fp8", "fp4" or None.
+        ValueError: `layer_precision` is not a list, its length is wrong, or an entry is not "fp8", "fp4" or None.
     """
     if layer_precision is None:
         return
@@ -83,7 +83,7 @@ class PrecisionPlan:
         self.quantized = any(entry is not None for entry in self.layers)
 
     def has_delayed_scaling(self) -> bool:
-        """Tell whether any layer has delayed scaling."""
+        """Tell whether any layer uses delayed scaling."""
         used = [precision for precision in self._recipes if precision in self.layers]
         recipes = [self._recipes[precision] for precision in used]
         if None in recipes:
@@ -108,7 +108,7 @@ class PrecisionPlan:
             check_recipe(self._recipes[precision], capability, device_name)
 
     def token_multiple(self) -> int:
-        """Return the divisor of the number of tokens in a forward pass (1 where nothing is quantized)."""
+        """Return the multiple that a forward pass's number of tokens must be (1 where nothing is quantized)."""
         if not self.quantized:
             return 1
         used = [recipe for precision, recipe in self._recipes.items() if precision in self.layers]
@@ -123,7 +123,7 @@ class PrecisionPlan:
             ranks: Tensor ranks that share the tokens between the layers.
 
         Raises:
-            ValueError: With the number to pad to.
+            ValueError: The number is no such multiple. The message has the number to pad to.
         """
         multiple = self.token_multiple()
         if multiple == FP8_TOKEN_MULTIPLE and not grad:
@@ -151,8 +151,8 @@ class PrecisionPlan:
     def model_context(self) -> contextlib.AbstractContextManager[Any]:
         """Return the context around all layers.
 
-        TE updates the scales of delayed scaling when the outermost context closes. Without this context, that would
-        happen after every layer, and each layer's history of maxima would move on once for every layer of the model.
+        TE updates the scales of delayed scaling when the outermost context closes. Without this context, TE would
+        update them after every layer, and each update would advance every layer's history of maxima.
         """
         if not self.quantized:
             return contextlib.nullcontext()

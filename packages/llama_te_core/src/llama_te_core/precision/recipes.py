@@ -1,4 +1,4 @@
-"""Transformer Engine's quantization recipes: the GPUs that have them, and the number of tokens that they take.
+"""Transformer Engine's quantization recipes: the GPUs that support them, and the token counts that they accept.
 
 Importing this module imports neither torch nor Transformer Engine.
 """
@@ -17,8 +17,8 @@ LOWEST_CAPABILITY = {
     "NVFP4BlockScaling": (10, 0),
 }
 
-# The number of tokens must be a multiple of these: 16 for the transposed FP8 products of the backward pass, and a whole
-# block of the block formats (`get_align_size_for_quantization` in TE 2.20).
+# The number of tokens must be a multiple of these numbers: 16 for the transposed FP8 products of the backward pass, and
+# a whole block for the block formats (`get_align_size_for_quantization` in TE 2.20).
 _TOKEN_MULTIPLE = {"MXFP8BlockScaling": 32, "NVFP4BlockScaling": 128}
 FP8_TOKEN_MULTIPLE = 16
 # The forward product alone takes multiples of 8 (`assert_dim_for_fp8_exec` in TE 2.20).
@@ -26,7 +26,7 @@ FP8_FORWARD_MULTIPLE = 8
 
 
 def recipe_name(recipe: Any) -> str:
-    """Return the name of the TE recipe class that `recipe` is an instance of, or derives from."""
+    """Return the name of the TE recipe class of `recipe`; for a derived class, the name of TE's base class."""
     if recipe is None:
         return "FP8"
     for cls in type(recipe).__mro__:
@@ -36,20 +36,20 @@ def recipe_name(recipe: Any) -> str:
 
 
 def recipe_token_multiple(name: str) -> int:
-    """Return the divisor of the number of tokens under a recipe of this name, with a backward pass."""
+    """Return the multiple that the number of tokens must be under this recipe, with a backward pass."""
     return _TOKEN_MULTIPLE.get(name, FP8_TOKEN_MULTIPLE)
 
 
 def check_recipe(recipe: Any, capability: tuple[int, int] | None, device_name: str) -> None:
-    """Refuse a recipe that the device has no arithmetic for.
+    """Refuse a recipe that the device cannot compute with.
 
     Args:
-        recipe: A `transformer_engine.common.recipe.Recipe`; `None` for TE's default one.
+        recipe: A `transformer_engine.common.recipe.Recipe`; `None` for TE's default recipe.
         capability: Compute capability of the GPU; `None` where the layers do not run on Transformer Engine.
         device_name: The name of the device for the message.
 
     Raises:
-        RuntimeError: With the device, the recipe and the nearest recipe that works there.
+        RuntimeError: The device does not support the recipe. The message names both, and the nearest recipe that works.
     """
     name = recipe_name(recipe)
     if capability is None:

@@ -1,4 +1,4 @@
-"""The state of delayed scaling: how layers learn it, and how a run saves it and goes on from it.
+"""Calibrates, saves and loads the state of delayed scaling.
 
 Delayed scaling scales a tensor by the largest values of earlier steps. Each module of Transformer Engine keeps these
 values and the scales.
@@ -19,12 +19,12 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
 
     Delayed scaling scales activations by their largest values in earlier passes. Training records these values; a
     model that was never trained in FP8 has scales of 1. This function runs each batch through the model with gradients
-    enabled, since TE records activations only then. The last `amax_history_len` batches of the recipe count. Weights
+    enabled, since TE records activations only then. The last `amax_history_len` (see the recipe) batches count. Weights
     stay as they are.
 
     Args:
         model: A model of this package on a GPU.
-        batches: Arguments of the model's forward pass, with texts like those to come.
+        batches: Arguments of the model's forward pass, with texts similar to the later ones.
 
     Raises:
         ValueError: No layer has delayed scaling, or there is no batch.
@@ -47,12 +47,12 @@ def calibrate(model: Any, batches: Iterable[Mapping[str, Any]]) -> None:
 def scaling_state(model: torch.nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """Copy the state of delayed scaling to the host.
 
-    A model's state dict leaves this state out, since released checkpoints need none. A run that goes on needs it.
+    A model's state dict leaves this state out, since released checkpoints do not need it. A resumed run needs it.
 
     Returns:
-        For each module by its name, the float32 scales [N] and the largest values of earlier steps [steps, N] of the N
-        tensors of the forward and of the backward pass. Modules without delayed scaling, and modules that have not
-        computed yet, are left out.
+        The state of each module by its name. For the N tensors of the forward pass and of the backward pass, it has the
+        float32 scales [N] and the largest values of earlier steps [steps, N]. Modules without delayed scaling, and
+        modules that have not computed yet, are left out.
     """
     states = {name: delayed_scaling_state(module) for name, module in model.named_modules()}
     return {name: state for name, state in states.items() if state}
@@ -63,7 +63,7 @@ def set_scaling_state(model: torch.nn.Module, states: Mapping[str, Mapping[str, 
 
     Args:
         model: A model of the same kind, on its device. Modules that `states` lacks, and modules that are not TE's, stay
-            as they are: their first steps find the scales.
+            as they are. They find their scales in their first steps.
         states: The result of `scaling_state`.
     """
     for name, module in model.named_modules():

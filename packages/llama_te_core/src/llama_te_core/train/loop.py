@@ -39,24 +39,24 @@ from .tensor_statistics import TensorStatistics
 
 
 class RefusedRunError(RuntimeError):
-    """A run cannot begin, because of its configuration, the data, the checkpoint or the machine."""
+    """The configuration, the data, the checkpoint or the machine does not let a run begin."""
 
 
 def train(config: TrainConfig) -> int:
-    """Train from a configuration, in all processes that torchrun started, or in this one.
+    """Train from a configuration, in all processes that torchrun started, or in this process alone.
 
-    A run whose folder has checkpoints goes on from the last. At SIGTERM it saves one and ends.
+    A run whose folder has checkpoints continues from the last one. At SIGTERM the run saves a checkpoint and ends.
 
     Args:
-        config: The run.
+        config: The configuration of the run.
 
     Returns:
         The last step.
 
     Raises:
-        RefusedRunError: The run cannot begin; most reasons are known before the model is built.
-        CheckpointError: A checkpoint could not be saved.
-        NonFiniteLossError: The loss is no finite number.
+        RefusedRunError: The run cannot begin. Most checks come before the model is built.
+        TrainingCheckpointError: A checkpoint could not be saved.
+        NonFiniteLossError: The loss is infinite or NaN.
         UnusableDocumentError: A document cannot be used.
     """
     folder, settings = Path(config.folder), asdict(config)
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> int:
             elif step > config.steps:
                 raise ValueError(f"folder={config.folder!r} is at step {step}: steps={config.steps} is less.")
             tokenizer = load_tokenizer(config.data.tokenizer)
-            # The size of a tokenizer shows that its tokens are in the vocabulary.
+            # With a tokenizer, a check of its size below replaces the check of each token.
             vocab_size = config.model.vocab_size if tokenizer is None else None
             multiple, context = config.token_multiple, config.parallel.context
             data = config.data.text_data(tokenizer, config.seed, multiple, context, vocab_size)
@@ -132,7 +132,7 @@ def train(config: TrainConfig) -> int:
                 interval = config.checkpoint.interval
                 save = interval is not None and (last or step % interval == 0)
                 if save or last or step % config.log.interval == 0:
-                    metrics.report()  # before saving, so that no checkpoint has weights of NaN
+                    metrics.report()  # raises for a NaN before a checkpoint could save it
                 if save:
                     checkpoints.save(step, called, optimizer, {"data": stream})
             checkpoints.wait()
@@ -154,13 +154,13 @@ def train_step(
     stream: BatchStream,
     metrics: Metrics,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step: gradients of all its batches, clipped, and AdamW.
+    """Take one training step: sum the gradients of the step's batches, clip them, and update the weights.
 
     Returns:
-        This process's loss and the norm of all gradients before clipping; float [] on the device.
+        This process's loss, and the norm of all gradients before clipping; each float [] on the device.
     """
     batches = [stream.next() for _ in range(config.data.batches_per_step)]
-    # The mean over all labels of the step, which batches have in different numbers.
+    # Batches have different numbers of labels: the loss is the mean over all labels of the step.
     labels = torch.stack([batch.arguments["num_items_in_batch"] for batch in batches]).sum()
     losses = []
     for number, batch in enumerate(batches):
@@ -178,7 +178,7 @@ def train_step(
 
 
 def load_tokenizer(name: str | None) -> Any:
-    """Load the tokenizer that `DataConfig.tokenizer` names; None for none."""
+    """Load the tokenizer that `DataConfig.tokenizer` names; return None where it is None."""
     if name is None:
         return None
     if name == "bytes":
@@ -201,7 +201,7 @@ def _refusals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.device]]:
-    """Make the mesh of the processes and this one's device; without torchrun there is mostly no mesh."""
+    """Yield the mesh of the processes and this process's device. Without torchrun there is mostly no mesh."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -210,7 +210,7 @@ def _processes(config: TrainConfig) -> Iterator[tuple[DeviceMesh | None, torch.d
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend)
     elif config.precision.compute_dtype != config.precision.weights_dtype:
-        # FSDP casts weights, and needs a group, even of this process alone.
+        # FSDP casts the weights. It needs a process group, even for this process alone.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     else:
         yield None, device

@@ -1,4 +1,4 @@
-"""Metrics of a run: loss, norm of the gradients, speed, memory; on the console, in a file, TensorBoard and W&B.
+"""Reports a run's loss, gradient norm, speed and memory on the console, in a file, to TensorBoard and to W&B.
 
 Shapes: N steps since the last report, S rows and columns of a square matrix.
 """
@@ -22,8 +22,8 @@ from ..models.configuration_nvllama import NVLlamaConfig
 from ..parallel.mesh import process_rank
 from .config import LogConfig
 
-# Dense tensor-core operations per second of one GPU, 1e12, by words of torch's name for it. The first entry that fits
-# counts. `peak_flops` names the sources.
+# Dense tensor-core operations of one GPU, in 1e12 per second, by words of the GPU's name in torch. The first matching
+# entry counts. `peak_flops` names the sources.
 PEAKS = {
     "A100": {"bf16": 312.0},
     "H100 PCIe": {"bf16": 756.0, "fp8": 1513.0},
@@ -40,17 +40,17 @@ PEAKS = {
 
 
 PRODUCT_SIZE = 8192
-PRODUCTS = 20  # in a row, so that their launches count little: 30 ms of an H100
+PRODUCTS = 20  # one after the other, so that launches count little: 30 ms on an H100
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the norm of the gradients is infinite or no number."""
+    """The loss or the norm of the gradients is infinite or NaN."""
 
 
 def peak_flops(gpu: str, compute: str) -> float | None:
-    """Return the most operations per second of a GPU; `None` where the table does not have it.
+    """Return a GPU's peak number of operations per second; `None` where the table does not have the GPU.
 
-    Numbers are NVIDIA's for dense matrices, or half of those with sparsity where it gives no others:
+    Numbers are NVIDIA's for dense matrices. Where NVIDIA publishes only numbers with sparsity, the table has half:
 
     - A100: its data sheet (2021).
     - H100 SXM and PCIe: "H100 Tensor Core GPU Architecture" (2022). H200 and GH200 have the same chip at the
@@ -62,10 +62,10 @@ def peak_flops(gpu: str, compute: str) -> float | None:
       BF16 and 72 and 720 in FP8 with sparsity, 108 and 1,080 in FP4 without.
 
     Args:
-        gpu: Its name, as torch.cuda.get_device_name() has it.
-        compute: As `PrecisionConfig.compute`.
+        gpu: The GPU's name from torch.cuda.get_device_name().
+        compute: The number format of the layers, see `PrecisionConfig.compute`.
     """
-    words = set(re.split("[ -]", gpu))  # whole words: an H200 is no GH200
+    words = set(re.split("[ -]", gpu))  # compare whole words: GH200 must not match H200
     for name, peaks in PEAKS.items():
         if words.issuperset(name.split()):
             return peaks[compute] * 1e12 if compute in peaks else None
@@ -73,11 +73,11 @@ def peak_flops(gpu: str, compute: str) -> float | None:
 
 
 def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float) -> float:
-    """Return the operations of training on some tokens, forward and backward, each counted once.
+    """Return the number of operations of training on some tokens, forward and backward, each counted once.
 
-    The count follows appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv 2204.02311): 6 for each weight of a
-    matrix product and token, and for attention 12 for each layer, feature of the heads, query and key. Causality halves
-    the keys, and packing leaves the keys of the own sequence.
+    The count follows appendix B of the PaLM paper (Chowdhery et al., 2022, arXiv 2204.02311): 6 for each token and each
+    weight of a matrix product; and for attention, 12 for each layer, feature of the heads, query and key. Causality
+    halves the number of keys, and with packing a query has only the keys of its own sequence.
 
     Args:
         config: The model.
@@ -92,13 +92,13 @@ def training_flops(config: NVLlamaConfig, tokens: float, squared_lengths: float)
 
 
 def bf16_product_rate(device: torch.device) -> float:
-    """Measure the operations per second of products of two large matrices in BF16 on a GPU.
+    """Measure how many operations per second a GPU reaches in products of two large BF16 matrices.
 
-    The published peak assumes a clock that the GPU's power seldom allows; this rate is within reach. Training's random
-    numbers are not touched.
+    The published peak assumes a clock that the GPU's power limit seldom allows. This rate can be reached. The function
+    does not change training's random numbers.
 
     Args:
-        device: The GPU; this function waits for it.
+        device: The GPU. This function waits for it.
     """
     own = torch.Generator(device).manual_seed(0)
     a_SS, b_SS = (
@@ -114,25 +114,25 @@ def bf16_product_rate(device: torch.device) -> float:
         torch.cuda.synchronize(device)
         return time.perf_counter() - begin
 
-    seconds()  # loads kernels and settles the clock
+    seconds()  # this first run loads kernels and settles the clock
     return PRODUCTS * 2 * PRODUCT_SIZE**3 / seconds()
 
 
 class Metrics:
-    """Collects the steps' metrics without waiting for the GPU, and reports them when asked.
+    """Collects the steps' metrics without waiting for the GPU; `report` writes them.
 
     Rank 0 writes a line on the console, `metrics.jsonl` and TensorBoard's files in the run's folder, and to W&B. The
-    file `wandb-id` keeps W&B's name of the run, so that a run that goes on stays one run there.
+    file `wandb-id` keeps W&B's id of the run, so that a resumed run stays one run there.
 
     Args:
         config: The section `log`.
-        folder: The run's.
+        folder: The run's folder.
         model_config: The model, for the number of operations.
         compute: The layers' number format, for the GPU's peak.
         device: The device of the training.
-        ranks: Data-parallel ranks.
+        ranks: The number of data-parallel ranks.
         step: The last step before this start. Lines of later steps are dropped, since the run repeats them.
-        steps: The last one.
+        steps: The last step of the run.
         settings: The run's configuration, for W&B.
     """
 
@@ -181,8 +181,8 @@ class Metrics:
         """Add a step.
 
         Args:
-            step: Its number.
-            loss: This process's, [] on the device; its mean over the processes is the mean over all tokens.
+            step: The step's number.
+            loss: This process's loss, [] on the device. Its mean over the processes is the mean over all tokens.
             norm: The norm of all gradients before clipping, [] on the device.
             learning_rate: The rate of the step.
         """
@@ -197,7 +197,7 @@ class Metrics:
         """Write the metrics of the steps since the last report; all processes call this together.
 
         Raises:
-            NonFiniteLossError: A loss or a norm is no finite number.
+            NonFiniteLossError: A loss or a norm is infinite or NaN.
         """
         if not self._rows:
             return
@@ -207,7 +207,7 @@ class Metrics:
         summed = torch.cat((loss_N, numbers.to(self.device)))
         if self.world_size > 1:
             dist.all_reduce(summed)
-        # The one place of training where the host waits for the GPU.
+        # During training the host waits for the GPU only here.
         *losses, tokens, squared_lengths = summed.tolist()
         losses = [loss / self.world_size for loss in losses]
         norms = norm_N.tolist()
@@ -280,7 +280,7 @@ class Metrics:
 
 
 def _wandb_id(folder: Path, step: int) -> str:
-    """Return W&B's name of the run: a new one at the beginning, and the same when the run goes on."""
+    """Return W&B's id of the run: a new id at the beginning, and the same id when the run is resumed."""
     file = folder / "wandb-id"
     if step == 0 or not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")

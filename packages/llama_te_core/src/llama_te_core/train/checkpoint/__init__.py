@@ -1,1 +1,1 @@
-"""The checkpoints and the folder of a training run."""
+"""Saves and loads a training run's checkpoints, and checks its folder."""

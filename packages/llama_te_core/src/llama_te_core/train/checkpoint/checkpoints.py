@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all of the state that the next step depends on.
+"""Checkpoints of a training run: the complete state that the next step depends on.
 
     checkpoints = Checkpoints("run/checkpoints")
     extra = {"scheduler": scheduler, "data": loader}
@@ -6,20 +6,20 @@
     if step:
         checkpoints.load(step, model, optimizer, extra)
     ...
-    checkpoints.save(step, model, optimizer, extra)  # goes on in the background
+    checkpoints.save(step, model, optimizer, extra)  # writes in the background
     ...
     checkpoints.wait()
 
-`run/checkpoints/step-00001200/` is a checkpoint of torch.distributed.checkpoint with the model's `config.json` beside
-it, which `llama-te-convert` reads. Its state dict holds
+`run/checkpoints/step-00001200/` holds a checkpoint of torch.distributed.checkpoint and the model's `config.json`.
+`llama-te-convert` reads both. The checkpoint's state dict has these entries:
 
 - `model` and `optimizer.state`: tensors by the names of the parameters, in parts, so that any number of processes can
-  load them; for weights that layers hold in FP8 only, `model` has the optimizer's FP32 weights;
-- `optimizer.groups`: the options of the parameter groups; `load` keeps `betas`, `eps` and `weight_decay` of the given
-  optimizer;
-- `ranks`: for each process its random numbers, its `extra` and the scaling state of its FP8 layers.
+  load them. For weights that layers hold in FP8 only, `model` has the optimizer's FP32 weights.
+- `optimizer.groups`: the options of the parameter groups. `load` keeps `betas`, `eps` and `weight_decay` of the given
+  optimizer.
+- `ranks`: each process's random numbers, its `extra` and the scaling state of its FP8 layers.
 
-The last two are bytes from which torch.load makes any objects: load only checkpoints that you trust.
+torch.load can turn the bytes of `optimizer.groups` and `ranks` into any objects: load only checkpoints that you trust.
 """
 
 from __future__ import annotations
@@ -68,17 +68,18 @@ T = TypeVar("T")
 class Checkpoints:
     """The checkpoints of one training run, in a folder that all its processes see.
 
-    A checkpoint is written under another name (`step-00001200.partial`) and gets its own when it is whole and on the
-    disk. So the folder has whole checkpoints only, whenever the processes end. The next `save` removes unfinished ones.
+    `save` writes a checkpoint under a temporary name (`step-00001200.partial`), and renames it when it is complete and
+    on the disk. So every other folder is a complete checkpoint, whenever the processes end. The next `save` removes
+    unfinished checkpoints.
 
-    All processes make the object and call its methods in the same order, since they communicate. One run writes to a
-    folder at a time.
+    All processes make the object and call its methods in the same order, since they communicate. Only one run may write
+    to a folder at a time.
 
     Args:
-        folder: The first `save` makes it.
-        keep: The number of checkpoints that stay. Older ones are removed once a new one is whole.
-        asynchronous: Whether `save` returns once the state is copied to the host's memory, and a thread writes it. The
-            methods wait for that thread, and raise its errors.
+        folder: The folder of the checkpoints. The first `save` makes it.
+        keep: The number of checkpoints to keep. `save` removes older ones when the new one is complete.
+        asynchronous: `save` returns when the state is copied to the host's memory, and a thread writes it. The other
+            methods wait for this thread, and raise its errors.
 
     Raises:
         ValueError: `keep` is not an integer of at least 1.
@@ -92,12 +93,12 @@ class Checkpoints:
         distributed = dist.is_available() and dist.is_initialized()
         self._rank = dist.get_rank() if distributed else 0
         self._ranks = dist.get_world_size() if distributed else 1
-        # A group of its own: in training's group, the order of the thread's messages and training's would differ from
-        # process to process. Gloo, since all messages are on the host.
+        # The thread needs its own process group: in training's group, the order of the thread's and training's messages
+        # would differ between processes. The backend is Gloo, since all messages are on the host.
         self._group = dist.new_group(backend="gloo") if distributed else None
         if self._group is None:
-            # Whoever started one process knows that. The filter stays, since catch_warnings in the thread would change
-            # training's filters.
+            # Users who start one process need no warning about it. The filter stays, since catch_warnings in the thread
+            # would change training's filters.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if asynchronous else None
         self._writing: Future[None] | None = None
@@ -109,24 +110,24 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         extra: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save a checkpoint, after waiting for the one before.
+        """Wait for the previous checkpoint, then save a new one.
 
         It includes random numbers (of Python, NumPy, torch and this process's GPU) and the scaling state of FP8 layers.
 
         Args:
-            step: Its number, larger than all in the folder.
+            step: The checkpoint's step, larger than every step in the folder.
             model: A model of transformers or of this package: plain, compiled, or distributed by `fully_shard`,
                 `DistributedDataParallel` or `parallelize`.
             optimizer: The optimizer of its parameters.
             extra: Other state of this process, by name: objects with `state_dict` and `load_state_dict` (scheduler,
-                data loader), or values that torch.save can write. Each process saves its own, whole, so it should be
-                small.
+                data loader), or values that torch.save can write. Each process saves its complete `extra`, so it should
+                be small.
 
         Raises:
-            TrainingCheckpointError: This save, or the one before, has failed, for example on a full disk; checkpoints
-                that exist stay.
+            TrainingCheckpointError: This save or the previous one has failed, for example on a full disk. Existing
+                checkpoints stay.
             TypeError: The model is of another kind.
-            ValueError: `step` is not larger than all in the folder, or weights exist in a quantized format only.
+            ValueError: `step` is not larger than every step in the folder, or weights exist in a quantized format only.
                 `optimizers.make_optimizer` keeps them in FP32 too.
         """
         self.wait()
@@ -146,10 +147,10 @@ class Checkpoints:
             self._writing = self._thread.submit(self._write, step, on_host(state))
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk. Call it before the process group is destroyed.
+        """Wait until the last save is on the disk. Call this before you destroy the process group.
 
         Raises:
-            TrainingCheckpointError: It has failed.
+            TrainingCheckpointError: The last save has failed.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -165,7 +166,7 @@ class Checkpoints:
         return self._on_rank_0(self._found)
 
     def latest(self) -> int | None:
-        """Return the step of the newest checkpoint; `None` where there is none.
+        """Return the step of the newest checkpoint, or `None` without a checkpoint.
 
         Raises:
             TrainingCheckpointError: The last save has failed.
@@ -181,25 +182,26 @@ class Checkpoints:
     ) -> None:
         """Load a checkpoint into a model, its optimizer and other state.
 
-        Any mesh can load the checkpoint of any other: weights and the optimizer's state are the same, bit for bit. With
-        the same number of processes, random numbers and `extra` of each process are the same, too. With another number
-        there is a warning: random numbers go on as they are, and every process gets rank 0's `extra` and scaling state.
+        Any mesh can load the checkpoint of any other mesh: weights and the optimizer's state are the same, bit for bit.
+        With the same number of processes, each process also gets its random numbers and its `extra` back. With another
+        number, `load` warns: random numbers stay as they are, and every process gets rank 0's `extra` and scaling
+        state.
 
-        The options `betas`, `eps` and `weight_decay` of the optimizer's groups stay as they are, so that a run can go
-        on with other values. All else comes from the checkpoint: the learning rate, the entries of schedulers, and
-        `betas` too where a scheduler moves them (`OneCycleLR`, `CyclicLR`).
+        The options `betas`, `eps` and `weight_decay` of the optimizer's groups stay as they are, so that a run can
+        continue with other values. Everything else comes from the checkpoint: the learning rate, the entries of
+        schedulers, and also `betas` where a scheduler moves them (`OneCycleLR`, `CyclicLR`).
 
         Args:
-            step: The checkpoint's.
+            step: The checkpoint's step.
             model: See `save`.
-            optimizer: The optimizer of its parameters, in the same groups. Its gradients are dropped. `None` skips its
+            optimizer: The optimizer of its parameters, in the same groups. `load` drops its gradients. `None` skips its
                 state.
-            extra: See `save`; it can have fewer names. Objects load their state, and other values are replaced, with
+            extra: See `save`; it can have fewer names. Objects load their state. Other values are replaced, with
                 tensors in the host's memory.
 
         Raises:
-            TrainingCheckpointError: There is no such checkpoint, it is damaged, or it does not fit. The model may be
-                loaded in part then.
+            TrainingCheckpointError: The checkpoint does not exist, is damaged, or does not fit. The model may then be
+                loaded in part.
             TypeError: The model is of another kind.
             ValueError: Weights exist in a quantized format only; see `save`.
         """
@@ -237,7 +239,7 @@ class Checkpoints:
             raise self._not_loaded(step, steps, error) from error
         state = scatter_halves(whole, state)
 
-        # First, since it has the scales of delayed scaling, with which weights are quantized.
+        # Load this state first: it has the scales of delayed scaling, and loading the weights quantizes with them.
         set_own_state(from_bytes(state["ranks"][own]), model, {} if extra is None else extra, same_ranks)
         set_model_state_dict(model, state["model"])
         if optimizer is not None:
@@ -279,8 +281,8 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        """Write the checkpoint that `_begin` has begun; runs in the thread."""
-        # No copies ahead: the thread would make them on GPU 0, whichever this process has.
+        """Write the checkpoint that `_begin` has begun. This runs in the thread."""
+        # Do not copy ahead: the thread would copy on GPU 0, whichever GPU this process has.
         writer = Writer(self._partial(step), per_thread_copy_ahead=0)
         try:
             state_dict_saver.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
@@ -301,7 +303,7 @@ class Checkpoints:
     def _rotate(self) -> None:
         for step in self._found()[: -self.keep]:
             try:
-                # A checkpoint that is half removed must not look whole.
+                # A half-removed checkpoint must not look complete.
                 self.path(step).rename(self._partial(step))
                 shutil.rmtree(self._partial(step))
             except OSError as error:
@@ -327,7 +329,7 @@ class Checkpoints:
         if self._rank == 0:
             try:
                 outcome = [action()]
-            except Exception as error:  # all processes must raise it, whatever it is
+            except Exception as error:  # all processes must raise any error
                 outcome = [error]
         if self._group is not None:
             dist.broadcast_object_list(outcome, src=0, group=self._group)

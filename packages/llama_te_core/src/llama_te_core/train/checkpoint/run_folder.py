@@ -1,4 +1,4 @@
-"""The folder of a run: checks of the earlier run in it."""
+"""Checks the earlier run in a run's folder, so that another run does not mix with it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import yaml
 
 from ...models.configuration_nvllama import NVLlamaConfig
 
-# Fields that change the results of weights of the same shape.
+# Fields that change a model's results, but not the shapes of its weights.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps")
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "tie_word_embeddings")
 
 
 def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
-    """Refuse to go on from a checkpoint of another model.
+    """Refuse to continue from a checkpoint of another model.
 
     Args:
         checkpoint: The folder of a checkpoint, with the model's `config.json`.
@@ -34,16 +34,16 @@ def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
 
 
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to begin in the folder of another run without checkpoints.
+    """Refuse to begin in a folder that holds another run without checkpoints.
 
-    A run with the same settings, which stopped before its first checkpoint, begins again.
+    A run with the same settings that stopped before its first checkpoint begins again.
 
     Args:
-        folder: The run's, which may not exist.
+        folder: The run's folder. It need not exist.
         settings: The whole configuration, by sections.
 
     Raises:
-        FileExistsError: There is another run.
+        FileExistsError: The folder holds another run.
         NotADirectoryError: The folder is a file.
     """
     if folder.exists() and not folder.is_dir():
@@ -51,7 +51,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return
     before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    own = yaml.safe_load(yaml.safe_dump(dict(settings)))  # which has no tuples
+    own = yaml.safe_load(yaml.safe_dump(dict(settings)))  # YAML turns tuples into lists
     names = sorted(name for name in own if not isinstance(before, dict) or before.get(name) != own[name])
     if names:
         raise FileExistsError(

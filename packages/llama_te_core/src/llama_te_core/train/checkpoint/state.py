@@ -1,4 +1,4 @@
-"""The state of a training run for a checkpoint: model, optimizer, random numbers, and what belongs to a process."""
+"""The state of a training run for a checkpoint: model, optimizer, random numbers, and each process's own state."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from ...compat.transformer_engine import MASTER_WEIGHT
 from ...layers.collectives import local_part
 from ...precision.scaling_state import scaling_state, set_scaling_state
 
-# The options that stay as the optimizer was made with them. The rate does not: a scheduler may compute it from the last
-# one. Other entries are state, such as the number of steps that Transformer Engine's optimizer counts in its groups.
+# Loading keeps these options of the given optimizer. The learning rate comes from the checkpoint, since a scheduler may
+# compute it from the last rate. Other entries are state: Transformer Engine's optimizer counts its steps in its groups.
 _OPTIONS = ("betas", "eps", "weight_decay")
 
 
@@ -39,7 +39,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     """Return the model within wrappers of torch.compile and DDP.
 
     Raises:
-        TypeError: It is no model of transformers.
+        TypeError: The model is not a model of transformers.
     """
     inner: Any = uncompiled(model)
     while isinstance(inner, DistributedDataParallel):
@@ -61,7 +61,7 @@ def saved_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 @torch.no_grad()
 def weights_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the model's state dict, in its memory, or in the optimizer's for weights that it keeps in FP32.
+    """Return the model's state dict. It shares the model's memory, or the optimizer's for weights kept there in FP32.
 
     Raises:
         ValueError: Weights exist in a quantized format only.
@@ -83,7 +83,7 @@ def optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) ->
     untouched = not optimizer.state
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     if untouched:
-        # torch has made a state, by a step without gradients, and that step would count.
+        # torch has made a state with a step of zero gradients, which would count as a step of training.
         optimizer.state.clear()
         state["state"] = {}
     return {"state": _without_masters(state["state"]), "groups": to_bytes(state["param_groups"])}
@@ -99,8 +99,9 @@ def empty_optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimiz
     optimizer.zero_grad()
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     if state["state"].keys() != saved:
-        # torch makes them by a step with gradients of zero, but only where there are neither state nor gradients. Not
-        # for every optimizer: in some versions Adagrad has its state from the beginning, and no step makes it.
+        # torch makes the tensors by a step with gradients of zero, but only where there are neither state nor
+        # gradients. Clear the state only if it differs: in some versions Adagrad has its state from the beginning, and
+        # no step makes it again.
         optimizer.state.clear()
         state = get_optimizer_state_dict(model, optimizer)
     return _without_masters({name: value for name, value in state["state"].items() if name in saved})
@@ -131,14 +132,14 @@ def set_optimizer_state(
             each[MASTER_WEIGHT] = target["state"][name][
                 MASTER_WEIGHT
             ]  # loaded with the model's weights, whose memory it is
-    # Not strict: a parameter that had no state when it was saved, since no step had changed it, has none now.
+    # Not strict: a parameter that no step had changed before the save has no state in the checkpoint.
     set_optimizer_state_dict(
         model, optimizer, {"state": state, "param_groups": groups}, options=StateDictOptions(strict=False)
     )
 
 
 def _moves_betas(group: dict[str, Any]) -> bool:
-    """Tell whether a scheduler of torch moves a group's betas; it keeps their range in the group."""
+    """Tell whether a scheduler of torch moves a group's betas. Such a scheduler keeps their range in the group."""
     return "base_momentum" in group
 
 
@@ -152,7 +153,7 @@ def own_state(model: nn.Module, extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_own_state(state: dict[str, Any], model: nn.Module, extra: MutableMapping[str, Any], same_ranks: bool) -> None:
-    """Load the state that `own_state` returned; random numbers only for the same number of ranks.
+    """Load the state that `own_state` returned. Random numbers need the same number of ranks.
 
     Raises:
         TrainingCheckpointError: `extra` has a name that the checkpoint lacks.
@@ -186,7 +187,7 @@ def _set_random_state(state: dict[str, Any]) -> None:
 
 
 def on_host(state: Any) -> Any:
-    """Copy a state to the host's memory, where training does not change it."""
+    """Copy a state to the host's memory, so that training does not change the copy."""
 
     def copied(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -197,7 +198,7 @@ def on_host(state: Any) -> Any:
 
     result = copied(state)
     if torch.accelerator.is_available():
-        torch.accelerator.synchronize()  # the next step must not change a tensor before it is copied
+        torch.accelerator.synchronize()  # the copies must end before the next step changes the tensors
     return result
 
 
@@ -209,5 +210,5 @@ def to_bytes(value: Any) -> bytes:
 
 
 def from_bytes(data: bytes) -> Any:
-    """Return the value of `to_bytes`, with tensors on the host. Loads any object: use it on trusted data."""
+    """Return the value that `to_bytes` saved, with tensors on the host. Use it on trusted data: it loads any object."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: reading and writing them, and the reasons of failures in one line."""
+"""Reads and writes the files of a checkpoint, and gives the reason of a failure in one line."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from ...compat.torch import file_of_item
 
 
 class Writer(FileSystemWriter):
-    """torch's writer, with the disk's own error where it cannot write.
+    """torch's writer, which raises the disk's own error if it cannot write.
 
-    If the disk refuses, torch.save raises its own error about positions, with the disk's error as its context. That
-    context is lost when processes exchange errors.
+    If the disk refuses, torch.save raises its own error about positions, with the disk's error as its context.
+    Processes lose this context when they exchange errors.
     """
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
@@ -37,11 +37,11 @@ class Writer(FileSystemWriter):
 
 
 class DamagedFileError(RuntimeError):
-    """A file of a checkpoint is missing, or has other bytes than the saved ones."""
+    """A file of a checkpoint is missing, or its bytes have changed."""
 
 
 class Reader(FileSystemReader):
-    """torch's reader, with the name of a damaged file in the error."""
+    """torch's reader, whose errors name the damaged file."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: D102
         with _reading(".metadata"):
@@ -79,7 +79,7 @@ def sync(path: Path) -> None:
 
 
 def first_error(error: BaseException) -> tuple[BaseException, str]:
-    """Return the error of the first of several processes, and its rank in words; or the error itself."""
+    """Return the first failed process's error and its rank in words; for one process, the error itself."""
     if not isinstance(error, CheckpointException):
         return error, ""
     number, (error, _) = min(error.failures.items(), key=lambda item: item[0])
@@ -87,7 +87,7 @@ def first_error(error: BaseException) -> tuple[BaseException, str]:
 
 
 def reason(error: BaseException) -> str:
-    """Return the reason of an error in one line; of several processes' errors, the first one's."""
+    """Return the reason of an error in one line. Of several processes' errors, the first one counts."""
     error, rank = first_error(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{rank}: make room, or keep fewer checkpoints"
