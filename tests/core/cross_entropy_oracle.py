@@ -1,4 +1,4 @@
-"""What the Triton kernels of the fused loss must do to a chunk of logits: by the interpreter, and on a GPU.
+"""Checks of the fused loss's Triton kernels on a chunk of logits, for Triton's interpreter and for a GPU.
 
 Shapes: C tokens of a chunk, V vocabulary.
 """
@@ -21,13 +21,13 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels, and how far from PyTorch's numbers theirs may be.
+    """The kernels, and the allowed error against PyTorch's numbers.
 
     Attributes:
         module: `llama_te_core.loss.kernels`.
-        device: Where they run.
-        tolerance: Relative, for each dtype that is computed in, before it is rounded to the logits' own.
-        rounds: Whether a conversion to bfloat16 rounds; Triton's interpreter cuts off.
+        device: The device that the kernels run on.
+        tolerance: The relative error for each computing dtype, before the result is rounded to the logits' dtype.
+        rounds: Whether a conversion to bfloat16 rounds; Triton's interpreter truncates.
     """
 
     module: ModuleType
@@ -36,7 +36,7 @@ class Kernels:
     rounds: bool
 
     def assert_close(self, actual: torch.Tensor, expected: torch.Tensor, atol: float = 0.0) -> None:
-        """But for one step of a 16-bit number: what is all but equal may be rounded to either side of a border."""
+        """Allow one step of a 16-bit number more: two nearly equal values may be rounded to different neighbours."""
         assert actual.dtype == expected.dtype
         precise = torch.promote_types(actual.dtype, torch.float32)
         info = torch.finfo(actual.dtype)
@@ -45,12 +45,12 @@ class Kernels:
             actual.to(precise),
             expected.to(precise),
             rtol=self.tolerance[precise] + step,
-            # exp may give 0 for what is no normal number.
+            # exp may return 0 in place of a subnormal number.
             atol=atol + smallest + torch.finfo(precise).smallest_normal,
             equal_nan=True,
         )
         if actual.dtype != precise and (self.rounds or actual.dtype != torch.bfloat16) and actual.numel() > 1000:
-            assert ((actual != expected) & ~expected.isnan()).float().mean() <= 0.01  # but it rarely is
+            assert ((actual != expected) & ~expected.isnan()).float().mean() <= 0.01  # few values may differ
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Chunk:
 def make_chunk(
     tokens: int, vocabulary: int, dtype: torch.dtype, device: str, spread: float = 3.0, mean: float = 0.0
 ) -> Chunk:
-    """Random, the same each time."""
+    """Make random logits and targets, the same each time."""
     generator = torch.Generator(device).manual_seed(tokens * 10000 + vocabulary)
     logits_CV = torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64, device=device)
     return Chunk(
@@ -93,21 +93,21 @@ def assert_like_pytorch(kernels: Kernels, chunk: Chunk, z_loss: float) -> None:
     assert (chunk.logits_CV[factor_C == 0] == 0).all()
     at_CV = F.one_hot(chunk.target_C, before_CV.shape[1]).bool() & owned_C[:, None]
     kernels.assert_close(chunk.logits_CV[~at_CV], expected_CV[~at_CV])
-    # Less 1, a probability close to it leaves its own error.
+    # Where the probability is close to 1, subtracting 1 leaves mostly the probability's error.
     error = 2 * kernels.tolerance[peak_C.dtype]
     kernels.assert_close(chunk.logits_CV[at_CV], expected_CV[at_CV], atol=error)
 
 
 def assert_like_pytorch_on_what_is_no_number(kernels: Kernels, vocabulary: int, dtype: torch.dtype) -> None:
-    """-inf is a probability of 0; a row with NaN, with inf or with -inf alone is NaN, and no other row is."""
+    """A logit of -inf has probability 0. A row with NaN, with inf, or with -inf alone gives NaN; no other row does."""
     chunk = make_chunk(7, vocabulary, dtype, kernels.device)
     logits_CV = chunk.logits_CV
     logits_CV[0, ::2] = -INF
     logits_CV[1, :] = -INF
     logits_CV[2, vocabulary // 2] = math.nan
     logits_CV[3, -1] = INF
-    logits_CV[4, :-1] = -INF  # whole blocks of it, first
-    logits_CV[5, 1:] = -INF  # and last
+    logits_CV[4, :-1] = -INF  # the first blocks are all -inf
+    logits_CV[5, 1:] = -INF  # the last blocks are all -inf
     peak_C, sum_C = kernels.module.statistics(logits_CV)
     exact_C = logits_CV.double().logsumexp(1)
     finite_C = exact_C.isfinite()

@@ -65,20 +65,20 @@ class Float8Tensor(QuantizedTensor):
 
 
 class TensorGroup:
-    """What TE's products exchange with the other processes of a tensor group; nothing without one."""
+    """The exchange of TE's products with the other processes of a tensor group. Without a group it does nothing."""
 
     def __init__(self, group, sequence_parallel):
         self.group, self.sequence_parallel = group, sequence_parallel
         self.size = 1 if group is None else dist.get_world_size(group)
 
     def enter(self, x):
-        """Before a product whose rows are shared out: all tokens, if each process has some."""
+        """Gather all tokens before a product with sharded output features, if each process has a part of them."""
         if self.group is None:
             return x
         return Exchange.apply(x, *((self.gather, self.scatter) if self.sequence_parallel else (Keep(), self.add)))
 
     def leave(self, x):
-        """Behind a product whose columns are shared out: the sum, or its part for this process's tokens."""
+        """Sum the result of a product with sharded input features; return this process's part if tokens are shared."""
         if self.group is None:
             return x
         return Exchange.apply(x, *((self.scatter, self.gather) if self.sequence_parallel else (self.add, Keep())))
@@ -140,9 +140,9 @@ class Linear(nn.Module):
 
 
 class OffloadContext:
-    """What TE's context for offloading asks of those who use it: one layer after the other, each in a pass of its own.
+    """Checks the rules of TE's context for offloading: layers come one after the other, each in its own context.
 
-    It offloads nothing: `events` tell what it would see.
+    It offloads nothing. `events` records its calls.
     """
 
     def __init__(self, events, layers, model_layers):
@@ -171,7 +171,7 @@ class OffloadContext:
 
 
 class FakeTransformerEngine:
-    """What a test sees: `events`, in order, and the stacks of contexts that are active."""
+    """The fake and its records for tests: `events` in order, and the stacks of active contexts."""
 
     def __init__(self):
         self.events = []
@@ -211,7 +211,7 @@ class FakeTransformerEngine:
         return DelayedScaling()
 
     def install(self, monkeypatch, capability=(9, 0)):
-        """Put this in the place of Transformer Engine, on a machine that seems to have a GPU."""
+        """Replace Transformer Engine by this fake, and pretend that the machine has a GPU."""
         fake, package = self, types.ModuleType("transformer_engine")
         pytorch = types.ModuleType("transformer_engine.pytorch")
 
@@ -222,7 +222,7 @@ class FakeTransformerEngine:
                 self.layer_number = arguments["layer_number"]
                 self.init_context = fake.inits[-1] if fake.inits else None
                 self.calls = []
-                self.fp8_meta = {}  # as that of the modules which multiply
+                self.fp8_meta = {}  # TE's modules with matrix products have this attribute
                 group = TensorGroup(arguments["tp_group"], arguments["sequence_parallel"])
                 ranks = group.size if arguments["set_parallel_mode"] else 1
                 sizes = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""A disk that takes some bytes of each file of tensors of a checkpoint, and is full then."""
+"""A fake disk that takes some bytes of each of a checkpoint's tensor files, and then is full."""
 
 from __future__ import annotations
 

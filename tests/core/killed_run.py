@@ -1,7 +1,8 @@
-"""Runs that save all the time and are killed; started by test_train_checkpoints.py.
+"""Runs that save again and again until they are killed. test_train_checkpoints.py starts this program.
 
-Arguments: when they are killed, and a folder. Prints a line for each run: "at random moments", the latest checkpoint's
-step and whether an unfinished one was left; "before each change", the steps that were left.
+Arguments: the moments of the kills, and a folder. The program prints a line for each run. With "at random moments" the
+line has the latest checkpoint's step, and whether an unfinished checkpoint is left. With "before each change" it has
+the steps of the checkpoints that are left.
 """
 
 import itertools
@@ -31,7 +32,7 @@ CONFIG = NVLlamaConfig(
 
 
 class Run:
-    """Its weights and its optimizer's state are the number of the step."""
+    """A run whose weights and optimizer state all equal the number of the step."""
 
     def __init__(self, folder: Path) -> None:
         self.checkpoints = Checkpoints(folder, keep=2)
@@ -46,7 +47,7 @@ class Run:
         self.checkpoints.save(step, self.model, self.optimizer, {"step": step})
 
     def check(self) -> None:
-        """Every checkpoint is whole, and of one step."""
+        """Check that every checkpoint is complete, and that all its values come from one step."""
         for step in self.checkpoints.steps():
             extra = {"step": None}
             self.checkpoints.load(step, self.model, self.optimizer, extra)
@@ -57,7 +58,7 @@ class Run:
 
 
 def in_a_process(action: Callable[..., None], *arguments: Any) -> int:
-    """Begin an action in a copy of this process, which itself runs nothing that such a copy could not go on with."""
+    """Begin an action in a fork of this process. This process runs nothing that a fork could not continue."""
     child = os.fork()
     if child == 0:
         try:

@@ -29,7 +29,7 @@ LENGTHS = (12, 7, 1)
 
 HEADS = {"mha": 4, "gqa": 2, "mqa": 1}  # key/value heads for 4 query heads
 HEAD_DIMS = {"default": None, "wide": 32, "odd": 80}  # hidden_size / heads is 16
-# Length limits lie above WIDTH where a type shall stay in its trained range, and below it where it shall leave it.
+# A length limit above WIDTH keeps a rope type within its trained range. A limit below WIDTH makes it leave the range.
 ROPES = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -66,7 +66,7 @@ def fields_of(heads="gqa", head_dim="default", tie="untied", rope="default"):
 
 
 def padded_batch(padding, lengths=LENGTHS, width=WIDTH, seed=0):
-    """Token ids, mask and labels [B, S]; nothing predicts a sequence's first token, so it has no label."""
+    """Make token ids, mask and labels [B, S]. No token predicts a sequence's first token, so it has no label."""
     generator = torch.Generator().manual_seed(seed)
     ids_BS = torch.randint(3, 257, (len(lengths), width), generator=generator)
     mask_BS = torch.ones_like(ids_BS)
@@ -129,12 +129,12 @@ def assert_gradients_equal(model_te, model_hf):
 
 @pytest.mark.parametrize(("heads", "head_dim", "tie", "rope"), GRID, ids=map("-".join, GRID))
 def test_the_grid(tiny_llama, heads, head_dim, tie, rope):
-    """Logits, losses and gradients over the whole product, in both formats and with every padding."""
+    """Compare logits, losses and gradients for every combination, in both formats and with every padding."""
     model_hf = tiny_llama(**fields_of(heads, head_dim, tie, rope))
     models_te = {format: convert_llama_hf_to_te(model_hf, attn_input_format=format) for format in ("thd", "bshd")}
     for padding in ("none", "left", "right"):
         ids_BS, mask_BS, labels_BS = padded_batch(padding)
-        # Without a mask transformers and this package take other paths than with one.
+        # Without a mask, transformers and this package take other code paths than with a mask.
         inputs = {"input_ids": ids_BS, "labels": labels_BS} | ({} if padding == "none" else {"attention_mask": mask_BS})
         model_hf.zero_grad()
         expected = model_hf(**inputs)
@@ -162,13 +162,13 @@ def test_the_grid_can_tell(tiny_llama):
 @pytest.mark.parametrize("rope", ["dynamic_beyond", "longrope_long"])
 @pytest.mark.parametrize("format", ["thd", "bshd"])
 def test_where_the_regime_changes(tiny_llama, rope, format):
-    """Around the trained length of 8, in any order: what a model saw before does not matter."""
+    """Compare lengths around the trained length of 8, in any order: earlier inputs of a model have no effect."""
     fields = fields_of(rope=rope)
     model_te = convert_llama_hf_to_te(tiny_llama(**fields), attn_input_format=format)
     for width in (7, 12, 8, 9, 10, 7, 9, 300):
         ids_BS, _, _ = padded_batch("none", width=width)
         with torch.no_grad():
-            expected_BSV = tiny_llama(**fields)(ids_BS).logits  # anew: transformers' own remembers the longest
+            expected_BSV = tiny_llama(**fields)(ids_BS).logits  # anew: transformers' model is stateful
             torch.testing.assert_close(model_te(ids_BS).logits, expected_BSV, **LOGITS)
 
 
@@ -196,7 +196,7 @@ def test_low_precision_is_as_near_to_float32_as_transformers_is(tiny_llama, dtyp
     seed=st.integers(0, 2**16),
 )
 def test_any_mask_equals_each_sequence_alone(case, format, rows, seed):
-    """Padding counts for nothing wherever it stands: as for each row's tokens alone, with transformers."""
+    """Padding anywhere has no effect: each row equals transformers' result for the row's tokens alone."""
     model_hf = _model(case)
     ids_BS = torch.randint(3, 257, (len(rows), 9), generator=torch.Generator().manual_seed(seed))
     mask_BS = torch.tensor(rows)
@@ -206,7 +206,7 @@ def test_any_mask_equals_each_sequence_alone(case, format, rows, seed):
         for ids_S, mask_S, logits_SV in zip(ids_BS, mask_BS, logits_BSV, strict=True):
             if not mask_S.any():
                 continue
-            # Types that depend on the length go by the width of the batch, as in transformers.
+            # Rope types that depend on the length use the width of the batch, as in transformers.
             if case[-1] in ("dynamic_beyond", "longrope_long") and mask_S.sum() < 9:
                 continue
             torch.testing.assert_close(logits_SV[mask_S], model_hf(ids_S[mask_S][None]).logits[0], **LOGITS)
@@ -253,7 +253,7 @@ def test_any_packing_equals_each_sequence_alone(sizes, tell_longest):
 
 
 def test_packed_losses_and_gradients_equal_the_padded_batch(tiny_llama):
-    """Also where there is padding between the sequences."""
+    """The same holds with padding between the sequences."""
     model_hf = tiny_llama()
     ids_BS, mask_BS, labels_BS = padded_batch("right")
     expected = model_hf(ids_BS, attention_mask=mask_BS, labels=labels_BS).loss
@@ -273,14 +273,14 @@ def test_packed_losses_and_gradients_equal_the_padded_batch(tiny_llama):
 
 @pytest.mark.parametrize("format", ["thd", "bshd"])
 def test_padding_predicts_nothing(tiny_llama, format):
-    """Where a caller leaves the label of the first real token, what stands before it is not trained to predict it."""
+    """If a caller keeps the label of the first real token, the padding before it is still not trained to predict it."""
     model_hf = tiny_llama()
     model_te = convert_llama_hf_to_te(model_hf, attn_input_format=format)
     ids_BS, mask_BS, labels_BS = padded_batch("left")
     every_label_BS = ids_BS.masked_fill(mask_BS == 0, -100)
     loss = model_te(ids_BS, attention_mask=mask_BS, labels=every_label_BS).loss
     torch.testing.assert_close(loss, model_hf(ids_BS, attention_mask=mask_BS, labels=labels_BS).loss, **LOSS)
-    assert every_label_BS[1, WIDTH - LENGTHS[1]] != -100  # the caller's labels are left as they were
+    assert every_label_BS[1, WIDTH - LENGTHS[1]] != -100  # the caller's labels are unchanged
 
 
 @pytest.mark.parametrize("format", ["thd", "bshd"])
@@ -354,7 +354,7 @@ def test_float32_is_near_float64(tiny_llama, format):
         double = convert_llama_hf_to_te(model_hf.double(), attn_input_format=format)(**inputs)
         expected = model_hf(**inputs)
     assert double.logits.dtype == torch.float64
-    # transformers' RMSNorm computes in float32 whatever the model's dtype is.
+    # transformers' RMSNorm computes in float32 for every dtype of the model.
     assert_real_tokens_equal(double.logits, expected.logits, mask_BS, atol=1e-5, rtol=0)
     assert_real_tokens_equal(single.logits.double(), double.logits, mask_BS)
     torch.testing.assert_close(single.loss.double(), double.loss.double(), **LOSS)
@@ -402,7 +402,7 @@ class TestHeads:
         ids_BS, mask_BS, _ = padded_batch(padding)
         fields = ("start_logits", "end_logits")
         self.assert_equal(model_te, model_hf, fields, mask_BS, ids_BS, attention_mask=mask_BS)
-        if padding == "none":  # its loss is over all columns, whatever stands at padding
+        if padding == "none":  # this model's loss covers all columns, padding included
             answers = {"start_positions": torch.tensor([0, 3, 99]), "end_positions": torch.tensor([2, 5, 7])}
             self.assert_equal(model_te, model_hf, fields, None, ids_BS, **answers)
             self.assert_equal(model_te, model_hf, fields, None, ids_BS, **answers, num_items_in_batch=5)

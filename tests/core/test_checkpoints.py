@@ -1,4 +1,4 @@
-"""Saving, loading, initialising and resizing models, as everybody does it with transformers."""
+"""Tests that models save, load, initialise and resize like every model of transformers."""
 
 import copy
 import json
@@ -174,7 +174,7 @@ class TestMeta:
         assert torch.isfinite(model(IDS_BS)[0]).all()
 
     def test_initialisation_is_that_of_a_model_built_in_memory(self):
-        """The same spread for every tensor, so that a run from scratch does not depend on how it started."""
+        """Every tensor has the same spread in both, so a run from scratch does not depend on the way it started."""
         with torch.device("meta"):
             model = make(hidden_size=128)
         model.init_empty_weights("cpu")
@@ -300,7 +300,7 @@ class TestWrongCheckpoints:
 
 
 class TestRemoteCode:
-    """Processes that have the package installed, but have not imported it."""
+    """These processes have the package installed, but have not imported it."""
 
     @pytest.fixture
     def folder(self, tmp_path):

@@ -1,4 +1,4 @@
-"""DataCollatorWithFlattening: packs losslessly, keeps losses within sequences, and pads to what was asked."""
+"""DataCollatorWithFlattening packs losslessly, keeps losses within sequences, and pads to the given multiples."""
 
 import functools
 import pickle
@@ -21,7 +21,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from llama_te_core.data.collators import DataCollatorWithFlattening
 
-PAD = 1  # not 0, so that padding with a constant zero is seen
+PAD = 1  # not 0, so that tests notice padding with a constant zero
 VOCABULARY = 40
 
 
@@ -43,18 +43,18 @@ def samples_of(sequences):
 
 
 def fixed_batch(**fields):
-    """A collator that returns the same padded batch for any features."""
+    """Make a collator that returns the same padded batch for any features."""
     return lambda features: {name: torch.as_tensor(value) for name, value in fields.items()}
 
 
 def unpack(packed, field="input_ids"):
-    """The packed sequences, found through the offsets alone; padding within sequences left out."""
+    """Return the packed sequences without their padding, using only the offsets."""
     lengths = packed["cu_seq_lens_q"].diff().tolist()
     starts = packed.get("cu_seq_lens_q_padded", packed["cu_seq_lens_q"])[:-1].tolist()
     return [packed[field][0, start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
 
 
-# Timing says nothing here, and a busy machine would miss a deadline.
+# Examples have no deadline, since a busy machine would miss it.
 checked = settings(deadline=None, max_examples=60)
 
 tokens = st.integers(3, VOCABULARY - 1)
@@ -113,7 +113,7 @@ def test_offsets_multiples_and_positions_agree(data, total_multiple, sequence_mu
     assert packed["max_length_q"] == packed["max_length_k"] == slots.max()
     assert packed["position_ids"][0].tolist() == [i for slot in slots.tolist() for i in range(slot)]
 
-    # Never more padding than the promises need.
+    # The padding is never longer than the two multiples require.
     tight = [-(-len(ids) // (sequence_multiple or 1)) * (sequence_multiple or 1) for ids in data]
     assert slots[: len(data)].tolist() == tight
     step = torch.lcm(torch.tensor(total_multiple or 1), torch.tensor(sequence_multiple or 1))

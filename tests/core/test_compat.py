@@ -1,4 +1,4 @@
-"""The contract of `llama_te_core.compat`: private names of other libraries are where, and what, we take them for."""
+"""The contract of `llama_te_core.compat`: other libraries' private names exist, and behave as we assume."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class TestTransformers:
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
         model = LlamaModel(LlamaConfig(num_hidden_layers=1, **sizes))
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        decoder = model.layers[0]  # transformers' own layers hold it, where a model has no layers of their class
+        decoder = model.layers[0]  # transformers' own layers hold this; our models may have no layers of that class
         holder = model if hasattr(model, "_gradient_checkpointing_func") else decoder
         function: Any = compat_transformers.gradient_checkpointing_function(holder)
         assert function.keywords["use_reentrant"], moved("transformers", "_gradient_checkpointing_func")
@@ -214,7 +214,7 @@ class TestTorchdata:
 
 
 class TestTransformerEngineWithoutIt:
-    """What the functions do where TE is not installed; tests/gpu/test_compat.py holds them to TE itself."""
+    """Tests the functions without TE; tests/gpu/test_compat.py tests them against TE itself."""
 
     def test_nothing_is_quantized(self) -> None:
         assert not compat_te.is_quantized(torch.ones(1)) and compat_te.fp8_parts(torch.ones(1)) is None

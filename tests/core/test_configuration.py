@@ -1,4 +1,4 @@
-"""NVLlamaConfig: what it defaults to, refuses, writes and reads."""
+"""NVLlamaConfig's defaults, checks, writing and reading."""
 
 import json
 
@@ -134,7 +134,7 @@ def test_fields_that_are_set_later_are_checked_by_the_model():
 
 
 def test_older_names_of_fields_are_read(tmp_path):
-    """As in Llama 3.1's own config.json, which has `rope_theta` and `rope_scaling`."""
+    """Llama 3.1's own config.json has the older names `rope_theta` and `rope_scaling`."""
     scaling = {
         "rope_type": "llama3",
         "factor": 8.0,

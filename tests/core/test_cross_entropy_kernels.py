@@ -1,4 +1,4 @@
-"""The Triton kernels of the fused loss, run by Triton's interpreter, against PyTorch's passes and in the whole loss.
+"""Tests the fused loss's Triton kernels in Triton's interpreter, against PyTorch's passes and in the whole loss.
 
 Shapes: C tokens of a chunk, T tokens, E hidden size, V vocabulary.
 """
@@ -29,19 +29,19 @@ from llama_te_core import linear_cross_entropy
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="Triton is built for Linux alone"),
-    # NumPy, with which the interpreter computes, tells of each inf and NaN; columns that are left out have some too.
+    # The interpreter computes with NumPy, which warns of each inf and NaN. Masked columns have some too.
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
 ]
 
 SETTINGS = settings(max_examples=60, deadline=None, database=None, derandomize=True)
-# exp's own error, and that of a sum of up to 5,000 terms in another order: 3.3e-7 and 4.2e-16 were measured.
+# The bounds allow for exp's error, and for a sum of up to 5,000 terms in another order. Measured: 3.3e-7 and 4.2e-16.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 2e-15}
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    """The kernels, interpreted."""
-    # Triton looks when it is imported, which transformers may have done long ago.
+    """The kernels in Triton's interpreter."""
+    # Triton reads the variable when it is imported, and transformers may have imported it already.
     assert os.environ.get("TRITON_INTERPRET") == "1", "start pytest with TRITON_INTERPRET=1, as nox -s tests does"
     from llama_te_core.loss import kernels as cross_entropy_kernels
 
@@ -50,7 +50,7 @@ def kernels() -> Kernels:
 
 @pytest.fixture
 def interpreted_loss(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes `linear_cross_entropy` run the kernels on the CPU."""
+    """Make `linear_cross_entropy` run the kernels on the CPU."""
     passes = (kernels.module.statistics, kernels.module.write_gradient)
     monkeypatch.setattr(sys.modules["llama_te_core.loss.linear_cross_entropy"], "_passes", lambda device: passes)
 
@@ -89,7 +89,7 @@ def test_columns_of_wider_rows(kernels, dtype):
 
 
 def problem(tokens: int, vocabulary: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states [T, E], a head [V, E], and labels [T], each third of them ignored, the first one as well."""
+    """Make hidden states [T, E], a head [V, E], and labels [T]. The first label and each third after it are ignored."""
     generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
     hidden_TE = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
     weight_VE = torch.randn(vocabulary, 6, generator=generator, dtype=torch.float64)
@@ -110,7 +110,7 @@ def plain_loss(logits_TV: torch.Tensor, labels_T: torch.Tensor, z_loss: float, n
 @pytest.mark.parametrize(("tokens", "vocabulary"), [(13, 11), (2, 1), (5, 4097)])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"num_items": 5}])
 def test_the_loss_and_its_gradients(dtype, tolerance, tokens, vocabulary, options: dict[str, Any]):
-    # 2.8e-15 and 1.2e-6 were measured; in float32 it is the logits' own error, from the product with the head.
+    # Measured: 2.8e-15 and 1.2e-6. In float32 the error comes from the logits, the product with the head.
     hidden_TE, weight_VE, labels_T = problem(tokens, vocabulary, dtype)
     loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, chunk_tokens=4, **options)
     loss.backward()
@@ -136,8 +136,8 @@ def test_sixteen_bits(dtype):
     expected.backward()
     torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-6)
     for tensor, exactly in zip((hidden_TE, weight_VE), exact, strict=True):
-        # Of three roundings two are half an epsilon at most; the one that the interpreter does may be a whole one:
-        # 0.65 epsilon of bfloat16 and 0.37 of float16 were measured.
+        # There are three roundings. Two err by half an epsilon at most; the interpreter's may err by a whole epsilon.
+        # Measured: 0.65 epsilon of bfloat16 and 0.37 of float16.
         error = (tensor.grad.double() - exactly.grad).norm() / exactly.grad.norm()
         assert error <= torch.finfo(dtype).eps
 

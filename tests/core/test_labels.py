@@ -1,4 +1,4 @@
-"""Each token stands beside the label of the one behind it, unless there is none in its sequence."""
+"""Each token gets the label of the next token in its sequence. The last token gets none."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from llama_te_core import next_token_labels
         (None, [[12, 13, 14, -100], [22, 23, 24, -100]]),
         ([[1, 1, 1, 1], [1, 1, 1, 1]], [[12, 13, 14, -100], [22, 23, 24, -100]]),
         ([[0, 1, 1, 1], [0, 0, 0, 1]], [[-100, 13, 14, -100], [-100, -100, -100, -100]]),
-        # To the right of the tokens the labels themselves tell of padding, as a collator makes them.
+        # A label at right padding stays: a collator has set it to -100 already.
         ([[1, 1, 1, 0], [1, 0, 0, 0]], [[12, 13, 14, -100], [22, -100, -100, -100]]),
         ([[1, 1, 0, 1, 1, 1], [1, 1, 0, 0, 1, 1]], [[-100, 13, 14, -100], [-100, -100, 24, -100]]),
     ],

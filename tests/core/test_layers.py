@@ -1,4 +1,4 @@
-"""Which layer implementation is chosen, and what a user hears about it."""
+"""Tests the choice of the layer implementation, and its warnings and errors."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from llama_te_core import NVLlamaConfig, NVLlamaModel
 from llama_te_core.layers import selection as layers
 from llama_te_core.layers.reference import ReferenceLayer
 
-# What importing a broken installation does: code of transformer_engine/pytorch.py, and the reason that is shown.
+# Broken installations: the code of transformer_engine/pytorch.py, and the reason that the message shows.
 BROKEN = {
     "import_error": (
         "raise ImportError('libcudnn.so.9: cannot open shared object file\\nmore')",
@@ -40,7 +40,7 @@ BROKEN = {
 
 @pytest.fixture(autouse=True)
 def _forget():
-    """Each test finds out anew whether Transformer Engine works, and is warned anew."""
+    """Let each test check anew whether Transformer Engine works, and get its warnings anew."""
     layers.transformer_engine_problem.cache_clear()
     layers._warn_once.cache_clear()
     yield
@@ -124,7 +124,7 @@ def test_transformer_engine_is_taken_where_it_works(monkeypatch, implementation)
 
 
 def test_importing_needs_no_transformer_engine_and_nothing_heavy():
-    """Neither Transformer Engine nor what only training, other frameworks or notebooks need is imported."""
+    """The import loads neither Transformer Engine nor modules for training, other frameworks or notebooks."""
     code = (
         "import sys, torch, transformers; from transformers import LlamaForCausalLM, GenerationMixin\n"
         "before = set(sys.modules); import llama_te_core\n"

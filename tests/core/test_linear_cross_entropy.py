@@ -1,4 +1,4 @@
-"""The fused loss is the loss of the logits, in value, gradients and precision, and never makes them all.
+"""The fused loss equals the logits' loss in value, gradients and precision, and never holds all logits at once.
 
 Shapes: T tokens, E hidden size, V vocabulary.
 """
@@ -29,7 +29,7 @@ SETTINGS = settings(max_examples=150, deadline=None, database=None, derandomize=
 def problem(
     tokens: int = 13, vocabulary: int = 11, size: int = 6, dtype: torch.dtype = torch.float64, ignored: float = 0.3
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states [T, E], a head [V, E] and labels [T], some of them ignored, each time the same."""
+    """Make hidden states [T, E], a head [V, E] and labels [T], some of them ignored. Each call gives the same."""
     generator = torch.Generator().manual_seed(tokens * 1000 + vocabulary)
     hidden_TE = torch.randn(tokens, size, generator=generator, dtype=torch.float64)
     weight_VE = torch.randn(vocabulary, size, generator=generator, dtype=torch.float64)
@@ -45,7 +45,7 @@ def plain_loss(
     z_loss: float = 0.0,
     num_items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same from all logits at once, by torch's own functions."""
+    """Compute the same loss from all logits at once, with torch's own functions."""
     loss = F.cross_entropy(logits_TV, labels_T, ignore_index=ignore_index, reduction="sum")
     counted_T = labels_T != ignore_index
     loss = loss + z_loss * logits_TV[counted_T].logsumexp(-1).square().sum()
@@ -68,7 +68,7 @@ def gradients(loss: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor,
 )
 def test_it_is_the_loss_of_the_logits(tokens, vocabulary, chunk_tokens, ignored, z_loss, num_items, scale):
     hidden_TE, weight_VE, labels_T = problem(tokens, vocabulary, ignored=ignored)
-    labels_T[-1] = 0  # one is left
+    labels_T[-1] = 0  # one label counts
     options: dict[str, Any] = {"z_loss": z_loss, "num_items": num_items}
     loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, chunk_tokens=chunk_tokens, **options)
     expected = plain_loss(hidden_TE @ weight_VE.T, labels_T, **options)
@@ -151,7 +151,7 @@ def test_the_loss_alone(context):
         loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, chunk_tokens=2)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
-    assert made.most_elements < hidden_TE.numel() < weight_VE.numel()  # so no gradients were made
+    assert made.most_elements < hidden_TE.numel() < weight_VE.numel()  # so no gradient was allocated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -189,26 +189,26 @@ def test_backward_twice_but_not_a_second_derivative():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_sixteen_bits(dtype, autocast):
-    # With autocast both are float32 and the head rounds them; without, they have the dtype themselves.
+    # With autocast, hidden and weight are float32 and the head rounds them. Without it, they have 16 bits already.
     stored = torch.float32 if autocast else dtype
     hidden_TE, weight_VE, labels_T = problem(tokens=400, vocabulary=50, size=32, dtype=stored)
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, z_loss=1e-2, chunk_tokens=2)
         logits_TV = F.linear(hidden_TE, weight_VE)
     assert logits_TV.dtype == dtype and loss.dtype == torch.float32
-    # Of the logits that the head makes: all that is added is float32's own error.
+    # The reference uses the head's 16-bit logits, so the only difference is float32's error.
     expected = plain_loss(logits_TV.double(), labels_T, z_loss=1e-2)
     torch.testing.assert_close(loss.double(), expected, atol=0, rtol=1e-6)
 
     exact = [tensor.detach().to(dtype).double().requires_grad_() for tensor in (hidden_TE, weight_VE)]
     rounded_TV = exact[0] @ exact[1].T
-    rounded_TV = rounded_TV + (logits_TV.double() - rounded_TV).detach()  # those logits, but float64 gradients
+    rounded_TV = rounded_TV + (logits_TV.double() - rounded_TV).detach()  # the head's logits, but float64 gradients
     wanted = gradients(plain_loss(rounded_TV, labels_T, z_loss=1e-2), *exact)
     actual = gradients(loss, hidden_TE, weight_VE)
     epsilon = torch.finfo(dtype).eps
     for gradient, tensor, exactly in zip(actual, (hidden_TE, weight_VE), wanted, strict=True):
         assert gradient.dtype == tensor.dtype
-        # Each of three roundings is half an epsilon at most: 0.36 epsilon were measured.
+        # Each of the three roundings errs by half an epsilon at most. Measured: 0.36 epsilon.
         assert (gradient.double() - exactly).norm() <= epsilon * exactly.norm()
 
 
@@ -221,7 +221,7 @@ def test_autocast_leaves_float64_alone():
 
 @pytest.mark.parametrize(("num_items", "scale"), [(1, 2.0**17), (2**26, 2.0**26)])
 def test_a_loss_scale_does_what_it_is_for(num_items, scale):
-    # Beyond what float16 holds, and against a divisor that would leave nothing of a float16 gradient.
+    # One scale exceeds float16's range. The other undoes a divisor that would make a float16 gradient 0.
     hidden_TE, weight_VE, labels_T = problem(dtype=torch.float16)
     weight_VE = (weight_VE.detach() / 2**10).requires_grad_()
     unscaled_TE, _ = gradients(linear_cross_entropy(hidden_TE, weight_VE, labels_T, num_items=1), hidden_TE, weight_VE)
@@ -231,7 +231,7 @@ def test_a_loss_scale_does_what_it_is_for(num_items, scale):
 
 
 class Allocations(TorchDispatchMode):
-    """What operators allocate, views left out: the most elements of one tensor, the most bytes there at one time."""
+    """Records operators' allocations without views: the most elements of one tensor, and the most bytes at one time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,8 +264,8 @@ def test_the_logits_of_all_tokens_are_never_there(dtype):
     assert plain.most_elements == tokens * vocabulary
     assert fused.most_elements == chunk_tokens * vocabulary
     assert backward.most_elements == vocabulary * size
-    # As the docstring says: logits and 4 bytes for each; the head's gradient and, in 16 bits, a chunk's share of it;
-    # the gradient of hidden. Beside these, a few numbers for each token.
+    # The docstring names these: the logits and 4 bytes for each; the head's gradient and, in 16 bits, a chunk's share
+    # of it; the gradient of hidden. A few numbers for each token come on top.
     width = dtype.itemsize
     logits = (width + 4) * chunk_tokens * vocabulary
     head, hidden = (4 if width == 4 else 6) * vocabulary * size, width * tokens * size

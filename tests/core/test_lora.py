@@ -1,4 +1,4 @@
-"""LoRA by PEFT on the weights of the layers: of the reference, and of Transformer Engine's by the fake one.
+"""PEFT's LoRA on the weights of the reference layers, and of a fake Transformer Engine's layers.
 
 The oracle is a model whose weights are W + scale·B·A, computed in float64.
 """
@@ -26,7 +26,7 @@ from llama_te_core.lora import WEIGHTS, on_weights
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 0, 0]])
 MASK = (IDS != 0).long()
 REAL = MASK.bool()
-# Of logits in float32, between W·x + s·B·A·x and (W + s·B·A)·x; 1e-5 was seen.
+# Bound for float32 logits between W·x + s·B·A·x and (W + s·B·A)·x. Measured: 1e-5.
 BOUND = 1e-4
 
 
@@ -36,7 +36,7 @@ def base(tiny_llama: Callable[..., PreTrainedModel]) -> NVLlamaForCausalLM:
 
 
 def adapted(base: NVLlamaForCausalLM, **fields: Any) -> PeftModel:
-    """With an adapter that does something."""
+    """Make a model with an adapter that changes its output."""
     model = get_peft_model(base, on_weights(LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **fields)))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def with_changed_weights(model: PeftModel, tiny_llama: Callable[..., PreTrainedModel]) -> NVLlamaForCausalLM:
-    """What an adapter means: a model without one in float64, each weight plus its scale·B·A."""
+    """Make the oracle: a float64 model without an adapter, each weight plus its scale·B·A."""
     exact = convert_llama_hf_to_te(tiny_llama()).double()
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "parameter_name"):
@@ -138,12 +138,12 @@ def test_generates_with_and_without_a_cache(base, tiny_llama) -> None:
     assert not torch.equal(cached, convert_llama_hf_to_te(tiny_llama()).generate(**arguments))
 
 
-# --- Transformer Engine's modules, which PEFT has adapters of its own for ---------------------------------------------
+# --- Transformer Engine's modules, for which PEFT has its own adapters ------------------------------------------------
 
 
 @pytest.fixture
 def te_model(monkeypatch: pytest.MonkeyPatch, base) -> NVLlamaForCausalLM:
-    """A model on the fake Transformer Engine, which PEFT takes for the real one."""
+    """Make a model on the fake Transformer Engine, which PEFT mistakes for the real package."""
     fake.FakeTransformerEngine().install(monkeypatch)
     names = {name: getattr(fake, name) for name in ("LayerNormLinear", "LayerNormMLP", "Linear")}
     monkeypatch.setattr(peft_te, "is_te_pytorch_available", lambda: True)
@@ -160,7 +160,7 @@ def test_weights_of_transformer_engine_are_adapted_alike(te_model, base) -> None
     assert [type(projection) for projection in projections] == [fake.LayerNormLinear, fake.Linear]
     expected = logits(adapted(base))
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=BOUND)
-    # What attention tells its projections has reached them.
+    # The projections have received the settings from attention.
     assert projections[0].output_quantizer_role == projections[1].grad_input_quantizer_role == "dpa"
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, rtol=0, atol=BOUND)
 

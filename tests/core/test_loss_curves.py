@@ -1,4 +1,4 @@
-"""`benchmarks/loss_curves.py`: real runs of a small model, and its arithmetic."""
+"""Tests `benchmarks/loss_curves.py`: its arithmetic, and real runs of a small model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import loss_curves
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The program, on a standard library of a few modules."""
+    """The program, whose text is only a few modules of the standard library."""
     library = tmp_path / "library"
     (library / "site-packages").mkdir(parents=True)
     for name in ("argparse.py", "ast.py", "textwrap.py"):
@@ -44,7 +44,7 @@ def test_curves_of_two_precisions(program: ModuleType, tmp_path: Path, monkeypat
     assert len(bf16["losses"]) == len(fp32["losses"]) == 24
     assert bf16["losses"][-1] < bf16["losses"][0] - 1
     assert (bf16["mean_difference"], bf16["greatest_difference"]) == (0, 0)
-    # The same weights on the same batches: another seed differs by 2 %; measured: 0.02 %.
+    # Both runs have the same weights and batches. Measured: 0.02 % apart; another seed differs by 2 %.
     assert 0 < fp32["mean_difference"] <= fp32["greatest_difference"] < 2e-3
     assert f"| fp32 | {fp32['last']:.4f} | {fp32['mean_difference']:.3%} |" in page.read_text()
     assert "<svg" in page.with_suffix(".svg").read_text()
@@ -74,7 +74,7 @@ def test_text_is_of_the_standard_library(program: ModuleType) -> None:
 
 
 def test_differences_are_of_means_of_a_window(program: ModuleType) -> None:
-    # Two windows: the second has lost a 4.0 and gained what follows.
+    # Of the two windows, the second drops a 4.0 and adds the next value.
     first, second = program.compare({"bf16": [4.0] * 20 + [2.0], "fp8-block": [4.0] * 20 + [6.0]})
     assert first.last == (19 * 4 + 2) / 20
     assert (first.mean_difference, first.greatest_difference) == (0, 0)
@@ -115,5 +115,5 @@ def test_precisions_differ_in_nothing_else(program: ModuleType, tmp_path: Path, 
     first = program.training_config(shape, "bf16", 500, tmp_path / "texts.jsonl")
     assert (config.data, config.model, config.seed) == (first.data, first.model, first.seed)
     assert (config.optimizer, config.schedule) == (first.optimizer, first.schedule)
-    # Batches are full, so that none is filled up with what a precision needs.
+    # Batches are full, so that no precision adds padding.
     assert config.data.split_long and config.data.tokens_per_batch % config.token_multiple == 0

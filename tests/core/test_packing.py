@@ -1,4 +1,4 @@
-"""TokenPackingDataset: fills the budget, loses and repeats nothing, and resumes exactly."""
+"""TokenPackingDataset fills the budget, loses and repeats no token, and resumes exactly."""
 
 import copy
 import itertools
@@ -16,7 +16,7 @@ from llama_te_core.data.packing import TokenPackingDataset
 
 
 def numbered(lengths):
-    """Samples whose tokens are all different, so that every loss or repetition shows."""
+    """Make samples whose tokens are all different, so that every loss or repetition shows."""
     counter = itertools.count(1)
     samples = []
     for index, length in enumerate(lengths):
@@ -34,7 +34,7 @@ def size(batch, multiple=1):
 
 
 class Stream(IterableDataset):
-    """A streaming data set, by choice with sharding over workers."""
+    """A streaming data set, optionally sharded over workers."""
 
     def __init__(self, samples, shard=False):
         self.samples = samples
@@ -50,7 +50,7 @@ class Stream(IterableDataset):
 
 
 class MapStyle(torch.utils.data.Dataset):
-    """Never raises IndexError, so that only its length tells where it ends."""
+    """A map-style data set that never raises IndexError, so that only its length gives the end."""
 
     def __init__(self, samples):
         self.samples = samples
@@ -70,7 +70,7 @@ class PlainIterable:
         return iter(self.samples)
 
 
-# Timing says nothing here, and a busy machine would miss a deadline.
+# Examples have no deadline, since a busy machine would miss it.
 checked = settings(deadline=None)
 
 KINDS = [list, Stream, MapStyle, PlainIterable]
@@ -87,7 +87,7 @@ def test_whole_samples_fill_the_budget_in_order(lengths, budget, multiple):
     assert [sample for batch in batches for sample in batch] == [s for s in samples if s["input_ids"]]
     sizes = [size(batch, multiple or 1) for batch in batches]
     assert all(0 < total <= budget for total in sizes)
-    # Greedy: no batch has room left for the first sample of the next one.
+    # Packing is greedy: no batch has room for the first sample of the next batch.
     for total, following in itertools.pairwise(batches):
         assert size(total, multiple or 1) + size(following[:1], multiple or 1) > budget
 
@@ -208,7 +208,7 @@ def test_workers_share_the_data_out(kind, split):
 
 
 class ResumesInWorker(TokenPackingDataset):
-    """Stands for torchdata's StatefulDataLoader, which saves and loads the state in each worker."""
+    """Imitates torchdata's StatefulDataLoader, which saves and loads the state in each worker."""
 
     states = None
     stop_after = None
@@ -253,7 +253,7 @@ def test_set_epoch_reaches_the_inner_data_set():
     stream = Stream([])
     TokenPackingDataset(stream, 4).set_epoch(3)
     assert stream.epoch == 3
-    TokenPackingDataset([], 4).set_epoch(3)  # a list has no epochs: nothing to do, and no error
+    TokenPackingDataset([], 4).set_epoch(3)  # a list has no epochs: the call does nothing, without an error
 
 
 def test_packed_batches_reach_the_collator():

@@ -1,4 +1,4 @@
-"""Which precision a layer runs in, what is refused, and the contexts that Transformer Engine is given."""
+"""Tests each layer's precision, the refused precisions, and the contexts that Transformer Engine gets."""
 
 import warnings
 
@@ -24,7 +24,7 @@ from llama_te_core.precision.recipes import check_recipe, recipe_name
 from llama_te_core.precision.scaling_state import calibrate
 
 RECIPES = [DelayedScaling, Float8CurrentScaling, Float8BlockScaling, MXFP8BlockScaling, NVFP4BlockScaling]
-# What each GPU runs; anything else is refused with the last recipe, or none, as the nearest.
+# The recipes that each GPU runs. A refusal of any other recipe names the last one, or none, as the nearest.
 RUNS = {
     (8, 0): [],
     (8, 6): [],
@@ -37,7 +37,7 @@ RUNS = {
 
 @pytest.fixture
 def te(monkeypatch):
-    """A fake Transformer Engine on a fake Hopper GPU."""
+    """Install a fake Transformer Engine on a fake Hopper GPU."""
     return FakeTransformerEngine().install(monkeypatch)
 
 
@@ -129,7 +129,7 @@ class TestRecipes:
             NVLlamaForCausalLM(config, fp8_recipe=fp8, fp4_recipe=fp4)
 
     def test_the_reference_layer_refuses_a_list_without_a_recipe_before_it_runs(self):
-        """The weights of such a checkpoint can be loaded and converted anywhere; running them is what is refused."""
+        """Any machine can load and convert such a checkpoint's weights. The layers only refuse to run them."""
         model = NVLlamaForCausalLM(config_of(layer_implementation="reference", layer_precision=[None, "fp8", None]))
         with pytest.raises(RuntimeError, match=r"FP8 needs Transformer Engine layers on an NVIDIA GPU"):
             model(torch.ones(1, 16, dtype=torch.long))
@@ -213,7 +213,7 @@ class TestTokens:
 
 
 class TestContexts:
-    """With a Transformer Engine that records them."""
+    """Tests the contexts that a fake Transformer Engine records."""
 
     mixed = ("fp8", None, "fp4")
 
@@ -335,7 +335,7 @@ class TestContexts:
     def test_loaded_weights_are_quantized_on_a_gpu_only(self, te, tmp_path):
         NVLlamaForCausalLM(config_of()).save_pretrained(tmp_path)
         model = NVLlamaForCausalLM.from_pretrained(tmp_path, layer_precision=["fp8"] * 3)
-        model.quantize_loaded_weights()  # nobody asked for it
+        model.quantize_loaded_weights()  # this configuration does not ask for quantized weights
         model.config.use_quantized_model_init = True
         model.model.layers[0].self_attention.proj.primary_weights_in_fp8 = True
         with pytest.raises(
@@ -344,7 +344,7 @@ class TestContexts:
             model.quantize_loaded_weights()
 
     def test_transformers_initialisation_leaves_quantized_weights_alone(self, te):
-        """They are initialised by Transformer Engine, before they are quantized."""
+        """Transformer Engine initialises these weights before it quantizes them."""
         model = NVLlamaModel(config_of())
         weight = torch.nn.Parameter(QuantizedTensor(torch.full((256, 64), 7.0), requires_grad=True))
         for module, name in (

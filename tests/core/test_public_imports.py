@@ -1,4 +1,4 @@
-"""Imports that the documentation shows, or showed before a module moved: each must go on working."""
+"""Every import that the documentation shows, or showed before a module moved, must keep working."""
 
 from __future__ import annotations
 

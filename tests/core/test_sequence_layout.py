@@ -1,4 +1,4 @@
-"""How padded batches and packed sequences reach the layers, and what of their arguments is refused."""
+"""Tests the arrangement of padded batches and packed sequences for the layers, and the checks of their arguments."""
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_a_batch_without_a_mask_is_all_tokens(rows, width, format, token_multipl
 @settings(deadline=None)
 @given(masks(), st.sampled_from(FORMATS))
 def test_positions_that_follow_from_the_mask_are_taken(mask_BS, format):
-    """Those that `generate` computes from a mask, and those of columns."""
+    """`lay_out` takes the positions that `generate` computes from a mask, and positions equal to the columns."""
     input_BS = tokens_of(mask_BS)
     for position_BS in ((mask_BS.cumsum(1) - 1).clamp(min=0), torch.arange(mask_BS.shape[1]).expand(mask_BS.shape)):
         layout = lay(input_BS, format, attention_mask=mask_BS, position_ids=position_BS)
@@ -104,7 +104,7 @@ def test_positions_that_follow_from_the_mask_are_taken(mask_BS, format):
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.integers(0, 3))
 def test_positions_that_begin_again_are_packed_sequences(lengths, first):
-    """Also where the row begins in the middle of a sequence: attention sees distances alone."""
+    """A row may also begin in the middle of a sequence, since attention depends only on distances."""
     position_1T = torch.cat([torch.arange(length) for length in lengths])[None]
     position_1T[:, : lengths[0]] += first
     layout = lay(tokens_of(position_1T), position_ids=position_1T)
@@ -197,7 +197,7 @@ def test_packed_sequences_need_thd_and_stand_alone():
     ("format", "rows", "positions"),
     [
         ("thd", 1, [0, 1, 2, 5, 6]),
-        ("thd", 1, [0, 1, 0, 5, 6]),  # begins again, and jumps then
+        ("thd", 1, [0, 1, 0, 5, 6]),  # restarts at 0, then jumps
         ("thd", 1, [3, 2, 1, 0, 0]),
         ("thd", 2, [0, 1, 0, 1, 2]),  # packed sequences are one row
         ("bshd", 1, [0, 1, 0, 1, 2]),
@@ -217,7 +217,7 @@ def test_positions_with_jumps_are_refused_with_a_mask_too():
 
 
 def test_a_step_without_tokens_is_refused():
-    """Packing needs at least one token, and a dummy one would be a row that the cache does not have."""
+    """Packing needs at least one token, and the cache has no row for a dummy token."""
 
     class Cache:
         def begin_step(self, attention_mask, batch_size, width):

@@ -1,4 +1,4 @@
-"""Training batches from documents: no token lost or repeated, the same for the same seed, and resumed exactly."""
+"""Training batches lose and repeat no token of the documents, depend only on the seed, and resume exactly."""
 
 import copy
 import dataclasses
@@ -28,12 +28,12 @@ from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_core.train.data.documents import Document, in_order
 from llama_te_core.train.data.text_data import TextBatches, TextData, merge_states
 
-# Timing says nothing here, and a busy machine would miss a deadline.
+# Examples have no deadline, since a busy machine would miss it.
 checked = settings(deadline=None)
 
 
 class ByteTokenizer:
-    """A token for each byte, behind three special ones."""
+    """A tokenizer with three special tokens, followed by one token for each byte."""
 
     bos_token_id = 1
     eos_token_id = 2
@@ -53,13 +53,13 @@ def write_jsonl(path, records):
 
 
 def numbered(lengths):
-    """Documents whose tokens are all different, so that every loss or repetition shows."""
+    """Make documents whose tokens are all different, so that every loss or repetition shows."""
     counter = itertools.count(1)
     return [[next(counter) for _ in range(length)] for length in lengths]
 
 
 def numbered_data(path, lengths, **fields):
-    """Such documents, in files of up to three."""
+    """Write numbered documents to files, up to three in each, and return their data."""
     documents = numbered(lengths)
     path.mkdir(exist_ok=True)
     for number in range(0, len(documents), 3):
@@ -69,13 +69,13 @@ def numbered_data(path, lengths, **fields):
 
 
 def loader_of(batches, workers=0):
-    # Another way to start a process would not have this module's classes, or a patch of a test.
+    # Fork the workers: a process started in another way would lack this module's classes and a test's patches.
     context = "fork" if workers else None
     return StatefulDataLoader(batches, batch_size=None, num_workers=workers, multiprocessing_context=context)
 
 
 def sequences(batch):
-    """The sequences of a packed batch, as lists of tokens."""
+    """Return the sequences of a packed batch as lists of tokens."""
     lengths = batch["cu_seq_lens_q"].diff().tolist()
     return [each.tolist() for each in batch["input_ids"][0].split(lengths)]
 
@@ -85,7 +85,7 @@ def tokens_of(batches):
 
 
 def in_bytes(batch):
-    """All of a batch, bit for bit."""
+    """Return a whole batch as bytes, to compare it bit for bit."""
     return {
         name: (value.dtype, value.shape, value.numpy().tobytes()) if torch.is_tensor(value) else value
         for name, value in batch.items()
@@ -171,7 +171,7 @@ def test_the_order_changes_with_seed_and_epoch_alone(tmp_path):
     assert first != second != sorted(second)
     assert order(tmp_path / "two", seed=5) == (first, second), "not with the folder"
     assert order(tmp_path / "one", seed=6) != (first, second)
-    # Known numbers: an order that changes with a release would repeat and lose documents of a run that is resumed.
+    # The order is fixed: if a release changed it, a resumed run would repeat and lose documents.
     assert first[:10] == [23, 5, 2, 17, 28, 29, 4, 9, 19, 21]
     through_a_small_buffer, _ = order(tmp_path / "one", seed=5, shuffle_buffer=8)
     assert through_a_small_buffer[:10] == [8, 4, 16, 5, 17, 18, 10, 6, 7, 9]
@@ -220,7 +220,7 @@ def test_a_loader_resumes_at_every_step(tmp_path, workers, split_long):
 
 
 def test_a_copy_for_another_process_gives_the_same(tmp_path, smollm2_tokenizer):
-    """Where workers do not begin as copies of the process, they get the batches pickled."""
+    """Workers that are not forks of the process get the batches pickled."""
     write_jsonl(tmp_path / "a.jsonl", [{"text": f"text number {number}"} for number in range(30)])
     batches = TextBatches(TextData(tmp_path, smollm2_tokenizer, 16))
     batches.load_state_dict(next_state(batches))
@@ -235,7 +235,7 @@ def next_state(batches):
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 5])
 def test_a_run_goes_on_with_another_number_of_epochs(tmp_path, epochs):
-    """From a place in the third epoch: to the new end, or nowhere where that has passed."""
+    """A run in its third epoch continues to the new end. If the new end has passed, it yields nothing."""
     lengths = [5, 31, 2, 9, 14]
     data, documents = numbered_data(tmp_path / "data", lengths, epochs=4)
     batches = TextBatches(data)
@@ -267,7 +267,7 @@ def test_a_run_goes_on_with_other_batches(tmp_path, change):
 
 
 def test_workers_share_out_what_ranks_would(tmp_path):
-    """Worker 0 and 1 of rank 1 of 2 have the documents of ranks 2 and 3 of 4."""
+    """Workers 0 and 1 of rank 1 of 2 have the documents of ranks 2 and 3 of 4."""
     data, _ = numbered_data(tmp_path / "data", [5, 31, 2, 9, 14, 1, 8, 26, 3, 12])
     by_rank = [tokens_of(TextBatches(data, rank, 4)) for rank in (2, 3)]
     assert sorted(tokens_of(loader_of(TextBatches(data, 1, 2), 2))) == sorted(by_rank[0] + by_rank[1])
@@ -281,9 +281,9 @@ def run_for(batches, steps):
 @given(lengths, fields, st.lists(st.tuples(st.integers(1, 3), st.integers(0, 8)), min_size=1, max_size=4))
 @example([30, 30, 30], EXAMPLE_FIELDS, [(1, 1), (3, 0)])  # a document begun by one run waits through another
 @example([30, 30, 30], EXAMPLE_FIELDS, [(3, 1), (1, 1), (3, 1)])
-@example([1, 30, 30, 1, 30, 30], EXAMPLE_FIELDS, [(3, 1)])  # one rank is done with both epochs, others with none
+@example([1, 30, 30, 1, 30, 30], EXAMPLE_FIELDS, [(3, 1)])  # one rank has finished both epochs, others none
 def test_another_number_of_ranks_goes_on_without_loss_or_repetition(lengths, fields, runs):
-    """Several runs, each of some ranks for some steps, and one to the end."""
+    """Several runs with different numbers of ranks take some steps each; the last run continues to the end."""
     with tempfile.TemporaryDirectory() as folder:
         data, documents = numbered_data(Path(folder), lengths, **fields)
         tokens, merged = [], None
@@ -330,7 +330,7 @@ def test_as_many_shards_as_before_go_on_where_they_were(tmp_path):
 
 
 def record_batches(data, folder, workers):
-    """Appends batches to a file, and then replaces the state by that after the batch, until it is killed."""
+    """Append each batch to a file, then replace the saved state by the state after the batch, until the kill."""
     loader = loader_of(TextBatches(data), workers)
     log, saved = folder / "log", folder / "state"
     done = 0
@@ -378,7 +378,7 @@ def test_a_killed_run_goes_on_with_the_very_next_batch(tmp_path, workers):
 
 
 def texts_of(data):
-    """The texts of the documents, which must each be one sequence."""
+    """Return the texts of the documents. Each document must be one sequence."""
     return [ByteTokenizer().decode(sequence) for batch in TextBatches(data) for sequence in sequences(batch)]
 
 
@@ -415,7 +415,7 @@ def test_a_missing_field_of_a_table_names_those_there_are(tmp_path):
 
 
 def test_many_rows_of_a_table_stay_in_order(tmp_path):
-    """More than are read at a time."""
+    """The table has more rows than one read returns."""
     pq.write_table(pa.table({"input_ids": [[number] for number in range(2500)]}), tmp_path / "a.parquet")
     assert tokens_of(TextBatches(TextData(tmp_path, None, 64, shuffle_buffer=0))) == list(range(2500))
 
@@ -432,7 +432,7 @@ def test_special_tokens_are_added_as_asked(tmp_path):
 
 
 def test_smollm2s_tokenizer(tmp_path, smollm2_tokenizer, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # or caplog would see nothing
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # caplog needs this
     monkeypatch.setattr(smollm2_tokenizer, "model_max_length", 8192)
     monkeypatch.setattr(smollm2_tokenizer, "deprecation_warnings", {})
     texts = ["The sky is blue because", "Grüße, 世界 🙂", "word " * 9000]  # the last is longer than the model's context
@@ -458,7 +458,7 @@ def test_a_model_trains_on_a_batch(tmp_path):
     (batch,) = loader_of(TextBatches(data))
     assert batch["input_ids"].shape == (1, 16)
     loss = model(**batch).loss
-    # The mean over the documents' tokens but their first ones, each document alone.
+    # The expected loss is the mean over each document alone, over all its tokens except the first.
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss for ids in sequences(batch)]
     targets = [len(ids) - 1 for ids in sequences(batch)]
@@ -498,7 +498,7 @@ def test_empty_documents_are_passed_over_on_request(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub with one data set, and what was asked of it."""
+    """A fake hub with one data set. It records the requests."""
     asked = []
     table = datasets.Dataset.from_dict({"id": list(range(40)), "text": [f"text {number}" for number in range(40)]})
 
@@ -518,7 +518,7 @@ def test_a_data_set_of_the_hub(hub, streaming):
     expected = [f"text {number}" for number in range(40)]
     assert [ByteTokenizer().decode(each) for batch in batches for each in sequences(batch)] == expected
     assert hub == [("someone/texts", "de", "test", streaming)]
-    # Within a worker, datasets would share a stream out by itself, once more.
+    # Within a worker, the datasets library would shard a stream a second time.
     loader = loader_of(batches, 2)
     assert sorted(ByteTokenizer().decode(each) for batch in loader for each in sequences(batch)) == sorted(expected)
 
@@ -644,7 +644,7 @@ def test_fewer_documents_than_shards(tmp_path):
 def test_fewer_documents_than_shards_are_counted_before_they_are_read(tmp_path):
     pq.write_table(pa.table({"text": ["row 1", "row 2"]}), tmp_path / "a.parquet")
     write_jsonl(tmp_path / "b.jsonl", [{"text": "a"}, {"text": "b"}])
-    (tmp_path / "c.txt").write_bytes(b"\xff\n\n")  # nobody looks into it
+    (tmp_path / "c.txt").write_bytes(b"\xff\n\n")  # the check does not read this file
     TextBatches(text_data(tmp_path), 0, 5).check_documents(workers=0)
     TextBatches(text_data(tmp_path), 0, 2).check_documents(workers=2)
     message = (
@@ -661,7 +661,7 @@ def test_fewer_documents_than_shards_are_counted_before_they_are_read(tmp_path):
 
 
 def test_no_more_documents_are_read_than_are_counted(tmp_path):
-    """A folder can be large, and the rest of a file too."""
+    """The count stops early, since a folder or the rest of a file can be large."""
     (tmp_path / "a.txt").write_bytes(b"one\n\ntwo\n\n" + b"words\n" * 10_000 + b"\xff")
     (tmp_path / "b.parquet").touch()
     TextBatches(text_data(tmp_path, text_document="paragraph")).check_documents(workers=2)

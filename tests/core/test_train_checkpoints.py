@@ -1,4 +1,4 @@
-"""Checkpoints of a training run in one process: a run goes on as if nothing had been, and only whole ones are there."""
+"""Checkpoints of a training run in one process: a resumed run equals an unbroken run, and checkpoints are complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ TINY = {
 
 
 class Run:
-    """A training run, made anew with the same weights each time."""
+    """A training run. Each new object starts with the same weights."""
 
     def __init__(self, optimizer_class=torch.optim.AdamW, options=None, **fields) -> None:
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def test_tied_embeddings(tmp_path):
 
 
 def test_a_run_goes_back(tmp_path):
-    """In the same process, with gradients and an optimizer in use."""
+    """The run loads an earlier checkpoint in the same process, with gradients and an optimizer in use."""
     run = Run().train(2)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, run.model, run.optimizer, run.extra)
@@ -190,7 +190,7 @@ def test_all_random_numbers_go_on(tmp_path):
 
 
 def test_random_numbers_of_an_accelerator_go_on(tmp_path, monkeypatch):
-    """And the state's copy is whole before `save` returns."""
+    """The copy of the state is also complete before `save` returns."""
     waited = []
 
     class Accelerator:
@@ -213,7 +213,7 @@ def test_random_numbers_of_an_accelerator_go_on(tmp_path, monkeypatch):
     accelerator.state = torch.tensor([8])
     checkpoints.load(1, run.model, run.optimizer)
     assert accelerator.state.tolist() == [7]
-    # Where there is none, a checkpoint of a machine with one loads too.
+    # A machine without an accelerator loads the checkpoint too.
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     accelerator.state = torch.tensor([9])
     checkpoints.load(1, run.model, run.optimizer)
@@ -222,7 +222,7 @@ def test_random_numbers_of_an_accelerator_go_on(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_saving_leaves_a_run_as_it_is(tmp_path, steps):
-    """Between a backward pass and the step, which goes on as it would have."""
+    """A save between a backward pass and the optimizer's step does not change the step."""
     runs = [Run().train(steps), Run().train(steps)]
     config = runs[1].model.config.to_dict()
     for run, saves in zip(runs, (False, True), strict=True):
@@ -266,7 +266,7 @@ def groups(run: Run) -> list[dict]:
 
 
 def test_options_are_those_of_the_run_that_goes_on(tmp_path):
-    """All but the rate, which a scheduler computes from the last one."""
+    """The learning rate is the exception, since a scheduler computes it from the last rate."""
     run = Run(options={"weight_decay": 0.1}).train(2)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(2, run.model, run.optimizer, run.extra)
@@ -398,7 +398,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
         f"step 5 cannot be saved to {tmp_path}: the disk is full (rank 0): make room, or keep fewer checkpoints. "
         "There is no checkpoint yet."
     )
-    assert names(tmp_path) == []  # what was written is in nobody's way
+    assert names(tmp_path) == []  # the failed save leaves no files
     checkpoints.save(5, run.model, run.optimizer)
     with full_disk(), pytest.raises(TrainingCheckpointError, match=r"The last checkpoint is of step 5\.$"):
         checkpoints.save(6, run.model, run.optimizer)
@@ -407,7 +407,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_tensor(tmp_path):
-    """Where torch.save covers the disk's error with one of its own."""
+    """Here torch.save hides the disk's error behind its own."""
     run = Run(hidden_size=256)
     with full_disk(100_000), pytest.raises(TrainingCheckpointError, match=r"the disk is full \(rank 0\): make room"):
         Checkpoints(tmp_path, asynchronous=False).save(1, run.model, run.optimizer)
@@ -445,7 +445,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 def test_the_oldest_make_room(tmp_path):
     run = Run()
     (tmp_path / "notes.txt").touch()
-    (tmp_path / "step-9").mkdir()  # not one of ours
+    (tmp_path / "step-9").mkdir()  # not a checkpoint's name
     checkpoints = Checkpoints(tmp_path, keep=2)
     found = []
     for step in (1, 5, 20, 300):
@@ -470,7 +470,7 @@ def test_the_oldest_stay_until_the_new_one_is_whole(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch):
-    """The new one is whole, and the old one is none any more."""
+    """The new checkpoint is complete, and the old one no longer counts as a checkpoint."""
     run = Run()
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, run.model, run.optimizer)
@@ -539,7 +539,7 @@ def killed(*arguments) -> list[str]:
 
 
 def test_a_process_that_is_killed_leaves_whole_checkpoints(tmp_path):
-    """Ten times, at random moments; each time the next process begins with what the one before has left."""
+    """Ten kills come at random moments. Each process continues in the folder that the previous one left."""
     lefts = [line.split() for line in killed("at random moments", tmp_path)]
     latest = [int(step) for step, _ in lefts]
     assert len(latest) == 10
@@ -548,9 +548,9 @@ def test_a_process_that_is_killed_leaves_whole_checkpoints(tmp_path):
 
 
 def test_a_process_that_is_killed_before_any_change_of_a_file_leaves_whole_checkpoints(tmp_path):
-    """One after the other: 2 are to stay, 1 and 2 are there, and 3 is saved."""
+    """With keep=2 and checkpoints 1 and 2, each process saves checkpoint 3 and is killed before a different change."""
     found = killed("before each change", tmp_path)
-    assert found == sorted(found, key=["1 2", "1 2 3", "2 3"].index)  # which refuses others
+    assert found == sorted(found, key=["1 2", "1 2 3", "2 3"].index)  # index raises for any other entry
     assert set(found) == {"1 2", "1 2 3", "2 3"}
     assert found.count("1 2") > 10
 
@@ -675,7 +675,7 @@ def te(monkeypatch):
 
 
 def test_scales_of_fp8_go_along(te, tmp_path, monkeypatch):
-    """They are no part of the models' state dict."""
+    """The models' state dict does not contain the scales."""
     recipes = types.SimpleNamespace(DelayedScaling=DelayedScaling)
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", recipes)
     run = Run(layer_implementation="transformer_engine")

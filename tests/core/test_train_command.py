@@ -1,4 +1,4 @@
-"""The training command: it learns, as transformers' own Llama would; it stops and goes on; it says what is wrong.
+"""The training command learns like transformers' own Llama, stops and resumes, and explains its errors.
 
 Shapes: B sequences, S columns of a padded batch.
 """
@@ -42,7 +42,7 @@ from llama_te_core.train.schedule import learning_rate
 from llama_te_core.train.setup import build_model, random_weights
 
 STEPS, RATE = 100, 3e-3
-# AdamW divides by a gradient's size, and rounding errors of small ones with it: a usual epsilon makes chaos of them.
+# AdamW divides by a gradient's size, which magnifies rounding errors of small gradients. A large epsilon prevents this.
 BY_HEART = {
     "model__shape__num_hidden_layers": 2,
     "optimizer__epsilon": 1e-5,
@@ -61,7 +61,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def overfitted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """The folder of a run that has learned a few docstrings by heart."""
+    """Return the folder of a run that has learned a few docstrings by heart."""
     folder = tmp_path_factory.mktemp("overfitted")
     train(folder, source, **BY_HEART, export__te=True, export__hf=True)
     return folder
@@ -69,20 +69,20 @@ def overfitted(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """The folder of a run that nothing stopped."""
+    """Return the folder of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("whole")
     train(folder, source, **SHORT, checkpoint__keep=9, export__te=True)
     return folder
 
 
 def one_process(source: Path) -> TrainConfig:
-    """The configuration of `overfitted`."""
+    """Return the configuration of `overfitted`."""
     words = options(source.parent, source, **BY_HEART)
     return read_config(words)
 
 
 def padded(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The same sequences as a padded batch, made from the packed one."""
+    """Turn a packed batch into a padded batch of the same sequences."""
     offsets = batch["cu_seq_lens_q"].tolist()
     rows = [batch["input_ids"][0, start:end] for start, end in itertools.pairwise(offsets)]
     ids_BS = pad_sequence(rows, batch_first=True)
@@ -170,12 +170,12 @@ def test_workers_and_accumulation_go_on_too(tmp_path: Path, source: Path) -> Non
 
 
 def test_sigterm_saves_and_the_run_goes_on(whole_run: Path, tmp_path: Path, source: Path) -> None:
-    # Steps are many, so that it is stopped in the middle of them; only the schedule knows how many.
+    # The run has many steps, so that the signal stops it early; their number matters only to the schedule.
     endless = {"steps": 100_000, "schedule__kind": "constant", "checkpoint__interval": 100_000}
     settings = SHORT | endless | {"data__workers": 2}
     with Command(tmp_path, options(tmp_path, source, **settings)) as command:
         command.wait_for_step(2)
-        os.killpg(command.process.pid, signal.SIGTERM)  # to the workers as well, as a job's end does
+        os.killpg(command.process.pid, signal.SIGTERM)  # the workers get the signal too, as at the end of a job
         _, said = command.process.communicate(timeout=120)
         assert command.process.returncode == 0, said
     stopped = len(losses(tmp_path))
@@ -259,7 +259,7 @@ def test_first_layers_keep_their_activations_on_the_host(source: Path, monkeypat
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
-    # Each document fills its batch, or half of it: the two runs see the same sequences in each step.
+    # Each document fills a batch, or half a batch, so both runs see the same sequences in each step.
     source = write(tmp_path, docstrings(126)[:8])
     settings = {"steps": 4, "checkpoint__interval": None, "data__sequence_length": 128}
     once = train(tmp_path / "once", source, data__tokens_per_batch=256, **settings)
@@ -282,7 +282,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(
 ) -> None:
     changes = SHORT | {"optimizer__learning_rate": 1e30, "log__interval": 100}
     assert main(options(tmp_path, source, **changes)) == 1
-    # The first step makes weights of 1e30, whose squares float32 does not hold.
+    # The first step makes weights of 1e30, whose squares overflow float32.
     assert re.search(r"llama-te-train: step 2 has loss \S+ and a norm of gradients of nan", capsys.readouterr().err)
     assert not (tmp_path / "checkpoints").exists()
     assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""Statistics by nvdlfw-inspect: its own package, and a stand-in for Transformer Engine with features of the names."""
+"""Tests statistics with the real nvdlfw-inspect, and a fake Transformer Engine with features of the same names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from llama_te_core.train.tensor_statistics import TensorStatistics
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "inspect.yaml"
 
-# What Transformer Engine has in its folder of features: statistics go to the logger when a step ends.
+# A stand-in for Transformer Engine's folder of features: statistics go to the logger when a step ends.
 FEATURES = """
 from nvdlfw_inspect.base import BaseConfigAPIMapper, BaseNamespaceAPI
 from nvdlfw_inspect.logging import MetricLogger
@@ -70,7 +70,7 @@ class TransformerEngineAPI(BaseNamespaceAPI):
 
 @pytest.fixture(autouse=True)
 def _engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A stand-in for Transformer Engine whose projections show their input, on a machine without a GPU."""
+    """Install a fake Transformer Engine whose projections show their input, on a machine without a GPU."""
     monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("transformer_engine.common"))
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", fake_transformer_engine)
     FakeTransformerEngine().install(monkeypatch)

@@ -1,4 +1,4 @@
-"""What the training command tells: operations, peaks, learning rates, and where it writes them."""
+"""Tests the training command's metrics: operations, peaks, learning rates, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def test_operations_of_matrix_products_are_those_that_torch_counts() -> None:
 def test_operations_of_attention_are_half_of_the_square() -> None:
     config = NVLlamaConfig(hidden_size=24, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
     attention = training_flops(config, 0, 14**2)
-    # Forward and twice as much backward; two products of 14 x 14 x 8 in each of 6 heads, 2 operations for each element.
+    # The backward pass costs twice the forward pass. Each of 6 heads has two products of 14 x 14 x 8, with 2 operations
+    # for each element.
     assert attention == 3 * 3 * 2 * 6 * (2 * 14 * 14 * 8) / 2
 
 
@@ -122,7 +123,7 @@ def test_shares_of_the_peak_and_of_products(tmp_path: Path, capsys: pytest.Captu
 
 
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> tuple[list[dict[str, Any]], list[tuple[int, float]]]:
-    """What runs are started with, and what they log; the last is (-1, 0)."""
+    """Record the arguments that start runs, and the values that runs log. The last entry is (-1, 0)."""
     started: list[dict[str, Any]] = []
     logged: list[tuple[int, float]] = []
     run = types.SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The training command's precision, on a stand-in for Transformer Engine: which layer gets which recipe."""
+"""Tests each layer's recipe in the training command, on a fake Transformer Engine."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHAPE = ShapeConfig(
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Transformer Engine, as far as a machine without a GPU can have it."""
+    """Install a fake Transformer Engine on a machine without a GPU."""
     monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("transformer_engine.common"))
     monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", fake_transformer_engine)
     return FakeTransformerEngine().install(monkeypatch, capability=(10, 0))
@@ -91,7 +91,7 @@ def test_layers_compute_in_the_format_asked_for(
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """What Transformer Engine's does with FP32 weights of quantized ones, without its kernels."""
+    """Imitates Transformer Engine's FusedAdam without its kernels: it keeps quantized weights in FP32 too."""
 
     def __init__(self, groups: Any, lr: float, betas: Any, eps: float, weight_decay: float = 0, **options: Any) -> None:
         assert options == {"master_weights": True}
@@ -133,13 +133,13 @@ def to_fp8(value: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def quantizing(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Quantized weights that round what is copied into them, and the optimizer that there is for them."""
+    """Make quantized weights round copied values, and install the optimizer for them."""
 
     def copy_(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return torch.Tensor.copy_(weight, to_fp8(value.as_subclass(torch.Tensor)))
 
     monkeypatch.setattr(fake_transformer_engine.QuantizedTensor, "copy_", copy_, raising=False)
-    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))  # where layers say they are built
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))  # layers name this device
     optimizers = types.SimpleNamespace(FusedAdam=FusedAdam)
     monkeypatch.setattr(sys.modules["transformer_engine.pytorch"], "optimizers", optimizers, raising=False)
     return engine
@@ -167,7 +167,7 @@ class Training:
 
     @property
     def quantized(self) -> dict[str, torch.Tensor]:
-        """What the layers compute with."""
+        """The quantized weights, which the layers compute with."""
         return {
             name: parameter.detach().as_subclass(torch.Tensor).clone()
             for name, parameter in self.model.named_parameters()
@@ -192,7 +192,7 @@ def test_the_optimizer_has_quantized_weights_in_fp32_too(quantizing: Any) -> Non
     for name, parameter in run.model.named_parameters():
         assert ("master_param" in run.optimizer.state[parameter]) == (name in run.quantized)
         assert not hasattr(parameter, "value_before_rounding")
-    # They begin with what was not rounded yet.
+    # The FP32 weights begin with the values before rounding.
     torch.testing.assert_close(run.state, run.begin, rtol=0, atol=0)
     for name, weight in run.quantized.items():
         torch.testing.assert_close(weight, to_fp8(run.begin[name]), rtol=0, atol=0)
@@ -205,7 +205,7 @@ def test_small_steps_are_not_lost_in_rounding(quantizing: Any) -> None:
         run.step()
     state = run.state
     for name, weight in run.quantized.items():
-        # All steps are far smaller than the distance of two FP8 numbers, and all of them are there.
+        # Each step is far smaller than the distance of two FP8 numbers, but the FP32 weights have every step.
         assert 2e-4 < (state[name] - run.begin[name]).abs().max() < 4e-4
         torch.testing.assert_close(weight, to_fp8(state[name]), rtol=0, atol=0)
 
@@ -295,7 +295,7 @@ def test_offloaded_activations_are_left_to_transformer_engine(engine: Any) -> No
     model, called = build_model(run, model_config, random_weights(0, model_config), None, torch.device("cpu"))
     assert engine.events[-1] == ("offload", 2, len(model.model.layers))
     ids_BS = torch.arange(16)[None]
-    # Each layer is counted, whether its activations are offloaded or not, in each forward pass anew.
+    # Each forward pass counts every layer again, with or without offloaded activations.
     forward = [(kind, layer) for layer in range(4) for kind in ("enter offload", "layer", "exit offload")]
     for _ in range(2):
         engine.events.clear()

@@ -1,4 +1,4 @@
-"""What ends a run with a message, once the command has begun: its documents, its folder, the run before."""
+"""Documents, folders and earlier runs that end a started training command with a message."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """The folder of a run with a checkpoint."""
+    """Return the folder of a run with a checkpoint."""
     folder = tmp_path_factory.mktemp("saved")
     train(folder, source, **SHORT | {"checkpoint__interval": 100})
     return folder
 
 
 def refused(folder: Path, source: Path, capsys: pytest.CaptureFixture[str], **changes: Any) -> str:
-    """What the command says when it refuses."""
+    """Return the message of a command that refuses."""
     assert main(options(folder, source, **SHORT | changes)) == 1
     return capsys.readouterr().err
 
@@ -43,7 +43,7 @@ def test_a_bad_document_ends_the_process_and_its_workers(workers: int, tmp_path:
     rows = [{"text": text} for text in docstrings(150)[:8]]
     file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"other": "words"}]))
     words = options(tmp_path / "run", file, **SHORT | {"steps": 100, "data__workers": workers})
-    # A process that waits for its workers for ever is killed.
+    # The timeout kills a process that waits for its workers for ever.
     command = [sys.executable, "-m", "llama_te_core.train", *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 1
@@ -104,7 +104,7 @@ def test_a_run_without_checkpoints_is_not_overwritten_by_another(
     message = refused(tmp_path, source, capsys, optimizer__learning_rate=1e-2, steps=3)
     assert "has a run with another optimizer and steps, and no checkpoint of it" in message
     assert losses(tmp_path) == first
-    assert train(tmp_path, source, **SHORT) == first  # the same begins anew
+    assert train(tmp_path, source, **SHORT) == first  # a run with the same settings begins anew
 
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Trainers of transformers for tests, and what they train on."""
+"""transformers' Trainers for tests, and their training data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKED = DataCollatorWithFlattening(PADDED)
 
 
 def samples(count: int = 24) -> list[dict[str, Any]]:
-    """Sequences of 3 to 19 tokens."""
+    """Make sequences of 3 to 19 tokens."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(3, 20, (count,), generator=generator).tolist()
     texts = [torch.randint(3, 257, (length,), generator=generator).tolist() for length in lengths]

@@ -19,7 +19,7 @@ MODULES = (argparse, json, textwrap, ast)
 
 
 def docstrings(length: int) -> list[str]:
-    """Docstrings of modules and of what they define, in ASCII, of so many characters and more, cut to them."""
+    """Return the ASCII docstrings of modules and their members that have `length` characters, cut to this length."""
     found = []
     for module in MODULES:
         for each in [module, *vars(module).values()]:
@@ -30,14 +30,14 @@ def docstrings(length: int) -> list[str]:
 
 
 def write(folder: Path, texts: list[str]) -> Path:
-    """A file of documents."""
+    """Write texts to a file of documents, and return the file."""
     file = folder / "texts.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
 
 
 def options(folder: Path, source: Path, **changes: Any) -> list[str]:
-    """The command's arguments, for the preset `tiny` with changes: `steps=3`, `optimizer__max_norm=1`."""
+    """Return the command's arguments for the preset `tiny` with changes, such as `optimizer__max_norm=1`."""
     values: dict[str, Any] = {
         "data.source": source,
         "folder": folder,
@@ -56,7 +56,7 @@ def options(folder: Path, source: Path, **changes: Any) -> list[str]:
 
 
 def train(folder: Path, source: Path, **changes: Any) -> list[float]:
-    """The losses of a run in this process."""
+    """Run the command in this process, and return the losses."""
     assert main(options(folder, source, **changes)) == 0
     return losses(folder)
 
@@ -68,14 +68,14 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def losses(folder: Path) -> list[float]:
-    """The loss of each step from the first to the last."""
+    """Return the loss of each step, from the first to the last."""
     rows = metrics(folder)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
 
 
 class Command:
-    """The command in a process of its own, which is killed in any case in the end."""
+    """The command in a separate process. Leaving the context always kills it."""
 
     def __init__(self, folder: Path, arguments: list[str]) -> None:
         self.folder = folder

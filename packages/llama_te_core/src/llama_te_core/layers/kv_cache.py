@@ -52,7 +52,7 @@ class KVCache(Protocol):
             attention_mask: See `begin_step`.
 
         Returns:
-            Logits [batch_size, 1, V] after the whole step. `None`, without beginning a step, if the layers must compute.
+            Logits [batch_size, 1, V] after the whole step. `None`, without a begun step, where the layers must compute.
         """
         ...
 
