@@ -768,7 +768,7 @@ def test_a_state_that_lacks_ranks_is_refused(tmp_path):
     data, _ = numbered_data(tmp_path / "data", [3, 4, 5])
     batches = TextBatches(data, 1, 2)
     batches.load_state_dict(TextBatches(data, 0, 3).state_dict())
-    with pytest.raises(RuntimeError, match=r"without shards \[1, 2\] of 3 .* but this is shard 1 of 2: merge_states"):
+    with pytest.raises(RuntimeError, match=r"without shards \[1, 2\] of 3 .* this is shard 1 of 2: merge the states"):
         list(batches)
 
 
@@ -776,7 +776,7 @@ def test_a_state_of_another_rank_is_refused(tmp_path):
     data, _ = numbered_data(tmp_path / "data", [3, 4, 5])
     batches = TextBatches(data, 1, 2)
     batches.load_state_dict(TextBatches(data, 0, 2).state_dict())
-    with pytest.raises(RuntimeError, match=r"without shards \[1\] of 2 .* but this is shard 1 of 2: merge_states"):
+    with pytest.raises(RuntimeError, match=r"without shards \[1\] of 2 .* this is shard 1 of 2: merge the states"):
         list(batches)
 
 

@@ -237,7 +237,7 @@ def test_checkpoints_hold_what_the_optimizer_has(quantizing: Any, tmp_path: Path
     ordinary.step()
     checkpoints.save(2, ordinary.model, ordinary.optimizer)
     with pytest.raises(
-        TrainingCheckpointError, match=r"that of the checkpoint kept .*'step'.*same precision.quantized_weights"
+        TrainingCheckpointError, match=r"the checkpoint's optimizer kept .*'step'.*same precision.quantized_weights"
     ):
         checkpoints.load(2, run.model, run.optimizer)
 

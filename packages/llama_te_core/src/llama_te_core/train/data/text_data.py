@@ -361,7 +361,7 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         if missing:
             raise RuntimeError(
                 f"load_state_dict was given a state without shards {missing} of {self._loaded['shards']} (ranks x "
-                f"workers), but this is shard {shard} of {shards}: merge_states makes one state of those of all ranks."
+                f"workers), but this is shard {shard} of {shards}: merge the states of all ranks with merge_states."
             )
         last = [positions[shard] for shard in sorted(positions)]
         return [*earlier, last], Position(min(position.epoch for position in last), 0, 0)
