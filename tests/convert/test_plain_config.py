@@ -239,7 +239,7 @@ def test_a_plain_llama_is_converted_without_torch_and_transformers(tiny_llama, t
         "from llama_te_convert.cli import main\n"
         "hf, te, back = sys.argv[1:]\n"
         "assert main(['to-te', hf, te]) == main(['to-hf', te, back]) == 0\n"
-        "print([name for name in ('torch', 'transformers', 'llama_te_core') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'llama_te_core.models') if name in sys.modules])"
     )
     folders = [str(tmp_path / name) for name in ("hf", "te", "back")]
     done = subprocess.run([sys.executable, "-c", code, *folders], check=True, capture_output=True, text=True)
