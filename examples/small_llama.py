@@ -63,5 +63,5 @@ def random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def paragraphs(longest: int) -> list[str]:
     """Paragraphs of this repository's documentation, cut to so many characters."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").glob("*.md"))]
+    texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
     return [part.strip()[:longest] for text in texts for part in text.split("\n\n") if part[:1].isalpha()]

@@ -51,8 +51,8 @@ def is_module_of_transformer_engine(module: nn.Module) -> bool:
 
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Tell whether TE holds a tensor in a quantized format only. TE is not imported."""
-    te: Any = sys.modules.get("transformer_engine.pytorch")
-    return te is not None and isinstance(tensor, te.QuantizedTensor)
+    # A package without its compiled parts imports, but has no tensors.
+    return isinstance(tensor, getattr(sys.modules.get("transformer_engine.pytorch"), "QuantizedTensor", ()))
 
 
 def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -63,8 +63,7 @@ def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
     """
     import torch
 
-    te: Any = sys.modules.get("transformer_engine.pytorch")
-    if te is None or not isinstance(parameter, te.Float8Tensor):
+    if not isinstance(parameter, getattr(sys.modules.get("transformer_engine.pytorch"), "Float8Tensor", ())):
         return None
     storage: Any = parameter
     values, scale = storage._data, storage._scale_inv
