@@ -221,3 +221,9 @@ class TestTransformerEngineWithoutIt:
         assert not compat_te.is_module_of_transformer_engine(nn.Linear(1, 1))
         assert not compat_te.holds_quantized_weights(nn.Linear(1, 1))
         assert compat_te.delayed_scaling_state(nn.Linear(1, 1)) == {}
+
+
+def test_a_transformer_engine_without_its_compiled_parts_holds_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("transformer_engine.pytorch"))
+    assert not compat_te.is_quantized(torch.ones(1))
+    assert compat_te.fp8_parts(torch.ones(1)) is None
