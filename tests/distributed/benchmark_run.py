@@ -17,7 +17,7 @@ PRODUCT_RATE = 1e12
 
 
 def run(rank: int, world_size: int, device: str, folder: Path, meshes: list[str]) -> None:
-    """What one process does; the first writes its figures."""
+    """Run one process; the first one writes its figures."""
     join(rank, world_size, device, folder / "rendezvous")
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
     with pytest.MonkeyPatch.context() as patch:

@@ -24,7 +24,7 @@ from llama_te_core.parallel.sizes import ParallelSizes
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
 CONFIG = NVLlamaConfig(
-    vocab_size=31,  # which no number of processes divides
+    vocab_size=31,  # not divisible by any number of processes
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=2,
@@ -65,7 +65,7 @@ class Run:
             self.optimizer.zero_grad()
 
     def state(self) -> Any:
-        """Whole tensors on the host, by the names of the parameters."""
+        """Return whole tensors on the host, by the names of the parameters."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {name: whole(value).cpu().clone() for name, value in model.items()}, {
             (name, key): whole(value).cpu().clone()
@@ -75,7 +75,7 @@ class Run:
 
 
 def placements(run: Run) -> list[Any]:
-    """How processes share the weights, and what the optimizer keeps for each."""
+    """Return the placements of the weights and of their optimizer states."""
     tensors = [
         [parameter, *(value for value in run.optimizer.state[parameter].values() if value.dim())]
         for parameter in run.module.parameters()
@@ -84,7 +84,7 @@ def placements(run: Run) -> list[Any]:
 
 
 def trained_and_resumed(folder: Path, distribution: str) -> dict[str, Any]:
-    """A run that saves after two steps and goes on, and a new one that goes on from there."""
+    """Train a run that saves after two steps and continues, and a new run that continues from the checkpoint."""
     rank = dist.get_rank()
     checkpoints = Checkpoints(folder / distribution)
     run = Run(distribution)
@@ -96,7 +96,7 @@ def trained_and_resumed(folder: Path, distribution: str) -> dict[str, Any]:
 
     resumed, extra = Run(distribution), {"rank": None}
     if distribution == "ddp":
-        # It arranges its buckets anew after a first step, and with them the order in which gradients are summed.
+        # DDP rearranges its buckets after the first step, which changes the order of the gradients' sums.
         resumed.train(1)
     checkpoints.load(2, resumed.module, resumed.optimizer, extra)
     loaded = resumed.state()
@@ -114,7 +114,7 @@ def trained_and_resumed(folder: Path, distribution: str) -> dict[str, Any]:
 
 
 def errors(folder: Path) -> dict[str, Any]:
-    """What each process hears of errors that concern all, or one of them."""
+    """Return the errors that each process raises, for failures of all processes and of one."""
     checkpoints = Checkpoints(folder / "fsdp")
     run = Run("fsdp")
     found = {}
@@ -136,7 +136,7 @@ def errors(folder: Path) -> dict[str, Any]:
 
 
 def loaded(source: Path, distribution: str, target: Path) -> dict[str, Any]:
-    """What a run finds in a checkpoint of another number of processes, and saves again."""
+    """Load a checkpoint from another number of processes, save it again, and return its content."""
     run, extra = Run(distribution), {"rank": None}
     torch.manual_seed(dist.get_rank())
     before = torch.get_rng_state()
@@ -154,7 +154,7 @@ def loaded(source: Path, distribution: str, target: Path) -> dict[str, Any]:
 
 
 def killed_while_saving(rank: int, device: str, folder: Path) -> None:
-    """The second of two processes is killed while it saves; the first writes to `heard` what it hears of that."""
+    """Kill the second of two processes while it saves; the first one writes the error that it gets to `heard`."""
     join(rank, 2, device, folder / "rendezvous")
     run = Run("fsdp")
     checkpoints = Checkpoints(folder / "run")
@@ -170,8 +170,8 @@ def killed_while_saving(rank: int, device: str, folder: Path) -> None:
 
 
 def run(rank: int, world_size: int, device: str, folder: Path) -> None:
-    """What one process does; writes what it found to `found-{world_size}-{rank}.pt`."""
-    # On a GPU, the same bits come out a second time only if asked for.
+    """Run one process; it writes its findings to `found-{world_size}-{rank}.pt`."""
+    # A GPU repeats the same bits only with deterministic algorithms.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     join(rank, world_size, device, folder / f"rendezvous-{world_size}")
@@ -179,7 +179,7 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
         found = {name: trained_and_resumed(folder, name) for name in ("fsdp", "hsdp", "ddp", "tensor")}
         found["errors"] = errors(folder)
     else:
-        # Tensor ranks alone, without FSDP, and on with their weights in other parts.
+        # Only tensor ranks, without FSDP; then continue with the weights in other parts.
         found = {"tensor": trained_and_resumed(folder / "two", "tensor")}
         found |= {
             "tensor as fsdp": loaded(folder / "two" / "tensor", "fsdp", folder / "two" / "tensor, then fsdp"),

@@ -1,4 +1,4 @@
-"""Several processes: on CPUs, which talk by gloo, or with `--device=cuda` on a GPU each, by NCCL."""
+"""Several processes: on CPUs with gloo, or with `--device=cuda` on one GPU each with NCCL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
-    """What the processes compute on: "cpu" or "cuda"."""
+    """The device of the processes: "cpu" or "cuda"."""
     return _device(pytestconfig)
 
 

@@ -1,4 +1,4 @@
-"""What each process of `test_parallel` does: train on a mesh for a step, and compare with one process alone."""
+"""The processes of `test_parallel`: train on a mesh for a step, and compare with a single process."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ CASES = {
 
 
 def new_model(case: Case) -> NVLlamaForCausalLM:
-    """With an odd vocabulary, so that tensor ranks have parts of different sizes, and a padding token on the last."""
+    """Make a model whose odd vocabulary gives tensor ranks parts of different sizes; the last has the padding token."""
     torch.manual_seed(0)
     config = NVLlamaConfig(
         **{**TINY, "num_hidden_layers": 2, "vocab_size": case.vocab_size, "pad_token_id": PAD},
@@ -124,7 +124,7 @@ def new_model(case: Case) -> NVLlamaForCausalLM:
 
 
 def new_batch(case: Case, index: int) -> dict[str, Any]:
-    """Sequences of different lengths; the number of labels differs from batch to batch."""
+    """Make sequences of different lengths; the number of labels differs from batch to batch."""
     torch.manual_seed(100 + index)
     lengths = [264, 8] if case.batch == "packed long" else [16, 8, 24 + 8 * index]
     if case.batch.startswith("packed"):
@@ -165,7 +165,7 @@ def _float64_loss(
 
 
 def train_alone(case: Case) -> dict[str, Any]:
-    """One process, the batches of the whole mesh one after the other."""
+    """Train in one process, with the batches of the whole mesh one after the other."""
     model = new_model(case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     batches = [new_batch(case, index) for index in range(case.replicate * case.shard)]
@@ -207,7 +207,7 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
     gradients = {
         name.removeprefix("module."): whole(parameter.grad).clone() for name, parameter in model.named_parameters()
     }
-    # Summed, as optimizers take them to be.
+    # Optimizers expect summed gradients, with the placements of the weights.
     misplaced += [
         f"gradient of {name}"
         for name, weight in model.named_parameters()
@@ -228,7 +228,7 @@ def train_on_mesh(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def go_through_checkpoint(case: Case, mesh: Any, model: Any, optimizer: Any, folder: Path) -> dict[str, Any]:
-    """Save, load the whole in one piece, and load into a fresh model and optimizer on the mesh."""
+    """Save, load the whole checkpoint in one process, and load it into a fresh model and optimizer on the mesh."""
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     saved = folder / str(case).replace(" ", "")
     dcp.save(gather_halves(state), checkpoint_id=saved)
@@ -262,7 +262,7 @@ def go_through_checkpoint(case: Case, mesh: Any, model: Any, optimizer: Any, fol
 
 
 def compute_in_bfloat16() -> float:
-    """How far the loss of a float32 model that computes in bfloat16 is from that of the model in bfloat16."""
+    """Return the difference between the losses of a float32 model that computes in bfloat16 and of a bfloat16 model."""
     case = Case(shard=2, dtype=torch.float32)
     mesh = make_mesh(case.sizes, torch.get_default_device().type)
     batch = new_batch(case, mesh.get_local_rank("shard"))
@@ -275,7 +275,7 @@ def compute_in_bfloat16() -> float:
 
 
 def wrapped_in_fsdp() -> dict[str, list[str]]:
-    """What is, beside the layers, of models of float32 by their mesh and the dtypes that are asked for."""
+    """Return the modules besides the layers that FSDP wraps, by mesh and dtypes. The models are float32."""
 
     def wrapped(case: Case, **dtypes: torch.dtype) -> list[str]:
         model = parallelize(new_model(case), make_mesh(case.sizes, torch.get_default_device().type), **dtypes)
@@ -295,7 +295,7 @@ def wrapped_in_fsdp() -> dict[str, list[str]]:
 
 
 def between_the_layers() -> dict[str, Any]:
-    """Embeddings that go in, hidden states that come out and what the layers see, of a model on tensor ranks."""
+    """Return the embeddings, the hidden states and the layers' inputs of a model on tensor ranks."""
     case = Case(tensor=2)
     batch = new_batch(case, 0)
     labels = batch.pop("labels")
@@ -325,7 +325,7 @@ def between_the_layers() -> dict[str, Any]:
 
 
 def refusals() -> dict[str, str]:
-    """What users hear who ask for what a mesh cannot do."""
+    """Return the error messages for requests that a mesh cannot fulfil."""
     heard: dict[str, str] = {}
 
     def hear(name: str, ask: Any) -> None:
@@ -353,7 +353,7 @@ def refusals() -> dict[str, str]:
 
 
 def errors_of(case: Case, folder: Path) -> dict[str, Any]:
-    """The largest differences between the mesh and the single process, relative to each tensor's largest value."""
+    """Return the largest differences between mesh and single process, relative to each tensor's largest value."""
     alone, mesh = train_alone(case), train_on_mesh(case, folder)
     errors: dict[str, Any] = {"loss": _error(mesh["loss"], alone["loss"]), "norm": _error(mesh["norm"], alone["norm"])}
     errors["misplaced"] = mesh["misplaced"]
@@ -377,7 +377,7 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def run(rank: int, world_size: int, device: str, folder: Path) -> None:
-    """The whole life of one process: its findings go to a file."""
+    """Run one process; it writes its findings to a file."""
     join(rank, world_size, device, folder / "store")
     findings: dict[str, Any] = {}
     try:

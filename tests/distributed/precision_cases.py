@@ -1,6 +1,6 @@
-"""What each process of `test_training_precision` does: train as the training command does, on a mesh or alone.
+"""The processes of `test_training_precision`: train as the training command does, on a mesh or alone.
 
-Each step sees the same batches, whatever the mesh, which only decides how many of them a process takes.
+Each step sees the same batches on every mesh. The mesh only decides the number of batches per process.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ SHAPE = ShapeConfig(
     max_position_embeddings=128,
     initializer_range=0.1,
 )
-BATCHES = 8  # of a step
-LENGTHS = (64, 32, 32)  # of each batch, for 8 context ranks multiples of 16; each rank then has 16 tokens for FP8
-WARM_UP, STEPS = 2, 20  # first steps with a learning rate of 0, in which delayed scaling finds its scales
+BATCHES = 8  # in each step
+LENGTHS = (64, 32, 32)  # multiples of 16 for 8 context ranks: each rank gets 16 tokens of a batch, as FP8 needs
+WARM_UP, STEPS = 2, 20  # delayed scaling finds its scales in the first steps, which have a learning rate of 0
 SAVED_AT = WARM_UP + STEPS // 2
 
 MESHES: dict[str, dict[str, Any]] = {
@@ -66,7 +66,7 @@ MESHES: dict[str, dict[str, Any]] = {
     "FSDP and context": {"context": 2},
     "tensor": {"shard": 1, "tensor": -1},
 }
-WEIGHTS_IN_BF16 = ("DDP", "tensor")  # which are those that no weight is cast in, and no FSDP then
+WEIGHTS_IN_BF16 = ("DDP", "tensor")  # these meshes do not use FSDP, which would cast the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Case:
         layers: "reference" or "transformer_engine".
         compute: "fp32", "bf16", "fp8 delayed" or "fp8 current", the last two also with " quantized" weights.
         mesh: A name of `MESHES`.
-        resumes: Go on from the checkpoint of the run of the same name by so many processes.
+        resumes: Continue from a checkpoint: the number of processes of the earlier run with the same name.
     """
 
     layers: str
@@ -94,12 +94,12 @@ class Case:
 
     @property
     def alone(self) -> Case:
-        """The same on one GPU, with weights and sums in bf16 where the mesh has them."""
+        """The same run on one GPU, with weights and sums in bf16 if the mesh has them in bf16."""
         return Case(self.layers, self.compute, "DDP" if self.mesh in WEIGHTS_IN_BF16 else "FSDP")
 
     @property
     def exact(self) -> Case:
-        """On one GPU, too, in FP32."""
+        """The same run on one GPU in FP32."""
         return Case("reference", "fp32", "FSDP")
 
     def config(self, world_size: int) -> TrainConfig:
@@ -128,7 +128,7 @@ class Case:
 
 
 class Batches:
-    """In place of a `BatchStream`: this process's share of the same batches, over and over."""
+    """A stand-in for `BatchStream`: repeats this process's share of the same batches."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -141,7 +141,7 @@ class Batches:
 
 
 def new_batch(index: int) -> dict[str, Any]:
-    """Packed sequences; the number of labels differs from batch to batch."""
+    """Make packed sequences; the number of labels differs from batch to batch."""
     generator = torch.Generator("cpu").manual_seed(index)
     ids_1T = torch.randint(0, SHAPE.vocab_size, (1, sum(LENGTHS)), generator=generator, device="cpu")
     labels_1T = ids_1T.clone()
@@ -153,13 +153,13 @@ def new_batch(index: int) -> dict[str, Any]:
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
-    """Losses by step, gradients of the first that counts, and how all steps together have changed the weights.
+    """Return the losses by step, the gradients of the first step after the warm-up, and the total change of weights.
 
-    Also the sizes in bytes of what this process gave to FSDP's gathers in that step.
+    The result also has the sizes in bytes of this process's inputs to FSDP's gathers in that step.
 
     Args:
-        case: What to do; all processes do the same.
-        folder: Where runs save their checkpoints.
+        case: The run, the same for all processes.
+        folder: The folder for checkpoints.
     """
     config = case.config(dist.get_world_size())
     device = torch.get_default_device()
@@ -213,7 +213,7 @@ def _recording_gathers(sizes: set[int]) -> Iterator[None]:
 
 
 def _weights(model: Any) -> dict[str, torch.Tensor]:
-    state = model.state_dict()  # with the FP32 weights of an optimizer that keeps them
+    state = model.state_dict()  # with the optimizer's FP32 weights, if it keeps them
     return {name: whole(state[name]).cpu().float().clone() for name, _ in model.named_parameters()}
 
 
@@ -222,7 +222,7 @@ def _gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 def run(rank: int, world_size: int, device: str, folder: Path, cases: list[Case]) -> None:
-    """What one process does; the first writes what each case led to, or the error that stopped it."""
+    """Run one process; the first one writes the result of each case, or the error that stopped it."""
     join(rank, world_size, device, folder / f"rendezvous-{world_size}-{cases[0]}")
     for case in cases:
         result: Any

@@ -1,4 +1,4 @@
-"""Processes that train together: how they are started, and how each begins."""
+"""Processes that train together: their start, and the setup of each process."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-# The server imports once, and each process is a copy of it.
+# The fork server imports modules once; each process is a copy of the server.
 PRELOADED = ["llama_te_core.train.loop", "torch.distributed.checkpoint", "core.training_runs"]
 
 
 def start(run: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    """Have `run(rank, world_size, *arguments)` done by so many processes, and wait for them."""
+    """Run `run(rank, world_size, *arguments)` in `world_size` processes, and wait for them."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(run, (world_size, *arguments), nprocs=world_size, start_method="forkserver")
 
 
 class Processes:
-    """Starts processes when they are first asked for.
+    """Starts processes at the first request for their findings.
 
     Args:
-        run: What each does, as in `start`; it writes what it finds to `findings-RANK.pt` in the folder it is given.
+        run: The function of each process, as in `start`; it writes to `findings-RANK.pt` in its folder argument.
         device: "cpu" or "cuda".
-        folder: Has a folder for each number of processes.
+        folder: The parent of one folder for each number of processes.
     """
 
     def __init__(self, run: Callable[..., None], device: str, folder: Path) -> None:
@@ -36,7 +36,7 @@ class Processes:
         self.findings: dict[int, list[dict[str, Any]]] = {}
 
     def of(self, world_size: int) -> list[dict[str, Any]]:
-        """What each of so many processes found."""
+        """Return the findings of each of `world_size` processes."""
         if world_size not in self.findings:
             folder = self.folder / str(world_size)
             folder.mkdir()
@@ -46,13 +46,13 @@ class Processes:
 
 
 def join(rank: int, world_size: int, device: str, rendezvous: Path) -> torch.device:
-    """Become one of the processes; new tensors are on its device from now on.
+    """Join the process group; new tensors are then on the process's device.
 
     Args:
-        rank: Its number.
-        world_size: How many there are.
+        rank: The number of this process.
+        world_size: The number of processes.
         device: "cpu" or "cuda".
-        rendezvous: A file that is not there yet, where they meet.
+        rendezvous: The path of a new file, where the processes meet.
     """
     torch.set_num_threads(1)
     own = torch.device(device, rank) if device == "cuda" else torch.device(device)
@@ -60,7 +60,7 @@ def join(rank: int, world_size: int, device: str, rendezvous: Path) -> torch.dev
         torch.cuda.set_device(own)
     torch.set_default_device(own)
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    # Where one of them ended by an error, the others wait no longer than that.
+    # If a process fails, the others stop waiting after this time.
     timeout = timedelta(minutes=3)
     dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=rank, world_size=world_size, timeout=timeout)
     return own

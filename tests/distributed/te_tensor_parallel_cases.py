@@ -1,6 +1,6 @@
-"""What each process of `test_te_tensor_parallel` does: passes of a model of TE layers, split and whole.
+"""The processes of `test_te_tensor_parallel`: run a model of TE layers, split and whole.
 
-On CPUs the layers are those of `core.fake_transformer_engine`, in float64; on GPUs Transformer Engine's own.
+On CPUs the layers come from `core.fake_transformer_engine`, in float64; on GPUs from Transformer Engine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
 }
 LENGTHS = [64, 16, 48]
 TOKENS = sum(LENGTHS)  # a multiple of 16 on each of 2 ranks, for FP8
-PASSES = 3  # of the same batch, so that delayed scaling has scales
+PASSES = 3  # over the same batch, so that delayed scaling has scales
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Case:
     shard: int = 1
     tensor: int = 2
     recipe: str | None = None
-    batch: str = "packed"  # "padded" has sequences of lengths that nothing divides
+    batch: str = "packed"  # the lengths in "padded" are not divisible by the number of ranks
     format: str = "thd"
     checkpointing: bool = False
     from_meta: bool = False
@@ -87,7 +87,7 @@ FP8_CASES = [
 
 
 def run(rank: int, world_size: int, device: str, folder: Path) -> None:
-    """The whole life of one process: its findings go to a file."""
+    """Run one process; it writes its findings to a file."""
     own = join(rank, world_size, device, folder / "store")
     findings: dict[str, Any] = {}
     try:
@@ -102,7 +102,7 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
 
 
 def found(case: Case, device: torch.device) -> dict[str, Any]:
-    """Loss, gradients and weights: of reference layers in high precision, of whole TE layers, and of split ones."""
+    """Return loss, gradients and weights of high-precision reference layers, whole TE layers and split TE layers."""
     with transformer_engine(device) as fake:
         dtype = torch.bfloat16 if fake is None else torch.float64
         weights = {name: weight.to(dtype) for name, weight in new_weights().items()}
@@ -144,7 +144,7 @@ def found(case: Case, device: torch.device) -> dict[str, Any]:
 
 
 def arguments_of(layer: Any) -> dict[str, Any]:
-    """The shapes that the process computes with; the local part of each weight, and what comes in."""
+    """Return the shapes of the local part of each weight and of the layer's inputs."""
     local = {
         name: list(weight.to_local().shape)
         for name, weight in layer.named_parameters()
@@ -155,7 +155,7 @@ def arguments_of(layer: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def transformer_engine(device: torch.device) -> Iterator[FakeTransformerEngine | None]:
-    """Transformer Engine itself on a GPU; elsewhere the fake for the time of the context."""
+    """Use Transformer Engine itself on a GPU; elsewhere install the fake within the context."""
     if device.type == "cuda":
         yield None
         return
@@ -185,7 +185,7 @@ def new_weights() -> dict[str, torch.Tensor]:
 def new_model(
     case: Case, implementation: str, dtype: torch.dtype, weights: dict[str, torch.Tensor]
 ) -> NVLlamaForCausalLM:
-    """With these weights, where there are any."""
+    """Make a model, with these weights if there are any."""
     options: dict[str, Any] = {}
     if case.recipe is not None and implementation == "transformer_engine":
         from transformer_engine.common import recipe
@@ -210,7 +210,7 @@ def _see_tokens(layer: Any, inputs: Any) -> None:
 
 
 def new_batch(case: Case, index: int) -> dict[str, Any]:
-    """Of each process of the dimension `shard`."""
+    """Make the batch of one process of the dimension `shard`."""
     generator = torch.Generator("cpu").manual_seed(100 + index)
     device = torch.get_default_device()
     if case.batch == "packed":
@@ -228,7 +228,7 @@ def new_batch(case: Case, index: int) -> dict[str, Any]:
 
 
 def passes(case: Case, model: Any, mesh: DeviceMesh | None) -> dict[str, Any]:
-    """Loss and gradients of the last one of several passes, over the batches of all processes."""
+    """Return loss and gradients of the last of several passes over the batches of all processes."""
     if mesh is None:
         batches = [new_batch(case, index) for index in range(case.shard)]
         for batch in batches:
@@ -256,7 +256,7 @@ def passes(case: Case, model: Any, mesh: DeviceMesh | None) -> dict[str, Any]:
 
 
 def refusals(device: torch.device) -> dict[str, str]:
-    """What users hear who ask split layers for what they cannot do."""
+    """Return the error messages for requests that split layers cannot fulfil."""
     heard = {}
     with transformer_engine(device) as fake:
         dtype = torch.bfloat16 if fake is None else torch.float64

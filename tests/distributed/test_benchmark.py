@@ -1,4 +1,4 @@
-"""`benchmarks/train.py`: on one process and on meshes, with a small model, where speed is not looked at; its page."""
+"""`benchmarks/train.py` with a small model, in one process and on meshes, and its page. No test checks speed."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_row_on_one_gpu_and_on_meshes(device: str, tmp_path: Path, world_size:
     for figure in (alone, sharded, in_context):
         assert figure["what"] == ROW
         assert figure["rate"] > 0 and figure["flops"] > 0
-        # A limit of one kind of product is a share of its rate, on any mesh.
+        # The limit for one kind of product is a share of its rate, on any mesh.
         assert figure["rate"] / figure["limit"] == pytest.approx(figure["flops"] * 1e12 / PRODUCT_RATE)
     if device == "cpu":  # the most of all processes, in GB
         assert [each["memory"] for each in (alone, sharded, in_context)] == [1, world_size, world_size]
-    # Context ranks share the batch that one GPU has, so that they learn the same; measured: 2e-3.
+    # Context ranks share one GPU's batch, so they learn the same; measured: 2e-3.
     assert in_context["loss"] == pytest.approx(alone["loss"], abs=0.02)
-    # Other processes have other random tokens, which are learnt as fast.
+    # Other processes have other random tokens, and learn them as fast.
     assert sharded["loss"] != alone["loss"]
     assert sharded["loss"] == pytest.approx(alone["loss"], abs=0.2)
 

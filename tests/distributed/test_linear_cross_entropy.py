@@ -1,4 +1,4 @@
-"""A vocabulary in shards of several processes gives the loss and the gradients of the whole one.
+"""A vocabulary in shards of several processes gives the loss and the gradients of the whole vocabulary.
 
 Shapes: T tokens, E hidden size, V vocabulary.
 """

@@ -1,6 +1,6 @@
 """Training on a mesh of processes equals training in one: losses, gradients, clipping, weights after a step.
 
-The processes are started once for each number of them (`parallel_cases`); the tests look at what they found.
+The tests start processes once for each number of processes (`parallel_cases`), and check the findings.
 """
 
 import re
@@ -25,7 +25,7 @@ from llama_te_core.parallel.sizes import ParallelSizes
 
 # Relative to the largest value of each tensor. Measured: 8e-15 and 2e-6, since sums are in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-# AdamW divides by a gradient's size, so that rounding errors of small gradients come out larger: 7e-13 and 2e-4.
+# AdamW divides by a gradient's size, which enlarges the rounding errors of small gradients: 7e-13 and 2e-4.
 TOLERANCE_AFTER_STEP = {torch.float64: 1e-10, torch.float32: 1e-3}
 
 
@@ -150,7 +150,7 @@ def test_the_parts_of_a_sequence_are_all_of_it_with_equal_work(chunk, ranks):
 
 
 class Mesh:
-    """As much of a mesh as cutting a batch without labels needs."""
+    """A stand-in with the parts of a mesh that splitting a batch without labels needs."""
 
     device_type = "cpu"
 

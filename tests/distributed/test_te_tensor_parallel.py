@@ -1,7 +1,7 @@
-"""Transformer Engine layers that are split over tensor ranks compute what whole ones do.
+"""Transformer Engine layers split over tensor ranks give the same results as whole layers.
 
-The processes are started once for each number of them (`te_tensor_parallel_cases`); the tests look at what they found.
-On CPUs this tests what reaches Transformer Engine, and what is done with what comes out of it.
+The tests start processes once for each number of processes (`te_tensor_parallel_cases`), and check the findings. On
+CPUs the tests cover the arguments to Transformer Engine, and our use of its results.
 """
 
 import pytest
@@ -11,18 +11,18 @@ from distributed.processes import Processes
 from distributed.te_tensor_parallel_cases import CASES, FP8_CASES, SIZES, TOKENS, Case
 from llama_te_core.layers.reference import CACHE_OF_SPLIT_MODEL
 
-# On a CPU sums are in another order: 6e-16 and 4e-15 measured, of float64.
+# On a CPU sums are in another order. Measured in float64: 6e-16 and 4e-15.
 TOLERANCE = 1e-12
-# On a GPU the precision decides: split layers may be as far from the truth as whole ones, and this much further, since
-# each rank scales and rounds its own part.
+# On a GPU the precision decides: the distance of split layers from the truth may be this multiple of the distance of
+# whole layers, since each rank scales and rounds its own part.
 FURTHER = 1.5
 
 
 class CaseProcesses(Processes):
-    """With what they found of a case."""
+    """Processes with access to the findings of one case."""
 
     def found(self, case: Case) -> list[dict]:
-        """What each process found of a case."""
+        """Return each process's findings for a case."""
         every = self.of(case.world_size)
         for findings in every:
             assert str(case) in findings, findings.get("stopped by")
@@ -66,7 +66,7 @@ def test_losses_and_gradients_are_as_precise_as_those_of_whole_layers(processes,
 
 
 def distance(results: dict, others: dict, name: str) -> float:
-    """Of one gradient from another, relative to it."""
+    """Return the distance of one gradient from another, relative to the other's norm."""
     gradient, expected = results["gradients"][name], others["gradients"][name]
     assert gradient.shape == expected.shape
     return float((gradient - expected).norm() / expected.norm())
@@ -86,7 +86,7 @@ def test_each_rank_has_its_part_of_the_tokens_between_the_layers(processes, case
         expected = [3, 29]
     for found in processes.found(case):
         seen = [layer["tokens"] for layer in found["layers"]]
-        if expected is None:  # packed by the model, and filled up
+        if expected is None:  # the model packs the batch and pads it
             tokens = 29 + 14 + 6
             assert all(len(each) == 1 and tokens / 2 <= each[0] < tokens for each in seen)
         else:

@@ -1,6 +1,6 @@
-"""Checkpoints of several processes: each goes on as it would have, and any other number can load them.
+"""Checkpoints of several processes: a run continues as if it had not stopped, and any number of processes can load.
 
-Four processes save, then two load that and save again, and the tests load both in one.
+Four processes save, two load this checkpoint and save again, and the tests load both checkpoints in one process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama_te_convert.cli import main
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints
 
 DISTRIBUTIONS = ["fsdp", "hsdp", "ddp", "tensor"]
-# What two processes load: the run that has saved it, and where they save it again.
+# The checkpoints that two processes load: the run that saved each, and the folder for the second save.
 LOADED = {
     "fsdp of 4 as fsdp": ("fsdp", "fsdp of 4, then 2"),
     "ddp of 4 as fsdp": ("ddp", "ddp of 4, then fsdp of 2"),
@@ -44,7 +44,7 @@ def found_by(world_size: int, device, folder):
 
 @pytest.fixture(scope="module")
 def plain(folder):
-    """The state of a run of one process, which has saved it."""
+    """The state of a run in one process, which saved a checkpoint."""
     run = Run("plain")
     run.train(2)
     checkpoints = Checkpoints(folder / "plain")
@@ -169,7 +169,7 @@ def test_all_processes_hear_of_an_error(folder, four):
 
 @pytest.mark.processes(2)
 def test_one_process_that_is_killed_leaves_whole_checkpoints(device, tmp_path):
-    """And the others hear of it."""
+    """The other processes get an error."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [
         context.Process(target=checkpoint_run.killed_while_saving, args=(rank, device, tmp_path)) for rank in (0, 1)

@@ -1,6 +1,6 @@
 """The training command in several processes: the losses of one process, and runs that change their number.
 
-The processes are started once for each number of them (`training_processes`); the tests look at what they left.
+The tests start processes once for each number of processes (`training_processes`), and check their output folders.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from llama_te_core.train.command import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 STEPS = 6
-# Each document fills a batch, so that a step has the same sequences however many processes share them.
+# Each document fills a batch, so a step has the same sequences for any number of processes.
 TOKENS = {"data__tokens_per_batch": 128, "data__sequence_length": 128, "steps": STEPS, "checkpoint__interval": None}
-# In FP32, so that losses are equal but for the order of sums.
+# In FP32 losses differ by the order of sums only.
 TOKENS |= {"model__layer_implementation": "reference"}
-# One number of batches in a step, for any number of data-parallel processes.
+# The number of batches in a step, the same for any number of data-parallel processes.
 BATCHES = 4
 
-# Sizes of the mesh, what goes with them, and how many data-parallel processes that makes.
+# Sizes of the mesh, other options, and the resulting number of data-parallel processes.
 CASES: dict[int, dict[str, tuple[dict[str, Any], int]]] = {
     2: {
         "shard": ({"activation_checkpointing": "full"}, 2),
@@ -60,21 +60,21 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, source: Path) -> Path:
-    """The folder of one process' run."""
+    """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     train(folder, source, **TOKENS, data__batches_per_step=BATCHES, export__te=True)
     return folder
 
 
 class Together:
-    """The runs of several processes, which are started when they are first asked for."""
+    """The runs of several processes. They start at the first request for a folder."""
 
     def __init__(self, root: Path, source: Path) -> None:
         self.root, self.source = root, source
         self.done: set[int] = set()
 
     def folder(self, world_size: int, name: str) -> Path:
-        """Of the run of that name, of so many processes."""
+        """Return the folder of the run with this name and number of processes."""
         if world_size not in self.done:
             self.done.add(world_size)
             self._run(world_size)
@@ -86,11 +86,11 @@ class Together:
             settings = TOKENS | {"data__batches_per_step": BATCHES // ranks, "export__te": True}
             runs.append((self.folder(world_size, name), self.source, settings | changes))
         saving = TOKENS | SAVING | {"data__batches_per_step": BATCHES // world_size}
-        # The signal comes in the second step, and is heard of in the third, or the fourth.
+        # The signal comes in the second step, and the run reacts in the third or the fourth.
         stop = (BATCHES // world_size) + 1
         runs.append((self.folder(world_size, "stopped"), self.source, saving | {"steps": 100, "stop": stop}))
-        # Where the processes of a run meet is open before they start, as torchrun does it: no other program can take
-        # its port in between.
+        # The store where processes meet is open before they start, as in torchrun, so no other program can take its
+        # port in between.
         stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
         start(training_processes.run, world_size, [store.port for store in stores], runs)
 
@@ -136,7 +136,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
 
 
 def environment(**variables: object) -> dict[str, str]:
-    """Of a shell that finds this Python first."""
+    """Return the environment of a shell that finds this Python first."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     known = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PORT": str(_free_port())}
     return known | {name: str(value) for name, value in variables.items()}
@@ -152,7 +152,7 @@ def test_the_example_for_torchrun(tmp_path: Path, alone: Path, source: Path) -> 
 
 @pytest.mark.processes(2)
 def test_the_example_for_slurm(tmp_path: Path, alone: Path, source: Path) -> None:
-    # As much of Slurm as the script uses: the name of the first host, and one process for each task.
+    # The parts of Slurm that the script uses: the name of the first host, and one process for each task.
     programs = {
         "scontrol": "echo localhost; echo another",
         "srun": "[[ $1 = --cpus-per-task=8 ]] && shift && "

@@ -1,7 +1,7 @@
 """Training in BF16 and FP8 on a mesh of processes is as exact as on one: losses, gradients, weights after 20 steps.
 
-All are measured against one process in FP32. A mesh adds up in another order, so that its rounding errors are others
-than those of one process, of the same size. What is computed wrongly, or not at all, comes on top of them.
+The tests compare every run with one process in FP32. A mesh sums in another order, so its rounding errors differ from
+the errors of one process, but have the same size. A wrong or missing computation adds to them.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ Measured = Callable[[str, float, float], None]
 
 FP8 = ("fp8 delayed", "fp8 current", "fp8 delayed quantized", "fp8 current quantized")
 
-# Of the error of one process in the same precision. Measured on CPUs in BF16: 0.98 to 1.01; 1.08 with 4 tensor ranks,
-# each of which rounds its terms of what they sum.
+# A multiple of the error of one process in the same precision. Measured on CPUs in BF16: 0.98 to 1.01; 1.08 with 4
+# tensor ranks, each of which rounds its terms of a sum.
 BOUND = 1.25
-# Two results with independent errors of that size are 1.4 of it apart. Measured on CPUs in BF16: up to 0.6; 1
-# with 4 tensor ranks.
+# Two results with independent errors of this size differ by 1.4 times the error. Measured on CPUs in BF16: up to 0.6;
+# 1 with 4 tensor ranks.
 BOUND_APART = 1.5
-# Relative; errors of a loss cancel out, so that one process' own error says little. Measured on CPUs in BF16: 7e-5.
+# Relative; errors of a loss cancel out, so the error of one process is no measure. Measured on CPUs in BF16: 7e-5.
 # E4M3 rounds 16 times as coarsely.
 BOUND_LOSSES = {"bf16": 3e-4} | dict.fromkeys(FP8, 5e-3)
 
 WORLD_SIZES = (2, 4, 8)
 PRECISIONS = {"reference": ["bf16"], "transformer_engine": ["bf16", *FP8]}
 ON_FOUR = ("HSDP", "FSDP and context")  # two dimensions of at least two
-OF_QUANTIZED = ("FSDP", *ON_FOUR)  # whose weights FSDP gathers
+OF_QUANTIZED = ("FSDP", *ON_FOUR)  # FSDP gathers the weights of these meshes
 
 
 def cases(world_size: int) -> list[Case]:
-    """All that so many processes do."""
+    """Return all cases for this number of processes."""
     return [
         Case(layers, compute, mesh)
         for layers, computed in PRECISIONS.items()
@@ -47,13 +47,13 @@ def cases(world_size: int) -> list[Case]:
         for mesh in MESHES
         if (world_size >= 4 or mesh not in ON_FOUR)
         and (not compute.endswith(" quantized") or mesh in OF_QUANTIZED)
-        # Reference layers have one way to share out a context.
+        # Reference layers have one kind of context parallelism.
         and (layers != "reference" or mesh not in ("context, all_gather", "context, a2a"))
     ]
 
 
 def is_for_cpu(world_size: int, case: Case) -> bool:
-    """A few of those that need no GPU; `test_parallel` has all meshes of reference layers, more exactly."""
+    """Whether a CPU runs the case: a few cases. `test_parallel` has all meshes of reference layers, more exactly."""
     return case.layers == "reference" and world_size == 4 and case.mesh in ("FSDP", "FSDP and context", "tensor")
 
 
@@ -63,7 +63,7 @@ def marked(world_size: int, case: Case, *more: Any) -> Any:
 
 
 class Runs:
-    """What runs led to; processes do all that their number does when something of it is asked for first."""
+    """The results of runs. The first request for a number of processes runs all cases of that number."""
 
     def __init__(self, folder: Path, device: str) -> None:
         self.folder, self.device = folder, device
@@ -73,12 +73,12 @@ class Runs:
         return self._of(world_size, case, here)
 
     def alone(self, case: Case) -> dict[str, Any]:
-        """The result of one process."""
+        """Return the result of one process."""
         here = [each for each in cases(8) if self.device == "cuda" or is_for_cpu(4, each)]
         return self._of(1, case, list(dict.fromkeys(one for each in here for one in (each.alone, each.exact))))
 
     def resumed(self, world_size: int, case: Case) -> dict[str, Any]:
-        """The result of a run that goes on from another's checkpoint."""
+        """Return the result of a run that continues from another run's checkpoint."""
         return self._of(world_size, case, [case])
 
     def _of(self, world_size: int, case: Case, here: list[Case]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, device: str) -> Runs:
 
 
 def distance(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Of all tensors together, relative."""
+    """Return the relative distance of all tensors together."""
     assert result.keys() == expected.keys()
     difference = torch.stack([(result[name] - expected[name]).double().norm() for name in expected]).norm()
     return float(difference / torch.stack([value.double().norm() for value in expected.values()]).norm())

@@ -15,13 +15,13 @@ from llama_te_core.train.data.batch_stream import Batch, BatchStream
 
 
 def run(rank: int, world_size: int, ports: list[int], runs: list[tuple[Path, Path, dict[str, Any]]]) -> None:
-    """What one process does: each run in turn, as torchrun would have started it.
+    """Run each training run in turn, with the environment that torchrun would set.
 
     Args:
-        rank: Its number.
-        world_size: How many there are.
-        ports: For each run, that of a TCPStore where the processes meet.
-        runs: Folder, source and changes of `options`; with "stop" the last process gets a SIGTERM in that step.
+        rank: The number of this process.
+        world_size: The number of processes.
+        ports: For each run, the port of the TCPStore where the processes meet.
+        runs: Folder, source and changes of `options`; "stop" is the batch at which the last process gets a SIGTERM.
     """
     for port, (folder, source, changes) in zip(ports, runs, strict=True):
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}

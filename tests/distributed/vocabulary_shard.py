@@ -1,6 +1,6 @@
 """One of several processes that share a vocabulary; started by test_linear_cross_entropy.py.
 
-Arguments: the folder where the problem is and the results go, this process's rank.
+Arguments: the folder for the problem and the results, and this process's rank.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(folder: Path, rank: int) -> None:
 
 
 def kernels() -> Any:
-    """Makes the loss run its Triton kernels, interpreted (TRITON_INTERPRET=1)."""
+    """Make the loss run its Triton kernels in the interpreter (TRITON_INTERPRET=1)."""
     from llama_te_core.loss import kernels as cross_entropy_kernels
 
     passes = (cross_entropy_kernels.statistics, cross_entropy_kernels.write_gradient)
@@ -38,7 +38,7 @@ def kernels() -> Any:
 
 
 def loss_and_gradients(case: dict[str, Any], group: dist.ProcessGroup) -> dict[str, torch.Tensor | None] | str:
-    """By name; or the error's message."""
+    """Return the loss and the gradients by name, or the error's message."""
     hidden_TE = case["hidden_TE"].T.contiguous().T.requires_grad_(case["hidden_requires_grad"])
     weight_VE = case["weight_VE"].split(case["rows"])[dist.get_rank(group)].clone()
     weight_VE.requires_grad_(case["weight_requires_grad"])

@@ -1,4 +1,4 @@
-"""GPU tests: which attention TE chose, and models to start from."""
+"""Fixtures of the GPU tests: a check of TE's choice of attention, and models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu.small_llama import MODEL
 
 @pytest.fixture
 def fused_attention() -> Iterator[None]:
-    """Fails unless TE ran its fused (cuDNN) attention: a fallback would make the test prove something else."""
+    """Fail unless TE ran its fused (cuDNN) attention: with a fallback the test would check something else."""
     from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention
 
     chosen = dot_product_attention._attention_backends

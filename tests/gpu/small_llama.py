@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-# Big enough for every kernel to take its usual path, small enough for a float32 run beside it.
+# Large enough for every kernel's usual path, and small enough for a float32 run on the same GPU.
 MODEL: dict[str, Any] = {
     "vocab_size": 8192,
     "hidden_size": 1024,

@@ -24,7 +24,7 @@ COLUMNS, NEW = 20, 24
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """How often a step was begun, a graph captured, and one replayed."""
+    """Counts of steps, graph captures and graph replays."""
     counted = Calls()
     counted.watch(monkeypatch, FusedDecode, "__call__", "steps")
     counted.watch(monkeypatch, torch.cuda.CUDAGraph, "capture_begin", "captures")
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def prompts(rows: int) -> dict[str, torch.Tensor]:
-    """Left-padded but for each third row."""
+    """Make a left-padded batch, in which every third row has no padding."""
     ids_BS = torch.randint(3, 8192, (rows, COLUMNS), generator=torch.Generator().manual_seed(2))
     padding_B1 = torch.tensor([[7 * row % 3 * 4] for row in range(rows)])
     mask_BS = (torch.arange(COLUMNS) >= padding_B1).long()
@@ -46,7 +46,7 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any
 
 @torch.no_grad()
 def forced(model: Any, text_BC: torch.Tensor, mask_BS: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits of the steps that read one token of the texts after the other."""
+    """Return the logits of steps that read the texts one token at a time."""
     model(text_BC[:, :COLUMNS], attention_mask=mask_BS, past_key_values=cache)
     columns = range(COLUMNS, text_BC.shape[1])
     return torch.cat([model(text_BC[:, column, None], past_key_values=cache).logits for column in columns], dim=1)
@@ -56,7 +56,7 @@ def forced(model: Any, text_BC: torch.Tensor, mask_BS: torch.Tensor, cache: Any)
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
 @pytest.mark.parametrize("rows", [1, 3, 32, 40, 256])
 def test_logits(rows, attn_input_format, is_paged, calls, make_llama, measured, fused_attention):
-    """As far from float32 as the layers are."""
+    """The kernels' logits are about as close to float32 as the layers' logits."""
     hf = make_llama(eos_token_id=None)
     exact_model = convert_llama_hf_to_te(hf, layer_implementation="reference")
     model = convert_llama_hf_to_te(hf.bfloat16(), attn_input_format=attn_input_format)
@@ -103,7 +103,7 @@ def test_without_a_cache_of_one_s_own(calls, make_llama):
 
 @pytest.mark.hopper
 def test_fp8_weights(calls, make_llama, measured, tmp_path: Path):
-    """Products of FP8 weights with activations in bfloat16: at least as near to float32 as the layers are."""
+    """Products of FP8 weights with bfloat16 activations are at least as close to float32 as the layers."""
     hf = make_llama(eos_token_id=None)
     exact_model = convert_llama_hf_to_te(hf, layer_implementation="reference")
     convert_llama_hf_to_te(hf.bfloat16()).save_pretrained(tmp_path)
@@ -127,7 +127,7 @@ def test_fp8_weights(calls, make_llama, measured, tmp_path: Path):
 
 
 def test_weights_may_change(calls, make_llama):
-    """A graph reads weights that were written to in place; replaced ones are captured again with the next prompt."""
+    """A graph reads weights after in-place changes; after a replacement the next prompt captures a new graph."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
     cache = inference_params_for(model, batch_size=3, max_length=64)
 
@@ -143,7 +143,7 @@ def test_weights_may_change(calls, make_llama):
     assert second != first
     fresh = inference_params_for(model, batch_size=3, max_length=64)
     assert second == generate(model, prompts(3), past_key_values=fresh).tolist()
-    assert calls.captures == 2  # the fresh cache's is the other one
+    assert calls.captures == 2  # the fresh cache captured the other graph
     mlp.fc2_weight = torch.nn.Parameter(-mlp.fc2_weight.detach())
     assert text() == first
     assert calls.captures == 3
@@ -157,15 +157,15 @@ def test_memory_is_freed_without_the_garbage_collector(make_llama):
         allocated = []
         for _ in range(4):
             generate(model, prompts(40))
-            # Not memory_allocated(), which counts what is left over in the allocator's blocks.
+            # memory_allocated() would also count the unused rest of the allocator's blocks.
             allocated.append(torch.cuda.memory_stats()["requested_bytes.all.current"])
-        assert len(set(allocated[1:])) == 1, allocated  # libraries keep some from the first one
+        assert len(set(allocated[1:])) == 1, allocated  # libraries keep memory after the first call
     finally:
         gc.enable()
 
 
 def test_a_model_that_the_kernels_do_not_take(calls, make_llama):
-    """Float16 goes through the layers, with one warning; where kernels are asked for, it is an error."""
+    """Float16 uses the layers, with one warning. With decode_implementation="fused" it is an error."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half())
     backend._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"by the model's layers, since there are no kernels for this model \(float16"):

@@ -46,7 +46,7 @@ def assert_semaphores_are_zero(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
-    """Each length alone, and all in one batch, twice over the same workspace."""
+    """Each length alone, and all lengths in one batch, twice with the same workspace."""
     shared: dict[str, Any] = {"page_size": page_size, "head_dim": head_dim, "dtype": dtype, "group": 4}
     for length in LENGTHS:
         assert_decoded(on_gpu(DecodeCase(before=(length,), **shared)))
@@ -88,7 +88,7 @@ def test_mixed_batches(seed: int) -> None:
 @pytest.mark.parametrize("before", [(8191,), (4095, 5), (4096, 4094), (33_000, 8193, 1), (131_071,)], ids=str)
 @pytest.mark.parametrize("page_size", [0, 64])
 def test_long_rows(page_size: int, before: tuple[int, ...]) -> None:
-    """As many parts as there can be, and more tiles of a warp than it looks up at once."""
+    """The largest number of splits, and more tiles per warp than one page lookup covers."""
     arguments = on_gpu(
         DecodeCase(before=before, page_size=page_size, group=4, head_dim=128, dtype=torch.bfloat16, kv_heads=1)
     )
@@ -104,7 +104,7 @@ def test_more_rows_than_threads_and_all_of_them() -> None:
 
 @pytest.mark.parametrize("length", [100, 255, 3000])
 def test_a_score_that_outweighs_all_others_is_found_at_every_place(length: int) -> None:
-    """The output is the values of the key that is the query itself, many times over; so no place may be mixed up."""
+    """One key equals the query times a large factor, so the output is this key's value: a wrong place would show."""
     arguments = on_gpu(DecodeCase(before=(length,), kv_heads=1, group=1, head_dim=64, dtype=torch.float16))
     arguments["cos_sin"][:, :32], arguments["cos_sin"][:, 32:] = 1, 0
     arguments["scale"] = 10.0
@@ -118,7 +118,7 @@ def test_a_score_that_outweighs_all_others_is_found_at_every_place(length: int) 
 
 
 def test_large_scores() -> None:
-    """A softmax that did not subtract the greatest score would overflow; the greatest comes first, last or between."""
+    """A softmax must subtract the greatest score, or it overflows; the greatest comes first, last or in between."""
     for factor in (30.0, -30.0):
         for seed in range(5):
             arguments = on_gpu(DecodeCase(before=(300, 40, 900), group=4, dtype=torch.bfloat16, seed=seed))
@@ -127,7 +127,7 @@ def test_large_scores() -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
-    """Bit by bit: alone, with others, and over again."""
+    """The bits are equal alone, with other rows, and in a repetition."""
     before = ragged(32, 2500, 1)
     for head_dim, dtype in ((64, torch.float16), (128, torch.bfloat16)):
         case = DecodeCase(before=before, kv_heads=8, group=4, head_dim=head_dim, dtype=dtype, page_size=64)
@@ -174,7 +174,7 @@ def test_rows_may_share_pages() -> None:
 
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_in_a_graph(page_size: int) -> None:
-    """Replayed with other tokens, lengths and pages; three layers, so that one launch follows another."""
+    """Replay with other tokens, lengths and pages. Three layers make one launch follow another."""
     shared: dict[str, Any] = {"page_size": page_size, "kv_heads": 8, "group": 4, "dtype": torch.bfloat16}
     longest = 1200
     layers = [on_gpu(DecodeCase(before=(longest, longest, longest), seed=seed, **shared)) for seed in range(3)]
@@ -194,7 +194,7 @@ def test_in_a_graph(page_size: int) -> None:
         for i, layer in enumerate(layers, start=1):
             fresh = on_gpu(DecodeCase(before=(longest, longest, longest), seed=seed + 10 * i, **shared))
             for name in ("qkv", "key_cache", "value_cache"):
-                layer[name].copy_(fresh[name].nan_to_num())  # pages change places, with their unwritten places too
+                layer[name].copy_(fresh[name].nan_to_num())  # pages move, with their unwritten places
             layer["output"].fill_(torch.nan)
         layers[0]["start"].copy_(torch.tensor(before))
         if page_size:
@@ -210,7 +210,7 @@ def test_in_a_graph(page_size: int) -> None:
 
 
 def test_it_waits_for_the_projection_ahead() -> None:
-    """It starts before a `linear` ends that writes its qkv, and must not read that before."""
+    """The kernel starts before the `linear` that writes its qkv ends, and must not read qkv too early."""
     arguments = on_gpu(DecodeCase(before=(200, 700), kv_heads=8, group=4, head_dim=128, dtype=torch.bfloat16))
     shape = arguments["qkv"].shape
     input_BE = torch.randn(2, 8192, device="cuda").bfloat16()
@@ -229,7 +229,7 @@ def test_it_waits_for_the_projection_ahead() -> None:
 
 @pytest.mark.parametrize("name", ["start", "page_table", "cos_sin"])
 def test_rows_out_of_range_are_left_out_and_harm_nothing(name: str) -> None:
-    """Without the debug mode nobody is told, but the other rows are right and nothing outside of them is written."""
+    """Without the debug mode there is no error, the other rows are right, and the kernel writes nothing else."""
     lengths = (20, 700, 300)
     for bad in (99_999, -1, 2**31 - 1, -(2**31)):
         arguments = on_gpu(DecodeCase(before=lengths, page_size=16, kv_heads=2, group=4, dtype=torch.bfloat16))

@@ -1,7 +1,7 @@
-"""The engine on Transformer Engine layers: what its steps compute, against the model's forward pass without a cache.
+"""The engine on Transformer Engine layers, against the model's forward pass without a cache.
 
-Two bfloat16 runs of one text may part where two tokens are almost equally likely. So texts are scored: with the
-log-probabilities that a run over the whole text gives, and with those of a float32 run.
+Two bfloat16 runs of one text may diverge where two tokens are almost equally likely. So the tests compare
+log-probabilities: the engine's, a whole run's over the same text, and a float32 run's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prompts(count: int, seed: int = 2) -> list[list[int]]:
 
 
 def written(outputs: list[Any]) -> tuple[list[list[int]], Logprobs]:
-    """Whole texts, and the engine's log-probabilities of their tokens from the second on."""
+    """Return whole texts, and the engine's log-probabilities of their tokens from the second on."""
     texts, logprobs = [], []
     for output in outputs:
         (completion,) = output.outputs
@@ -46,10 +46,10 @@ def written(outputs: list[Any]) -> tuple[list[list[int]], Logprobs]:
 
 @torch.no_grad()
 def scored(model: NVLlamaForCausalLM, texts: list[list[int]]) -> Logprobs:
-    """What a run over the whole texts gives, as in training."""
+    """Return the log-probabilities of a run over the whole texts, as in training."""
     logprobs = []
     for text in texts:
-        filled = text + [0] * (-len(text) % 16)  # FP8's multiple; what comes behind changes nothing before it
+        filled = text + [0] * (-len(text) % 16)  # FP8's multiple; later tokens do not change earlier results
         ids_1S = torch.tensor([filled], device="cuda")
         logprob_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float().log_softmax(-1)
         logprobs.append(logprob_SV[:-1].gather(1, ids_1S[0, 1:, None])[: len(text) - 1, 0].cpu())
@@ -61,7 +61,7 @@ def rms(first: Logprobs, second: Logprobs) -> float:
 
 
 def check_near(measured: Callable[..., None], what: str, found: Logprobs, trained: Logprobs, exact: Logprobs) -> None:
-    """The engine may be as far from float32 as the training pass is."""
+    """Check the engine's distances from float32 and from training, relative to training's distance from float32."""
     difference = (torch.cat(found) - torch.cat(trained)).abs()
     usual = rms(trained, exact)
     measured(f"{what}: rms distance from float32 ({usual:.3g} in training)", rms(found, exact), 1.25 * usual)
@@ -94,7 +94,7 @@ def test_log_probabilities_are_those_of_training(
 
 @pytest.mark.hopper
 def test_fp8_weights(make_llama: Any, measured: Any, tmp_path: Path) -> None:
-    """Decoding multiplies with the FP8 weights and activations in bfloat16: nearer to float32 than training in FP8."""
+    """Decoding uses FP8 weights and bfloat16 activations, so it is closer to float32 than training in FP8."""
     hf = make_llama(eos_token_id=None)
     exact_model = convert_llama_hf_to_te(hf, layer_implementation="reference").eval()
     plain = convert_llama_hf_to_te(hf.bfloat16())
@@ -131,7 +131,7 @@ def test_greedy_is_the_best_token(make_llama: Any, measured: Any) -> None:
 
 
 def test_beams(make_llama: Any, measured: Any) -> None:
-    """Scores are what a run over the beams' text gives, and no worse than those of `generate`."""
+    """Scores agree with a run over the beams' text, and are no worse than the scores of `generate`."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
     engine = Engine(model, max_batch_size=12, max_sequence_length=256, page_size=16)
     texts = prompts(3)
@@ -147,7 +147,7 @@ def test_beams(make_llama: Any, measured: Any) -> None:
 
 
 def test_many_requests_come_and_go(make_llama: Any) -> None:
-    """Few pages, long and short requests, beams and drawn texts: all end, and every page comes back."""
+    """With few pages, long and short requests, beams and drawn texts all end, and every page is free again."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
     engine = Engine(
         model, max_batch_size=24, max_sequence_length=256, page_size=16, total_num_pages=120, prefill_budget=100
@@ -168,7 +168,7 @@ def test_many_requests_come_and_go(make_llama: Any) -> None:
 
 
 def test_two_engines_at_once(make_llama: Any) -> None:
-    """Steps of two engines on streams of their own, launched in turn: both end, and with what each gets alone."""
+    """Two engines launch steps in turn on separate streams: both end, each with the texts that it writes alone."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
     params = SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)
 
@@ -198,7 +198,7 @@ def test_two_engines_at_once(make_llama: Any) -> None:
 
 
 def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
-    """Float16 goes through the model itself."""
+    """Float16 uses the model's layers."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half()).eval()
     engine = Engine(model, max_batch_size=3, max_sequence_length=128)
     assert isinstance(engine._runner.decode, LayersDecode)
@@ -233,7 +233,7 @@ def adapter(model: NVLlamaForCausalLM) -> str:
 
 
 class Gate(torch.nn.Module):
-    """The final norm, with a parameter more."""
+    """The final norm with an additional parameter."""
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ def more_parameters(model: NVLlamaForCausalLM) -> str:
 
 
 def shortfall(model: NVLlamaForCausalLM, prompt: list[int], token_ids: list[int]) -> float:
-    """By how much the whole run prefers another token, at worst, in units of the logits' spread."""
+    """Return the whole run's greatest preference for another token, in units of the logits' spread."""
     text = torch.tensor([prompt + token_ids], device="cuda")
     with torch.no_grad():
         logits_SV = model(input_ids=text, use_cache=False).logits[0, -len(token_ids) - 1 : -1].float()
@@ -264,7 +264,7 @@ def shortfall(model: NVLlamaForCausalLM, prompt: list[int], token_ids: list[int]
 def test_a_changed_model_is_computed_as_generate_computes_it(
     change: Callable[[NVLlamaForCausalLM], str], make_llama: Any, measured: Any
 ) -> None:
-    """The kernels compute the clean model. The next request after the change takes the layers, with one warning."""
+    """Kernels compute the unchanged model. The next request after the change uses the layers, with one warning."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
     params = SamplingParams(max_tokens=NEW, temperature=0)
     (prompt,) = prompts(1)
@@ -295,7 +295,7 @@ def test_a_changed_model_is_computed_as_generate_computes_it(
 
 
 def test_a_hook_sees_every_decoding_step_and_its_removal_brings_the_kernels_back(make_llama: Any) -> None:
-    """Running requests change over from graphs to layers and back: both use the same rows and pages."""
+    """Running requests switch from graphs to layers and back: both use the same rows and pages."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
     params = SamplingParams(max_tokens=NEW, temperature=0)
     engine = Engine(model, max_batch_size=8, max_sequence_length=256, page_size=16, prefix_caching=False)

@@ -1,7 +1,7 @@
 """Generation on Transformer Engine layers.
 
-Two bfloat16 runs of one text may part where two tokens are almost equally likely, so what is asked of a generated
-token is that it was the best, within rounding, for a run over the whole text without a cache.
+Two bfloat16 runs of one text may diverge where two tokens are almost equally likely. So a generated token must be the
+best, within rounding, for a run over the whole text without a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEW = 24
 
 @pytest.fixture(params=["fused steps", "kernels", "TE's own"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether kernels compute steps of one token; else, whether they rotate and store, or TE and plain PyTorch do."""
+    """The backend of generation: fused steps of one token; layers with our kernels; or layers with TE and PyTorch."""
     assert library.available("cuda"), "the extension's kernels do not run here: see python -m llama_te_infer.info"
     if request.param != "fused steps":
         monkeypatch.setattr("llama_te_infer.generate.inference_params.select_backend", lambda *arguments: (None, ""))
@@ -43,7 +43,7 @@ def prompts(left_padded: bool) -> dict[str, torch.Tensor]:
 
 
 def shortfall(model, sequences_BS: torch.Tensor, mask_BS: torch.Tensor, new: int) -> float:
-    """By how much a whole run prefers another token, at worst, in units of the logits' spread."""
+    """Return a whole run's greatest preference for another token, in units of the logits' spread."""
     mask_BS = torch.nn.functional.pad(mask_BS, (0, new), value=1)
     with torch.no_grad():
         logits_BSV = model(sequences_BS, attention_mask=mask_BS, use_cache=False).logits[:, -new - 1 : -1].float()
@@ -57,7 +57,7 @@ def shortfall(model, sequences_BS: torch.Tensor, mask_BS: torch.Tensor, new: int
 def test_greedy(attn_input_format, is_paged, left_padded, kernels, make_llama, measured, fused_attention):
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format)
     inputs = prompts(left_padded)
-    # Two rows more than the batch has: a cache is often made larger than what comes.
+    # Two rows more than the batch: a cache is often larger than its batch.
     cache = inference_params_for(te, batch_size=5, max_length=64, is_paged=is_paged, page_size=16)
     with torch.no_grad():
         assert cache.fuses_rope == (kernels != "TE's own")
@@ -65,14 +65,14 @@ def test_greedy(attn_input_format, is_paged, left_padded, kernels, make_llama, m
     assert (cache._fused is not None) == (kernels == "fused steps")
     assert ids.shape[1] == 20 + NEW
     assert list(cache.sequences.values()) == [int(n) + NEW - 1 for n in inputs["attention_mask"].sum(1)]
-    # Not the tokens themselves: two bfloat16 runs part for good where two tokens are almost equally likely.
+    # Tokens need not be equal: two bfloat16 runs diverge for good where two tokens are almost equally likely.
     measured("shortfall of cached tokens", shortfall(te, ids, inputs["attention_mask"], NEW), 0.1)
 
 
 @pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "paged"])
 def test_beams(attn_input_format, is_paged, kernels, make_llama, measured, fused_attention):
-    """Scores of the returned beams are those that a whole run over their text gives.
+    """Scores of the returned beams agree with a whole run over their text.
 
     18 rows, more than the 16 heads: TE's own packed attention over a cache would leave the last two out.
     """
@@ -120,7 +120,7 @@ def test_beams_over_a_long_prompt(make_llama, measured, fused_attention):
 
 
 def test_several_turns(make_llama, measured, fused_attention):
-    """Several new tokens on running sequences: rows advance by what they are given."""
+    """With several new tokens on running sequences, rows advance by the number of their new tokens."""
     te = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
     inputs = prompts(True)
     cache = inference_params_for(te, batch_size=3, max_length=128)
@@ -158,7 +158,7 @@ def test_manual_loop(make_llama, measured, fused_attention):
 
 @pytest.mark.parametrize("rows", [1, 7, 8])
 def test_fp8_decoding(rows, kernels, make_llama, measured, fused_attention):
-    """FP8 products take multiples of 8 tokens: packed ones are filled up."""
+    """FP8 products take multiples of 8 tokens, so the model pads packed tokens."""
     hf = make_llama(eos_token_id=None).bfloat16()
     plain = convert_llama_hf_to_te(hf, layer_precision=["fp8"] * 6)
     model = NVLlamaForCausalLM(plain.config, fp8_recipe=recipes.Float8CurrentScaling()).to("cuda", torch.bfloat16)
@@ -166,13 +166,13 @@ def test_fp8_decoding(rows, kernels, make_llama, measured, fused_attention):
     model.eval()
     ids = torch.randint(3, 8192, (rows, 20), generator=torch.Generator().manual_seed(2)).cuda()
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-    # A step's activations have scales of their own, unlike those of a whole run: FP8 rounds 16 times as coarsely as
-    # bfloat16, and so may its choices fall short.
+    # A step's activations have other scales than a whole run's. FP8 rounds 16 times as coarsely as bfloat16, so the
+    # bound is 16 times as large.
     measured("shortfall of cached tokens", shortfall(model, out, torch.ones_like(ids), NEW), 16 * 0.1)
 
 
 def test_fp8_decoding_of_padded_batches(make_llama):
-    """Layers fill nothing up in a padded batch: 7 rows are refused. Steps by kernels take any number."""
+    """Layers do not extend a padded batch, so they refuse 7 rows. Steps by kernels take any number."""
     plain = convert_llama_hf_to_te(make_llama().bfloat16(), layer_precision=["fp8"] * 6, attn_input_format="bshd")
     model = NVLlamaForCausalLM(plain.config, fp8_recipe=recipes.Float8CurrentScaling()).to("cuda", torch.bfloat16)
     model.eval()
@@ -185,9 +185,9 @@ def test_fp8_decoding_of_padded_batches(make_llama):
 
 
 def answers(te, exact, tokenizer, inputs, beams: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Generates; returns each answer's mean log-probability in the float32 model, its logits, and the chosen tokens.
+    """Generate; return each answer's mean log-probability in the float32 model, its logits, and the chosen tokens.
 
-    What stands behind an answer's end-of-text token is padding, and its logits are left at 0.
+    Tokens after an answer's end-of-text token are padding, and their logits are 0.
     """
     ids = te.generate(**inputs, max_new_tokens=48, do_sample=False, num_beams=beams)
     new = ids.shape[1] - inputs.input_ids.shape[1]
@@ -216,7 +216,7 @@ def real(smollm2, smollm2_tokenizer):
 
 
 def test_real_model(real, kernels, measured, fused_attention):
-    """SmolLM2 on Transformer Engine: as close to transformers in float32 as bfloat16 gets, text included."""
+    """SmolLM2 on Transformer Engine agrees with transformers in float32 within bfloat16 rounding, text included."""
     exact, te, tokenizer, inputs = real
     hf = copy.deepcopy(exact).bfloat16()
     tokens = inputs.attention_mask.bool()
@@ -233,13 +233,13 @@ def test_real_model(real, kernels, measured, fused_attention):
     inside = (logits != 0).any(-1)
     pair = torch.cat((logits.argmax(-1, True), ids[:, -new:, None]), -1)
     gap = (logits.amax(-1) - logits.gather(-1, pair[..., 1:])[..., 0])[inside]
-    # The best token's logit and the chosen one's may both be off, each by what bfloat16 costs transformers.
+    # The best token's logit and the chosen token's may both be off by transformers' own bfloat16 error.
     rounding = (hf_logits - logits).gather(-1, pair).abs()[inside]
     measured("greedy tokens' logits below float32's best", float(gap.max()), 2 * float(rounding.max()))
 
 
 def test_real_model_beams(real, kernels, measured, fused_attention):
-    """Beams are at least as likely as greedy's text, in the eyes of the float32 model."""
+    """The float32 model finds beams at least as likely as the greedy text."""
     exact, te, tokenizer, inputs = real
     greedy, *_ = answers(te, exact, tokenizer, inputs, beams=1)
     beams, *_ = answers(te, exact, tokenizer, inputs, beams=4)

@@ -1,4 +1,4 @@
-"""The fused loss on the GPU: its Triton kernels against PyTorch's passes, and the whole against float64.
+"""The fused loss on the GPU: its Triton kernels against PyTorch's passes, and the whole loss against float64.
 
 Shapes: C tokens of a chunk, T tokens, E hidden size, V vocabulary.
 """
@@ -109,7 +109,7 @@ def test_a_chunk_of_more_than_2_31_logits():
 @pytest.mark.parametrize(("tokens", "vocabulary", "size"), [(1, 16, 64), (300, 5003, 64), (700, LLAMA, 256)])
 def test_against_float64(measured: Callable[[str, float, float], None], dtype, tokens, vocabulary, size):
     hidden_TE, weight_VE, labels_T = problem(tokens, vocabulary, size, dtype)
-    labels_T[-1] = 5  # one is left
+    labels_T[-1] = 5  # one label remains
     loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, z_loss=1e-3, chunk_tokens=256)
     loss.backward()
 
@@ -175,7 +175,7 @@ def test_memory_is_what_the_docstring_says(measured: Callable[[str, float, float
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     loss = linear_cross_entropy(hidden_TE, weight_VE, labels_T, chunk_tokens=chunk_tokens)
-    # A few numbers for each token, and hidden's gradient of a chunk before it is copied to its place.
+    # A few numbers for each token, and one chunk of the hidden states' gradient before the copy to its place.
     beside = 100 * tokens + 2 * chunk_tokens * size + 2**20
     measured("GB in the forward pass", peak(before), (logits + hidden + 2 * head + beside) / 1e9)
     kept = torch.cuda.memory_allocated() - before
@@ -212,6 +212,6 @@ torch.cuda.synchronize()
 
 
 def test_a_label_that_is_no_token_is_an_assertion_on_the_device():
-    # In a process of its own, which can use its GPU no more after that.
+    # A separate process, since it cannot use its GPU after the error.
     run = subprocess.run([sys.executable, "-c", BAD_LABEL], capture_output=True, text=True, check=False)
     assert run.returncode != 0 and "device-side assert" in run.stderr

@@ -1,7 +1,7 @@
-"""LoRA by PEFT on the weights of Transformer Engine layers: what an adapter computes, learns and leaves when merged.
+"""LoRA by PEFT on the weights of Transformer Engine layers: an adapter's results, gradients and merged weights.
 
-The oracle is the same adapter on reference layers in float32. Bounds: what layers without it are away from those, and
-for gradients what reference layers in bfloat16 are; e5m2 rounds 32 times as coarsely.
+The oracle is the same adapter on reference layers in float32. The bound for results is the error of layers without an
+adapter; for gradients it is the error of reference layers in bfloat16. e5m2 rounds 32 times as coarsely.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Measured = Callable[[str, float, float], None]
 
 
 def adapted(hf: LlamaForCausalLM, dtype: torch.dtype, **fields: Any) -> PeftModel:
-    """With an adapter that does something, the same whatever the layers."""
+    """Add an adapter with nonzero weights, the same for all layer implementations."""
     base = convert_llama_hf_to_te(hf, **fields).to(dtype)
     model = get_peft_model(base, on_weights(LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")))
     generator = torch.Generator("cuda").manual_seed(1)

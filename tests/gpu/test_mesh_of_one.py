@@ -1,6 +1,6 @@
-"""Training as on several GPUs, with one: FSDP2, NCCL and Transformer Engine's context parallelism in groups of one.
+"""Multi-GPU training code on one GPU: FSDP2, NCCL and Transformer Engine's context parallelism in groups of one.
 
-`tests/distributed` has what takes several GPUs.
+`tests/distributed` has the tests for several GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
 Measured = Callable[[str, float, float], None]
 
-# Times the error of the reference layers in bf16; for FP8 as in test_precision: e5m2 rounds 32 times as coarsely.
+# Multiples of the error of the reference layers in bf16. For FP8 see test_precision: e5m2 rounds 32 times as coarsely.
 BOUNDS = {"bf16": 2, "fp8 delayed": 32, "fp8 current": 32}
 
 
@@ -55,7 +55,7 @@ def test_a_run_that_goes_on(compute: str, tmp_path: Path, measured: Measured) ->
     whole = train(Case("transformer_engine", compute, "FSDP"), tmp_path)
     rest = train(Case("transformer_engine", compute, "FSDP", resumes=1), tmp_path)
     assert rest["losses"].keys() == set(range(SAVED_AT + 1, WARM_UP + STEPS + 1))
-    # The backward pass of attention adds up in another order each time.
+    # The backward pass of attention sums in another order each time.
     measured("change of the weights against a run without a stop", distance(rest["change"], whole["change"]), 0.02)
 
 

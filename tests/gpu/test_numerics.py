@@ -1,8 +1,8 @@
 """Transformer Engine layers against the reference layers and against transformers.
 
-Bounds: bfloat16 rounds at 2^-9 ≈ 0.002 relative, and every implementation rounds in its own places, so what can be
-asked of one is to be as close to a float32 run as transformers' own bfloat16 model is. `NO_WORSE` leaves a quarter for
-the order of summation.
+Bounds: bfloat16 rounds at 2^-9 ≈ 0.002 relative, and every implementation rounds in its own places. So an
+implementation must be as close to a float32 run as transformers' own bfloat16 model. `NO_WORSE` allows a quarter more
+for the order of summation.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_loss_and_gradients(make_llama, measured, fused_attention):
     gradients = {name: parameter.grad for name, parameter in te_exact.named_parameters()}
     for name, parameter in te.named_parameters():
         own = relative(reference.get_parameter(name).grad, gradients[name])
-        # A norm's weight has few elements and a gradient that nearly cancels: leave it rounding's absolute floor.
+        # A norm's weight has few elements and a gradient that nearly cancels, so allow an absolute rounding error too.
         measured(
             f"gradient of {name}, bound: reference bf16", relative(parameter.grad, gradients[name]), 1.5 * own + 2e-3
         )
@@ -101,7 +101,7 @@ def test_thd_equals_bshd(mask_type, make_llama, measured, fused_attention):
 
 @pytest.mark.parametrize("between", [False, True], ids=["packed", "padding between"])
 def test_packed_sequences(between, make_llama, measured, fused_attention):
-    """Packed sequences give what each of them gives alone, with and without padding between them."""
+    """Packed sequences give the same results as each sequence alone, with and without padding between them."""
     te = convert_llama_hf_to_te(make_llama().bfloat16())
     ids_BS, _ = batch()
     rows = [ids_BS[row, :length] for row, length in enumerate(LENGTHS)]

@@ -83,7 +83,7 @@ def test_append(seed: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_append_of_a_prompt(dtype: torch.dtype, head_dim: int, page_size: int) -> None:
-    """Enough tokens for the kernel that takes several heads per thread, also where a block does not have all heads."""
+    """Enough tokens for the kernel with several heads per thread, also if a block does not have all heads."""
     for kv_heads, group, padded in ((8, 4, False), (3, 1, True), (40, 3, False)):
         case = AppendCase(
             new=(700, 0, 251, 1),
@@ -174,7 +174,7 @@ def test_reorder_pages_with_long_tables_and_many_caches() -> None:
 
 
 def captured(run: Any) -> torch.cuda.CUDAGraph:
-    """A graph of `run`, after one run that loads the kernels."""
+    """Return a graph of `run`, after one run that loads the kernels."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -186,7 +186,7 @@ def captured(run: Any) -> torch.cuda.CUDAGraph:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_append_in_a_graph(page_size: int, padded: bool) -> None:
-    """Replayed with other tokens, lengths and pages; two layers, so that one launch follows another."""
+    """Replay with other tokens, lengths and pages. Two layers make one launch follow another."""
     shared: dict[str, Any] = {"padded": padded, "page_size": page_size, "kv_heads": 8, "dtype": torch.bfloat16}
     first = AppendCase(new=(2, 0, 3), before=(30, 40, 0), extra=0 if padded else 1, **shared)
     arguments = on_device(make_append(first), "cuda")
@@ -224,7 +224,7 @@ def test_append_in_a_graph(page_size: int, padded: bool) -> None:
 
 
 def test_reorders_in_a_graph() -> None:
-    """Replayed with other rows, lengths and pages."""
+    """Replay with other rows, lengths and pages."""
     first = ReorderCase(source_rows=(0, 0, 1, 2), lengths=(70, 70, 70, 70), wide=True)
     rows, pages = (on_device(make(first), "cuda") for make in (make_rows, make_pages))
     rows_graph = captured(lambda: reorder_rows(**rows))
@@ -240,7 +240,7 @@ def test_reorders_in_a_graph() -> None:
         ):
             arguments["source_rows"].copy_(torch.tensor(source_rows))
             arguments["lengths"].copy_(torch.tensor(lengths))
-            if "page_table" in arguments:  # pages of their own again
+            if "page_table" in arguments:  # each row has its own pages again
                 table = arguments["page_table"]
                 table.copy_(torch.randperm(table.numel(), device="cuda").view(table.shape))
             expected = on_device(arguments, "cpu")
@@ -255,7 +255,7 @@ def test_reorders_in_a_graph() -> None:
 
 @pytest.mark.parametrize("tokens", [2, 900])
 def test_tokens_out_of_range_are_left_out_and_harm_nothing(tokens: int) -> None:
-    """Without the debug mode nobody is told, but nothing outside of the cache is written."""
+    """Without the debug mode there is no error, but the kernel writes nothing outside the cache."""
     case = AppendCase(new=(tokens, tokens), before=(0, 0), page_size=16, kv_heads=8, group=4)
     for name, bad in (("start", 5000), ("start", -5000), ("page_table", 99_999), ("page_table", -1)):
         arguments = on_device(make_append(case), "cuda")

@@ -1,9 +1,9 @@
-"""FP8 and FP4 on the GPU: what runs, how far it is from bfloat16, and what is refused.
+"""FP8 and FP4 on the GPU: supported modes, their distance from bfloat16, and refusals.
 
 Bounds: e4m3, the format of weights and activations, has 3 bits of mantissa where bfloat16 has 7, so it rounds 16 times
 as coarsely; logits may be 16 times as far from a float32 run as a bfloat16 run is. Gradients pass through e5m2, which
-has 2 bits: 32 times. That FP8 is computed as it should be, and not just somehow, is asked separately: against the
-reference layers with every operand of every product rounded to FP8 in plain PyTorch.
+has 2 bits: 32 times. A separate test checks that FP8 rounds as it should: it compares with reference layers that round
+every operand of every product to FP8 in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ RECIPES = [
 
 
 def build(plain: NVLlamaForCausalLM, **arguments) -> NVLlamaForCausalLM:
-    """A model with recipes that has the weights of one without."""
+    """Build a model with recipes and the weights of a model without recipes."""
     model = NVLlamaForCausalLM(plain.config, **arguments).to(device="cuda", dtype=torch.bfloat16)
     model.load_state_dict(plain.state_dict())
     return model
 
 
 def bfloat16_errors(hf, ids_BS, mask_BS, labels_BS) -> tuple[float, dict[str, float]]:
-    """Relative errors of logits and of each gradient of a bfloat16 run on TE, against the float32 run of `hf`."""
+    """Return relative errors of the logits and each gradient of a bfloat16 run on TE, against a float32 run of `hf`."""
     results = []
     for dtype, implementation in ((torch.float32, "reference"), (torch.bfloat16, "transformer_engine")):
         model = convert_llama_hf_to_te(hf, layer_implementation=implementation).to(dtype)
@@ -104,15 +104,15 @@ def test_fp8_is_rounding_to_e4m3(make_llama, measured, fused_attention, monkeypa
         expected = emulated(ids_BS, attention_mask=mask_BS).logits[real]
     own, emulation = relative(fp8, bf16), relative(expected, bf16)
     measured("size of FP8's error against the emulation's", abs(own / emulation - 1), 0.1)
-    # Two unrelated roundings of this size would be √2 of it apart. These two share all roundings but those of numbers
-    # that differ in bfloat16's last bit: TE goes from float32 straight to FP8, the emulation by way of bfloat16.
+    # Two unrelated roundings of this size would differ by √2 times the size. These two share most roundings; they
+    # differ for numbers with another last bit in bfloat16: TE rounds float32 to FP8, the emulation by way of bfloat16.
     measured("FP8 against the emulation, in sizes of the error", relative(fp8, expected) / own, 0.75)
 
 
 @hopper
 @blackwell
 def test_mixed_layers(make_llama, measured, fused_attention):
-    """Only the layers that are told to run in FP8 do: with none of them the result is bf16's, bit for bit."""
+    """Only the configured layers run in FP8: without such layers the result equals bf16's, bit for bit."""
     hf = make_llama().bfloat16()
     plain = convert_llama_hf_to_te(hf)
     ids = torch.randint(3, 8192, (2, 64), device="cuda")
@@ -169,7 +169,7 @@ def test_quantized_model_init(tied, name, measured, fused_attention):
         loss.backward()
         assert torch.isfinite(loss)
         assert torch.isfinite(built.model.layers[0].layernorm_mlp.fc1_weight.grad).all()
-    # Weights held in FP8 alone go back to an ordinary checkpoint.
+    # A model with FP8 weights alone saves an ordinary checkpoint.
     hf = convert_llama_te_to_hf(model)
     dequantized = model.model.layers[0].layernorm_mlp.fc2_weight.dequantize()
     assert torch.equal(hf.model.layers[0].mlp.down_proj.weight, dequantized)
@@ -178,9 +178,9 @@ def test_quantized_model_init(tied, name, measured, fused_attention):
 @hopper
 @blackwell
 def test_calibration(make_llama, measured, fused_attention):
-    """Small activations, which a scale of 1 puts among e4m3's coarsest numbers, are seen. Weights stay.
+    """Calibration sees small activations, which a scale of 1 puts among e4m3's coarsest numbers. Weights stay.
 
-    What the norms take away the products behind them give back, so that the model computes what it did.
+    The test divides norms' weights and multiplies the next products' weights, so the model's function stays the same.
     """
     hf = make_llama().bfloat16()
     for layer in hf.model.layers:
@@ -209,7 +209,7 @@ def test_calibration(make_llama, measured, fused_attention):
 @hopper
 @blackwell
 def test_quantized_weights_from_a_checkpoint(make_llama, tmp_path, measured, fused_attention):
-    """Converting and loading quantize on the way, and a saved checkpoint is an ordinary one."""
+    """Converting and loading quantize the weights, and a saved checkpoint is an ordinary one."""
     hf = make_llama(num_hidden_layers=2).bfloat16()
     fields = {"layer_precision": ["fp8", None], "use_quantized_model_init": True}
     converted = convert_llama_hf_to_te(hf, **fields)
@@ -245,7 +245,7 @@ def test_blackwell_formats_are_refused(name):
 
 @blackwell
 def test_nvfp4_forward_and_backward(make_llama, measured, fused_attention):
-    """Never run where this was written: there was no Blackwell GPU. TE keeps the last layers out of FP4 by advice."""
+    """This test has never run, for lack of a Blackwell GPU. The last layers stay out of FP4, as TE recommends."""
     hf = make_llama().bfloat16()
     plain = convert_llama_hf_to_te(hf)
     model = build(
@@ -256,7 +256,7 @@ def test_nvfp4_forward_and_backward(make_llama, measured, fused_attention):
     ids = torch.randint(3, 8192, (2, 128), device="cuda")
     outputs, expected = model(ids, labels=ids), plain(ids, labels=ids)
     outputs.loss.backward()
-    # e2m1 has one bit of mantissa in place of bfloat16's seven, of which block scales give some back.
+    # e2m1 has one bit of mantissa, bfloat16 has seven. Block scales recover part of the difference.
     measured("logits against bf16", relative(outputs.logits, expected.logits), 0.7)
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
 MAX_LINEAR_ROWS = 32
 MAX_PRODUCTS = 4
-# Around the borders of a tensor core product's rows, 8 and 16, and the most.
+# Values around the row counts of a tensor core product, 8 and 16, and the maximum.
 ROWS = (1, 2, 7, 8, 9, 16, 17, 31, 32)
 # [N, K]: projections of models of 135M, 1B and 8B parameters, and one with tiles and stages that are mostly empty.
 SHAPES = (
@@ -78,7 +78,7 @@ def test_linear(
 def test_linear_rounds_where_single_operations_would(
     out_features: int, in_features: int, fp8: bool, workspace: LinearWorkspace
 ) -> None:
-    """Sums of whole numbers are exact, so every bit is known; a product that is left out or taken twice shows."""
+    """Sums of whole numbers are exact, so the test knows every bit, and a missing or repeated product shows."""
     for rows in ROWS:
         for residual, in_place in ((False, False), (True, False), (True, True)):
             case = LinearCase(rows, in_features, out_features, fp8, False, residual, in_place, whole_numbers=True)
@@ -87,7 +87,7 @@ def test_linear_rounds_where_single_operations_would(
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_every_number_of_features(fp8: bool, workspace: LinearWorkspace) -> None:
-    """Tiles that are not whole, stages that are not whole, and every way to divide columns."""
+    """Partly filled tiles and stages, and every division of the columns."""
     draw = random.Random(0)
     box = 128 if fp8 else 64
     for out_features in [*range(16, 600, 16), 2096, 2128, 4240, 8464]:
@@ -116,7 +116,7 @@ def test_every_fp8_value(rows: int, workspace: LinearWorkspace) -> None:
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_large_and_small_rows(fp8: bool, workspace: LinearWorkspace) -> None:
-    """A power of two that all of a row is multiplied by comes out, bit by bit, and the norm takes it away."""
+    """A power of two as a factor of a whole row appears in the result, bit by bit; a norm removes it."""
     arguments = make_linear(LinearCase(9, 1024, 64, fp8, whole_numbers=True), "cuda")
     exact = expected_whole_numbers(arguments)
     norm = {"norm_weight": torch.ones(1024, device="cuda").bfloat16(), "epsilon": 0.0}
@@ -151,10 +151,10 @@ def run_one_by_one(products: list[dict[str, Any]], workspace: LinearWorkspace) -
 
 
 class Chain:
-    """Dependent products of changing sizes. Each reads the output of the one before it.
+    """Dependent products of changing sizes. Each reads the previous output.
 
-    Two memories for each size take turns, so that a product soon writes what the ones before it have read; residuals
-    are in place.
+    Two buffers for each size alternate, so a product soon overwrites the input of an earlier product. Residuals are in
+    place.
     """
 
     def __init__(self, rows: int, fp8: bool, length: int, seed: int) -> None:
@@ -193,7 +193,7 @@ class Chain:
 
 
 def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A graph of `run`, after one run that loads the kernels."""
+    """Return a graph of `run`, after one run that loads the kernels."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -214,7 +214,7 @@ def assert_same(contents: list[torch.Tensor], expected: list[torch.Tensor], what
 def test_a_chain_in_a_graph(
     launch: Callable[[list[dict[str, Any]], LinearWorkspace], None], rows: int, fp8: bool, workspace: LinearWorkspace
 ) -> None:
-    """Forty products, each launched before the one ahead of it ends or with it, are the same as one by one."""
+    """Forty overlapping products give the same results as products one by one."""
     chain = Chain(rows, fp8, 40, seed=rows)
     graph = captured(lambda: launch(chain.products, workspace))
     for seed in range(50):
@@ -228,7 +228,7 @@ def test_a_chain_in_a_graph(
 
 
 def test_chains_of_different_rows_without_a_graph(workspace: LinearWorkspace) -> None:
-    """Products of all kinds right behind one another, with one workspace; the host is ahead of the GPU."""
+    """Products of all kinds follow each other at once with one workspace; the host is ahead of the GPU."""
     chains = [Chain(rows, fp8, 12, seed=rows) for rows in (1, 5, 12, 20, 32) for fp8 in (False, True)]
     for seed in range(5):
         for chain in chains:
@@ -246,7 +246,7 @@ def test_chains_of_different_rows_without_a_graph(workspace: LinearWorkspace) ->
 
 
 def test_chains_on_two_streams(workspace: LinearWorkspace) -> None:
-    """Launches whose blocks wait for each other end, and end right, though the host gives them to two streams."""
+    """Launches whose blocks wait for each other end with right results, even from two streams."""
     chains = [Chain(32, False, 12, seed=seed) for seed in (1, 2)]
     workspaces, streams = [workspace, LinearWorkspace(torch.device("cuda"))], [torch.cuda.Stream() for _ in range(2)]
     for chain in chains:
@@ -268,13 +268,13 @@ def test_chains_on_two_streams(workspace: LinearWorkspace) -> None:
 
 
 def large_products() -> list[dict[str, Any]]:
-    """Two that have more tiles than there are blocks, and take long enough to overlap."""
+    """Make two products with more tiles than blocks, which run long enough to overlap."""
     product = make_linear(LinearCase(rows=1, in_features=8192, out_features=28672), "cuda")
     return [product | {"output": torch.empty(1, 28672, device="cuda").bfloat16()} for _ in range(2)]
 
 
 def small_products(count: int) -> list[dict[str, Any]]:
-    """Each of a single tile."""
+    """Make products of a single tile each."""
     product = make_linear(LinearCase(rows=1, in_features=64, out_features=16), "cuda")
     return [product | {"output": torch.empty(1, 16, device="cuda").bfloat16()} for _ in range(count)]
 
@@ -318,7 +318,7 @@ def test_workspaces_of_two_streams(between: int, workspace: LinearWorkspace) -> 
 
 @pytest.mark.parametrize("rows", [1, 11, 32])
 def test_steps_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
-    """Steps whose tokens are those that the step before took: embedding, a chain, the head, the likeliest token."""
+    """Each step starts from the previous step's tokens: embedding, a chain, the head, the most likely token."""
     vocabulary = 4096
     chain = Chain(rows, False, 10, seed=rows)
     logits = torch.empty(rows, vocabulary, device="cuda").bfloat16()
@@ -386,7 +386,7 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def between_nan(rows: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Memory for rows, and the whole of it, with two rows of NaN ahead of them and behind them."""
+    """Return memory for rows, and the whole buffer, with two rows of NaN before and after the rows."""
     whole = torch.full((rows + 4, features), torch.nan, device="cuda").bfloat16()
     return whole[2:-2], whole
 
@@ -467,7 +467,7 @@ def test_swiglu(features: int, measured: Callable[..., None]) -> None:
 
 
 def test_rms_norm_of_large_and_small_rows() -> None:
-    """A power of two that a row is multiplied by is taken away, bit by bit; zeros stay zeros."""
+    """The norm removes a power of two as a factor of a row, bit by bit; zeros stay zeros."""
     hidden, weight = randn(40, 4096), randn(4096, seed=1)
     normed = run_rms_norm(hidden, weight, 0.0, None)[1]
     for power in (-40, -3, 3, 40):
@@ -504,7 +504,7 @@ def test_of_no_rows() -> None:
 
 @pytest.mark.parametrize("rows", [8, 32, 256])
 def test_layers_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
-    """Kernels that begin before the ones ahead of them end, PyTorch's and `linear` among them, are as one by one."""
+    """Overlapping kernels, with PyTorch's and `linear` among them, give the same results as kernels one by one."""
     size, features, vocabulary = 1024, 2048, 4096
     table, tokens = randn(vocabulary, size), torch.randint(0, vocabulary, (rows,), device="cuda")
     hidden, normed, product = (torch.zeros(rows, size, device="cuda").bfloat16() for _ in range(3))
@@ -553,7 +553,7 @@ def test_layers_in_a_graph(rows: int, workspace: LinearWorkspace) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [8, 64, 576, 4096, 8200])
 def test_embed(size: int, dtype: torch.dtype) -> None:
-    """Tokens that the table does not have give zeros, and nothing is read or written where it should not be."""
+    """Tokens outside the table give zeros, and the kernel reads and writes nothing out of bounds."""
     table = before_nan(torch.randn(100, size, device="cuda").to(dtype))
     known = [99, 0, 1, 57, 57]
     unknown = [-1, 100, 101, 2**31, 2**40, -(2**40), 2**63 - 1, -(2**63)]
@@ -567,7 +567,7 @@ def test_embed(size: int, dtype: torch.dtype) -> None:
 
 
 class Greedy:
-    """`greedy` with its workspace, which is looked at after each call."""
+    """`greedy` with its workspace. Each call checks the workspace afterwards."""
 
     def __init__(self, rows: int) -> None:
         self.tokens = torch.full((rows,), -1, device="cuda")

@@ -1,6 +1,6 @@
-"""What the training command adds to Transformer Engine layers: statistics of their tensors, activations on the host.
+"""The training command's options for Transformer Engine layers: tensor statistics, and activations on the host.
 
-Each run is a process of its own: a layer asks once in a process whether it is inspected.
+Each run is a separate process: a layer reads the inspection setting once per process.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def test_statistics_of_each_product(recipe: str, activations: str, tmp_path: Pat
             amax, underflows, error, scale_min, scale_max = (row[f"{tensor}_{statistic}"] for statistic in STATISTICS)
             assert amax > 0 and 0 < error < amax**2, tensor
             assert 0 <= underflows < 100, tensor
-            # Scales of blocks are padded, with whatever lay there, and TE 2.20 tells of the padding too.
+            # Block scales have uninitialized padding, and TE 2.20 includes the padding in its statistics.
             assert recipe == "block" or 0 < scale_min <= scale_max, tensor
 
 
@@ -78,7 +78,7 @@ def test_activations_on_the_host(compute: str, tmp_path: Path, measured: Callabl
     }
     kept, offloaded = (metrics(run(tmp_path, **changes, activation_offload_layers=layers)) for layers in (0, 2))
     assert offloaded[0]["loss"] == kept[0]["loss"]
-    # The backward pass of attention adds up in another order each time, and the losses follow it.
+    # The backward pass of attention sums in another order each time, which changes the losses.
     norms = [rows[0]["gradient_norm"] for rows in (offloaded, kept)]
     measured("norm of the first step's gradients, relative difference", abs(norms[0] / norms[1] - 1), 2e-3)
     worst = max(abs(one["loss"] - other["loss"]) for one, other in zip(offloaded, kept, strict=True))

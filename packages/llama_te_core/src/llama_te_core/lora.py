@@ -1,8 +1,8 @@
 """LoRA by PEFT on the weights of the decoder layers.
 
-A module of the layers computes a norm and products together, so PEFT's `target_modules` would adapt a norm with a
-product, or a whole MLP. Its `target_parameters` adapt weights: a layer computes with W + scale·B·A, in either
-implementation, and merging changes nothing.
+A layer's modules compute a norm and products together, so PEFT's `target_modules` would adapt a norm with a product, or
+a whole MLP. PEFT's `target_parameters` adapt single weights: a layer of either implementation computes with
+W + scale·B·A, and merging changes nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 def on_weights(config: LoraConfig) -> LoraConfig:
     """Let PEFT adapt weights of the decoder layers, in `get_peft_model` and `PeftModel.from_pretrained`.
 
-    PEFT knows modules of Transformer Engine, and adapts the whole module if a configuration names one of its weights:
-    it would apply B·A to the input of the norm, which cannot be merged. After this call it adapts the weight. PEFT does
-    not save this setting, so call this function before loading, too.
+    PEFT knows modules of Transformer Engine. If a configuration names a weight, PEFT adapts the whole module: it
+    applies B·A to the norm's input, and such an adapter cannot merge. After this call PEFT adapts the weight. PEFT does
+    not save this setting, so call this function before loading too.
 
     Args:
-        config: Of any rank; `target_parameters` names weights of the layers by the ends of their names. The default,
-            without `target_modules` as well, is all of `WEIGHTS`.
+        config: A configuration of any rank. `target_parameters` names weights of the layers by the ends of their names.
+            Without `target_parameters` and `target_modules` the adapter covers all of `WEIGHTS`.
 
     Returns:
         `config` itself.
@@ -62,9 +62,9 @@ def _of_base_layer(name: str) -> property:
 
 
 class ParamWrapper(peft.ParamWrapper):
-    """PEFT's own wrapper, with the attributes that Transformer Engine's attention reads and sets on its projections.
+    """PEFT's wrapper, with the attributes that Transformer Engine's attention reads and sets on its projections.
 
-    PEFT recognises its wrappers by the name of their class.
+    The class keeps PEFT's name, since PEFT recognises its wrappers by the class name.
     """
 
     name = _of_base_layer("name")

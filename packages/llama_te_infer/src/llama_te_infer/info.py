@@ -1,7 +1,7 @@
-"""Reports what is installed and what runs here: `python -m llama_te_infer.info [--json]`.
+"""Reports the installed versions and the features that work here: `python -m llama_te_infer.info [--json]`.
 
-The output answers the first questions of any bug report: the versions, the GPUs, whether Transformer Engine
-works and which layer a model takes, and how the compiled extension was built.
+The output answers the first questions of any bug report: the versions, the GPUs, whether Transformer Engine works, the
+layers that a model uses, and the build of the compiled extension.
 """
 
 import argparse
@@ -14,7 +14,7 @@ DISTRIBUTIONS = ("llama-te-core", "llama-te-convert", "llama-te-infer", "torch",
 
 
 def installed_versions() -> dict[str, str | None]:
-    """Return the version of Python and of each distribution, None for one that is not installed."""
+    """Return the version of Python and of each distribution; None for a missing distribution."""
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -33,7 +33,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def layers() -> dict[str, str | None]:
-    """Return the layer implementation that "auto" chooses, and why it is not Transformer Engine's."""
+    """Return the layer implementation that "auto" chooses, and the reason if Transformer Engine cannot run."""
     from llama_te_core.layers import transformer_engine_problem
 
     problem = transformer_engine_problem()
@@ -41,7 +41,7 @@ def layers() -> dict[str, str | None]:
 
 
 def extension() -> dict[str, Any]:
-    """Return how the compiled extension was built, and why its CUDA code does not run here."""
+    """Return the build of the compiled extension, and the reason if its CUDA code cannot run here."""
     try:
         from . import _extension
     except ImportError as error:
@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """Lay out the report of `collect` for a reader."""
+    """Format the report of `collect` as text."""
     rows = [(name, version or "not installed") for name, version in report["versions"].items()]
     found = [f"{gpu['name']} (compute capability {gpu['compute_capability']})" for gpu in report["gpus"]]
     rows += [("GPU", gpu) for gpu in found or ["none that torch sees"]]
@@ -72,7 +72,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Print the report."""
-    description = "Report what is installed and what runs here."
+    description = "Report the installed versions and the features that work here."
     parser = argparse.ArgumentParser(prog="python -m llama_te_infer.info", description=description)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     arguments = parser.parse_args()

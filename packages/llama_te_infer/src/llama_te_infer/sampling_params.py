@@ -1,4 +1,4 @@
-"""The parameters of a request: the length of its text, its randomness, its end, and its reports."""
+"""The parameters of a request: length, randomness, stop conditions and log-probabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 MAX_LOGPROBS = 20
-MIN_TEMPERATURE = 1e-6  # below, logits over temperature would come close to float32's range
+MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
 MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
 
 
@@ -16,35 +16,36 @@ MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any len
 class SamplingParams:
     """How to continue a prompt.
 
-    Logits are changed in transformers' order: repetition penalty, the ban on ending before `min_tokens`, temperature,
-    top-k, top-p, min-p.
+    The sampler changes logits in transformers' order: repetition penalty, the ban on ending before `min_tokens`,
+    temperature, top-k, top-p, min-p.
 
-    With `num_beams > 1` a search finds the continuation, which is the same each time; `temperature` may be 0 or left at
-    1.0. Beam search refuses parameters that would change its scores, and parameters that need a record of the
-    tokens or text of each beam.
+    `num_beams > 1` selects beam search, which is deterministic; `temperature` may be 0 or left at 1.0. Beam search
+    refuses parameters that would change its scores, and parameters that need a record of the tokens or text of each
+    beam.
 
     Attributes:
         max_tokens: Most tokens to write, at least 1.
         min_tokens: Tokens to write before the sequence may end; until then EOS and stop tokens have no probability.
-        temperature: Logits are divided by it; 0 takes the most likely token each time (the lowest id of several).
-        top_k: Only tokens at least as likely as the k-th one may be drawn; 0 for all.
-        top_p: Only the most likely tokens that together reach this probability may be drawn.
-        min_p: Only tokens at least this times as likely as the most likely one may be drawn.
+        temperature: Divides the logits; 0 takes the most likely token each time (the lowest id among equals).
+        top_k: Draw only from tokens at least as likely as the k-th one; 0 for all.
+        top_p: Draw only from the most likely tokens that together reach this probability.
+        min_p: Draw only from tokens with at least `min_p` times the probability of the most likely one.
         repetition_penalty: Divides the positive logits of tokens in the prompt or the output, and multiplies their
             negative ones.
-        stop: Strings that end a sequence when they appear in its text; one string or several. Stored as a tuple.
-        stop_token_ids: Tokens that end a sequence as EOS does. Stored as a tuple.
+        stop: Strings that end a sequence when they appear in its text; one string or several. Becomes a tuple.
+        stop_token_ids: Tokens that end a sequence as EOS does. Becomes a tuple.
         ignore_eos: Go on after an EOS token.
         seed: Makes drawn tokens a function of the seed and the logits alone; `None` for a new seed each time.
-        logprobs: `None`, or how many of the most likely tokens to report at each position, with their
-            log-probabilities; at most 20. The written token's log-probability is reported too, even with 0. All are
-            the model's own, before the parameters above change them.
-        prompt_logprobs: Report the log-probability of each token of the prompt but the first.
+        logprobs: The number of most likely tokens to report at each position, with their log-probabilities; at most 20.
+            With 0 the engine reports the written token's log-probability alone; `None` reports nothing. Values are the
+            model's own, before the parameters above change them.
+        prompt_logprobs: Report the log-probability of each token of the prompt except the first.
         n: Continuations to return: independent draws, or the n best ones of beam search.
         num_beams: Width of beam search; 1 for none.
         length_penalty: Beam search divides a sequence's log-probability by its new tokens to this power. From -5 to 5.
-        early_stopping: When beam search has `num_beams` finished sequences, `True` ends it; `False` ends it if no
-            running beam would be better at its present length; `"never"` ends it if none could become better.
+        early_stopping: The rule once beam search has `num_beams` finished sequences. `True` ends the search; `False`
+            ends it if no running beam would be better at its present length; `"never"` ends it if no running beam could
+            become better.
 
     Raises:
         ValueError: A value is out of range, or values contradict each other.
@@ -71,7 +72,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._need("stop", isinstance(self.stop, Iterable), "give a string or several")
         self._need("stop_token_ids", isinstance(self.stop_token_ids, Iterable), "give a list of token ids")
-        # A frozen dataclass has no other way to change its own fields.
+        # A frozen dataclass can change its own fields in this way only.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._check_values()

@@ -1,7 +1,7 @@
 """The decoder layer in plain PyTorch: same parameters, call and meaning as `te.TransformerLayer`, on any device.
 
-It runs where Transformer Engine does not, and tests hold the other implementation against it, so it is written to be
-read. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` returns.
+It runs where Transformer Engine does not. Tests compare Transformer Engine's layer with it, so its code puts clarity
+first. It takes the keyword arguments of `te.TransformerLayer.forward` that `SequenceLayout.layer_arguments` returns.
 
 `ReferenceBackend` splits a layer over processes: it sets `tensor_mesh` (processes share the heads and the features of
 the MLP) and `context_mesh` (processes share the tokens of each sequence). Without them there is one process.
@@ -78,7 +78,7 @@ class ReferenceBackend(LayerBackend):
             part.tensor_mesh, part.token_placement = mesh, placement
 
     def split_context(self, layers: Sequence[nn.Module], mesh: DeviceMesh, kind: str, key_value_heads: int) -> None:
-        """See `LayerBackend`. The layers gather keys and values, whatever the kind."""
+        """See `LayerBackend`. The layers gather keys and values for every kind."""
         layer: Any
         for layer in layers:
             layer.self_attention.context_mesh = mesh
@@ -156,7 +156,7 @@ class MultiheadAttention(nn.Module):
         cu_seqlens_q_padded: torch.Tensor | None,
         max_seqlen_q: int | None,
     ) -> torch.Tensor:
-        """Run attention and its output projection; arguments are those of `ReferenceLayer.forward`."""
+        """Run attention and its output projection. `ReferenceLayer.forward` explains the arguments."""
         # An adapter around the projection, such as PEFT's, has no mesh.
         tensor_mesh = getattr(self.layernorm_qkv, "tensor_mesh", None)
         if inference_params is not None and not (self.context_mesh is None and tensor_mesh is None):
@@ -174,7 +174,7 @@ class MultiheadAttention(nn.Module):
     def _rotated(
         self, qkv_bKGD: torch.Tensor, angle_bD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotated queries and keys, and values, out of the fused projection."""
+        """Return rotated queries, rotated keys and values from the fused projection."""
         query_bHD, key_bKD, value_bKD = split_qkv(qkv_bKGD)
         return *rotate(query_bHD, key_bKD, angle_bD), value_bKD
 
@@ -201,7 +201,7 @@ class MultiheadAttention(nn.Module):
         row_T, place_T = token_places(offsets, qkv_TKGD.shape[0])
 
         def spread(packed_Tx: torch.Tensor) -> torch.Tensor:
-            """[T, ...] as a padded batch [B, S, ...] with zeros behind each row's tokens."""
+            """Return packed tokens as a padded batch [B, S, ...] with zeros after each row's tokens."""
             padded_BSx = packed_Tx.new_zeros(rows, width, *packed_Tx.shape[1:])
             return padded_BSx.index_put((row_T, place_T), packed_Tx)
 
@@ -217,19 +217,19 @@ class MultiheadAttention(nn.Module):
         return context_BSHD[row_T, place_T]
 
     def _whole_places(self, place: torch.Tensor, length: torch.Tensor | int) -> torch.Tensor:
-        """Places in the whole sequences of tokens at `place` in this rank's part, which is `length` long."""
+        """Return the tokens' places in the whole sequences. They are at `place` in this rank's part of `length`."""
         mesh = self.context_mesh
         return place if mesh is None else whole_places(place, length, mesh.get_local_rank(), mesh.size())
 
     def _attend_uncached(
         self, query_BSHD: torch.Tensor, key_BSKD: torch.Tensor, value_BSKD: torch.Tensor, length_B: torch.Tensor
     ) -> torch.Tensor:
-        """Attention within a batch whose rows begin with `length_B` tokens, here and on every context rank."""
+        """Run attention within a batch whose rows begin with `length_B` tokens, here and on every context rank."""
         mesh = self.context_mesh
         if mesh is None:
             return self._attend(query_BSHD, key_BSKD, value_BSKD)
         place_S, length_B1 = torch.arange(key_BSKD.shape[1], device=key_BSKD.device), length_B[:, None]
-        # One after the other as they are gathered. Padding counts as behind all queries.
+        # Ranks' keys stand one after the other, in gathered order. Padding counts as later than all queries.
         place_BL = torch.cat(
             [
                 whole_places(place_S, length_B1, rank, mesh.size()).masked_fill(place_S >= length_B1, _BEHIND_ALL)
@@ -249,10 +249,10 @@ class MultiheadAttention(nn.Module):
         position_BS: torch.Tensor | None = None,
         place_BL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of each query to the keys at its own position and before; without positions, to its own column.
+        """Let each query attend to the keys up to its own position; without positions, up to its own column.
 
-        The keys of a sequence are those of its tokens, in order or at the places given, so "not after the query" also
-        leaves out what padding or other sequences left behind in the row.
+        A sequence's keys stand in the order of its tokens, or at the given places. So the causal mask also excludes
+        stale keys from padding or earlier sequences in the row.
         """
         mask_B1SL = None
         if position_BS is not None:
@@ -278,7 +278,7 @@ class ReferenceLayer(nn.Module):
     Args:
         config: Sizes of the model.
         layer_number: Number of the layer, from 1, as TE counts; the cache is keyed by it.
-        softmax_scale: What attention multiplies query·key by.
+        softmax_scale: The factor on query·key in attention.
     """
 
     def __init__(self, config: LayerConfig, layer_number: int, softmax_scale: float) -> None:
@@ -304,7 +304,7 @@ class ReferenceLayer(nn.Module):
     ) -> torch.Tensor:
         """Run the layer on a padded batch [B, S, E] (real tokens first in each row) or on packed tokens [T, E].
 
-        What comes out at padding is unspecified, as it is in TE.
+        The output at padding is unspecified, as in TE.
 
         Args:
             hidden_bE: The layer's input.
@@ -335,9 +335,9 @@ class ReferenceLayer(nn.Module):
 
 
 def split_qkv(qkv_bKGD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [.., K·(G - 2), D], keys and values [.., K, D] out of the fused projection's [.., K, G, D].
+    """Split the fused projection's [.., K, G, D] into queries [.., K·(G - 2), D], keys and values [.., K, D].
 
-    For each key/value head there are its query heads, then its key, then its value.
+    Each key/value head has its query heads first, then its key, then its value.
     """
     query_bHD = qkv_bKGD[..., :-2, :].flatten(-3, -2)
     return query_bHD, qkv_bKGD[..., -2, :], qkv_bKGD[..., -1, :]

@@ -17,10 +17,10 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_rope_type(rope_type: str) -> None:
-    """Refuse an unknown type of `rope_parameters`, about which transformers warns at most.
+    """Refuse an unknown type of `rope_parameters`. transformers only warns, or accepts it.
 
     Raises:
-        ValueError: With the type and the known ones.
+        ValueError: The type is unknown. The message names it and the known types.
     """
     known = ["default", *rope_functions()]
     if rope_type not in known:
@@ -31,8 +31,8 @@ class RotaryAngles:
     """Angles for every `rope_parameters` type of transformers' Llama.
 
     transformers computes the frequencies, on the host in float32. A table of angles stays on each device and grows when
-    a longer sequence arrives. This is not a module: it has no parameters, nothing to save, and nothing that casting or
-    moving the model could change.
+    a longer sequence arrives. This class is not a module: it has no parameters and no state to save, and casting or
+    moving the model does not affect it.
 
     Args:
         config: A Llama configuration.
@@ -82,7 +82,7 @@ class RotaryAngles:
             angle_PD = torch.outer(position_P, frequency_D)
             table_P11D = torch.cat((angle_PD, angle_PD), dim=-1)[:, None, None, :].to(device)
             if self.rope_type == "dynamic":
-                self._tables.clear()  # each length beyond the trained one has frequencies of its own
+                self._tables.clear()  # each length beyond the trained length has its own frequencies
             self._tables[device, regime] = table_P11D
         return table_P11D
 

@@ -118,7 +118,7 @@ class TransformerEngineBackend(LayerBackend):
             enabled=True, num_layers=count, model_layers=len(layers)
         )
         layer: Any
-        for layer in layers:  # all of them: the context counts layers, and copies go on while the others compute
+        for layer in layers:  # every layer: the context counts layers, and copies continue while later layers compute
             layer.forward = functools.partial(_forward_with_context, layer.forward, context, synchronize)
 
     def split_tensor(
@@ -127,7 +127,8 @@ class TransformerEngineBackend(LayerBackend):
         """See `LayerBackend`.
 
         TE fixes sizes and communication when it builds a layer; `set_tensor_parallel_group` sets the group alone. So
-        the modules of a layer that is built for the group replace those of `layer`, and take over their weights.
+        this method builds a new layer for the group. Its modules replace the modules of `layer` and take over their
+        weights.
         """
         whole: Any = layer
         distribute(whole.self_attention.proj, mesh, weight=Shard(1))
@@ -165,7 +166,7 @@ class TransformerEngineBackend(LayerBackend):
             return args, {**kwargs, **whole}
 
         group = mesh.get_group()
-        stream = torch.cuda.Stream()  # attention's second stream, which one layer after the other uses
+        stream = torch.cuda.Stream()  # attention's second stream; the layers use it in turn
         layer: Any
         for layer in layers:
             layer.set_context_parallel_group(group, dist.get_process_group_ranks(group), stream, kind)
@@ -189,7 +190,7 @@ def build_transformer_engine_layer(
         layer_number: Number of the layer, from 1, as TE counts.
         softmax_scale: The factor on query·key in attention.
         tensor_group: Processes that share heads and features; the layer has this process's part of the weights.
-        sequence_parallel: Whether each of them has a part of the tokens (of the first dimension) outside the products.
+        sequence_parallel: Whether each process has a part of the tokens (the first dimension) outside the products.
 
     Raises:
         RuntimeError: `use_quantized_model_init` on a device that holds no quantized weights.
@@ -271,10 +272,10 @@ def _refuse_cache(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _hide_extra_state(layer: nn.Module) -> None:
-    """Keep TE's `_extra_state` entries out of the layer's state dict, and neither load nor miss them.
+    """Remove TE's `_extra_state` entries from the layer's state dict, and ignore them when loading.
 
-    They hold the scales of FP8, which the first steps find again. A checkpoint without them fits either implementation
-    of the layer.
+    The entries hold the scales of FP8, which the first steps compute again. A checkpoint without them fits either
+    implementation of the layer.
     """
 
     def drop(module: nn.Module, state_dict: dict[str, Any], prefix: str, *details: Any) -> None:

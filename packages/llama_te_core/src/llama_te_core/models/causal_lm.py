@@ -57,8 +57,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Compute logits and, with labels, the loss.
 
-        A cache may compute a step itself that adds one token to each row and returns logits alone: see
-        `KVCache.decode`.
+        A cache may itself compute a step of one token per row that returns logits alone: see `KVCache.decode`.
 
         Args:
             input_ids: See `NVLlamaModel.forward`, as for all arguments not named here.
@@ -66,10 +65,10 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             position_ids: See there.
             past_key_values: See there.
             inputs_embeds: See there.
-            labels: int64 [B, S]; the logits at a position are trained on the next label. The loss leaves out -100, and
-                a label whose predecessor is padding in `attention_mask`: nothing predicts a sequence's first token.
+            labels: int64 [B, S]; the logits at a position train on the next label. The loss ignores -100, and a label
+                whose predecessor is padding in `attention_mask`: nothing predicts a sequence's first token.
             use_cache: See there.
-            logits_to_keep: The number of last columns to compute logits of (0: all), or the columns themselves.
+            logits_to_keep: Compute logits for this number of last columns (0: all), or for the given columns.
             cache: See there.
             **kwargs: See there; `shift_labels`, int64 [B, S], are shifted labels in place of `labels`;
                 `num_items_in_batch` divides the loss.
@@ -127,7 +126,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         cache: Any | None,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor | None:
-        """Return logits [B, 1, V] of a step that the cache computes; `None` where the layers must compute it."""
+        """Return logits [B, 1, V] if the cache computes the step; `None` if the layers must compute it."""
         is_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         is_one_column = input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
         if not (is_inference and is_one_column and isinstance(logits_to_keep, int)) or cache is None:

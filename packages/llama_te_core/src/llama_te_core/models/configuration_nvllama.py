@@ -24,8 +24,8 @@ class NVLlamaConfig(LlamaConfig):
     Every field of `transformers.LlamaConfig` keeps its name and meaning.
 
     Args:
-        attn_input_format: `"thd"` runs the layers on packed tokens (padded batches are packed and unpacked by the
-            model), `"bshd"` on padded batches.
+        attn_input_format: `"thd"` runs the layers on packed tokens (the model packs and unpacks padded batches),
+            `"bshd"` on padded batches.
         self_attn_mask_type: `"padding_causal"`, or `"causal"` to leave padding to the caller. Packed tokens always
             use `"padding_causal"`.
         layer_precision: One entry per layer, `"fp8"`, `"fp4"` or `None` (the weights' own dtype). `None` for the
@@ -33,8 +33,8 @@ class NVLlamaConfig(LlamaConfig):
         use_quantized_model_init: Keep the weights of "fp8" and "fp4" layers in that format only
             (`te.quantized_model_init`), without a high-precision copy.
         layer_implementation: `"transformer_engine"`, `"reference"` (plain PyTorch, any device) or `"auto"`, which
-            takes Transformer Engine where it can run. It describes this process, so it is never saved.
-        source_model_type: The `model_type` of the model's Hugging Face architecture, to which it converts back.
+            takes Transformer Engine where it can run. It describes this process, so checkpoints do not contain it.
+        source_model_type: The `model_type` of the Hugging Face architecture to which the model converts back.
 
     Raises:
         ValueError: A field has a value that Llama on Transformer Engine does not know.
@@ -60,7 +60,7 @@ class NVLlamaConfig(LlamaConfig):
         Models call this too, since code may set fields after construction.
 
         Raises:
-            ValueError: With the field, its value and what is allowed.
+            ValueError: A field has a wrong value. The message names the field, its value and the allowed values.
         """
         _check_choice("attn_input_format", self.attn_input_format, ATTENTION_FORMATS)
         _check_choice("self_attn_mask_type", self.self_attn_mask_type, MASK_TYPES)

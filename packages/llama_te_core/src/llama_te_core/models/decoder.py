@@ -48,8 +48,8 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.layers = self.layer_backend.build(config, self.precision, self.rotary_angles.softmax_scale)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.context_ranks = 1  # `parallel.context` sets it: these share the tokens of each sequence
-        self.sequence_mesh: DeviceMesh | None = None  # `parallel.tensor` sets it: these share tokens between layers
+        self.context_ranks = 1  # processes that share the tokens of each sequence; `parallel.context` sets it
+        self.sequence_mesh: DeviceMesh | None = None  # processes that share tokens between layers; `parallel.tensor`
         self._precision_checked = False
         if self.precision.explicit or config.use_quantized_model_init:
             self._check_precision()
@@ -73,13 +73,13 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         Args:
             input_ids: int64 [B, S]; for packed sequences [1, T].
             attention_mask: [B, S], nonzero for tokens; padding may stand left or right. With a cache it covers the
-                columns seen before too.
+                earlier columns too.
             position_ids: Not needed: positions follow from the mask or from the sequences (see `lay_out`).
             past_key_values: A cache such as `llama_te_infer.InferenceParams`.
             inputs_embeds: [B, S, E] in place of `input_ids`.
             use_cache: With `False`, the model ignores a given cache.
             output_hidden_states: Return the input of every layer and the last hidden state.
-            cache: Another name of `past_key_values`, as newer transformers have it.
+            cache: The name of `past_key_values` in newer versions of transformers.
             **kwargs: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k` and the `_padded` variants for
                 packed sequences (see `PackedSequences`); the model ignores others.
 
@@ -117,7 +117,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             position_ids=position_ids,
             packed=PackedSequences.from_arguments(kwargs),
             cache=cache,
-            # The filling is a sequence, and context ranks have two pieces of each sequence.
+            # The padding forms a sequence, and context ranks have two pieces of each sequence.
             token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if self.context_ranks > 1 else 1),
         )
         self.precision.check_tokens(layout.tokens, torch.is_grad_enabled(), ranks)

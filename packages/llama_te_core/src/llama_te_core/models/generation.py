@@ -24,7 +24,7 @@ class CachedGenerationMixin(GenerationMixin):
         raise NotImplementedError
 
     def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
-        """Generate text by transformers' own method, which takes the cache by either of its names here."""
+        """Generate text by transformers' own method. It accepts the cache by either name, here and in transformers."""
         cache = past_key_values if cache is None else cache
         if cache is not None:
             kwargs[cache_field()] = cache
@@ -54,7 +54,7 @@ class CachedGenerationMixin(GenerationMixin):
                 generation_config.use_cache = False
                 return None
             if generation_config.is_assistant:
-                # All drafts for a text share this cache, but only the length of the first one is known here.
+                # All drafts for a text share this cache, but only the first draft's length is known here.
                 max_cache_length = max(max_cache_length, self.config.max_position_embeddings)
             model_kwargs[cache_field()] = factory(self, batch_size=rows, max_length=max_cache_length)
         elif given is not None:

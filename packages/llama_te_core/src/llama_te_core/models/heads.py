@@ -105,7 +105,7 @@ class NVLlamaForTokenClassification(NVLlamaPreTrainedModel):
         Args:
             input_ids: See `NVLlamaModel.forward`, as for all arguments not named here.
             attention_mask: See there.
-            labels: int64 [B, S], -100 is left out.
+            labels: int64 [B, S]; the loss ignores -100.
             **kwargs: See there; `num_items_in_batch` divides the loss.
 
         Returns:

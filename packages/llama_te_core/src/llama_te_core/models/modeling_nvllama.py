@@ -1,7 +1,7 @@
 """Llama with Transformer Engine layers, as transformers models: all classes in one module.
 
-A checkpoint's `config.json` names one module for all classes, and a standalone checkpoint holds this one with all that
-it imports.
+A checkpoint's `config.json` names one module for all classes. A standalone checkpoint holds this module with its
+imports.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with this layout; arguments are those of transformers.
+        """Load a checkpoint with this layout. The arguments are the same as in transformers.
 
         Raises:
             ValueError: The checkpoint lacks tensors of the decoder, so it has another layout.
@@ -112,7 +112,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
             self.layer_backend.quantize_loaded_weights(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint; arguments are those of transformers. Quantized weights are saved in the model's dtype."""
+        """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
         if self.config.use_quantized_model_init and "state_dict" not in kwargs:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -123,7 +123,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
 
 def _clear_row(weight: DTensor, row: int) -> None:
-    """Fill one row of a matrix that processes share by rows with zeros, in the process that has it.
+    """Fill one row of a matrix with zeros. Processes share the matrix by rows; the owner of the row writes.
 
     `weight[row]` would not do: some versions of torch refuse it where two dimensions of the mesh share the rows.
     """

@@ -1,7 +1,7 @@
 """The code files of a checkpoint, through which `trust_remote_code=True` finds the classes.
 
-The installed package writes one module that imports the classes from it. A standalone checkpoint has copies of all
-modules that the models need, this one among them. A model that was loaded from such copies saves them again.
+The installed package writes one module that imports the classes from the package. A standalone checkpoint has copies of
+all modules that the models need, including this module. A model from such a checkpoint saves the copies again.
 
 transformers looks for code in one folder, so the copies lie side by side: `layers/rope.py` becomes `layers_rope.py`,
 and `from ..layers.rope import` in a copy becomes `from .layers_rope import`.
@@ -43,7 +43,7 @@ _RELATIVE_IMPORT = re.compile(r"^([ \t]*)from (\.+)([\w.]+) import", re.MULTILIN
 
 
 def _side_by_side(source: Path, package: Path) -> tuple[str, list[Path]]:
-    """Return a module's text with imports from one folder, and the modules of the package that it imports."""
+    """Return a module's text with imports from one folder, and its imports from the package."""
     imported = []
 
     def rewrite(match: re.Match[str]) -> str:

@@ -28,9 +28,9 @@ def apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh, kind: Co
     """Let a model's layers take this process's part of each sequence.
 
     Args:
-        model: It is changed.
+        model: The function changes it.
         mesh: The result of `make_mesh`.
-        kind: How ranks get each other's keys and values; see `parallelize`.
+        kind: The exchange of keys and values between ranks; see `parallelize`.
 
     Raises:
         ValueError: The kind does not fit the number of heads.
@@ -44,14 +44,16 @@ def apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh, kind: Co
 def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh | None) -> dict[str, Any]:
     """Return this process's part of a batch, and the divisor that makes losses the mean over all tokens of the mesh.
 
-    `whole_places` says which tokens of a sequence a context rank gets. Labels are shifted first. `num_items_in_batch`
-    is the number of all labels of the mesh over the number of processes with different tokens. The losses of these
-    processes then average to the mean over all labels. So do their gradients, which FSDP and DDP average.
+    `whole_places` says which tokens of a sequence a context rank gets. The function shifts labels before it splits
+    them. `num_items_in_batch` is the number of labels of the whole mesh divided by the number of processes with
+    different tokens. The losses of these processes then average to the mean over all labels. So do their gradients,
+    which FSDP and DDP average.
 
     Args:
         batch: The model's arguments: `input_ids` [B, S] with `attention_mask` [B, S], or packed, [1, T], with
-            `cu_seq_lens_q`; `labels` or `shift_labels` of the same shape. Other tensors that begin with that shape are
-            cut alike. All processes with one place in `replicate` and `shard` need the same batch.
+            `cu_seq_lens_q`; `labels` or `shift_labels` of the same shape. The function splits other tensors that begin
+            with this shape in the same way. All processes with one place in `replicate` and `shard` need the same
+            batch.
         mesh: The result of `make_mesh`; `None` for one process.
 
     Returns:
@@ -92,7 +94,7 @@ def _cut_packed(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     # Padding within a sequence counts as its end, where causality hides it.
     offsets = packed.get("cu_seq_lens_q_padded")
     offsets = packed["cu_seq_lens_q"] if offsets is None else offsets
-    # Reading costs nothing on the host. On a GPU it would wait, so a wrong length goes unnoticed there.
+    # Reading the lengths is free on the host. On a GPU it would wait for the device, so there is no check there.
     if offsets.device.type == "cpu" and bool((offsets % (2 * ranks)).any()):
         raise ValueError(
             f"sequences of {offsets.diff().tolist()} tokens cannot be shared out over context={ranks} ranks: make each "

@@ -1,4 +1,4 @@
-"""The weights of a model, and the sum of their gradients, over processes: FSDP2, or plain copies by DDP."""
+"""Data parallelism: FSDP2 shares weights out and sums gradients; DDP keeps whole copies and sums gradients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def apply_data_parallel(
     """Share weights out, and sum gradients, over the processes with different tokens.
 
     Args:
-        model: After tensor and context parallelism; it is changed.
+        model: A model after tensor and context parallelism; the function changes it.
         mesh: The result of `make_mesh`.
         compute_dtype: See `parallelize`, as for the next arguments.
         reduce_dtype: See there.
@@ -36,7 +36,7 @@ def apply_data_parallel(
     dtypes = {parameter.dtype for parameter in model.parameters()}
     computes_with_weights = compute_dtype is None or dtypes == {compute_dtype}
     if computes_with_weights and replicate * shard * context == 1:
-        return model  # FSDP would copy weights and gradients that are whole already
+        return model  # FSDP would only copy weights and gradients that are already whole
     if computes_with_weights and shard * context * tensor == 1 and (reduce_dtype is None or dtypes == {reduce_dtype}):
         return DistributedDataParallel(model, process_group=mesh.get_group("replicate"))
     weights_mesh = _weights_mesh(mesh)["replicate", "shard"] if replicate > 1 else _weights_mesh(mesh)["shard"]
@@ -47,7 +47,7 @@ def apply_data_parallel(
     )
     modules: list[nn.Module] = [*model.model.layers, model]
     if tensor == 1 and model.lm_head.weight is not model.model.embed_tokens.weight:
-        # A module of its own: FSDP gathers its weight, and sums the gradient, while layers compute.
+        # As a separate module: FSDP gathers its weight, and sums the gradient, while layers compute.
         modules.insert(-1, model.lm_head)
     for module in modules:
         fully_shard(
@@ -62,9 +62,9 @@ def apply_data_parallel(
 
 
 def _weights_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the mesh that shares the weights out, `replicate`, `shard` and `tensor`.
+    """Return the mesh for the weights: `replicate`, `shard` and `tensor`.
 
-    Context ranks count as `shard`: like ranks with other batches, they have the same weights and other gradients.
+    Context ranks count as `shard`: like ranks with other batches, they have equal weights and different gradients.
     """
     replicate, shard, context, tensor = mesh.shape
     if context == 1:

@@ -20,7 +20,7 @@ def make_mesh(sizes: ParallelSizes, device_type: str) -> DeviceMesh:
 
     Args:
         sizes: Sizes of the dimensions.
-        device_type: The model's, "cuda" or "cpu".
+        device_type: The type of the model's device, "cuda" or "cpu".
 
     Raises:
         RuntimeError: There is no process group.
@@ -37,7 +37,7 @@ def make_mesh(sizes: ParallelSizes, device_type: str) -> DeviceMesh:
 
 
 def data_rank(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """Return this process's number among the processes with batches of their own, and the number of those."""
+    """Return this process's number among the processes with different batches, and the number of these processes."""
     if mesh is None:
         return 0, 1
     shards = mesh["shard"].size()

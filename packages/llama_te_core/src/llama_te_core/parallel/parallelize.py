@@ -50,25 +50,25 @@ def parallelize(
 ) -> nn.Module:
     """Split a model over the processes of a mesh: tensor parallelism, context parallelism, then the weights.
 
-    Weights become `DTensor`s with their ordinary names and shapes, so a state dict is one of the whole model. To write
-    it with torch.distributed.checkpoint, see `gather_halves`. Where only `replicate` is above 1 and no dtype differs,
-    the weights stay as they are and the result is torch's `DistributedDataParallel`. Where only `tensor` is above 1 and
-    no weight is cast, each process keeps its part of the weights and FSDP does nothing.
+    Weights become `DTensor`s with their ordinary names and shapes, so a state dict describes the whole model. Call
+    `gather_halves` before torch.distributed.checkpoint writes it. If only `replicate` is above 1 and no dtype differs,
+    the weights stay as they are and the result is torch's `DistributedDataParallel`. If only `tensor` is above 1 and no
+    weight changes its dtype, each process keeps its part of the weights and FSDP does nothing.
 
-    Gradients are means over all processes with different tokens; `shard_context` prepares batches for that. The model
-    can be trained afterwards, but cannot generate with a cache.
+    Gradients are means over all processes with different tokens; `shard_context` prepares batches for these means. The
+    result can train, but cannot generate with a cache.
 
     Args:
-        model: On its device with the same weights in all processes, or on the meta device; then call
-            `init_empty_weights` and load the weights afterwards. It is changed.
+        model: A model on its device with the same weights in all processes, or on the meta device; then call
+            `init_empty_weights` and load the weights afterwards. The function changes the model.
         mesh: The result of `make_mesh`.
         compute_dtype: The dtype of weights in products, while the weights and the optimizer's state stay as they are.
         reduce_dtype: The dtype in which processes sum gradients; by default `compute_dtype`.
         reshard_after_forward: Free a layer's gathered weights after its forward pass and gather them again for the
             backward pass. `False` takes more memory and less time.
-        context_kind: How context ranks of Transformer Engine layers get each other's keys and values: in a ring, while
-            they compute ("p2p"), all at once ("all_gather"), or by exchanging heads for tokens during attention ("a2a",
-            which must divide the key/value heads). Reference layers always gather them.
+        context_kind: The exchange of keys and values between context ranks of Transformer Engine layers. "p2p": in a
+            ring, during computation. "all_gather": all at once. "a2a": ranks exchange heads for tokens during
+            attention, so `context` must divide the key/value heads. Reference layers always gather them.
 
     Returns:
         The model, or a `DistributedDataParallel` around it.
@@ -97,7 +97,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale gradients down so that their total norm is at most `max_norm`, on any mesh.
 
     Args:
-        model: The result of `parallelize`; its gradients are changed.
+        model: The result of `parallelize`; the function scales its gradients.
         max_norm: The largest norm.
 
     Returns:
@@ -127,7 +127,7 @@ def whole_state_dict(model: NVLlamaForCausalLM) -> dict[str, Any]:
     gathered = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
-            value = whole(value)  # one after another, to need little of the GPU's memory
+            value = whole(value)  # one tensor at a time needs little GPU memory
         if process_rank() == 0:
             gathered[name] = value.cpu() if isinstance(value, torch.Tensor) else value
     if model.config.tie_word_embeddings and process_rank() == 0:

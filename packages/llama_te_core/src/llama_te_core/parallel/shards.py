@@ -1,7 +1,7 @@
-"""Tensors that processes share: their whole, this process's part, and the form in which a checkpoint holds them.
+"""Tensors that processes share: the whole tensor, this process's part, and the form for checkpoints.
 
-A process's rows of `fc1_weight`, and of its optimizer state, come from both halves of the whole. torch's checkpoint
-format knows ranges only, so these tensors need `gather_halves` and `scatter_halves`.
+A process's rows of `fc1_weight`, and of its optimizer state, come from both halves of the whole tensor. torch's
+checkpoint format supports ranges only, so these tensors need `gather_halves` and `scatter_halves`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ TWO_HALVES = placement_of_two_halves()
 
 
 def is_interleaved(tensor: Any) -> bool:
-    """Tell whether each process has rows of both halves of a tensor, as of `fc1_weight` and its optimizer state."""
+    """Tell whether each process has rows of both halves of a tensor: `fc1_weight` and its optimizer state."""
     return isinstance(tensor, DTensor) and tensor.placements[-1] == TWO_HALVES
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor that processes share. All must call this; a plain tensor is whole already."""
+    """Return the whole tensor that processes share. All processes must call this; a plain tensor is already whole."""
     tensor = gather_halves(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """Return this process's part of a whole tensor, split as another tensor is. Nothing is sent.
+    """Return this process's part of a whole tensor, split like another tensor. Processes do not communicate.
 
     Args:
-        tensor: The whole.
+        tensor: The whole tensor.
         like: A tensor of the same shape, which the processes share.
 
     Returns:
-        A view of the tensor where the part is one range of each dimension, else a copy.
+        A view of the tensor if the part is one range of each dimension, otherwise a copy.
     """
     mesh, placements = like.device_mesh, list(like.placements)
     if is_interleaved(like):
@@ -54,15 +54,15 @@ def own_part(tensor: torch.Tensor, like: DTensor) -> torch.Tensor:
 def gather_halves(state: Any) -> Any:
     """Return a state dict that torch.distributed.checkpoint can save and load, from any mesh.
 
-    Tensors whose parts are no single range (see the head of this module) are gathered over the tensor ranks. All others
-    stay as they are. Save the result. To load, let torch load into the result, and then call `scatter_halves`. All
-    processes must call this.
+    The function gathers tensors whose parts are no single range (see the head of this module) over the tensor ranks.
+    All others stay as they are. Save the result. To load, let torch load into the result, and then call
+    `scatter_halves`. All processes must call this.
 
     Args:
-        state: Nested dicts and lists with tensors, of a model, of an optimizer, or both.
+        state: Nested dicts and lists with the tensors of a model, of an optimizer, or of both.
 
     Returns:
-        The same nest with the gathered tensors.
+        The same nested structure with the gathered tensors.
     """
 
     def gather(value: Any) -> Any:

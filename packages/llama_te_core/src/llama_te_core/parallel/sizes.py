@@ -3,8 +3,8 @@
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-# How the Transformer Engine layers of context ranks get each other's keys and values, in the words of its
-# `cp_comm_type`: keys and values go round a ring, all ranks gather them, or ranks exchange heads for tokens.
+# The exchange of keys and values between context ranks, by the names of Transformer Engine's `cp_comm_type`: keys and
+# values go round a ring, all ranks gather them, or ranks exchange heads for tokens.
 ContextKind = Literal["p2p", "all_gather", "a2a"]
 
 
@@ -13,9 +13,9 @@ class ParallelSizes:
     """The sizes of the mesh's dimensions.
 
     Attributes:
-        replicate: Copies of the model, each with batches of its own.
-        shard: Processes that share the weights (FSDP), each with batches of its own; -1 takes all processes that the
-            other dimensions leave.
+        replicate: Copies of the model, each with its own batches.
+        shard: Processes that share the weights (FSDP), each with its own batches; -1 takes the number of processes
+            divided by the other sizes.
         context: Processes that share the tokens of each sequence.
         tensor: Processes that share the heads, the features of the MLP and the vocabulary.
 

@@ -3,9 +3,9 @@
 A process has the rows of some key/value heads of the QKV weight, the same rows of both halves of `fc1_weight`, and the
 columns of the next weight that multiply their outputs.
 
-Where layers take packed tokens ("thd"), each process has an equal part of the tokens between the products (sequence
+If layers take packed tokens ("thd"), each process has an equal part of the tokens between the products (sequence
 parallelism): in norms and residuals, from the embedding up to the head, which gets all tokens. Each process has the
-whole of a padded batch ("bshd"), since Transformer Engine would divide its first dimension, the rows.
+whole padded batch ("bshd"), since Transformer Engine would divide its first dimension, the rows.
 
 Shapes: V vocabulary, E hidden size; `id_b` stands for ids of any shape.
 """
@@ -29,7 +29,7 @@ def apply_tensor_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh) -> None:
     """Share a model's weights out over a mesh, as `DTensor`s; rank 0 of the mesh decides their values.
 
     Args:
-        model: It is changed.
+        model: The function changes it.
         mesh: The processes, one dimension.
     """
     decoder, config = model.model, model.config

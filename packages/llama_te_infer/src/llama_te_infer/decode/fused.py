@@ -1,8 +1,8 @@
-"""A decoding step by kernels made for few tokens, over the model's own weights, replayed from CUDA graphs.
+"""The fused decoding step: kernels for few tokens use the model's own weights, and CUDA graphs replay them.
 
-The step computes what the model's layers compute, in the same order and with the same roundings, except for one:
-RMSNorm's factor of a row multiplies the product behind it. A step reads its inputs (tokens, lengths, pages) from the
-device's memory, so it is the launch of one graph and needs nothing from the host.
+The step follows the model's layers in the same order and with the same roundings. There is one exception: RMSNorm's
+factor of a row multiplies the product after the norm. A step reads its inputs (tokens, lengths, pages) from device
+memory, so one graph launch runs it and the host supplies nothing.
 
 Shapes: B rows, R rows allocated, E hidden size, V vocabulary, Q features of the fused projection, F size of the MLP,
 H query heads, K key/value heads, G a key/value head's share of the fused projection, D size of a head, P positions.
@@ -37,7 +37,7 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
     Args:
         model: An `NVLlamaForCausalLM` whose layers are as they were built; see `decode_problem`.
         rows: Most rows of a step.
-        page_size: Of the cache, None for a contiguous one.
+        page_size: Tokens of a page of the cache; None for a contiguous cache.
     """
     config, dtype = model.config, model.get_input_embeddings().weight.dtype
     group = config.num_attention_heads // config.num_key_value_heads
@@ -59,19 +59,19 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
 class FusedDecode:
     """A decoding step in a few kernels per layer. An implementation of `DecodeBackend`.
 
-    Weights are multiplied in the format in which the model holds them, activations in bfloat16: layers that
-    `layer_precision` computes in FP8 from bfloat16 weights decode in bfloat16.
+    Products use the weights in the model's own format, and bfloat16 activations. So layers that `layer_precision` runs
+    in FP8 from bfloat16 weights decode in bfloat16.
 
-    The step reads weights where they are, and reads and writes the cache's memory: see `is_for`. It holds no reference
-    to the cache itself, so that a cache may own its step.
+    The step keeps the addresses of the weights and of the cache's memory; `is_for` says whether they are still valid.
+    It holds no reference to the cache itself, so a cache may own its step.
 
     Args:
         model: An `NVLlamaForCausalLM` in which `decode_problem` finds no problem.
-        cache: Of this model, with the memory of all layers.
+        cache: The model's cache, with allocated memory for all layers.
         rows: R.
     """
 
-    # Outside inference mode, whose tensors nothing could write to later.
+    # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: Any, cache: CacheStep, rows: int) -> None:
@@ -107,7 +107,7 @@ class FusedDecode:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._inputs: StepInputs | None = None
-        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # of steps with these inputs
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # by kind of step and number of rows
 
     def is_for(self, model: Any, cache: CacheStep, rows: int) -> bool:
         """Return whether the step was made for this many rows, and its weights, keys and values are still in place."""
@@ -123,7 +123,7 @@ class FusedDecode:
         self._run(self._advance, inputs, rows)
 
     def _run(self, step: Callable[[StepInputs, int], None], inputs: StepInputs, rows: int) -> None:
-        """Run a step for a bucket of rows. The rows behind the batch have no tokens."""
+        """Run a step for a bucket of rows. The rows after the batch have no tokens."""
         rows = bucket_of(rows, self.rows)
         if self._device.type != "cuda":
             step(inputs, rows)
@@ -133,8 +133,8 @@ class FusedDecode:
             self._graphs.clear()
         key = (step.__name__, rows)
         if key not in self._graphs:
-            # Libraries initialise at their first product, which must not be captured. This product stores the same
-            # keys and values as the step will.
+            # Libraries initialise themselves at their first product, and a capture must not include that. This run
+            # stores the same keys and values as the step will.
             self._compute(inputs, rows)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
@@ -192,7 +192,7 @@ class FusedDecode:
         return Product(input_BK, weight.values, output_BN, weight.scale, norm_weight, self.epsilon, residual, swiglu)
 
     def _multiply(self, products: list[Product]) -> None:
-        """Compute products in order: each may read the output of the one before."""
+        """Compute products in order: each may read the previous output."""
         rows, most_rows = len(products[0].input), library.limits().max_linear_rows
         for is_fp8, some in groupby(products, lambda product: product.scale is not None):
             if is_fp8 or rows <= most_rows:
@@ -202,7 +202,7 @@ class FusedDecode:
                     part = slice(first, first + most_rows)
                     linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
             else:
-                # Arithmetic bounds the products of more rows, and cuBLAS reaches that bound.
+                # Arithmetic limits products of more rows, and cuBLAS reaches that limit.
                 _multiply_many(list(some))
 
 
@@ -212,7 +212,7 @@ def _rows_of(product: Product, rows: slice) -> Product:
 
 
 def _multiply_many(products: list[Product]) -> None:
-    """Compute products of bfloat16 weights with any number of rows, in order: each may read the output before it."""
+    """Compute products of bfloat16 weights with any number of rows, in order: each may read the previous output."""
     addend_BK: torch.Tensor | None = None  # a product that the following norm adds to the residual
     for product, following in zip_longest(products, products[1:]):
         input_BK, values, output_BN = product.input, product.weight, product.output
@@ -227,7 +227,7 @@ def _multiply_many(products: list[Product]) -> None:
         elif product.residual is output_BN and following is not None and _norms(following, output_BN):
             addend_BK = F.linear(input_BK, values)
         else:
-            # Rounded before the addition, as in a layer of single operations.
+            # Round before the addition, as a layer of single operations does.
             torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
 
 

@@ -1,4 +1,4 @@
-"""Limits that the model and the machine set: the greatest length of a text, its end tokens, the number of pages."""
+"""Limits from the model and the machine: the maximum length of a sequence, its EOS tokens, the number of pages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-GPU_SHARE = 0.85  # of the free memory, for pages; a forward pass needs the rest
-HOST_BYTES = 2 << 30  # for pages on a CPU
+GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
+HOST_BYTES = 2 << 30  # memory for pages on a CPU
 
 
 def check_model(model: Any) -> None:
@@ -16,7 +16,7 @@ def check_model(model: Any) -> None:
     Raises:
         ValueError: The model has another class, or is in training mode.
     """
-    from llama_te_core import NVLlamaForCausalLM  # here, since it imports transformers' models
+    from llama_te_core import NVLlamaForCausalLM  # a late import: it loads transformers' models
 
     if not isinstance(model, NVLlamaForCausalLM):
         raise ValueError(
@@ -28,15 +28,15 @@ def check_model(model: Any) -> None:
 
 
 def max_sequence_length_of(config: Any, wanted: int | None) -> int:
-    """Return the most tokens of a sequence.
+    """Return the maximum number of tokens of a sequence.
 
     Args:
-        config: The model's.
+        config: The model's configuration.
         wanted: The user's choice; `None` for the model's limit.
 
     Raises:
-        ValueError: The model's rotary angles depend on the length of the longest text, and would change below `wanted`.
-            Texts of different lengths run together, and cached keys keep their rotation.
+        ValueError: The model's rotary angles depend on the length of the longest sequence, and would change below
+            `wanted`. Sequences of different lengths run together, and cached keys keep their rotation.
     """
     longest = int(config.max_position_embeddings)
     rope_type = config.rope_parameters["rope_type"]
@@ -65,13 +65,13 @@ def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
 
 
 def fitting_pages(model: Any, page_size: int) -> int:
-    """Return how many pages of the model's cache fit the free memory."""
+    """Return the number of pages of the model's cache that fit into the free memory."""
     config = model.config
     itemsize = model.get_input_embeddings().weight.dtype.itemsize
     page_bytes = 2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)
-        # Memory that PyTorch holds and does not use is free too.
+        # PyTorch's reserved but unused memory is free too.
         free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
         return int(free * GPU_SHARE) // page_bytes
     return HOST_BYTES // page_bytes

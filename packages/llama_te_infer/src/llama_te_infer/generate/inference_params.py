@@ -1,9 +1,9 @@
 """Key/value caches with the interface of Transformer Engine's `InferenceParams`, in plain PyTorch, on any device.
 
-`InferenceParams` knows which sequence has how many tokens and in which row; a cache manager holds the keys and values.
-The same objects serve Transformer Engine's layers, the reference layers and transformers' `generate`.
+`InferenceParams` knows the row and the length of each sequence; a cache manager holds the keys and values. The same
+objects serve Transformer Engine's layers, the reference layers and transformers' `generate`.
 
-Unlike TE 2.20's own class, a running sequence advances by the tokens that it is given, not by one.
+In TE 2.20's own class a running sequence advances by one token a step. Here it advances by any number of new tokens.
 
 Shapes: B rows of the batch, S new columns, C columns seen, V vocabulary.
 """
@@ -29,22 +29,22 @@ class InferenceParams(CacheStep):
     """Key/value cache with the constructor and methods of Transformer Engine's class.
 
     Args:
-        max_batch_size: Rows; with beam search, sequences times beams.
+        max_batch_size: Number of rows; with beam search, sequences times beams.
         max_sequence_length: Tokens of a row, prompt included.
         num_heads_kv: Key/value heads of a layer.
         head_dim_k: Size of a key head.
-        dtype: Of the keys and values.
+        dtype: The dtype of keys and values.
         head_dim_v: Size of a value head; the size of a key head by default.
-        is_paged: Whether rows are made of pages.
+        is_paged: Whether rows consist of pages.
         total_num_pages: Pages of all rows together. TE demands `max_batch_size * max_sequence_length / page_size`; here
-            fewer are enough if rows share pages or stay shorter. A step that needs more raises an error.
+            fewer are enough if rows share pages or stay shorter. A step that needs more pages raises an error.
         page_size: Tokens of a page; must divide `max_sequence_length`.
-        max_ctx_len: Most new tokens of a row in one step; needed for "thd".
+        max_ctx_len: Most new tokens of a row in one step; required for "thd".
         qkv_format: "bshd" or "thd", the format of the first step.
-        device: Where keys and values are kept; the current GPU by default, the CPU of a machine without one.
-        decode_implementation: How steps of one token are computed when the caller wants nothing but their logits:
-            "layers", by the layers of the model; "fused", by the engine's kernels, replayed from a CUDA graph; "auto",
-            on a GPU by the kernels, or with one warning by the layers if the kernels cannot compute the model.
+        device: Holds keys and values; by default the current GPU, or the CPU on a machine without a GPU.
+        decode_implementation: The backend for steps of one token whose caller wants logits alone. "layers": the model's
+            layers. "fused": the engine's kernels, in a CUDA graph. "auto": on a GPU the kernels, or with one warning
+            the layers if the kernels cannot compute the model.
 
     Raises:
         ValueError: The arguments do not fit together.
@@ -52,7 +52,7 @@ class InferenceParams(CacheStep):
 
     is_compileable = False
     is_croppable = True
-    layers: tuple[()] = ()  # transformers looks here for layers that record their past; there is nothing to record
+    layers: tuple[()] = ()  # transformers looks here for layers that record their past; these record nothing
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class InferenceParams(CacheStep):
             **shared,
         )
         self.cache_manager: CacheManager = manager
-        self._fused: FusedDecode | None = None  # kept between prompts: its graphs serve all of them
+        self._fused: FusedDecode | None = None  # stays between prompts, since its graphs serve every prompt
         self._inputs: StepInputs | None = None
         self.reset()
 
@@ -129,7 +129,7 @@ class InferenceParams(CacheStep):
         """Forget all sequences; the memory stays."""
         self.sequences: OrderedDict[int, int] = OrderedDict()
         self.sequences_pre_step: OrderedDict[int, int] = OrderedDict()
-        # Which columns of the caller's padded batch were tokens, [B, C]; None: all of them.
+        # Whether each column of the caller's padded batch was a token, [B, C]; None: every column was.
         self._columns = 0
         self._token_BC: torch.Tensor | None = None
         self._backend_is_chosen = False
@@ -140,11 +140,11 @@ class InferenceParams(CacheStep):
         """Begin a step.
 
         Args:
-            step_dict: New tokens of each sequence that takes part, by the sequence's id, in the order of the batch's
-                rows. Sequences that are left out have ended.
+            step_dict: The number of new tokens of each sequence, by the sequence's id, in the order of the batch's
+                rows. A sequence without an entry has ended.
 
         Raises:
-            ValueError: Too many sequences, or one that grows too long; nothing has changed then.
+            ValueError: There are too many sequences, or one grows too long. The cache stays as it was.
         """
         if len(step_dict) > self.max_batch_size:
             raise ValueError(
@@ -170,8 +170,8 @@ class InferenceParams(CacheStep):
     def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
         """Begin a step with the next `width` columns of a padded batch; return the new tokens of each row.
 
-        `generate` writes padding behind a finished sequence. If a mask over all columns leaves out tokens at the end of
-        a cached row, the cache forgets these tokens.
+        `generate` writes padding after a finished sequence. If a mask over all columns excludes tokens at the end of a
+        cached row, the cache forgets these tokens.
 
         Args:
             attention_mask: [batch_size, columns seen + width] or [batch_size, width], nonzero for tokens.
@@ -179,7 +179,7 @@ class InferenceParams(CacheStep):
             width: New columns.
 
         Raises:
-            ValueError: The mask does not fit the cached rows, or rows grow too long; nothing has changed then.
+            ValueError: The mask does not fit the cached rows, or rows grow too long. The cache stays as it was.
         """
         running = self._columns > 0
         if width > 1:
@@ -197,7 +197,7 @@ class InferenceParams(CacheStep):
             )
         cached, token_BC = self.sequences, self._token_BC
         if attention_mask is None or (running and width == 1 and min(cached.values()) > 0):
-            # A step of generation: every row brings one token. Reading the mask would wait for the device.
+            # In a step of generation every row brings one token. Reading the mask would wait for the device.
             new = [width] * batch_size
             new_BS = None
         else:
@@ -217,8 +217,8 @@ class InferenceParams(CacheStep):
     def decode(self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         """Compute a step of one token for each row by the kernels, if `decode_implementation` allows it.
 
-        The backend is chosen at a batch's first step behind a prompt. So a model's weights may be written to at any
-        time, and hooks, adapters and other weights may be attached to it between prompts.
+        The cache chooses the backend at a batch's first step after a prompt. So code may write to a model's weights at
+        any time, and may attach hooks, adapters and other weights between prompts.
 
         Args:
             model: An `NVLlamaForCausalLM`.
@@ -226,7 +226,7 @@ class InferenceParams(CacheStep):
             attention_mask: See `begin_step`.
 
         Returns:
-            Logits [B, 1, V]; `None` if nothing was done and the model's layers have to compute the step.
+            Logits [B, 1, V]; `None` if the model's layers have to compute the step.
 
         Raises:
             ValueError: See `begin_step`.
@@ -245,7 +245,7 @@ class InferenceParams(CacheStep):
             self._inputs.token_R.copy_(input_ids[:, 0])
             return self._fused(self._inputs, self.batch_size)[:, None].clone()  # the next step overwrites the logits
 
-    # Outside inference mode, whose tensors nothing could write to later.
+    # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
     @torch.no_grad()
     def _choose_backend(self, model: Any) -> None:
@@ -257,17 +257,17 @@ class InferenceParams(CacheStep):
         self._backend_is_chosen = True
 
     def longest(self) -> int:
-        """Return how many tokens the longest row has."""
+        """Return the number of tokens of the longest row."""
         return max(self.sequences.values(), default=0)
 
     def repeat_rows(self, copies: int) -> None:
         """Replace each row by `copies` rows that continue it: beams or returned sequences of one prompt.
 
         Args:
-            copies: Rows for each row.
+            copies: New rows for each row.
 
         Raises:
-            ValueError: The cache has too few rows, or a paged one too few pages; nothing has changed then.
+            ValueError: The cache has too few rows, or a paged cache too few pages. The cache stays as it was.
         """
         rows = self.batch_size * copies
         if rows > self.max_batch_size:
@@ -283,9 +283,9 @@ class InferenceParams(CacheStep):
             self._token_BC = self._token_BC.repeat_interleave(copies, 0)
 
     def share_prefix(self, source: int, target: int, tokens: int) -> None:
-        """Begin a sequence with the first tokens of another one. A paged cache shares their pages.
+        """Begin a sequence with the first tokens of another sequence. A paged cache shares their pages.
 
-        Call this before the `pre_step` that gives the new sequence the rest of its tokens.
+        Call this before the `pre_step` that appends the new sequence's other tokens.
 
         Args:
             source: Id of a sequence in the cache.
@@ -319,17 +319,17 @@ class InferenceParams(CacheStep):
         return [False]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return how many columns of the padded batch the cache has seen."""
+        """Return the number of columns of the padded batch so far."""
         return self._columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """Return how many tokens a row can hold."""
+        """Return the number of tokens that a row can hold."""
         return self.max_sequence_length
 
     get_max_cache_shape = get_max_length
 
     def activate_past_recording(self) -> None:
-        """Do nothing: tokens stay until others overwrite them."""
+        """Do nothing: tokens stay until new tokens overwrite them."""
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last columns.
@@ -365,7 +365,7 @@ class InferenceParams(CacheStep):
             return  # beam search with use_cache=False leaves a given cache empty, but still reorders it
         source_rows = beam_idx.to(self.device).contiguous()
         lengths = list(self.sequences.values())
-        # Beams of one prompt are equally long. Rows of different prompts may not be: then the host reads the order.
+        # Beams of one prompt have the same length. Rows of different prompts may not: then the host reads the order.
         sources = beam_idx.tolist() if len(set(lengths)) > 1 else range(self.batch_size)
         moved = [lengths[row] for row in sources]
         if moved == lengths:
@@ -388,7 +388,7 @@ class InferenceParams(CacheStep):
         self._columns += width
 
     def _cut_to(self, mask_BC: torch.Tensor) -> None:
-        """Cut rows to the tokens of the seen columns that `mask_BC` keeps."""
+        """Cut each row to the tokens that `mask_BC` keeps."""
         cached_BC = torch.ones_like(mask_BC) if self._token_BC is None else self._token_BC
         kept_BC, dropped_BC = cached_BC & mask_BC, cached_BC & ~mask_BC
         # A dropped token before a kept one would leave a gap in the row.
@@ -423,10 +423,10 @@ def inference_params_for(
         max_length: Tokens of a sequence, prompt included.
         num_beams: Beams of each prompt.
         num_return_sequences: Sequences returned for each prompt.
-        is_paged: Whether rows are made of pages.
-        page_size: Tokens of a page; `max_length` is rounded up to whole pages.
+        is_paged: Whether rows consist of pages.
+        page_size: Tokens of a page. The function rounds `max_length` up to whole pages.
         prompt_length: Tokens of the longest prompt, if known. Beams and returned sequences share the pages of their
-            prompt, so the cache needs fewer pages then.
+            prompt, so the cache then needs fewer pages.
         decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
@@ -441,7 +441,7 @@ def inference_params_for(
         if prompt_length is not None:
             if not 0 <= prompt_length <= max_length:
                 raise ValueError(f"prompt_length={prompt_length} must be between 0 and max_length={max_length}.")
-            # New tokens may begin at the end of a page, and end at the beginning of another.
+            # New tokens may begin at the end of one page, and end at the beginning of another.
             shared = prompt_length // page_size
             own = min(per_row, -(-(max_length - prompt_length) // page_size) + 1)
         total = min(batch_size * (shared + copies * own), batch_size * copies * per_row)
@@ -463,7 +463,7 @@ def inference_params_for(
 
 def cache_for_generation(model: Any, *, batch_size: int, max_length: int) -> InferenceParams:
     """Return the cache that `generate` uses by default. llama_te_core finds this function by its entry point."""
-    # Rounded up, so that requests of similar length have caches of one size and reuse TE's attention plans.
+    # Rounding up gives requests of similar length caches of one size, which reuse TE's attention plans.
     return inference_params_for(model, batch_size=batch_size, max_length=-(-max_length // 64) * 64)
 
 

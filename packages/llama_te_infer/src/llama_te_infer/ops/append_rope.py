@@ -1,6 +1,6 @@
 """Rotary embedding of new tokens and their append to a cache: `torch.ops.llama_te.append_rope`.
 
-Shapes: N new tokens, B rows that take part, R rows of a cache, L places of a row, K key/value heads, G query heads per
+Shapes: N new tokens, B rows of the batch, R rows of a cache, L places of a row, K key/value heads, G query heads per
 key/value head, D size of a head, P positions.
 """
 
@@ -29,26 +29,26 @@ def append_rope(
     """Rotate the queries and keys of new tokens, and append their keys and values to a cache.
 
     Token i of row b has position `start[b] + i`, both for the rotation and in the cache. Dimensions d and d + D/2
-    rotate into each other, in float32. Padding (packed tokens behind the last row, or columns behind a row's tokens in
-    a padded batch) gets zeros as its query and leaves the cache alone. The kernel also leaves out a token whose values
-    in `cu_new`, `start` or `page_table` are out of range.
+    rotate into each other, in float32. Padding (packed tokens after the last row, or columns after a row's tokens in a
+    padded batch) gets zeros as its query and leaves the cache unchanged. The kernel also skips a token whose values in
+    `cu_new`, `start` or `page_table` are out of range.
 
     Args:
         qkv: [N, K, G + 2, D], the fused projection's output: for each key/value head its query heads, its key and its
-            value. bfloat16, float16 or float32; D is a multiple of 16 and at most 256. Tokens may be any multiple of
-            16 bytes apart; the numbers of one token must be contiguous.
+            value. bfloat16, float16 or float32; D is a multiple of 16 and at most 256. The stride between tokens may be
+            any multiple of 16 bytes; the numbers of one token must be contiguous.
         cos_sin: float32 [P, D]: the cosines of each position's D/2 angles, then their sines.
         cu_new: int32 [B + 1], the running sum of the rows' new tokens, from 0.
-        start: int32 [at least B], the tokens that each row had before.
+        start: int32 [at least B], the number of cached tokens of each row before this call.
         page_table: int32 [at least B, pages per row] for a paged cache, None for a contiguous one.
         width: 0 for packed tokens, row after row; S for a padded batch of N / S rows and S columns, tokens first.
-        query: [N, K * G, D], contiguous; gets the rotated queries.
-        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; gets the rotated keys.
-        value_cache: Of the same shape; gets the values.
+        query: [N, K * G, D], contiguous; receives the rotated queries.
+        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the rotated keys.
+        value_cache: The same shape; receives the values.
 
     Raises:
-        ValueError: An argument does not fit; nothing has been written then.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        ValueError: An argument does not fit. The operator has written nothing.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.append_rope(qkv, cos_sin, cu_new, start, page_table, width, query, key_cache, value_cache)
 

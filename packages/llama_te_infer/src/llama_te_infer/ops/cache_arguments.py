@@ -1,6 +1,6 @@
-"""How an operator takes new tokens and the cache that holds their keys and values.
+"""Checks and kernel arguments of operators that append new tokens to a cache.
 
-Shapes: N new tokens, B rows that take part, R rows of a cache, L places of a row, K key/value heads, G query heads per
+Shapes: N new tokens, B rows of the batch, R rows of a cache, L places of a row, K key/value heads, G query heads per
 key/value head, D size of a head, P positions.
 """
 
@@ -15,10 +15,10 @@ from .library import limits
 
 
 def check_heads(operator: str, qkv: torch.Tensor, tokens: str) -> None:
-    """Refuse a `qkv` without heads, or one that needs a gradient.
+    """Refuse a `qkv` without heads, and a `qkv` that needs a gradient.
 
     Args:
-        operator: For the message.
+        operator: The operator's name, for the message.
         qkv: [tokens, K, G + 2, D].
         tokens: The name of its first dimension, for the message.
     """
@@ -44,7 +44,7 @@ def check_cache(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> None:
-    """Refuse dtypes, devices and shapes of a cache that do not fit the tokens in `qkv`."""
+    """Refuse a cache whose dtype, device or shape does not fit the tokens in `qkv`."""
     kv_heads, head_dim, device = qkv.shape[1], qkv.shape[3], qkv.device
     check_tensor("cos_sin", cos_sin, torch.float32, device, (None, head_dim), "[P, D]")
     check_tensor("start", start, torch.int32, device, (None,), "[at least B]")
@@ -55,7 +55,7 @@ def check_cache(
 
 
 def check_rows(rows: int, start: torch.Tensor, page_table: torch.Tensor | None, key_cache: torch.Tensor) -> None:
-    """Refuse a cache with fewer rows than the new tokens have."""
+    """Refuse a cache with fewer rows than the batch of new tokens."""
     cached = "key_cache" if page_table is None else "page_table"
     for name, room in (("start", len(start)), (cached, rows_and_places(key_cache, page_table)[0])):
         if room < rows:
@@ -63,13 +63,13 @@ def check_rows(rows: int, start: torch.Tensor, page_table: torch.Tensor | None, 
 
 
 def rows_and_places(cache: torch.Tensor, page_table: torch.Tensor | None) -> tuple[int, int]:
-    """Return how many rows a cache has, and how many places each of them has."""
+    """Return the number of rows of a cache, and the number of places of a row."""
     blocks, block_places = cache.shape[:2]
     return (blocks, block_places) if page_table is None else (len(page_table), page_table.shape[1] * block_places)
 
 
 def index_arguments(cache: torch.Tensor, page_table: torch.Tensor | None) -> dict[str, Any]:
-    """Return what tells a kernel which block of a cache holds which place of a row."""
+    """Return a kernel's arguments that map the places of a row to blocks of a cache."""
     table_stride = 0 if page_table is None else strides_of(page_table)[0] * page_table.itemsize
     blocks, block_places = cache.shape[:2]
     return {
@@ -88,7 +88,7 @@ def cache_arguments(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
 ) -> dict[str, Any]:
-    """Return what a kernel takes that rotates tokens and appends them to a cache. The shapes have been checked."""
+    """Return the arguments of a kernel that rotates tokens and appends them to a cache. The caller checks shapes."""
     _, kv_heads, heads_of_group, head_dim = qkv.shape
     itemsize = qkv.itemsize
     return index_arguments(key_cache, page_table) | {

@@ -1,4 +1,4 @@
-"""Checks of tensors that several operators share. Their errors name the argument, its value and what is allowed."""
+"""Checks of tensors that several operators share. An error names the argument, its value and the allowed values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def check_tensor(
     shape: tuple[int | None, ...],
     meaning: str,
 ) -> None:
-    """Refuse a tensor of another dtype, device or shape, or with gaps in its last dimension.
+    """Refuse a tensor with another dtype, device or shape, or with gaps in its last dimension.
 
     Args:
-        name: Of the argument, for the message.
+        name: The argument's name, for the message.
         tensor: The argument.
-        dtype: What it must have.
-        device: Likewise.
-        shape: Likewise; None allows any size.
-        meaning: Of the shape, for the message, such as "[B, K]".
+        dtype: The required dtype.
+        device: The required device.
+        shape: The required shape; None allows any size.
+        meaning: The meaning of the shape, for the message, such as "[B, K]".
 
     Raises:
-        ValueError: The tensor differs.
+        ValueError: The tensor does not meet a requirement.
     """
     if tensor.dtype != dtype:
         raise ValueError(f"{name} is {name_of(tensor.dtype)}; it must be {name_of(dtype)}.")
@@ -60,10 +60,10 @@ def check_aligned(**tensors: torch.Tensor | None) -> None:
 
 
 def check_bfloat16_vectors(name: str, tensor: torch.Tensor, dimension: str) -> None:
-    """Refuse what a kernel that reads whole vectors of bfloat16 does not take.
+    """Refuse a matrix that a kernel cannot read in whole vectors of bfloat16.
 
     Args:
-        name: Of the argument, for the message.
+        name: The argument's name, for the message.
         tensor: A matrix.
         dimension: The name of its columns, for the message.
     """
@@ -93,12 +93,12 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def vector_elements(dtype: torch.dtype) -> int:
-    """Return how many elements one vector of a kernel holds."""
+    """Return the number of elements in one vector of a kernel."""
     return library.limits().vector_bytes // dtype.itemsize
 
 
 def strides_of(tensor: torch.Tensor) -> list[int]:
-    """Return the strides in elements. A dimension of size 1, whose stride torch leaves open, gets a contiguous one."""
+    """Return the strides in elements. A dimension of size 1 gets a contiguous stride, since torch leaves it open."""
     strides = list(tensor.stride())
     following = 1
     for dim in reversed(range(tensor.dim())):

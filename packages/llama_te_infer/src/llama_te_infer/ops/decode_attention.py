@@ -1,6 +1,6 @@
 """Attention of one decoding step: `torch.ops.llama_te.decode_attention`.
 
-On a GPU one kernel rotates, appends to the cache and attends over it. On a CPU `append_rope` and PyTorch do that.
+On a GPU one kernel rotates, appends to the cache and attends over it. On a CPU `append_rope` and PyTorch do this work.
 
 Shapes: B rows, R rows of a cache, L places of a row, K key/value heads, G query heads per key/value head, D size of a
 head, P positions, T tokens of a row.
@@ -36,7 +36,7 @@ def decode_attention(
     output: torch.Tensor,
     workspace: torch.Tensor,
 ) -> None:
-    """Append one new token to each row, and attend from it to its whole row.
+    """Append one new token to each row, and let it attend to its whole row.
 
     The token's query heads and its key are rotated by its position as in `append_rope` and rounded to their dtype. Key
     and value are written to the cache. Then `output = softmax(scale · query · keysᵀ) · values` over the row's tokens,
@@ -44,32 +44,32 @@ def decode_attention(
     values. A row's result is the same, bit by bit, in every batch.
 
     Lengths and pages out of range raise an error for CPU tensors, and for CUDA tensors with LLAMA_TE_CHECK=1. Otherwise
-    the kernel leaves out a row whose token has no place or no position, and does not attend in a row with a page that
-    the cache does not have: the outputs of these rows are zeros.
+    the kernel skips a row whose token has no place or no position, and does not attend in a row with a page number
+    outside the cache. The outputs of these rows are zeros.
 
     The kernel starts before the previous kernel on the stream ends, prefetches keys and values meanwhile, and lets the
-    next kernel start at once. So the previous kernel may write `qkv`, but `start`, `page_table` and the caches must
-    have been written earlier. That holds if at least one kernel since those writes waited for its predecessor before
-    it let its successor start, as `embed` and `linear` do, or was launched without overlap.
+    next kernel start at once. So the previous kernel may write `qkv`, but only earlier kernels may write `start`,
+    `page_table` and the caches. This is safe if at least one kernel after those writes waited for its predecessor
+    before it let its successor start, as `embed` and `linear` do, or was launched without overlap.
 
     Args:
         qkv: [B, K, G + 2, D], the fused projection's output: for each key/value head its query heads, its key and its
-            value. Rows may be any multiple of 16 bytes apart; the numbers of one row must be contiguous. On a GPU
-            `takes_decode_attention` says what is allowed, B is at most 256 and K at most 64; on a CPU everything is
-            allowed that `append_rope` takes.
+            value. The stride between rows may be any multiple of 16 bytes; the numbers of one row must be contiguous.
+            On a GPU `takes_decode_attention` checks dtype and sizes, B is at most 256 and K at most 64. A CPU allows
+            the same inputs as `append_rope`.
         cos_sin: float32 [P, D]: the cosines of each position's D/2 angles, then their sines.
-        start: int32 [at least B], the tokens that each row had before: the new token's position and place.
+        start: int32 [at least B], the number of cached tokens of each row: the new token's position and place.
         page_table: int32 [at least B, pages per row] for a paged cache, None for a contiguous one.
         scale: The factor of the scores, usually D^-0.5.
-        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; gets the new keys.
-        value_cache: Of the same shape; gets the new values.
+        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the new keys.
+        value_cache: The same shape; receives the new values.
         output: [B, K * G, D], contiguous.
         workspace: int32 [at least `workspace_size(...)`], zeros before its first use. One workspace serves calls of
-            different shapes; calls that may run at the same time need one each. A CPU does not use it.
+            different shapes. Calls that may run at the same time need separate workspaces. A CPU does not use it.
 
     Raises:
-        ValueError: An argument does not fit; nothing has been written then.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        ValueError: An argument does not fit. The operator has written nothing.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.decode_attention(
         qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace
@@ -80,7 +80,7 @@ def takes_decode_attention(dtype: torch.dtype, group: int, head_dim: int, page_s
     """Whether the GPU's kernel takes these heads and pages.
 
     Args:
-        dtype: Of the heads and the caches.
+        dtype: The dtype of the heads and the caches.
         group: G.
         head_dim: D.
         page_size: Places of a page, None for a contiguous cache.
@@ -95,7 +95,7 @@ def takes_decode_attention(dtype: torch.dtype, group: int, head_dim: int, page_s
 
 
 def workspace_size(rows: int, kv_heads: int, group: int, head_dim: int, capacity: int) -> int:
-    """Return how many int32 numbers `decode_attention` needs as its workspace on a GPU.
+    """Return the size of the workspace of `decode_attention` on a GPU, in int32 numbers.
 
     Args:
         rows: The largest B.
@@ -184,7 +184,7 @@ def _check(
     value_cache: torch.Tensor,
     output: torch.Tensor,
 ) -> None:
-    """Refuse dtypes, devices and shapes that do not fit each other."""
+    """Refuse arguments whose dtypes, devices or shapes do not fit each other."""
     check_heads("decode_attention", qkv, "B")
     check_cache(qkv, cos_sin, start, page_table, key_cache, value_cache)
     rows, kv_heads, heads_of_group, head_dim = qkv.shape

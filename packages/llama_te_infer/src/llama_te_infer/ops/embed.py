@@ -1,4 +1,4 @@
-"""Rows of the embedding for tokens: `torch.ops.llama_te.embed`.
+"""Embedding lookup: `torch.ops.llama_te.embed`.
 
 Shapes: B rows, V vocabulary, E hidden size.
 """
@@ -12,7 +12,7 @@ from .library import cuda_function, launch_arguments, limits, register
 
 
 def embed(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> None:
-    """Look tokens up. A token outside of the table gives zeros.
+    """Copy each token's row of the table. A token outside the table gives zeros.
 
     Args:
         tokens: int64 [B].
@@ -21,7 +21,7 @@ def embed(tokens: torch.Tensor, table: torch.Tensor, output: torch.Tensor) -> No
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.embed(tokens, table, output)
 

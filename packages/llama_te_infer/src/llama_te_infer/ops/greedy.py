@@ -14,19 +14,19 @@ from .library import cuda_function, launch_arguments, register
 def greedy(
     logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
 ) -> None:
-    """Take each row's likeliest token, the lowest of equal ones, and count it. NaN is less likely than all numbers.
+    """Take each row's most likely token, the lowest id among equals, and count it. NaN is less likely than any number.
 
     Args:
         logits: [B, V]; on a GPU bfloat16, V and the rows' stride a multiple of 8.
-        tokens: int64 [B]; gets the tokens.
-        lengths: int32 [B]; 1 is added to every length but 0: rows that only fill up a batch have no tokens.
-        best: int64 [B], zeros before and after the call. Calls that may run at the same time need one each.
-        tickets: int32 [B], semaphores: zeros before and after the call. Calls that may run at the same time need some
-            each.
+        tokens: int64 [B]; receives the tokens.
+        lengths: int32 [B]; the operator adds 1 to each length except 0. Padding rows have length 0.
+        best: int64 [B], zeros before and after the call. Calls that may run at the same time need separate tensors.
+        tickets: int32 [B], semaphores: zeros before and after the call. Calls that may run at the same time need
+            separate tensors.
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.greedy(logits, tokens, lengths, best, tickets)
 
@@ -62,7 +62,7 @@ def _greedy_cpu(
     logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
 ) -> None:
     _check(logits, tokens, lengths, best, tickets)
-    # PyTorch's argmax takes NaN, which is equal to nothing, for the greatest.
+    # PyTorch's argmax treats NaN as the greatest number.
     likeliest_B1 = logits.masked_fill(logits.isnan(), -torch.inf).amax(1, keepdim=True)
     tokens.copy_((logits == likeliest_B1).byte().argmax(1))
     if lengths is not None:

@@ -1,7 +1,7 @@
-"""The compiled extension: whether it is available, its limits, and how an operator is registered and launched.
+"""The compiled extension: its availability, its limits, and the registration and launch of operators.
 
 The operators `torch.ops.llama_te.*` take CPU and CUDA tensors. On a GPU they allocate no memory, do not wait for the
-GPU, and read everything that changes from step to step from device memory, so CUDA graphs can capture them.
+GPU, and read all values that change between steps from device memory, so CUDA graphs can capture them.
 
 Before a launch an operator checks shapes, dtypes, strides and addresses. It checks values in device memory (positions,
 page tables, row numbers) for CPU tensors, and for CUDA tensors only with LLAMA_TE_CHECK=1 in the environment, because
@@ -23,26 +23,26 @@ _REINSTALL = "reinstall llama-te-infer where nvcc is on PATH (`python -m llama_t
 
 
 class Limits(NamedTuple):
-    """Sizes and types that the kernels take, as compiled into the extension.
+    """The sizes and types that the compiled kernels take.
 
     Attributes:
-        vector_bytes: Addresses and strides are multiples of this many bytes.
+        vector_bytes: Addresses and strides are multiples of this number of bytes.
         element_types: The codes of the cache's dtypes.
         weight_types: The codes of the dtypes of `linear`'s weights.
-        head_dim_multiple: `append_rope` takes heads of a multiple of this size.
-        max_head_dim: The largest head of `append_rope`.
-        max_reorder_rows: Rows of one reorder.
-        max_reorder_caches: Caches of one reorder.
+        head_dim_multiple: Head sizes of `append_rope` are multiples of this number.
+        max_head_dim: The largest head size of `append_rope`.
+        max_reorder_rows: Most rows of one reorder.
+        max_reorder_caches: Most caches of one reorder.
         decode_element_types: The dtypes that `decode_attention` takes.
         decode_head_dims: The head sizes that `decode_attention` takes.
         decode_tile_keys: Keys of one tile of `decode_attention`. A page holds whole tiles.
-        max_decode_rows: Rows of one `decode_attention`.
-        max_decode_group: Query heads per key/value head of `decode_attention`.
-        max_decode_kv_heads: Key/value heads of `decode_attention`.
-        max_linear_rows: Rows of one `linear`.
-        max_linear_products: Products of one `linear_chain`.
-        linear_row_bytes_multiple: A row of `linear`'s weight has a multiple of this many bytes.
-        linear_out_features_multiple: `linear`'s weight has a multiple of this many rows.
+        max_decode_rows: Most rows of one `decode_attention`.
+        max_decode_group: Most query heads per key/value head of `decode_attention`.
+        max_decode_kv_heads: Most key/value heads of `decode_attention`.
+        max_linear_rows: Most rows of one `linear`.
+        max_linear_products: Most products of one `linear_chain`.
+        linear_row_bytes_multiple: The bytes of one row of `linear`'s weight are a multiple of this number.
+        linear_out_features_multiple: The rows of `linear`'s weight are a multiple of this number.
     """
 
     vector_bytes: int
@@ -122,7 +122,7 @@ def available(device_type: str) -> bool:
 
 
 def cuda_function(name: str) -> Callable[..., Any]:
-    """Return a function that only an extension built with CUDA has.
+    """Return a function of the extension's CUDA part.
 
     Raises:
         RuntimeError: The extension is missing, or was built without CUDA.
@@ -142,7 +142,7 @@ def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None]
     """Register an operator of `torch.ops.llama_te` that writes to its arguments and returns nothing.
 
     Args:
-        schema: As of `torch.library.define`, with the operator's name in front.
+        schema: A schema for `torch.library.define`, with the operator's name in front.
         cpu: Implementation for CPU tensors.
         cuda: Implementation for CUDA tensors.
     """
@@ -155,11 +155,11 @@ def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None]
 
 
 def _fake(*arguments: Any) -> None:
-    """Return nothing, as the operators do; the tensors that an operator writes keep their shapes."""
+    """Return nothing, like the operators. The tensors that an operator writes keep their shapes."""
 
 
 def launch_arguments(tensor: torch.Tensor) -> dict[str, int]:
-    """Return the device and the stream on which a kernel for this tensor runs."""
+    """Return the device and the stream of a kernel for this tensor."""
     return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
 
 
@@ -179,12 +179,12 @@ def checks_values() -> bool:
 def check_on_host(
     check: Callable[..., None], arguments: dict[str, Any], page_table: torch.Tensor | None, **arrays: torch.Tensor
 ) -> None:
-    """Run the CPU's check on host copies of device arrays. This waits for the GPU.
+    """Run the CPU's check on host copies of device arrays. This function waits for the GPU.
 
     Args:
         check: A function of the extension that raises `ValueError`.
-        arguments: What the kernel takes.
-        page_table: Copied to the host, like `arrays`.
+        arguments: The kernel's arguments.
+        page_table: The page table; the function copies it and `arrays` to the host.
         arrays: Tensors whose addresses are in `arguments` under the same names.
     """
     copies = {name: array.cpu() for name, array in arrays.items()}

@@ -21,10 +21,10 @@ from .library import cuda_function, launch_arguments, limits, register
 
 
 class LinearWorkspace:
-    """Memory in which the blocks of `linear` add up partial sums. Calls that may run at the same time need one each.
+    """Memory for partial sums of the blocks of `linear`. Calls that may run at the same time need separate workspaces.
 
     Args:
-        device: Where `linear` runs.
+        device: The device of the products.
 
     Attributes:
         partials: float32, the partial sums of tiles that several blocks share.
@@ -42,7 +42,7 @@ class LinearWorkspace:
 
 
 class Product(NamedTuple):
-    """One product of a `linear_chain`: the arguments of `linear` but its workspace."""
+    """One product of a `linear_chain`: the arguments of `linear` without the workspace."""
 
     input: torch.Tensor
     weight: torch.Tensor
@@ -68,29 +68,29 @@ def linear(
 ) -> None:
     """Multiply a few rows with a weight, with RMSNorm before and SwiGLU or a residual's addition after it.
 
-    The product is summed in float32, in an order that depends on its shape alone. It is rounded once before the
-    activation or the addition and once after, as single operations round. RMSNorm's factor of a row multiplies the
-    product instead of the row: the row times the norm's weight is rounded before the product.
+    Sums are in float32, in an order that depends on the product's shape alone. The operator rounds the product once
+    before the activation or the addition and once after it, as single operations do. RMSNorm's factor of a row
+    multiplies the product instead of the row; the row times the norm's weight is rounded before the product.
 
     The kernel starts to read `weight`, and nothing else, before the previous kernel on the stream ends. So the previous
-    kernel may write every other argument, but the weight must have been written earlier.
+    kernel may write every other argument, but only earlier kernels may write the weight.
 
     Args:
         input: bfloat16 [B, K], contiguous. On a GPU at most `limits().max_linear_rows` rows; on a CPU any dtype that
             the other tensors share.
         weight: [N, K], contiguous: bfloat16, or float8_e4m3fn without NaN and with a `scale`. On a GPU `takes_linear`
-            says what is allowed.
-        output: bfloat16 [B, N], with `swiglu` [B, N / 2]; contiguous, and apart from `input`.
-        workspace: Of this device.
+            checks dtype and sizes.
+        output: bfloat16 [B, N], with `swiglu` [B, N / 2]; contiguous, without overlap with `input`.
+        workspace: A workspace on the tensors' device.
         scale: float32 [1], the factor of an FP8 weight's values.
         norm_weight: bfloat16 [K], the weight of the RMSNorm; None for no norm.
-        epsilon: Of the RMSNorm.
-        residual: bfloat16 [B, N], added to the product; may be `output` itself.
+        epsilon: The epsilon of the RMSNorm.
+        residual: bfloat16 [B, N], an addend of the product; may be `output` itself.
         swiglu: Whether the product's halves are a gate and an up projection.
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.linear(
         input, weight, scale, norm_weight, epsilon, residual, swiglu, output, workspace.partials, workspace.semaphores
@@ -98,22 +98,22 @@ def linear(
 
 
 def linear_chain(products: Sequence[Product], workspace: LinearWorkspace) -> None:
-    """Compute products one after the other. On a GPU it is one launch, which streams weights from one to the next.
+    """Compute products in order. On a GPU this is one launch, which streams the weights without a pause.
 
-    A product may read what earlier ones have written, and may write what only earlier ones have read.
+    A product may read outputs of earlier products. It may overwrite memory that only earlier products read.
 
-    Blocks of a launch wait for each other, so two such launches at the same time could block each other for ever. This
-    function therefore lets them run one after the other on a GPU, on whatever streams. A caller who replays them from a
-    CUDA graph does that within `one_at_a_time`.
+    Blocks of a launch wait for each other, so two launches at the same time could deadlock. On a GPU this function
+    therefore runs launches one after the other, on any streams. A caller who replays launches from a CUDA graph must do
+    so within `one_at_a_time`.
 
     Args:
-        products: Up to `limits().max_linear_products`, with the same number of rows and weights of one dtype.
-        workspace: Of this device.
+        products: At most `limits().max_linear_products`, with the same number of rows and weights of one dtype.
+        workspace: A workspace on the tensors' device.
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: The extension is missing, or the tensors are CUDA tensors and it was built without CUDA, or the
-            launch failed.
+        RuntimeError: The extension is missing, or the tensors are on a GPU and it was built without CUDA, or the launch
+            failed.
     """
     most = limits().max_linear_products
     if not 1 <= len(products) <= most:
@@ -137,7 +137,9 @@ def linear_chain(products: Sequence[Product], workspace: LinearWorkspace) -> Non
 
 @contextmanager
 def one_at_a_time(device: torch.device) -> Iterator[None]:
-    """Let launches within begin after all earlier launches within it have ended, on whatever stream of this GPU.
+    """Serialize launches on a GPU: a launch in this context starts after the launches of earlier contexts end.
+
+    This holds across all streams of the GPU.
 
     Args:
         device: A GPU.
@@ -254,7 +256,7 @@ def _launch(products: Sequence[Product], partials: torch.Tensor, semaphores: tor
 
 
 def _check(product: Product) -> None:
-    """Refuse dtypes, devices, shapes and memory that do not fit each other."""
+    """Refuse a product whose dtypes, devices, shapes or memory ranges do not fit each other."""
     input, weight, output, scale, norm_weight, _, residual, swiglu = product
     dtype, device = input.dtype, input.device
     check_tensor("input", input, dtype, device, (None, None), "[B, K]")
@@ -291,7 +293,7 @@ def _check(product: Product) -> None:
 
 
 def _check_for_kernel(product: Product) -> None:
-    """Refuse what the GPU's kernel does not take."""
+    """Refuse a product that the GPU's kernel cannot compute."""
     _check(product)
     input, weight, output, _, norm_weight, _, residual, _ = product
     most = limits()

@@ -1,6 +1,6 @@
 """Beam search's reordering of caches: `torch.ops.llama_te.reorder_rows` and `torch.ops.llama_te.reorder_pages`.
 
-Shapes: B rows that take part, R rows of a cache, L places of a row, K key/value heads, D size of a head.
+Shapes: B rows of the batch, R rows of a cache, L places of a row, K key/value heads, D size of a head.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .library import check_on_host, checks_values, cuda_function, extension, lau
 def reorder_rows(caches: Sequence[torch.Tensor], source_rows: torch.Tensor, lengths: torch.Tensor) -> None:
     """Replace row i of contiguous caches by row `source_rows[i]`, in place, in one launch.
 
-    Only places below a row's length move, and rows that are their own source cost nothing. The kernel leaves out a row
-    whose values in `source_rows` or `lengths` are out of range.
+    Only places below a row's length move, and rows that are their own source cost nothing. The kernel skips a row whose
+    values in `source_rows` or `lengths` are out of range.
 
     Args:
         caches: Keys and values of all layers, each [R, L, K, D] and contiguous, of one shape, dtype and device.
         source_rows: int32 or int64 [B], B at most 64 and at most R. Rows may repeat or be missing.
-        lengths: int32 [B], the tokens of each row afterwards, the same as its source has.
+        lengths: int32 [B], the number of tokens of each row after the call, equal to its source's.
 
     Raises:
-        ValueError: An argument does not fit; nothing has been written then.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        ValueError: An argument does not fit. The operator has written nothing.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.reorder_rows(list(caches), source_rows, lengths)
 
@@ -45,29 +45,29 @@ def reorder_pages(
 ) -> None:
     """Replace row i of paged caches by row `source_rows[i]`, in one launch.
 
-    The entries of `page_table` for full pages become the source's, so the rows share these pages. The tokens of the
-    partly filled last page are copied to the row's own page, `page_table[i, lengths[i] // page_size]`, which must
-    belong to row i alone. The kernel leaves out a row whose values are out of range.
+    A row takes its source's entries of `page_table` for full pages, so the rows share these pages. The operator copies
+    the tokens of the partly filled last page to the row's own page, `page_table[i, lengths[i] // page_size]`. This page
+    must belong to row i alone. The kernel skips a row whose values are out of range.
 
     Args:
         caches: Keys and values of all layers, each [pages, page_size, K, D] and contiguous, of one shape, dtype and
             device.
         page_table: int32 [at least B, pages per row].
         source_rows: int32 or int64 [B], B at most 64. Rows may repeat or be missing.
-        lengths: int32 [B], the tokens of each row afterwards, the same as its source has.
+        lengths: int32 [B], the number of tokens of each row after the call, equal to its source's.
         page_size: Tokens of a page.
-        ticket: int32 [1], a semaphore: 0 before and after the call. The GPU's blocks decide by it which of them changes
-            the table. Calls that may run at the same time need one each.
+        ticket: int32 [1], a semaphore: 0 before and after the call. It selects the block that changes the table. Calls
+            that may run at the same time need separate semaphores.
 
     Raises:
-        ValueError: An argument does not fit; nothing has been written then.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        ValueError: An argument does not fit. The operator has written nothing.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.reorder_pages(list(caches), page_table, source_rows, lengths, page_size, ticket)
 
 
 def takes_reorder(caches: Sequence[torch.Tensor], rows: int) -> bool:
-    """Whether `reorder_rows` and `reorder_pages` take these caches and this many rows.
+    """Whether `reorder_rows` and `reorder_pages` take these caches and this number of rows.
 
     Raises:
         RuntimeError: The extension is missing.
@@ -198,7 +198,7 @@ def _check(
 
 
 def _check_caches(caches: list[torch.Tensor]) -> list[int]:
-    """Refuse caches that are not alike, not contiguous, not aligned, or that overlap. Return their addresses."""
+    """Refuse caches that differ in shape or dtype, have gaps, are not aligned, or overlap. Return their addresses."""
     vector_bytes = limits().vector_bytes
     first = caches[0]
     shape, dtype, device = first.shape, first.dtype, first.device
@@ -230,5 +230,5 @@ def _check_caches(caches: list[torch.Tensor]) -> list[int]:
 
 
 def _place_bytes(cache: torch.Tensor) -> int:
-    """Return the bytes of one token in a cache."""
+    """Return the number of bytes of one token in a cache."""
     return prod(cache.shape[2:]) * cache.itemsize

@@ -1,4 +1,4 @@
-"""RMSNorm of many rows, with a residual's addition before it: `torch.ops.llama_te.rms_norm`.
+"""RMSNorm of many rows, after a residual's addition: `torch.ops.llama_te.rms_norm`.
 
 Shapes: B rows, K features.
 """
@@ -24,20 +24,20 @@ def rms_norm(
 ) -> None:
     """Add a product to rows and normalize them: `hidden += addend`, then RMSNorm of `hidden`.
 
-    The sum and the norm's result are rounded, as by `torch.add` and `torch.nn.functional.rms_norm`; everything between
-    is float32. A row's result does not depend on the other rows.
+    The operator rounds the sum and the norm's result, as `torch.add` and `torch.nn.functional.rms_norm` do. Arithmetic
+    in between is float32. A row's result does not depend on the other rows.
 
     Args:
-        hidden: bfloat16 [B, K], contiguous; gets the sum if there is an `addend`. On a GPU K is a multiple of 8; on a
-            CPU any dtype that the other tensors share.
+        hidden: bfloat16 [B, K], contiguous; receives the sum if there is an `addend`. On a GPU K is a multiple of 8; on
+            a CPU any dtype that the other tensors share.
         weight: bfloat16 [K].
         epsilon: Added to the mean of a row's squares.
-        output: bfloat16 [B, K], contiguous; gets the normalized rows.
-        addend: bfloat16 [B, K], contiguous. The three matrices are apart from each other.
+        output: bfloat16 [B, K], contiguous; receives the normalized rows.
+        addend: bfloat16 [B, K], contiguous. The three matrices do not overlap.
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, output)
 

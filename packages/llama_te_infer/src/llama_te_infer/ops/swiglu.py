@@ -18,11 +18,11 @@ def swiglu(input: torch.Tensor, output: torch.Tensor) -> None:
     Args:
         input: bfloat16 [B, 2 F], contiguous: gate, then up. On a GPU F is a multiple of 8; on a CPU any dtype that the
             output shares.
-        output: bfloat16 [B, F], contiguous and apart from `input`.
+        output: bfloat16 [B, F], contiguous, without overlap with `input`.
 
     Raises:
         ValueError: An argument does not fit.
-        RuntimeError: CUDA tensors, but the extension was built without CUDA, or the launch failed.
+        RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.swiglu(input, output)
 

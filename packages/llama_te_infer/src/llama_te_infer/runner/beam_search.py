@@ -1,7 +1,7 @@
-"""Beam search in two parts, which together find the sequences that transformers' beam search finds.
+"""Beam search with the results of transformers' beam search, in two parts.
 
-The device's part picks the next tokens and never waits for the host. The host's part reads the picked tokens any time
-later, keeps the finished sequences and decides when the search is over. Further steps of the device are dropped.
+The device's part picks the next tokens and never waits for the host. The host's part reads the picked tokens at any
+later time, keeps the finished sequences and decides when the search is over. It ignores further steps of the device.
 
 Shapes: G groups (prompts), B beams of a group, V vocabulary, E end tokens, C candidates of a step.
 """
@@ -28,7 +28,7 @@ class BeamStep(NamedTuple):
         token_GB: int64, the last tokens of the next step's beams.
         source_GB: int64, the beams that they continue.
         score_GB: float32, best first.
-        candidate_token_GC: int64, the most likely continuations; some of them end a sequence.
+        candidate_token_GC: int64, the most likely continuations, with the end tokens among them.
         candidate_source_GC: int64.
         candidate_score_GC: float32, best first.
     """
@@ -42,7 +42,7 @@ class BeamStep(NamedTuple):
 
 
 def first_scores(groups: int, num_beams: int, device: torch.device | str) -> torch.Tensor:
-    """Return the scores before the first step, float32 [G, B]: all beams are the prompt, and only the first counts."""
+    """Return the scores before the first step, float32 [G, B]. All beams hold the prompt; only the first one counts."""
     score_GB = torch.full((groups, num_beams), NO_BEAM, device=device)
     score_GB[:, 0] = 0
     return score_GB
@@ -59,13 +59,13 @@ def select_beams(
     Among equally good candidates the lower beam comes first, then the lower token id.
 
     Args:
-        logits_GBV: Of each beam's next token, in any floating type; V of at least E + 1.
+        logits_GBV: Logits of each beam's next token, in any floating type; V is at least E + 1.
         score_GB: float32, from `first_scores` or the last step.
-        ending_token_GE: int64, the end tokens of each group; -1 fills up groups with fewer.
-        may_not_end_G: bool, the groups whose sequences are too short to end yet; none by default.
+        ending_token_GE: int64, the end tokens of each group, padded with -1.
+        may_not_end_G: bool, whether the group's sequences are too short to end; by default none is.
 
     Returns:
-        The step, with C = max(2, E + 1) * B candidates: enough that B of them do not end.
+        The step, with C = max(2, E + 1) * B candidates. At least B of these continue.
     """
     num_beams, vocab_size = logits_GBV.shape[1:]
     score_GBV = logits_GBV.float().log_softmax(dim=-1) + score_GB[:, :, None]
@@ -96,8 +96,8 @@ class Hypothesis:
     """A finished sequence of beam search.
 
     Attributes:
-        token_ids: The tokens behind the prompt, with the end token if there is one.
-        score: Its log-probability over its length to the power of the length penalty.
+        token_ids: The tokens after the prompt, with the end token if there is one.
+        score: Its log-probability divided by length ** length_penalty.
     """
 
     token_ids: tuple[int, ...]
@@ -116,7 +116,7 @@ class BeamHistory:
 
     Args:
         num_beams: Beams of the group, B.
-        stop: When sequences end. `select_beams` got its end tokens, and which groups are too short to end.
+        stop: The stop rule. The caller gives `select_beams` the same end tokens and minimum length.
         length_penalty: See `SamplingParams`.
         early_stopping: See `SamplingParams`.
 
@@ -134,7 +134,7 @@ class BeamHistory:
         self.num_beams, self.stop = num_beams, stop
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         self.done = False
-        self._token_SB: list[list[int]] = []  # of each step S: its beams' last tokens, and the beams before them
+        self._token_SB: list[list[int]] = []  # for each step S: its beams' last tokens, and the beams before them
         self._source_SB: list[list[int]] = []
         self._finished: list[_Finished] = []  # the best ones, at most B, best first
 
@@ -150,7 +150,7 @@ class BeamHistory:
             return
         length = len(self._token_SB) + 1
         at_limit = self.stop.is_complete(length)
-        # `select_beams` gives end tokens no score in beams that are too short, so their length is not asked again.
+        # `select_beams` excludes end tokens in beams that are too short, so there is no length check here.
         continuing = []
         for i, (token, source, score) in enumerate(zip(tokens, sources, scores, strict=True)):
             if not at_limit and token not in self.stop.end_tokens:
@@ -177,7 +177,7 @@ class BeamHistory:
         return self._normalized(best_score, length) > self._finished[-1].score
 
     def _normalized(self, score: float, length: int) -> float:
-        """Return the score over the length's power, rounded as in float32: else the search may end a step later."""
+        """Divide the score by the length's power and round to float32; in float64 the search might end a step later."""
         return _float32(score / _float32(float(length) ** self.length_penalty))
 
     def _tokens(self, finished: _Finished) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
 """Choosing the next token of each row of a batch, on the device.
 
-A drawn token depends on its row's seed, its position in the sequence and its logits alone: random numbers are a hash of
-the seed, the position and the token's id, and no sum is taken in an order that depends on the batch. So a request gets
-the same tokens in any row of any batch, and when it is computed again.
+A drawn token depends only on its row's seed, its position in the sequence and its logits. Random numbers are a hash of
+the seed, the position and the token's id, and the order of every sum is independent of the batch. So a request gets the
+same tokens in any row of any batch, and again after a preemption.
 
-Shapes: R rows, B rows that take part, V vocabulary, K most likely tokens that are reported.
+Shapes: R rows, B rows of the batch, V vocabulary, K most likely tokens to report.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .stopping import StopRule
 
 
 class SamplingNeeds(NamedTuple):
-    """The work that `sample` has to do for a batch, known on the host: a CUDA graph serves one such combination.
+    """The kinds of work that `sample` has to do for a batch. The host knows them; each combination has a CUDA graph.
 
     Attributes:
-        random: Some row draws its token.
-        filtered: Some row draws from a part of the vocabulary only, which takes a sort.
-        masked: Some row has a repetition penalty, or may not end yet.
-        top_logprobs: How many of the most likely tokens are reported: 0, or the limit, so that there are few
-            combinations; `None` if not even the chosen token's log-probability is reported.
+        random: At least one row draws its token.
+        filtered: At least one row draws from a part of the vocabulary, which needs a sort.
+        masked: At least one row has a repetition penalty, or may not end yet.
+        top_logprobs: The number of most likely tokens to report: 0 or the limit, which keeps the combinations few.
+            `None` if no log-probability is reported, not even the chosen token's.
     """
 
     random: bool = False
@@ -41,9 +41,9 @@ class Sampled(NamedTuple):
 
     Attributes:
         token_B: int64.
-        logprob_B: Of the chosen tokens.
-        top_logprob_BK: Of the most likely tokens, in descending order; K is the limit, or V where that is less.
-        top_token_BK: int64, these tokens; of equally likely ones the lower id comes first.
+        logprob_B: The chosen tokens' log-probabilities.
+        top_logprob_BK: The highest log-probabilities, in descending order; K is the limit, or V if V is less.
+        top_token_BK: int64, their tokens; among equally likely tokens the lower id comes first.
     """
 
     token_B: torch.Tensor
@@ -53,24 +53,24 @@ class Sampled(NamedTuple):
 
 
 class RowSampling:
-    """The sampling parameters of rows, as tensors on the device. A row that was not set, or was cleared, is greedy.
+    """The rows' sampling parameters, as tensors on the device. A row without parameters is greedy.
 
-    Changes are copies in the order of the current stream; the host does not wait for them.
+    Each change is a copy on the current stream; the host does not wait for it.
 
     Args:
         rows: R.
         vocab_size: V.
-        device: Of the tensors.
+        device: The device of the tensors.
 
     Attributes:
-        seen_RV: bool, the tokens of a row's prompt and output. Kept only for rows with a repetition penalty or
-            `min_tokens`, and `None` until the first such row is set.
-        ending_RV: bool, the tokens that would end a row; likewise.
+        seen_RV: bool, the tokens of a row's prompt and output. Only rows with a repetition penalty or `min_tokens` have
+            entries; `None` until the first such row is set.
+        ending_RV: bool, the tokens that would end a row. The same rows have entries.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
         self.rows, self.vocab_size, self.device = rows, vocab_size, torch.device(device)
-        # One table for each type, so that a row is set by two copies.
+        # One table for each type: two copies then set a row.
         self._number_RF = torch.zeros(rows, 4, dtype=torch.float32, device=device)
         self._integer_RF = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         self.temperature_R, self.top_p_R, self.min_p_R, self.repetition_penalty_R = self._number_RF.unbind(1)
@@ -97,10 +97,10 @@ class RowSampling:
         Args:
             row: The row.
             params: The request's parameters.
-            seed: Of the sequence, from 0 to 2**63 - 1; `params.seed` is not read.
-            token_ids: The prompt, with the tokens written so far.
-            stop: When the sequence ends.
-            prompt_length: Tokens of the prompt; all of `token_ids` by default.
+            seed: The sequence's seed, from 0 to 2**63 - 1. This method does not read `params.seed`.
+            token_ids: The prompt and the tokens written so far.
+            stop: The sequence's stop rule.
+            prompt_length: Tokens of the prompt; by default all of `token_ids`.
 
         Raises:
             ValueError: A token is not in the vocabulary.
@@ -144,12 +144,12 @@ class RowSampling:
             self.ending_RV[to].copy_(self.ending_RV[source])
 
     def clear(self, row: int) -> None:
-        """Make a row greedy, which is the least work."""
+        """Make a row greedy, the mode with the least work."""
         self._write(row, [0.0, 1.0, 0.0, 1.0], [0, self.vocab_size, 0])
         self._needs[row] = SamplingNeeds()
 
     def needs(self, rows: Iterable[int]) -> SamplingNeeds:
-        """Return the work that a batch of these rows needs."""
+        """Return the kinds of work that a batch of these rows needs."""
         kinds = {self._needs[row] for row in rows}
         return SamplingNeeds(
             random=any(kind.random for kind in kinds),
@@ -185,11 +185,11 @@ def sample(
     """Choose the next token of each row. Can be captured in a CUDA graph; does not wait for the device.
 
     Args:
-        logits_BV: bfloat16, float16 or float32; not changed.
-        sampling: The rows' parameters. Its record of seen tokens is updated for rows that need it.
-        position_B: int32 or int64, the position of the new token in its sequence: how many tokens come before it.
-        needs: `sampling.needs` of these rows, or more.
-        row_B: int64, the rows that take part, each once; the first B by default.
+        logits_BV: bfloat16, float16 or float32; `sample` does not change them.
+        sampling: The rows' parameters. `sample` adds the new tokens to its record of seen tokens, where rows need it.
+        position_B: int32 or int64, the position of the new token in its sequence: the number of tokens before it.
+        needs: The result of `sampling.needs` for these rows, or a superset.
+        row_B: int64, the rows of the batch, each once; by default the first B.
     """
     rows = slice(len(logits_BV)) if row_B is None else row_B
     choice_BV = logits_BV
@@ -214,16 +214,15 @@ def sample(
 
 
 def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest float32 values of each row in descending order, equal ones in ascending order of their index.
+    """Return the largest float32 values of each row in descending order, and equal values in the order of their index.
 
-    `torch.topk` does not define which of several equal values it takes, and in what order. Many bfloat16 logits are
-    equal.
+    `torch.topk` does not define its choice among equal values, nor their order. Many bfloat16 logits are equal.
 
     Returns:
         Values [B, count] and their indices, int64.
     """
     bits_BV = (value_BV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    # Integers in the order of the numbers: a negative number's bits ascend where the number descends.
+    # Make integers with the order of the numbers: a negative number's bits ascend as the number descends.
     order_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)
     last_first_V = torch.arange(2**32 - 1, 2**32 - 1 - value_BV.shape[-1], -1, device=value_BV.device)
     key_BK = ((order_BV.long() << 32) | last_first_V).topk(count, dim=-1).values
@@ -234,7 +233,7 @@ def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
 def _mask(
     logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor, rows: slice | torch.Tensor
 ) -> torch.Tensor:
-    """Return logits in float32 with the repetition penalty, and without the tokens that would end a row too early."""
+    """Return float32 logits with the repetition penalty. Tokens that would end a row too early get -inf."""
     assert sampling.seen_RV is not None and sampling.ending_RV is not None
     logits_BV = logits_BV.float()
     penalty_B1 = sampling.repetition_penalty_R[rows, None]
@@ -266,18 +265,18 @@ def _randomize(
 def keep_likely(
     logits_BV: torch.Tensor, top_k_B1: torch.Tensor, top_p_B1: torch.Tensor, min_p_B1: torch.Tensor
 ) -> torch.Tensor:
-    """Apply top-k, then top-p to the rest, then min-p: the other logits become -inf. See `SamplingParams`.
+    """Apply top-k, then top-p, then min-p: each sets the logits it rejects to -inf. See `SamplingParams`.
 
     Args:
         logits_BV: float32.
-        top_k_B1: int64, from 1 to V. Tokens as likely as the k-th one are kept too.
-        top_p_B1: float32; of equally likely tokens the lower id is kept first.
+        top_k_B1: int64, from 1 to V. Tokens as likely as the k-th one stay too.
+        top_p_B1: float32; among equally likely tokens the lower id counts first.
         min_p_B1: float32.
     """
     logit_BV, token_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    weight_BV = (logit_BV - logit_BV[:, :1]).exp()  # probabilities over the largest one
+    weight_BV = (logit_BV - logit_BV[:, :1]).exp()  # probabilities divided by the largest one
     keep_BV = logit_BV >= logit_BV.gather(1, top_k_B1 - 1)
-    # In whole numbers, because their sum is the same in every order: a kept token must not depend on the batch.
+    # Integer sums are the same in every order, so the kept tokens do not depend on the batch.
     share_BV = (weight_BV * 2.0**32).long().mul_(keep_BV)
     sum_BV = share_BV.cumsum(dim=-1)
     limit_B1 = (sum_BV[:, -1:] * top_p_B1.double()).ceil().long()
@@ -289,16 +288,16 @@ def keep_likely(
 def gumbel_noise(seed_B: torch.Tensor, position_B: torch.Tensor, token_hash_V: torch.Tensor) -> torch.Tensor:
     """Return float32 [B, V] with the standard Gumbel distribution, a function of (seed, position, token) alone.
 
-    The seed and the position make a well mixed key of 64 bits, once per row; a few steps per token mix it with the
-    token's hash. Integers wrap around alike on all devices.
+    The seed and the position make a well mixed key of 64 bits, once per row. A few steps per token mix the key with the
+    token's hash. Integers wrap around in the same way on all devices.
 
     Args:
         seed_B: int64.
         position_B: int32 or int64.
-        token_hash_V: int32, see `RowSampling`.
+        token_hash_V: int32, from `RowSampling`.
     """
     key_B = seed_B * _SEED_STEP + position_B.long() * _POSITION_STEP
-    # The finalizer of splitmix64. PyTorch shifts signs in, so they are taken out.
+    # The finalizer of splitmix64. PyTorch's right shift copies the sign bit, so masks remove the copies.
     key_B = (key_B ^ ((key_B >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9, 64)
     key_B = (key_B ^ ((key_B >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB, 64)
     key_B = key_B ^ ((key_B >> 31) & (2**33 - 1))
@@ -308,7 +307,7 @@ def gumbel_noise(seed_B: torch.Tensor, position_B: torch.Tensor, token_hash_V: t
     hash_BV.bitwise_xor_((hash_BV >> 15).bitwise_and_(2**17 - 1)).mul_(_signed(0x846CA68B, 32))
     hash_BV.bitwise_xor_(hash_BV >> 16).bitwise_and_(2**31 - 1)
 
-    # Exponential noise of a uniform number u is -log(1 - u). The smallest win, so u has its full precision near 0.
+    # Exponential noise of a uniform number u is -log(1 - u). The smallest noise wins, so u needs full precision near 0.
     uniform_BV = hash_BV.float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return uniform_BV.neg_().log1p_().neg_().log_().neg_()
 
@@ -326,6 +325,6 @@ def _signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-# Odd and unrelated, so that neighbouring seeds and positions never make one key.
+# Odd and unrelated numbers, so that neighbouring seeds and positions never make the same key.
 _SEED_STEP = _signed(0xD1342543DE82EF95, 64)
 _POSITION_STEP = _signed(0x9E3779B97F4A7C15, 64)
