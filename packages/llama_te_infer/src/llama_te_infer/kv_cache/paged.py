@@ -188,7 +188,7 @@ class PagedKVCacheManager(PagedStorage):
         )
 
     def _apply_pending(self) -> None:
-        """Apply the operator's reorders of the table to the lists. Wait for the device once for any number of reorders."""
+        """Apply the table's reorders to the lists. Waits for the device once for any number of reorders."""
         if not self._pending:
             return
         rows = self._row_pages.rows
