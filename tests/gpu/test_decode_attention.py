@@ -104,7 +104,7 @@ def test_more_rows_than_threads_and_all_of_them() -> None:
 
 @pytest.mark.parametrize("length", [100, 255, 3000])
 def test_a_score_that_outweighs_all_others_is_found_at_every_place(length: int) -> None:
-    """One key equals the query times a large factor, so the output is this key's value: a wrong place would show."""
+    """One key equals the query and the scale is large, so the output is this key's value: a wrong place would show."""
     arguments = on_gpu(DecodeCase(before=(length,), kv_heads=1, group=1, head_dim=64, dtype=torch.float16))
     arguments["cos_sin"][:, :32], arguments["cos_sin"][:, 32:] = 1, 0
     arguments["scale"] = 10.0

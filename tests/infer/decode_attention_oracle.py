@@ -104,10 +104,10 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def assert_output(output: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare heads by their norm, of which a single key among thousands that is forgotten or wrong takes percents.
+    """Compare heads by their norm. A single missing or wrong key among thousands changes it by percents.
 
-    The output is rounded once. On a GPU the weights are so as well, by which their sum changes no more, as a rule; it
-    could be more only where few values cancel.
+    The operator rounds the output once. On a GPU it also rounds the weights. This usually changes their sum by no more
+    than one rounding; it can change more only where few values cancel.
     """
     roundings = 2 if output.is_cuda else 1
     error = (output.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
@@ -116,7 +116,7 @@ def assert_output(output: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def assert_decoded(arguments: dict[str, Any]) -> None:
-    """Run `decode_attention` and compare: caches bit by bit, with all that should not change."""
+    """Run `decode_attention` and compare; the caches, unchanged places included, must be equal bit by bit."""
     expected = expected_decode(arguments)
     decode_attention(**arguments)
     for name in ("key_cache", "value_cache"):

@@ -16,8 +16,8 @@ from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 80, 96, 128, 256)
-# Of these the float64 result, rounded, is at most one away. float32 arithmetic on the GPU is at most 1.5 units in the
-# last place off, so it can be two away in float32.
+# The allowed distance from the rounded float64 result, in neighbouring numbers of the dtype. float32 arithmetic on the
+# GPU is off by at most 1.5 units in the last place, so a float32 result can be two numbers away.
 CPU_STEPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 1}
 CUDA_STEPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 2}
 
@@ -151,7 +151,7 @@ def expected_append(case: AppendCase, arguments: dict[str, Any]) -> dict[str, to
 
 
 def steps(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How many numbers of their dtype lie between two tensors' numbers, plus one where they differ."""
+    """Return the distance between two tensors' numbers, in neighbouring numbers of their dtype."""
     integer = torch.int32 if one.dtype == torch.float32 else torch.int16
 
     def ordered(values: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ def assert_rows_reordered(case: ReorderCase, arguments: dict[str, Any]) -> None:
 
 
 def make_pages(case: ReorderCase) -> dict[str, Any]:
-    """The arguments of `reorder_pages` on the CPU; the rows share the pages that are full in all of them."""
+    """The arguments of `reorder_pages` on the CPU; the rows share the pages that are full in every row."""
     generator = torch.Generator().manual_seed(case.seed)
     rows = len(case.source_rows) + case.extra_rows
     pages_per_row = max(case.lengths) // case.page_size + 1

@@ -46,7 +46,7 @@ def kinds(fp8: bool) -> list[dict[str, Any]]:
 
 
 def make_linear(case: LinearCase, device: str = "cpu") -> dict[str, Any]:
-    """All arguments of `linear` but its output and its workspace. NaN lies behind the rows of its matrices."""
+    """Return all arguments of `linear` except output and workspace. NaN follows the rows of each matrix in memory."""
     generator = torch.Generator(device).manual_seed(case.seed)
     rows, in_features, out_features = case.rows, case.in_features, case.out_features
 
@@ -94,7 +94,7 @@ def before_nan(matrix: torch.Tensor) -> torch.Tensor:
 def run_linear(
     arguments: dict[str, Any], workspace: LinearWorkspace | None = None, in_place: bool = False
 ) -> torch.Tensor:
-    """The output, for which there was NaN, or the residual; nothing behind it may be written."""
+    """Return the output, whose memory held NaN or the residual. `linear` must not write after its end."""
     input_BK, weight_NK, residual = (arguments[name] for name in ("input", "weight", "residual"))
     features = len(weight_NK) // 2 if arguments["swiglu"] else len(weight_NK)
     whole = input_BK.new_full((len(input_BK) + 2, features), torch.nan)
@@ -112,10 +112,10 @@ def run_linear(
 def expected_linear(arguments: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the float64 result, and the error that `linear` may have.
 
-    A result is rounded before the activation or the addition and after it, each time by half a unit in the last place,
-    `u`, or, where numbers have no more bits, by half of the least one. Sums in float32 of up to 14,336 products are off
-    by less than 2^-18 of the sum of the products' absolute values (a CPU: 2^-23), and RMSNorm's factor and the
-    activation by less than 2^-16.
+    `linear` rounds a result before and after the activation or the addition, each time by half a unit in the last
+    place, `u`, or, for subnormal numbers, by half of the least number. Float32 sums of up to 14,336 products are off by
+    less than 2^-18 of the sum of the products' absolute values (on a CPU 2^-23). RMSNorm's factor and the activation
+    are off by less than 2^-16.
     """
     input_BK, scale, norm_weight = arguments["input"], arguments["scale"], arguments["norm_weight"]
     u = torch.finfo(input_BK.dtype).eps / 2
@@ -167,23 +167,23 @@ def assert_linear(case: LinearCase, device: str = "cpu", workspace: LinearWorksp
 
 
 def expected_rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows normed, and how far `rms_norm` may be from that; `hidden` has the addend."""
+    """Return normalized rows, and the error that `rms_norm` may have; `hidden` includes the addend."""
     hidden_BK = hidden.double()
     normed_BK = hidden_BK * torch.rsqrt(hidden_BK.square().mean(1, keepdim=True) + epsilon) * weight.double()
     return normed_BK, _elementwise_bound(normed_BK, hidden.dtype)
 
 
 def expected_swiglu(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The activation times the up projection, and how far `swiglu` may be from that."""
+    """Return the activation times the up projection, and the error that `swiglu` may have."""
     gate_BF, up_BF = input.double().chunk(2, dim=1)
     product_BF = gate_BF * gate_BF.sigmoid() * up_BF
     return product_BF, _elementwise_bound(product_BF, input.dtype)
 
 
 def _elementwise_bound(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """How far a result may be off.
+    """Return the error that a result may have.
 
-    It is rounded once, by half a unit in the last place, or by that much of the least normal number. RMSNorm's
+    The operator rounds once, by half a unit in the last place, or by half a unit of the least normal number. RMSNorm's
     factor, from sums of up to 28,672 squares in float32, and the activation are off by less than 2^-16.
     """
     kind = torch.finfo(dtype)

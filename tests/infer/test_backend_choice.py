@@ -27,7 +27,7 @@ NEW = 12
 GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
 DRAWN = SamplingParams(max_tokens=NEW, seed=3)
 PROMPT = [5, 77, 31, 200, 8, 41, 9]
-SIZES = {  # for which there are kernels
+SIZES = {  # sizes that the kernels take
     "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -50,7 +50,7 @@ def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def kernels_gain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On this CPU too "auto" takes the kernels where it can, as on a GPU."""
+    """On this CPU "auto" prefers the kernels, as on a GPU."""
     monkeypatch.setattr(backend, "gains_from_kernels", lambda device: True)
     backend._warn_once.cache_clear()
 
@@ -89,7 +89,7 @@ def adapter(model: PreTrainedModel) -> str:
 
 
 class Gate(nn.Module):
-    """The final norm, with a parameter more."""
+    """The final norm with an additional parameter."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

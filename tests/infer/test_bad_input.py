@@ -1,4 +1,4 @@
-"""A cache refuses input that does not fit, with a message that says what to do, before it writes anything."""
+"""A cache refuses input that does not fit before it writes anything, with a message that says how to fix it."""
 
 from __future__ import annotations
 

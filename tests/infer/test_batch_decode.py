@@ -32,7 +32,7 @@ LAYOUTS = pytest.mark.parametrize(
 )
 
 
-SIZES = {  # for which there are kernels
+SIZES = {  # sizes that the kernels take
     "vocab_size": 272,
     "hidden_size": 128,
     "intermediate_size": 192,
@@ -68,7 +68,7 @@ def any_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """How often a step, a layer and a capture were begun."""
+    """Counts of steps, layer calls and captures."""
     counted = Calls()
     counted.watch(monkeypatch, FusedDecode, "__call__", "steps")
     counted.watch(monkeypatch, FusedDecode, "__init__", "made")
@@ -141,7 +141,7 @@ def test_texts_and_logits_are_those_of_transformers(
 
 @LAYOUTS
 def test_a_column_at_a_time(hf: PreTrainedModel, te: PreTrainedModel, any_dtype: None, calls: Calls, is_paged) -> None:
-    """As long as a row may still have padding, the layers compute the prompt's columns; then the kernels do."""
+    """While a row may still have padding, the layers compute the prompt's columns; then the kernels take over."""
     inputs = prompts(3)
     expected = generate(hf, inputs)
     assert generate(te, inputs, cache_for(te, 3, is_paged), prefill_chunk_size=1).tolist() == expected.tolist()
@@ -163,7 +163,7 @@ def test_beams_that_end(hf: PreTrainedModel, te: PreTrainedModel, any_dtype: Non
 def test_drafts_from_the_prompt(
     hf: PreTrainedModel, te: PreTrainedModel, any_dtype: None, calls: Calls, is_paged: bool
 ) -> None:
-    """Drafts go through the layers, and are taken back from the cache; single tokens between them do not."""
+    """The layers compute drafts, and the cache removes rejected ones; the kernels compute single tokens in between."""
     torch.manual_seed(2)
     input_ids = torch.randint(3, 257, (1, 5)).repeat(1, 4)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -180,7 +180,7 @@ def test_drafts_from_the_prompt(
 def test_three_turns(
     hf: PreTrainedModel, te: PreTrainedModel, any_dtype: None, calls: Calls, is_paged: bool, more: int
 ) -> None:
-    """Padding behind rows that ended is left out of the cache, whatever computed it."""
+    """The cache excludes padding after finished rows, with either backend."""
     inputs = prompts(3)
     eos = generate(hf, inputs)[0, COLUMNS + 4].item()
     cache = cache_for(te, 3, is_paged, max_length=80)
@@ -205,7 +205,7 @@ def test_three_turns(
 def test_bfloat16_logits(
     tiny_llama: Callable[..., PreTrainedModel], calls: Calls, attn_input_format: str, is_paged: bool
 ) -> None:
-    """As far from float32 as the layers are. The kernels take this model as it is."""
+    """The kernels' logits are about as close to float32 as the layers' logits. The kernels take the model unchanged."""
     exact_model = convert_llama_hf_to_te(tiny_llama(**SIZES, initializer_range=0.1))
     model = convert_llama_hf_to_te(tiny_llama(**SIZES, initializer_range=0.1), attn_input_format=attn_input_format)
     model = model.to(torch.bfloat16)
@@ -213,7 +213,7 @@ def test_bfloat16_logits(
     text_BC = generate(exact_model, inputs, cache_for(exact_model, 3, decode_implementation="layers"))
 
     def forced(model: PreTrainedModel, decode_implementation: str) -> torch.Tensor:
-        """Logits of the steps that read one token of the text after the other."""
+        """Return the logits of steps that read the text one token at a time."""
         cache = cache_for(model, 3, is_paged, decode_implementation=decode_implementation)
         logits = []
         with torch.no_grad():
@@ -272,7 +272,7 @@ def test_layers_compute_what_is_more_than_logits(te: PreTrainedModel, any_dtype:
 
 
 def test_without_a_cache_or_with_a_loop_of_transformer_engine(te: PreTrainedModel, any_dtype: None, calls) -> None:
-    """`pre_step` is called by users who drive layers themselves: nothing is known of columns then."""
+    """Users who call layers themselves call `pre_step`. The cache then knows nothing about columns."""
     generate(te, prompts(2), cache_for(te, 2), use_cache=False)
     cache = cache_for(te, 2)
     cache.pre_step({0: 3, 1: 2})
@@ -293,7 +293,7 @@ def test_automatic_choice_on_a_cpu_is_the_layers(te: PreTrainedModel, any_dtype:
 def test_automatic_choice_on_a_gpu_warns_once_where_it_is_the_layers(te: PreTrainedModel) -> None:
     backend._warn_once.cache_clear()
     cache = cache_for(te, 2, decode_implementation="auto")
-    cache.device = torch.device("cuda")  # which is asked first; then float32 decides
+    cache.device = torch.device("cuda")  # the check of the device comes first, then the check of the dtype
     with pytest.warns(UserWarning, match="one token are computed by the model's layers, since there are no kernels"):
         assert select_backend(te, cache, 2)[0] is None
     with warnings.catch_warnings():
@@ -356,7 +356,7 @@ def transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("transformer_engine")
 def test_hooks_that_transformer_engine_layers_have(tiny_llama: Callable[..., PreTrainedModel], any_dtype: None) -> None:
-    """They serve the cache, which the kernels do themselves."""
+    """These hooks serve the cache. The kernels do the same work themselves."""
     model = convert_llama_hf_to_te(tiny_llama(**SIZES))
     assert model.model.layers[0]._forward_pre_hooks
     assert decode_problem(model, cache_for(model, 2), 2) is None
@@ -381,7 +381,7 @@ def test_more_rows_than_the_kernels_take(te: PreTrainedModel, any_dtype: None) -
 def test_angles_that_depend_on_the_length(
     tiny_llama: Callable[..., PreTrainedModel], any_dtype: None, calls: Calls, rope_type: str
 ) -> None:
-    """Within the trained length they do not, and the text is transformers' own; beyond it kernels have one table."""
+    """Within the trained length angles are fixed and the text equals transformers'; beyond it kernels use one table."""
     rope: dict[str, Any] = {"rope_type": rope_type, "factor": 2.0, "rope_theta": 10000.0}
     if rope_type == "longrope":
         factors = {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
@@ -447,7 +447,7 @@ def test_weights_may_change_between_turns(te: PreTrainedModel, any_dtype: None, 
 
     @torch.no_grad()
     def turn(columns: int) -> list[torch.Tensor]:
-        """Logits of a step behind so many new columns."""
+        """Return the logits of a step after `columns` new columns."""
         logits = []
         for cache in (fused, layers):
             te(torch.arange(3, 3 + columns)[None], past_key_values=cache)
@@ -457,7 +457,7 @@ def test_weights_may_change_between_turns(te: PreTrainedModel, any_dtype: None, 
     torch.testing.assert_close(*turn(4), atol=1e-4, rtol=1e-4)
     mlp = te.model.layers[1].layernorm_mlp
     for made, columns in ((2, 2), (3, 1)):
-        if columns == 1:  # which may be a prompt after a reset only
+        if columns == 1:  # a single column is a prompt only after a reset
             fused.reset()
             layers.reset()
         mlp.fc2_weight = torch.nn.Parameter(-mlp.fc2_weight.detach())
@@ -483,7 +483,7 @@ def test_another_number_of_rows(te: PreTrainedModel, any_dtype: None, calls: Cal
 
 
 def test_logits_stay(te: PreTrainedModel, any_dtype: None) -> None:
-    """Each step has logits of its own."""
+    """Each step returns its own tensor of logits."""
     cache = cache_for(te, 1)
     with torch.no_grad():
         te(**prompts(1), past_key_values=cache)
@@ -510,14 +510,14 @@ def test_a_cache_is_freed_without_the_garbage_collector(te: PreTrainedModel, any
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_inference_mode_and_then_without(te: PreTrainedModel, any_dtype: None, calls: Calls, is_paged: bool) -> None:
     cache = cache_for(te, 2, is_paged)
-    generate(te, prompts(2), cache, max_new_tokens=1)  # the memory is not made in inference mode
+    generate(te, prompts(2), cache, max_new_tokens=1)  # the cache allocates its memory outside inference mode
     for mode in (torch.inference_mode, torch.no_grad):
         cache.reset()
         with mode():
             generate(te, prompts(2), cache)
     assert (calls.steps, calls.made) == (2 * (NEW - 1), 1)
     loss = te(**prompts(2), labels=prompts(2)["input_ids"]).loss
-    loss.backward()  # the tables that were made are good for training
+    loss.backward()  # training can use the tables
 
 
 def test_errors_of_a_step_change_nothing(te: PreTrainedModel, any_dtype: None, calls: Calls) -> None:

@@ -106,7 +106,7 @@ def record(step: BeamStep, histories: Sequence[BeamHistory]) -> None:
 def we_find(
     logits_of: Callable[[list[list[int]]], torch.Tensor], searches: Sequence[Search], late: int = 0
 ) -> list[list[Hypothesis]]:
-    """Searches of equal width as groups of one batch; the host reads each step so many steps late."""
+    """Run searches of equal width as groups of one batch; the host reads each step `late` steps later."""
     groups, num_beams = len(searches), searches[0].num_beams
     histories = [
         BeamHistory(num_beams, stop_rule(search), search.length_penalty, search.early_stopping) for search in searches
@@ -157,7 +157,7 @@ def table_searches(draw: st.DrawFn) -> tuple[TableModel, list[Search], int]:
 @SETTINGS
 @given(case=table_searches())
 def test_any_search_finds_what_transformers_finds(case: tuple[TableModel, list[Search], int]) -> None:
-    """To the last bit of the scores, whatever else is in the batch."""
+    """Scores are equal to the last bit, for any other searches in the batch."""
     model, searches, late = case
     expected = [transformers_finds(model, search, use_cache=False) for search in searches]
     assert we_find(table_logits(model), searches, late) == expected
@@ -272,7 +272,7 @@ def test_a_history_by_hand() -> None:
     history.add([4, 7, 9, 8], [0, 1, 1, 0], [-4.5, -5.25, -5.5, -6.0])
     assert history.done
     assert history.best(2) == [Hypothesis((2, 5, 4), -1.5), Hypothesis((1, 6, 7), -1.75)]
-    history.add([9, 9, 1, 1], [0, 1, 0, 1], [0.0, 0.0, 0.0, 0.0])  # a step that the device took on top
+    history.add([9, 9, 1, 1], [0, 1, 0, 1], [0.0, 0.0, 0.0, 0.0])  # a surplus step of the device
     assert history.best(2) == [Hypothesis((2, 5, 4), -1.5), Hypothesis((1, 6, 7), -1.75)]
     assert history.best(1) == [Hypothesis((2, 5, 4), -1.5)]
 

@@ -119,7 +119,7 @@ def snapshot(cache: InferenceParams) -> dict[str, Any]:
 
 
 class Machine(RuleBasedStateMachine):
-    """What both machines below share: a cache, and the tokens that each row should hold."""
+    """The common part of both machines below: a cache, and the tokens that each row should hold."""
 
     is_paged = False
 

@@ -90,7 +90,7 @@ ANGLES = torch.outer(torch.arange(32.0), torch.logspace(0, -3, DIM // 2)).repeat
 
 
 def run(layer: Layer, qkv_format: str, filling: int = 0) -> list[list[torch.Tensor]]:
-    """The rows' outputs at each step; packed tokens are followed by `filling` that belong to no row."""
+    """Return the rows' outputs at each step; `filling` tokens of no row follow the packed tokens."""
     cache = InferenceParams(
         ROWS + 1, 16, KV_HEADS, DIM, torch.float32, qkv_format=qkv_format, max_ctx_len=16, device="cpu"
     )

@@ -60,7 +60,7 @@ def test_stop_strings_end_a_text_before_them(text: str, stop: list[str]) -> None
         taken += detokenizer.take(False)
     detokenizer.end()
     taken += detokenizer.take(True)
-    # The first token after which one of them is there; of several that it completes, the one that begins first.
+    # The first token that completes a stop string decides; if it completes several, the one that begins first.
     ends = [end for end in range(len(text) + 1) if any(string in text[:end] for string in stop)]
     if not ends:
         assert detokenizer.stopped_by is None

@@ -1,4 +1,4 @@
-"""The engine writes what `generate` writes for each prompt alone, and does what a server needs."""
+"""The engine writes the same text as `generate` for each prompt alone, and has the functions that a server needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
 
 @pytest.fixture
 def hf(tiny_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    # No EOS token, so that tests choose where texts end; and weights that write few repetitions.
+    # Without an EOS token, tests choose where texts end. These weights write few repetitions.
     return tiny_llama(max_position_embeddings=128, initializer_range=0.3, num_hidden_layers=2, eos_token_id=None)
 
 
@@ -48,7 +48,7 @@ def te(hf: PreTrainedModel, attn_input_format: str) -> PreTrainedModel:
 
 @pytest.fixture
 def thd(hf: PreTrainedModel) -> PreTrainedModel:
-    """For tests that have nothing to do with the format."""
+    """A model for tests that do not depend on the format."""
     return convert_llama_hf_to_te(hf)
 
 
@@ -227,7 +227,7 @@ def test_the_tokens_of_a_known_prefix_are_not_computed_again(hf: PreTrainedModel
     assert tokens(engine.generate([text], GREEDY)[0]) == tokens(first) == generated(hf, text)
     assert counts[0] == 22 - 20
     counts.clear()
-    # What was written is remembered too: a second turn reads its own tokens only.
+    # The prefix cache also remembers written tokens: a second turn reads its new tokens only.
     turn = text + tokens(first)[0] + prompts(3, seed=9)[0]
     assert tokens(engine.generate([turn], GREEDY)[0]) == generated(hf, turn)
     assert counts[0] == len(turn) - 32
@@ -243,7 +243,7 @@ def test_pages_by_default_are_enough_for_all_rows(te: PreTrainedModel) -> None:
 def test_rows_that_do_not_run_hold_nothing(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, multiple: int
 ) -> None:
-    """Steps may be computed for more rows than run: of quantized products, or in a graph for so many."""
+    """A step may compute more rows than run, for quantized products or for a graph of fixed size."""
     for module in (engine_module, decode_layers, prefill):
         monkeypatch.setattr(module, "padded_multiple", lambda model: multiple)
     engine = Engine(te, page_size=4, max_batch_size=6)

@@ -1,6 +1,6 @@
-"""Random mixes of requests: each result is the one that its request has alone in an engine of its own.
+"""Random mixes of requests: each result equals the request's result alone in a separate engine.
 
-LLAMA_TE_RANDOM_MIXES=1000 in the environment runs that many instead of the few that take a minute.
+LLAMA_TE_RANDOM_MIXES=1000 in the environment sets the number of mixes. The default number takes a minute.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ KINDS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def engine(tiny_llama: Callable[..., PreTrainedModel]) -> Engine:
-    """Of a model as small as can be, with fewer pages than its rows need and prompts to remember."""
+    """An engine of a tiny model, with fewer pages than the rows and the remembered prompts need."""
     hf = tiny_llama(
         vocab_size=64,
         hidden_size=16,
@@ -46,7 +46,7 @@ def engine(tiny_llama: Callable[..., PreTrainedModel]) -> Engine:
 
 
 def requests(count: int) -> Iterator[tuple[list[int], SamplingParams]]:
-    """Of which many begin alike."""
+    """Yield requests; many begin alike."""
     choose = random.Random(7)
     for _ in range(count):
         beginning = choose.choice([[7, 8, 9, 10, 11, 12, 13, 14], [7, 8, 9, 10], []])
@@ -55,7 +55,7 @@ def requests(count: int) -> Iterator[tuple[list[int], SamplingParams]]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; its peak would tell of the tests that ran before."""
+    """Return the current memory of this process; its peak would include earlier tests."""
     if sys.platform == "linux":
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     ps = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)

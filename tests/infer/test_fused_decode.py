@@ -78,7 +78,7 @@ def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> 
 
 
 def distances(logits_SRV: torch.Tensor, exact_SRV: torch.Tensor) -> torch.Tensor:
-    """Of each row of each step. Some are large: random layers take small differences for large ones here and there."""
+    """Return the distance of each row of each step. Some are large, where random layers amplify small differences."""
     distance_SR = (logits_SRV - exact_SRV).norm(dim=-1) / exact_SRV.norm(dim=-1)
     return distance_SR[exact_SRV.any(dim=-1)]
 
@@ -148,7 +148,7 @@ def multiply_by_single_operations(product: Product) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize(("first", "last"), list(combinations(range(5), 2)))
 def test_many_rows_round_where_single_operations_would(first: int, last: int) -> None:
-    """Bit by bit, wherever a chain begins and ends: between FP8 weights there may be any part of a layer."""
+    """Bits are equal wherever a chain begins and ends: any part of a layer may lie between FP8 weights."""
     fused, single = Layer(), Layer()
     _multiply_many(fused.products[first:last])
     for product in single.products[first:last]:
@@ -181,7 +181,7 @@ def test_a_sum_that_no_norm_follows(number: int, change: dict[str, Any]) -> None
 
 @torch.inference_mode()
 def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a layer's two additions none is a pass of its own."""
+    """Norms include both additions of a layer, so no addition is a separate pass."""
     added = []
 
     def record(*arguments: Any, addend: torch.Tensor | None) -> None:
@@ -195,7 +195,7 @@ def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FP8 values with a scale compute what the widened weights do."""
+    """FP8 values with a scale give the same results as widened weights."""
     model = make_model().to(torch.bfloat16)
     values = {}
 

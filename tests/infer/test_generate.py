@@ -22,7 +22,7 @@ import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import InferenceParams, inference_params_for
 
-# What the installed transformers calls the cache, as an argument of `generate` and in outputs.
+# The installed transformers' name of the cache, as an argument of `generate` and in outputs.
 FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 CACHE = "cache" if "cache" in FIELDS else "past_key_values"
 NEW = 12
@@ -35,7 +35,7 @@ LAYOUTS = pytest.mark.parametrize(
 
 @pytest.fixture
 def hf(tiny_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return tiny_llama(max_position_embeddings=128, initializer_range=0.3)  # which writes texts with few repetitions
+    return tiny_llama(max_position_embeddings=128, initializer_range=0.3)  # these weights write few repetitions
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_rows_that_end_early(hf: PreTrainedModel, te: PreTrainedModel, is_paged:
 def test_stop_strings(hf: PreTrainedModel, te: PreTrainedModel) -> None:
     inputs = prompts(1)
     text = generate(hf, inputs)[0, 9:].tolist()
-    # One letter a token; transformers looks at what stands behind "abcdef" to learn what a token adds to a text.
+    # A token is one letter. transformers reads the text after "abcdef" to find the text of a token.
     letters = [chr(0x4E00 + token) for token in range(257)]
     letters[0] = "abcdef"
     words = Tokenizer(WordLevel({letter: token for token, letter in enumerate(letters)}, unk_token="abcdef"))
@@ -247,7 +247,7 @@ def test_drafts_from_the_prompt(hf: PreTrainedModel, te: PreTrainedModel, is_pag
 
 
 def use_installed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if llama_te_infer were installed: with the entry point that its pyproject.toml registers."""
+    """Simulate an installed llama_te_infer: use the entry point that its pyproject.toml registers."""
     project = Path(__file__).parents[2] / "packages" / "llama_te_infer" / "pyproject.toml"
     points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
     [(group, entries)] = points.items()
@@ -275,7 +275,7 @@ def installed_cache(monkeypatch: pytest.MonkeyPatch, forgotten_factory: None) ->
 def test_drafts_from_an_assistant(
     tiny_llama: Callable[..., PreTrainedModel], hf: PreTrainedModel, te: PreTrainedModel, is_paged: bool, seed: int
 ) -> None:
-    """The text is the greedy one whatever the assistant proposes, and the assistant's cache grows with it."""
+    """The text equals the greedy text for all proposals of the assistant, and the assistant's cache grows with it."""
     assistant = convert_llama_hf_to_te(
         tiny_llama(max_position_embeddings=128, initializer_range=0.3, seed=seed),
         attn_input_format=te.config.attn_input_format,
@@ -283,7 +283,7 @@ def test_drafts_from_an_assistant(
     assistant.generation_config.num_assistant_tokens = 4
     assistant.generation_config.assistant_confidence_threshold = 0.0
     inputs = prompts(1)
-    # transformers takes a token 0 that was written for padding when it hands the text to the assistant.
+    # transformers mistakes a written token 0 for padding when it passes the text to the assistant.
     options = {"max_new_tokens": 60, "suppress_tokens": [0]}
     expected = generate(hf, inputs, **options)
     cache = cache_for(te, 1, is_paged, max_length=80)
@@ -297,7 +297,7 @@ def test_drafts_from_an_assistant(
 
 
 def next_turn(inputs: dict[str, torch.Tensor], text_BC: torch.Tensor, eos: int | None, more: int) -> dict[str, Any]:
-    """The text so far and `more` new tokens; what stands behind a row's eos is padding."""
+    """Return the text so far and `more` new tokens; tokens after a row's eos are padding."""
     text_mask_BC = torch.ones_like(text_BC)
     columns = inputs["input_ids"].shape[1]
     text_mask_BC[:, :columns] = inputs["attention_mask"]
@@ -332,7 +332,7 @@ def test_three_turns(
         inputs = next_turn(inputs, expected, eos, more)
     padding = (inputs["attention_mask"][:, 9:] == 0).any(1)
     assert bool(padding.any()) == (ends_early and rows > 1), "padding behind finished rows is what this is about"
-    # Rows hold their tokens alone: padding takes no room.
+    # Rows hold tokens only: padding takes no space.
     tokens_B = inputs["attention_mask"][:, :-more].sum(1)
     assert all(
         cached >= tokens - 1 for cached, tokens in zip(cache_te.sequences.values(), tokens_B.tolist(), strict=True)

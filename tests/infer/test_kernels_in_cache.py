@@ -35,7 +35,7 @@ def angles() -> torch.Tensor:
 
 
 def steps(cache: InferenceParams, qkv_format: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Prompts of different lengths, single tokens and a reorder; everything that comes out."""
+    """Run prompts of different lengths, single tokens and a reorder; return all results."""
     generator = torch.Generator().manual_seed(4)
     table = angles()
     results = []
@@ -47,7 +47,7 @@ def steps(cache: InferenceParams, qkv_format: str, dtype: torch.dtype) -> list[t
         cache.pre_step(OrderedDict(enumerate(lengths)))
         for layer in (1, 2):
             query = cache.append_rope(layer, qkv * layer, table, qkv_format)
-            if qkv_format == "bshd":  # what stands at padding is unspecified
+            if qkv_format == "bshd":  # values at padding are unspecified
                 place = torch.arange(width) < torch.tensor(lengths)[:, None]
                 query = query[place]
             results.append(query)

@@ -342,7 +342,7 @@ def test_no_warning_without_a_gpu(monkeypatch: pytest.MonkeyPatch, forgotten: No
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, forgotten: None) -> None:
-    """Nothing is available, and who asks for the limits is told why."""
+    """Nothing is available, and `limits` raises an error with the reason."""
     monkeypatch.setitem(sys.modules, "llama_te_infer._extension", None)
     monkeypatch.delattr("llama_te_infer._extension", raising=False)
     assert not library.available("cpu")

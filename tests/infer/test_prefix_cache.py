@@ -1,4 +1,4 @@
-"""The prefix cache, against a list of all texts that were ever remembered."""
+"""The prefix cache, against a list of all texts that it ever remembered."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(total=st.integers(1, 10), page_size=st.sampled_from([1, 2, 3]))
     def begin(self, total: int, page_size: int) -> None:
         self.cache = PrefixCache(PagePool(total, page_size))
-        self.memory: dict[int, tuple[int, ...]] = {}  # of each page, the text up to its end
-        self.texts: list[tuple[list[int], list[int]]] = []  # that are under way: tokens and pages
+        self.memory: dict[int, tuple[int, ...]] = {}  # for each page, the text up to its end
+        self.texts: list[tuple[list[int], list[int]]] = []  # tokens and pages of running texts
 
     @rule(seed=st.integers(0, 2**16), length=st.integers(0, 9))
     def write(self, seed: int, length: int) -> None:

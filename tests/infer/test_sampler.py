@@ -1,4 +1,4 @@
-"""Tokens are drawn as transformers' processors say, and depend on nothing but their own row.
+"""The sampler draws tokens by the rules of transformers' processors, and each token depends on its own row alone.
 
 Shapes: B rows, V vocabulary, N draws, K reported tokens.
 """
@@ -117,7 +117,7 @@ def noise_of(seed: int, position: int, vocab_size: int) -> torch.Tensor:
 
 
 def check_frequencies(token_N: torch.Tensor, probability_V: torch.Tensor) -> None:
-    """Chi-square, tokens that are expected fewer than ten times put together; four standard deviations."""
+    """Check by chi-square within four standard deviations; tokens with fewer than ten expected draws form one class."""
     assert bool((probability_V[token_N] > 0).all()), "a token without probability was drawn"
     count_V = token_N.bincount(minlength=len(probability_V)).double()
     expected_V = probability_V.double() * len(token_N)
@@ -271,7 +271,7 @@ def test_noise_follows_its_distribution_into_the_tail() -> None:
     table = RowSampling(1, 100_000, "cpu").token_hash_V
     noise = gumbel_noise(torch.arange(40), torch.arange(40), table).double().flatten()
     assert bool(noise.isfinite().all())
-    # What wins a large vocabulary is the tail, where P(noise > x) = 1 - exp(-exp(-x)).
+    # In a large vocabulary the tail decides, where P(noise > x) = 1 - exp(-exp(-x)).
     for x in (-2.0, 0.0, 3.0, 6.0, 9.0, 11.0):
         expected = -math.expm1(-math.exp(-x)) * len(noise)
         spread = math.sqrt(expected * (1 - expected / len(noise)))
@@ -293,7 +293,7 @@ def test_the_noise_of_a_seed_stays_what_it_is() -> None:
 
 def test_noise_is_finite_where_the_hash_is_largest() -> None:
     """A uniform number of 1 would make noise of -inf, which is no better than a token that must not be drawn."""
-    # Backwards from 31 bits of ones, for the row's key 0: the last shift, the factor, the shift before.
+    # Invert the hash from 31 bits of ones, for the row's key 0: the last shift, the factor, the earlier shift.
     product = 0x7FFF8000 * pow(0x846CA68B, -1, 2**32) % 2**32
     entry = product ^ (product >> 15) ^ (product >> 30)
     table = torch.tensor([entry], dtype=torch.int64).int()
@@ -415,7 +415,7 @@ def test_a_row_moves_with_all_that_it_is() -> None:
     assert sampling.seen_RV is not None and sampling.ending_RV is not None
     assert sampling.seen_RV[0].nonzero()[:, 0].tolist() == sorted({3, 4, int(result.token_B)})
     assert sampling.ending_RV[0].nonzero()[:, 0].tolist() == EOS
-    # What the row kept of another sequence is gone once it is given to the next.
+    # A row drops the record of its earlier sequence when it goes to the next sequence.
     set_row(sampling, 0, SamplingParams(repetition_penalty=2.0, ignore_eos=True), 1, [8])
     assert sampling.seen_RV[0].nonzero()[:, 0].tolist() == [8]
     assert not bool(sampling.ending_RV[0].any())

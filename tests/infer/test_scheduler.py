@@ -127,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open: dict[int, Request] = {}
         self.pending: list[tuple[Any, ...]] = []
         self.number = 0
-        self.first_read: list[int] = []  # ids in the order in which their prompts were begun
+        self.first_read: list[int] = []  # ids in the order in which their prompts began
 
     @rule(seed=st.integers(0, 2**16))
     def submit(self, seed: int) -> None:
@@ -192,7 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if sequence.finish_reason is not None:
                     continue
                 sequence.tokens.append(token)
-                ends = token == 10  # a stop token, which is noticed a step late
+                ends = token == 10  # a stop token; the host notices it one step late
                 if ends or len(sequence.written) == sequence.request.params.max_tokens:
                     self.finish(sequence.request, [sequence])
             else:
@@ -265,7 +265,7 @@ def request(number: int, length: int, first: int = 1, **params: Any) -> Request:
 
 
 def read(plan: Plan, token: int = 99) -> None:
-    """Let each sequence have its token."""
+    """Give each sequence its token."""
     for sequence in [*plan.running, *plan.beginning]:
         sequence.tokens.append(token)
 

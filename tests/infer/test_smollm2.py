@@ -1,4 +1,4 @@
-"""The real model: SmolLM2-135M-Instruct in the TE layout writes what it writes in transformers."""
+"""The real model: SmolLM2-135M-Instruct in the TE layout writes the same text as in transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def inputs(smollm2: PreTrainedModel, smollm2_tokenizer: Any) -> dict[str, torch.
 
 @pytest.fixture(scope="module")
 def models_te(smollm2: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """In both formats."""
+    """The models in both formats."""
     thd = convert_llama_hf_to_te(smollm2)
     bshd = convert_llama_hf_to_te(smollm2, attn_input_format="bshd")
     assert (thd.config.attn_input_format, bshd.config.attn_input_format) == ("thd", "bshd")

@@ -72,7 +72,7 @@ def test_every_fp8_value() -> None:
 
 
 def test_a_chain_is_its_products_one_after_the_other() -> None:
-    """Each product reads the output of the one before, and the last adds to the output of the first."""
+    """Each product reads the previous output, and the last product adds to the first output."""
     torch.manual_seed(0)
     first, second = (make_linear(LinearCase(3, 128, 128, seed=seed)) for seed in (1, 2))
     chained, alone = (torch.zeros(2, 3, 128).bfloat16() for _ in range(2))
@@ -332,7 +332,7 @@ def test_bad_arguments(function: Any, make: Any, change: Change, message: str) -
 
 def test_torch_agrees_with_the_schemas() -> None:
     for kind in [*kinds(fp8=False), *kinds(fp8=True)]:
-        # Torch has the output and the residual as two arguments, of which only one is written.
+        # For torch, output and residual are two arguments, and the operator writes only one of them.
         case = LinearCase(rows=3, in_features=64, out_features=32, **(kind | {"in_place": False}))
         output, workspace = torch.zeros(3, 16 if case.swiglu else 32).bfloat16(), LinearWorkspace(CPU)
         arguments = (*make_linear(case).values(), output, workspace.partials, workspace.semaphores)

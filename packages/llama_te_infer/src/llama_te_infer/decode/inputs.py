@@ -19,7 +19,7 @@ class StepInputs:
     (`DecodeBackend.__call__`); afterwards `count_step` adds one to the lengths on the device. Where each row takes its
     likeliest token, the step does both (`DecodeBackend.advance`): the kernel that finds the token adds the one. On the
     host lengths grow in one place for each owner of rows, before the step is launched: in `Scheduler.plan` for the
-    engine, in `InferenceParams.pre_step` for `generate`. `lengths` is a copy of what the owner says.
+    engine, in `InferenceParams.pre_step` for `generate`. `lengths` is a copy of the owner's lengths.
 
     Attributes:
         token_R: int64, the last token of each row, which is not in the cache.

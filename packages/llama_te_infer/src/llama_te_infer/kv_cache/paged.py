@@ -188,7 +188,7 @@ class PagedKVCacheManager(PagedStorage):
         )
 
     def _apply_pending(self) -> None:
-        """Repeat on the lists what the operator did to the table. Waits for the device once, however many reorders."""
+        """Apply the table's reorders to the lists. Waits for the device once for any number of reorders."""
         if not self._pending:
             return
         rows = self._row_pages.rows

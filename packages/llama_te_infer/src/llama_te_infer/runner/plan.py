@@ -1,4 +1,4 @@
-"""The plan of one step: what the scheduler decides and the runner launches. No tensors."""
+"""The plan of one step. The scheduler makes it and the runner launches it. It holds no tensors."""
 
 from __future__ import annotations
 
