@@ -124,13 +124,15 @@ def sanitize(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, and which folders import which."""
-    session.install("ruff==0.17.6", IMPORT_LINTER)
+    """Check style, formatting, which folders import which, and where private names of libraries are used."""
+    session.install("ruff==0.17.6", IMPORT_LINTER, "pytest")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     # The import check only reads the sources, so it needs no dependencies of the packages.
     env = {"PYTHONPATH": os.pathsep.join(f"{package}/src" for package in PACKAGES)}
     session.run("lint-imports", "--no-cache", env=env)
+    # The conftest of all tests imports torch, which this session does without.
+    session.run("pytest", "-q", "--noconftest", "tests/test_private_names.py")
 
 
 @nox.session

@@ -32,6 +32,8 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 CODE = re.compile(r"`([^`\n]+)`")
 # What code spans name of this repository: paths, dotted names of modules, and what mkdocstrings documents.
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "packages", "tests")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+PATH_IN_BLOCK = re.compile(rf"(?<![\w./-])(?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+")
 REPOSITORY_PATH = re.compile(rf"\.?(?:{'|'.join(FOLDERS)}|\.devcontainer)/[\w./-]*")
 PACKAGE_PATH = re.compile(r"llama_te_(?:core|convert|infer)/[\w./]+")
 DOTTED = re.compile(r"llama_te_(?:core|convert|infer)(?:\.\w+)+")
@@ -127,6 +129,8 @@ def test_paths_and_modules_exist(page: Path) -> None:
                     missing.append(word)
             if DOTTED.fullmatch(word) and not exists_as_module(word):
                 missing.append(word)
+    for block in FENCED.findall(text):
+        missing += [path for path in PATH_IN_BLOCK.findall(block) if not (ROOT / path).exists()]
     assert not missing
 
 
