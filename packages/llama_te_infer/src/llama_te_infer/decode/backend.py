@@ -95,12 +95,21 @@ def gains_from_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def has_own_forward(model: Any, module: Any) -> bool:
+    """Return whether users have replaced the `forward` of a module of the model, or registered hooks on it.
+
+    The layers' own hooks do not count: they only serve the cache.
+    """
+    is_own_hook = model.layer_backend.is_own_hook
+    return "forward" in vars(module) or any(not is_own_hook(hook) for hook in forward_hooks(module))
+
+
 def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     """Return in one line why the kernels cannot compute steps of this model; `None` if they can."""
     decoder = model.model
     for name, module in model.named_modules():
         # The model's own forward pass calls the step. The step replaces every module below it.
-        if module is not model and (_user_hooks(model, module) or "forward" in vars(module)):
+        if module is not model and has_own_forward(model, module):
             return f"{name} has hooks or a forward pass of its own"
     names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     names |= {f"model.layers.{index}.{name}" for index in range(len(decoder.layers)) for name in LAYER_PARAMETERS}
@@ -122,11 +131,6 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
             "; docs/internals/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
         )
     return None
-
-
-def _user_hooks(model: Any, module: Any) -> list[Any]:
-    """Return the hooks of a module that users have registered. The layers' own hooks only serve the cache."""
-    return [hook for hook in forward_hooks(module) if not model.layer_backend.is_own_hook(hook)]
 
 
 @functools.cache

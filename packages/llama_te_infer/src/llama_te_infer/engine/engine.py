@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from llama_te_core.compat.torch import forward_hooks
-
-from ..decode.backend import DecodeBackend, check_implementation, select_backend
+from ..decode.backend import DecodeBackend, check_implementation, has_own_forward, select_backend
 from ..decode.fused import FusedDecode
 from ..decode.layers import LayersDecode, padded_multiple
 from ..kv_cache.engine_cache import EngineCache
@@ -320,7 +318,7 @@ class Engine:
         self._is_stepping = False
 
     def _select_backend(self) -> DecodeBackend:
-        if forward_hooks(self.model) or "forward" in vars(self.model):
+        if has_own_forward(self.model, self.model):
             _warn_of_unused_hooks()
         self._fused, _ = select_backend(self.model, self._cache, self._rows, self.decode_implementation, self._fused)
         self._backend_is_current = True
