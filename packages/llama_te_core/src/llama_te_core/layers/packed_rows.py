@@ -57,7 +57,7 @@ def find_sequences(
     place_M = torch.arange(places, device=device)
     target_M: torch.Tensor | None = None
     if mask_BS is None:
-        source_M, tokens = place_M, place_M.new_tensor(places)
+        source_M, tokens = place_M, torch.full((), places, device=device)
     else:
         token_M = (mask_BS != 0).flatten()
         tokens = token_M.sum()

@@ -6,6 +6,7 @@ B = 1.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -104,6 +105,13 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, columns])
         loss = None
         if labels is not None and shift_labels is None:
+            if self.model.context_ranks > 1:
+                warnings.warn(
+                    f"labels are given on {self.model.context_ranks} context ranks: the label of a piece's last token "
+                    "is in another piece. Shift labels before splitting them, and pass shift_labels, as shard_context "
+                    "and DataCollatorForContextParallel(is_causal_lm=True) do.",
+                    stacklevel=2,
+                )
             # Beside packed sequences a mask may leave out the padding between them: its columns are others then.
             aligned = attention_mask is None or not packed or attention_mask.shape == labels.shape
             shift_labels = next_token_labels(labels, attention_mask if aligned else None)

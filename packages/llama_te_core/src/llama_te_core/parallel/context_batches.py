@@ -157,7 +157,7 @@ class DataCollatorForContextParallel:
             aligned = mask is not None and mask.shape == labels.shape
             batch["shift_labels"] = next_token_labels(labels, mask if aligned else None)
             batch["labels"] = None
-        if packed and "max_length_q" not in batch:
+        if packed:
             offsets = batch.get("cu_seq_lens_q_padded", batch["cu_seq_lens_q"])
             batch["max_length_q"] = batch["max_length_k"] = int(offsets.diff().max())
         parts = [context_part(batch, rank, self.cp_world_size) for rank in range(self.cp_world_size)]
