@@ -153,7 +153,7 @@ def _add_verify(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     text = "list the tensors of a checkpoint, the tensors that they convert to, and its problems"
-    command = commands.add_parser("inspect", help=text, description=_sentence(text))
+    command = commands.add_parser("inspect", help=text, description=_sentence(text + "; status 1 if it has problems"))
     command.add_argument("source", metavar="SRC", help="a folder, an id on the hub or a GGUF file")
     _add_choice_of_files(command)
     command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
@@ -260,10 +260,17 @@ def _inspect(options: argparse.Namespace) -> int:
         allow_pickle=options.allow_pickle,
     )
     checkpoint = open_checkpoint(path, variant=options.variant, allow_pickle=options.allow_pickle)
-    with contextlib.closing(checkpoint.source):
-        inspection = inspect(checkpoint)
+    total, done = sum(info.nbytes for info in checkpoint.source.tensors.values()), 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(done, total)
+
+    with contextlib.closing(checkpoint.source), Progress("read") as bar:
+        inspection = inspect(checkpoint, values=True, progress=read)
     print(json.dumps(inspection.to_dict()) if options.json else "\n".join(inspection.lines()))
-    return 0
+    return 1 if inspection.problems else 0
 
 
 def _layers(checkpoint: Checkpoint) -> int:

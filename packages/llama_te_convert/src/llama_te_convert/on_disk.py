@@ -147,6 +147,8 @@ def convert_checkpoint(
             streams = fp8_streams(converted, checkpoint.source)
         else:
             streams = [stream(tensor, checkpoint.source) for tensor in converted]
+        if plain_fields(checkpoint.config) is None or changes.keys() - {"dtype"}:
+            write_config.result()  # raises before anything is written if the configuration cannot be converted
         record = {
             "made_by": f"llama-te-convert {VERSION}",
             "tensors": {
