@@ -39,6 +39,17 @@ def test_modules_and_weights_are_recognised() -> None:
     assert compat.is_quantized(linear.weight) and not compat.is_quantized(torch.ones(1)), moved("QuantizedTensor")
 
 
+def test_its_inference_params_are_recognised() -> None:
+    from transformer_engine.pytorch.attention import InferenceParams
+
+    sizes = {"max_batch_size": 2, "max_sequence_length": 32, "num_heads_kv": 1, "head_dim_k": 16}
+    params = InferenceParams(**sizes, dtype=torch.bfloat16, qkv_format="thd", max_ctx_len=32)
+    assert compat.is_inference_params(params) and not compat.is_inference_params(object()), moved("InferenceParams")
+    read = ("head_dim_v", "is_paged", "max_ctx_len", "input_qkv_format", "cu_seqlens_q", "sequences", "cache_manager")
+    assert all(hasattr(params, name) for name in read), moved("an attribute of InferenceParams")
+    assert type(params.cache_manager).__name__ == "NonPagedKVCacheManager", moved("NonPagedKVCacheManager")
+
+
 def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
     weight = quantized_linear().weight
     parts = compat.fp8_parts(weight)

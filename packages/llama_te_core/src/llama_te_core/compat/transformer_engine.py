@@ -49,6 +49,14 @@ def is_module_of_transformer_engine(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformer_engine")
 
 
+def is_inference_params(value: object) -> bool:
+    """Tell whether an object is an `InferenceParams` of TE, or of a class derived from it, without importing TE."""
+    return any(
+        cls.__name__ == "InferenceParams" and cls.__module__.startswith("transformer_engine")
+        for cls in type(value).__mro__
+    )
+
+
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Tell whether TE holds a tensor in a quantized format only. TE is not imported."""
     # A package without its compiled parts imports, but has no tensors.
