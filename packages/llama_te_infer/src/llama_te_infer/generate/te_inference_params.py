@@ -6,7 +6,6 @@ object keeps its identity and its sizes, and gets this package's storage and met
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from .inference_params import InferenceParams
@@ -57,9 +56,5 @@ def adopt(params: Any) -> None:
         device=params.cu_seqlens_q.device,
     )
     vars(params).update(vars(ours))
-    params.__class__ = _adopted_class(type(params))
-
-
-@functools.cache
-def _adopted_class(cls: type) -> type:
-    return type(InferenceParams.__name__, (InferenceParams, cls), {"__module__": InferenceParams.__module__})
+    name, module = InferenceParams.__name__, InferenceParams.__module__
+    params.__class__ = type(name, (InferenceParams, type(params)), {"__module__": module})
