@@ -208,4 +208,6 @@ class LayerBackend(ABC):
 
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:
         """Tell whether a hook on a module is one that the layers themselves registered."""
-        return False
+        from .projections import is_projections_hook  # here, since that module imports this one
+
+        return is_projections_hook(hook)

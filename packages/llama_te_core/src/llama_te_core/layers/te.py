@@ -202,7 +202,8 @@ class TransformerEngineBackend(LayerBackend):
             layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
 
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:  # noqa: D102
-        return getattr(hook, "__module__", None) in (__name__, CachedAttention.__module__)
+        own = (__name__, CachedAttention.__module__)
+        return getattr(hook, "__module__", None) in own or super().is_own_hook(hook)
 
 
 def build_transformer_engine_layer(
