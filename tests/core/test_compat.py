@@ -105,6 +105,18 @@ class TestTransformers:
 
 
 class TestTorch:
+    def test_a_chosen_device_is_told_from_none(self) -> None:
+        assert compat_torch.chosen_device() is None
+        for device in ("cpu", "meta"):
+            with torch.device(device), torch.no_grad():
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            torch.set_default_device(device)
+            try:
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            finally:
+                torch.set_default_device(None)
+        assert compat_torch.chosen_device() is None
+
     def test_each_process_holds_its_share_of_two_halves(self) -> None:
         placement = compat_torch.placement_of_two_halves()
         assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")

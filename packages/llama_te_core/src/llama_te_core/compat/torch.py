@@ -10,10 +10,24 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree
+from torch.utils._device import DeviceContext
 
 # `fully_shard` gives a module a class of this prefix and the name of its own class.
 FSDP_CLASS_PREFIX = "FSDP"
+
+
+def chosen_device() -> torch.device | None:
+    """Return the device of `with torch.device(...)` or `torch.set_default_device`; `None` without either.
+
+    `torch.get_default_device` returns the CPU in both cases: for a CPU that someone chose, and for no choice.
+    """
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            device: torch.device = mode.device
+            return device
+    return None
 
 
 def placement_of_two_halves() -> Placement:
