@@ -117,6 +117,11 @@ class TestTorch:
                 torch.set_default_device(None)
         assert compat_torch.chosen_device() is None
 
+    def test_a_device_stops_where_a_condition_is_false(self) -> None:
+        compat_torch.assert_on_device(torch.tensor(True), "not seen")
+        with pytest.raises(RuntimeError, match="lengths must fit"):  # on the host it raises
+            compat_torch.assert_on_device(torch.tensor(False), "lengths must fit")
+
     def test_each_process_holds_its_share_of_two_halves(self) -> None:
         placement = compat_torch.placement_of_two_halves()
         assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")

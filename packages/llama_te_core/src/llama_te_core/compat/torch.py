@@ -70,6 +70,11 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Let the device stop with a message if a bool [] is false. Nothing waits for the device."""
+    torch._assert_async(condition, message)
+
+
 def start_memory_recording() -> None:
     """Record each allocation on the GPU from now on."""
     torch.cuda.memory._record_memory_history()
