@@ -1,6 +1,6 @@
 """Random mixes of requests: each result equals the request's result alone in a separate engine.
 
-LLAMA_TE_RANDOM_MIXES=1000 in the environment sets the number of mixes. The default number takes a minute and a half on one core.
+LLAMA_TE_RANDOM_MIXES=1000 in the environment sets the number of mixes. The default number takes a minute.
 """
 
 from __future__ import annotations
