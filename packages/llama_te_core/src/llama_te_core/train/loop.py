@@ -162,6 +162,7 @@ def train_step(
     batches = [stream.next() for _ in range(config.data.batches_per_step)]
     # Batches have different numbers of labels: the loss is the mean over all labels of the step.
     labels = torch.stack([batch.arguments["num_items_in_batch"] for batch in batches]).sum()
+    labels = labels.where(labels > 0, 1)  # a step of prompts alone has no labels: its loss is 0
     losses = []
     for number, batch in enumerate(batches):
         metrics.count(batch.tokens, batch.squared_lengths)
