@@ -198,6 +198,18 @@ class TestTorch:
         optimizer.step()
         assert seen == [optimizer], moved("torch", "register_optimizer_step_post_hook")
 
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_flag_keeps_an_optimizer_from_its_step(self, fused: bool) -> None:
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        for failed, grad, steps in ((0, 1.0, 1), (1, float("nan"), 1), (0, 1.0, 2)):
+            before = weight.detach().clone()
+            weight.grad = torch.full((4,), grad)
+            compat_torch.step_unless(optimizer, torch.tensor(float(failed)))
+            assert torch.equal(weight, before) == bool(failed), "found_inf of torch's fused AdamW has moved"
+            assert optimizer.state[weight]["step"] == steps and optimizer.state[weight]["exp_avg"].isfinite().all()
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused, "a fused optimizer tells it otherwise"
+
     def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[Any, ...]] = []
         memory = torch.cuda.memory

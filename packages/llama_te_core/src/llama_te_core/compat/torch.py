@@ -121,6 +121,25 @@ def after_each_optimizer_step(function: Callable[[Optimizer], None]) -> None:
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: function(optimizer))
 
 
+def step_unless(optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:
+    """Take an optimizer's step, but change neither weights nor its state where a flag on the device is 1.
+
+    torch's fused optimizers read the flag in their kernels, as they do for `torch.amp.GradScaler`. For other optimizers
+    the host reads it: on a CPU that costs nothing, and on a GPU it waits for the step's gradients. Transformer Engine's
+    FusedAdam needs this on a GPU, since its kernels for quantized weights always update.
+
+    Args:
+        optimizer: Its gradients are there.
+        failed: float32 [], 0 or 1.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        reads_flag: Any = optimizer
+        reads_flag.found_inf = failed
+        optimizer.step()
+    elif not failed:
+        optimizer.step()
+
+
 def start_memory_recording() -> None:
     """Record each allocation on the GPU from now on."""
     torch.cuda.memory._record_memory_history()

@@ -42,9 +42,9 @@ def apply_context_parallel(model: NVLlamaForCausalLM, mesh: DeviceMesh, kind: Co
 def shard_context(batch: Mapping[str, Any], mesh: DeviceMesh | None) -> dict[str, Any]:
     """Return this process's part of a batch, and the divisor that makes losses the mean over all tokens of the mesh.
 
-    The function shifts labels before it splits them. `num_items_in_batch` is the number of labels of the whole mesh divided by the number of processes with
-    different tokens. The losses of these processes then average to the mean over all labels. So do their gradients,
-    which FSDP and DDP average.
+    The function shifts labels before it splits them. `num_items_in_batch` is the number of labels of the whole mesh
+    divided by the number of processes with different tokens. The losses of these processes then average to the mean
+    over all labels. So do their gradients, which FSDP and DDP average.
 
     Args:
         batch: The model's arguments: `input_ids` [B, S] with `attention_mask` [B, S], or packed, [1, T], with
