@@ -62,7 +62,7 @@ def test_training_in_float32(pair: Pair, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32 weights", "bfloat16 weights"])
 def test_mixed_precision(dtype: torch.dtype, make_pair: Any, tokenizer: Any) -> None:
-    """accelerate computes under autocast and makes all outputs float32, the cache included."""
+    """Accelerate computes under autocast and makes all outputs float32, the cache included."""
     pair = make_pair(dtype=dtype)
     (expected, hf), (ours, te) = (train(model, tokenizer, "bf16") for model in pair)
     print(expected, ours)
