@@ -264,6 +264,23 @@ class TestPeft:
         assert len(wrappers) == 1 and wrappers[0].parameter_name == "weight", moved("peft", "ParamWrapper")
 
 
+class TestAccelerate:
+    def test_a_hook_names_the_device_of_offloaded_weights(self) -> None:
+        accelerate = pytest.importorskip("accelerate")
+        from llama_te_core.compat.accelerate import execution_devices
+
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert {weight.device.type for weight in model.parameters()} == {"meta"}
+        assert execution_devices(model) == {torch.device("cpu")}, moved("accelerate", "execution_device")
+
+    def test_weights_without_a_hook_are_where_they_compute(self) -> None:
+        from llama_te_core.compat.accelerate import execution_devices
+
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+        assert execution_devices(model) == {torch.device("cpu"), torch.device("meta")}
+
+
 class TestTorchdata:
     def test_workers_end_and_states_have_an_age(self) -> None:
         pytest.importorskip("torchdata")
