@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from llama_te_core.layers import reference as reference_layer
 from llama_te_core.layers import selection as layers
 from llama_te_core.layers.reference import ReferenceLayer
+from llama_te_core.layers.te import TransformerEngineBackend
 
 
 class DelayedScaling:
@@ -293,7 +294,13 @@ class FakeTransformerEngine:
         pytorch.Float8Tensor = Float8Tensor
         package.pytorch = pytorch
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
+        quantization = types.ModuleType("transformer_engine.pytorch.quantization")
+        quantization.FP8GlobalStateManager = types.SimpleNamespace(
+            with_fp8_parameters=lambda: bool(fake.inits) and fake.inits[-1][0]
+        )
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.quantization", quantization)
+        monkeypatch.setattr(TransformerEngineBackend, "device", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU")

@@ -96,4 +96,11 @@ def _register() -> None:
     register()
 
 
+def _register_adapters() -> None:
+    from .lora import register
+
+    register()
+
+
 when_imported("transformers", _register)
+when_imported("peft", _register_adapters)

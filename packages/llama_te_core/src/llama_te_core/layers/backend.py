@@ -6,6 +6,7 @@ layer.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -53,6 +54,14 @@ class LayerBackend(ABC):
 
     name: ClassVar[str]
     can_quantize_weights: ClassVar[bool] = False
+
+    def construction_context(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model with these layers is built: torch's own device and dtype, by default.
+
+        Args:
+            dtype: `config.dtype`.
+        """
+        return contextlib.nullcontext()
 
     @abstractmethod
     def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:
@@ -219,4 +228,6 @@ class LayerBackend(ABC):
 
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:
         """Tell whether a hook on a module is one that the layers themselves registered."""
-        return False
+        from .projections import is_projections_hook  # here, since that module imports this one
+
+        return is_projections_hook(hook)
