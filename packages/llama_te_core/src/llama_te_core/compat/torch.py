@@ -74,7 +74,8 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Let the device stop with a message if a bool [] is false. Nothing waits for the device."""
-    torch._assert_async(condition, message)
+    # On a GPU torch copies the message into a buffer of 256 bytes, and refuses a longer one.
+    torch._assert_async(condition, message.encode()[:250].decode(errors="ignore"))
 
 
 def hook_numbers(module: nn.Module) -> tuple[Any, ...]:
