@@ -374,6 +374,17 @@ def test_every_process_of_a_mesh_gets_its_part(names, expected):
     assert all("attention_mask" not in part for part in parts)
 
 
+def test_the_collator_fills_rows_up_with_ignored_labels():
+    mesh = types.SimpleNamespace(mesh_dim_names=("cp",), size=lambda dimension=0: 2)
+    batch = {"input_ids": torch.arange(1, 7)[None], "labels": torch.arange(1, 7)[None]}
+    for shifted, name in ((False, "labels"), (True, "shift_labels")):
+        first, second = DataCollatorForContextParallel(lambda features: batch, mesh, "bshd", shifted)([])
+        assert first["input_ids"].tolist() == [[1, 2, 0, 0]] and second["input_ids"].tolist() == [[3, 4, 5, 6]]
+        assert first[name].tolist() == [[1 + shifted, 2 + shifted, -100, -100]]
+        assert second[name].tolist() == [[4, 5, 6, -100] if shifted else [3, 4, 5, 6]]
+        assert first["labels"] is None or not shifted
+
+
 def test_what_the_collator_and_the_loader_refuse():
     mesh = types.SimpleNamespace(mesh_dim_names=("cp",), size=lambda dimension=0: 2)
     with pytest.raises(ValueError, match="qkv_format='thd', but the collator's batch has no cu_seq_lens_q"):
