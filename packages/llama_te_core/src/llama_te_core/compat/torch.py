@@ -56,6 +56,11 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def is_data_parallel_replica(module: nn.Module) -> bool:
+    """Return whether `nn.DataParallel` made this copy of a module for one forward pass."""
+    return bool(getattr(module, "_is_replica", False))
+
+
 def start_memory_recording() -> None:
     """Record each allocation on the GPU from now on."""
     torch.cuda.memory._record_memory_history()

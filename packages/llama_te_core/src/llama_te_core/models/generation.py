@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import GenerationMixin
 
 from ..compat.transformers import cache_field, mark_as_given, prefill
 from ..layers.kv_cache import KVCache, default_cache_factory
+from .arguments import given_cache
 
 
 class CachedGenerationMixin(GenerationMixin):
@@ -25,7 +27,7 @@ class CachedGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
         """Generate text by transformers' own method. It accepts the cache by either name, here and in transformers."""
-        cache = past_key_values if cache is None else cache
+        cache = given_cache(past_key_values, cache)
         if cache is not None:
             kwargs[cache_field()] = cache
         return super().generate(*args, **kwargs)
@@ -53,13 +55,19 @@ class CachedGenerationMixin(GenerationMixin):
             if factory is None:
                 generation_config.use_cache = False
                 return None
-            if generation_config.is_assistant:
-                # All drafts for a text share this cache, but only the first draft's length is known here.
-                max_cache_length = max(max_cache_length, self.config.max_position_embeddings)
             model_kwargs[cache_field()] = factory(self, batch_size=rows, max_length=max_cache_length)
         elif given is not None:
-            mark_as_given(self.check_cache(given, rows))
+            model_kwargs[cache_field()] = self.check_cache(given, rows)
+            mark_as_given(model_kwargs[cache_field()])
         return None
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of the next forward pass. The cache is named `past_key_values`, as PEFT expects it."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if cache_field() in inputs:
+            inputs["past_key_values"] = inputs.pop(cache_field())
+        return inputs
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
+from ..compat.transformers import cache_field
 from ..layers.sequence_layout import PackedSequences
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
@@ -71,7 +72,12 @@ class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{cache_field(): outputs.get(cache_field())},
+        )
 
 
 class NVLlamaForTokenClassification(NVLlamaPreTrainedModel):
