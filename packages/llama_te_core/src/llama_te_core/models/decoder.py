@@ -62,7 +62,6 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.layers = self.layer_backend.build(config, self.precision, self.rotary_angles.softmax_scale)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.context_ranks = 1  # processes that share the tokens of each sequence; `parallel.context` sets it
         self.sequence_mesh: DeviceMesh | None = None  # processes that share tokens between layers; `parallel.tensor`
         self._precision_checked = False
         if self.precision.explicit or config.use_quantized_model_init:
@@ -89,8 +88,9 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         Args:
             input_ids: int64 [B, S]; for packed sequences [1, T].
             attention_mask: [B, S], nonzero for tokens; padding may stand left or right. With a cache it covers the
-                earlier columns too.
-            position_ids: Not needed: positions follow from the mask or from the sequences (see `lay_out`).
+                earlier columns too. In a packed row its values may number the samples: 1, 1, 2, 2, 2, 0.
+            position_ids: Not needed: positions follow from the mask or from the sequences, and must fit them. Where
+                they restart at 0, a row holds several sequences (see `lay_out`).
             past_key_values: The cache that an earlier pass returned, or one such as `llama_te_infer.InferenceParams`.
             inputs_embeds: [B, S, E] in place of `input_ids`.
             use_cache: Whether to return a cache; by default `config.use_cache`, but not in training. With `True` and
@@ -233,6 +233,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         cache: KVCache | None,
     ) -> SequenceLayout:
         ranks = 1 if self.sequence_mesh is None else self.sequence_mesh.size()
+        context_ranks = self.context_ranks
         layout = lay_out(
             inputs,
             attn_input_format=self.config.attn_input_format,
@@ -242,7 +243,8 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             packed=packed,
             cache=cache,
             # The padding forms a sequence, and context ranks have two pieces of each sequence.
-            token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if self.context_ranks > 1 else 1),
+            token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if context_ranks > 1 else 1),
+            context_ranks=context_ranks,
         )
         self.precision.check_tokens(layout.tokens, torch.is_grad_enabled(), ranks)
         return layout
@@ -254,7 +256,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         hidden = layout.arrange(inputs)
         hidden = scattered(hidden, self.sequence_mesh) if inputs.dim() == 3 else self.embed_tokens(hidden)
         arguments = layout.layer_arguments()
-        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest * self.context_ranks, hidden.device)
+        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest, hidden.device)
         arguments["inference_params"] = cache
         hidden_states: list[torch.Tensor] = []
         with self.precision.model_context():
@@ -265,6 +267,11 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
                     hidden = self._run_layer(layer, hidden, arguments)
         hidden_states.append(layout.restore(gathered(self.norm(hidden), self.sequence_mesh)))
         return hidden_states
+
+    @property
+    def context_ranks(self) -> int:
+        """The number of processes that share the tokens of each sequence; see `LayerBackend.context_ranks`."""
+        return self.layer_backend.context_ranks(self.layers)
 
     def _run_layer(self, layer: nn.Module, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
