@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import Cache, DynamicCache, LlamaForSequenceClassification, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer import InferenceParams
+from llama_te_infer import Engine, InferenceParams, SamplingParams, inference_params_for
 from llama_te_infer.generate.inference_params import cache_for_generation
 
 CACHE = "cache" if "cache" in {f.name for f in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -261,6 +262,49 @@ def test_virtual_tokens_of_peft(hf: PreTrainedModel, te: PreTrainedModel, config
 def test_classifier_free_guidance(hf: PreTrainedModel, te: PreTrainedModel) -> None:
     options = {"max_new_tokens": 8, "guidance_scale": 1.5, "do_sample": False, "eos_token_id": None}
     assert te.generate(ids(2, 9), **options).tolist() == hf.generate(ids(2, 9), **options).tolist()
+
+
+# --- autocast and mixed precision -------------------------------------------------------------------------------------
+
+# Two bfloat16 runs part for good where two tokens are almost equally likely; these prompts meet no such place.
+PROMPTS = torch.randint(3, 257, (2, 9), generator=torch.Generator().manual_seed(4))
+GREEDY = {"attention_mask": MASK_BS, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+
+
+@FORMATS
+def test_autocast(hf: PreTrainedModel, te: PreTrainedModel) -> None:
+    before = Engine(te)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = hf.generate(PROMPTS, **GREEDY)
+        found = te.generate(PROMPTS, **GREEDY, return_dict_in_generate=True)
+        assert found.sequences.tolist() == expected.tolist()
+        assert found[CACHE].dtype == torch.bfloat16
+        loops = [loop(model, None, [1, 2, 1]) for model in (te, hf)]
+        torch.testing.assert_close(*loops, rtol=0, atol=0.02)
+        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        for engine in (before, Engine(te)):
+            [output] = engine.generate([PROMPTS[0].tolist()], params)
+            assert output.outputs[0].token_ids == expected[0, 9:].tolist()
+    [output] = before.generate([PROMPTS[0].tolist()], params)
+    assert output.outputs[0].token_ids == hf.generate(PROMPTS, **GREEDY)[0, 9:].tolist(), "autocast has ended"
+
+
+def test_steps_of_the_kernels_under_autocast(te: PreTrainedModel) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = inference_params_for(te, batch_size=2, max_length=32, decode_implementation="fused")
+        with pytest.raises(RuntimeError, match="under autocast the layers compute in bfloat16 from weights in float32"):
+            te.generate(PROMPTS, **GREEDY, past_key_values=cache)
+
+
+@FORMATS
+def test_outputs_that_accelerate_converts(te: PreTrainedModel) -> None:
+    te.bfloat16()
+    expected = te.generate(PROMPTS, **GREEDY)
+    te.forward = convert_outputs_to_fp32(te.forward)
+    output = te.generate(PROMPTS, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    assert output.sequences.tolist() == expected.tolist()
+    assert output.logits[0].dtype == torch.float32 and output[CACHE].dtype == torch.bfloat16
+    assert loop(te, None, [1, 2]).dtype == torch.float32
 
 
 # --- without llama_te_infer -------------------------------------------------------------------------------------------

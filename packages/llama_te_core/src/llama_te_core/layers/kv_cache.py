@@ -175,8 +175,8 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: the layers need llama_te_infer.InferenceParams, which takes "
             "the arguments of Transformer Engine's class of that name "
-            "(or llama_te_infer.inference_params_for(model, ...); pip install llama-te-infer). Leave past_key_values out "
-            "of the first pass to get one in the outputs."
+            "(or llama_te_infer.inference_params_for(model, ...); pip install llama-te-infer). Leave past_key_values "
+            "out of the first pass to get one in the outputs."
         )
     if (cache.num_heads_kv, cache.head_dim_k) != (num_kv_heads, head_dim):
         raise ValueError(

@@ -125,13 +125,17 @@ def rotate(query_bND: torch.Tensor, key_bND: torch.Tensor, angle_bD: torch.Tenso
 
     Returns:
         Tensors like the queries and the keys. Cosine and sine are rounded to the queries' dtype first, as in
-        transformers.
+        transformers. Under autocast, hidden states are float32, and so are cosine, sine and the rotation.
     """
     angle_b1D = angle_bD[..., None, :]
-    cos_b1D, sin_b1D = angle_b1D.cos().to(query_bND.dtype), angle_b1D.sin().to(query_bND.dtype)
+    device_type = query_bND.device.type
+    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    dtype = torch.float32 if is_cast else query_bND.dtype
+    cos_b1D, sin_b1D = angle_b1D.cos().to(dtype), angle_b1D.sin().to(dtype)
 
     def turn(x_bND: torch.Tensor) -> torch.Tensor:
         first, second = x_bND.chunk(2, dim=-1)
-        return x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+        turned_bND = x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+        return turned_bND.to(x_bND.dtype)
 
     return turn(query_bND), turn(key_bND)
