@@ -259,6 +259,16 @@ def test_virtual_tokens_of_peft(hf: PreTrainedModel, te: PreTrainedModel, config
     assert widths[1:8] == [1] * 7, "the text was read again"
 
 
+def test_continuous_batching_of_transformers_is_refused(te: PreTrainedModel) -> None:
+    for call in (
+        lambda: te.generate_batch([[1, 2, 3]], max_new_tokens=2),
+        lambda: te.init_continuous_batching(),
+        lambda: te.generate(ids(2, 9), max_new_tokens=2, cache_implementation="paged"),
+    ):
+        with pytest.raises(NotImplementedError, match=r"Use llama_te_infer.Engine\(model, tokenizer\).generate"):
+            call()
+
+
 def test_classifier_free_guidance(hf: PreTrainedModel, te: PreTrainedModel) -> None:
     options = {"max_new_tokens": 8, "guidance_scale": 1.5, "do_sample": False, "eos_token_id": None}
     assert te.generate(ids(2, 9), **options).tolist() == hf.generate(ids(2, 9), **options).tolist()

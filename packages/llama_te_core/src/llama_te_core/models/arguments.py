@@ -9,6 +9,10 @@ from typing import Any
 
 import torch
 
+from ..compat.transformers import cache_field
+
+CACHE_FIELD = cache_field()  # a constant, since torch.compile cannot trace the function
+
 # transformers and its trainers pass these around. They change nothing in transformers' Llama either.
 _WITHOUT_EFFECT = frozenset(
     {

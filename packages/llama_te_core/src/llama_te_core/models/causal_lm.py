@@ -6,7 +6,6 @@ B = 1.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,17 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..compat.transformers import cache_field
 from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.kv_cache import KVCache
-from ..layers.sequence_layout import PackedSequences, check_mask
-from .arguments import check_arguments, given_cache, wants_hidden_states
+from ..layers.sequence_layout import PACKED_ARGUMENTS, check_mask
+from .arguments import CACHE_FIELD, check_arguments, given_cache, wants_hidden_states
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
 from .generation import CachedGenerationMixin
 from .pretrained import NVLlamaPreTrainedModel
-
-_PACKED_ARGUMENTS = frozenset(field.name for field in fields(PackedSequences))
 
 
 class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
@@ -78,7 +74,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         Returns:
             `loss` (if labels were given) and `logits` [B, S, V].
         """
-        packed = {name: kwargs.pop(name) for name in list(kwargs) if name in _PACKED_ARGUMENTS}
+        packed = {name: kwargs.pop(name) for name in list(kwargs) if name in PACKED_ARGUMENTS}
         # Not a named argument: Trainer would expect it in every batch, and compute no loss without it.
         shift_labels = kwargs.pop("shift_labels", None)
         output_hidden_states = kwargs.pop("output_hidden_states", None)
@@ -94,7 +90,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         if cache is not None and not (more_than_logits or inputs_embeds is not None or packed):
             decoded_B1V = self._decode(input_ids, attention_mask, cache, logits_to_keep)
             if decoded_B1V is not None:
-                return CausalLMOutputWithPast(logits=decoded_B1V, **{cache_field(): cache})
+                return CausalLMOutputWithPast(logits=decoded_B1V, **{CACHE_FIELD: cache})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -125,7 +121,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             loss=loss,
             logits=logits_BSV,
             hidden_states=outputs.hidden_states,
-            **{cache_field(): outputs.get(cache_field())},
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
 
     def _decode(

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..compat.torch import is_data_parallel_replica
-from ..compat.transformers import cache_field, gradient_checkpointing_function
+from ..compat.transformers import gradient_checkpointing_function
 from ..layers.collectives import gathered, scattered
 from ..layers.kv_cache import (
     KVCache,
@@ -31,7 +31,7 @@ from ..layers.kv_cache import (
 from ..layers.rope import RotaryAngles
 from ..layers.sequence_layout import PackedSequences, SequenceLayout, lay_out
 from ..precision.plan import PrecisionPlan
-from .arguments import check_arguments, given_cache, select_hidden_states, wants_hidden_states
+from .arguments import CACHE_FIELD, check_arguments, given_cache, select_hidden_states, wants_hidden_states
 from .configuration_nvllama import NVLlamaConfig
 from .pretrained import NVLlamaPreTrainedModel
 
@@ -139,7 +139,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states[-1],
             hidden_states=select_hidden_states(tuple(hidden_states), output_hidden_states),
-            **{cache_field(): returned},
+            **{CACHE_FIELD: returned},
         )
 
     def check_cache(self, cache: Any, rows: int) -> KVCache:
@@ -232,11 +232,14 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         packed: PackedSequences | None,
         cache: KVCache | None,
     ) -> SequenceLayout:
+        attn_input_format = self.config.attn_input_format
+        if torch.compiler.is_compiling() and packed is None and self.layer_backend.takes_both_formats:
+            attn_input_format = "bshd"  # the number of packed tokens depends on data, so no graph could be whole
         ranks = 1 if self.sequence_mesh is None else self.sequence_mesh.size()
         context_ranks = self.context_ranks
         layout = lay_out(
             inputs,
-            attn_input_format=self.config.attn_input_format,
+            attn_input_format=attn_input_format,
             self_attn_mask_type=self.config.self_attn_mask_type,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from ..compat.transformers import cache_field
 from ..layers.sequence_layout import PackedSequences
+from .arguments import CACHE_FIELD
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
 from .pretrained import NVLlamaPreTrainedModel
@@ -76,7 +76,7 @@ class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
-            **{cache_field(): outputs.get(cache_field())},
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
 
 
