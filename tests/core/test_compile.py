@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
-
-FORMATS = pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
 
 
 def batch(rows: int, columns: int, left: bool = True) -> dict[str, torch.Tensor]:
@@ -30,10 +27,9 @@ def check(found: Any, hf: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> N
     torch.testing.assert_close(found.logits[is_token_BS], expected_BSV[is_token_BS], rtol=0, atol=1e-4)
 
 
-@FORMATS
-def test_one_graph_for_all_batches(tiny_llama: Callable[..., PreTrainedModel], attn_input_format: str) -> None:
-    hf = tiny_llama()
-    te = convert_llama_hf_to_te(hf, attn_input_format=attn_input_format)
+def test_one_graph_for_all_batches(tiny_llama: Callable[..., PreTrainedModel]) -> None:
+    hf = tiny_llama(num_hidden_layers=1)
+    te = convert_llama_hf_to_te(hf, attn_input_format="thd")
     graphs = []
 
     def count(graph: torch.fx.GraphModule, examples: Any) -> Any:
@@ -43,28 +39,18 @@ def test_one_graph_for_all_batches(tiny_llama: Callable[..., PreTrainedModel], a
     torch._dynamo.reset()
     compiled = torch.compile(te, fullgraph=True, dynamic=True, backend=count)
     with torch.no_grad():
-        for inputs in (batch(2, 9), batch(3, 12, left=False), batch(5, 40)):
+        for inputs in (batch(2, 9), batch(5, 40, left=False)):
             check(compiled(**inputs), hf, inputs)
     assert len(graphs) == 1
-    if attn_input_format == "thd":
-        gradients = []
-        inputs = batch(2, 9)
-        labels = inputs["input_ids"]
-        for model in (compiled, te):
-            te.zero_grad()
-            model(**inputs, labels=labels).loss.backward()
-            gradients.append(te.model.layers[0].self_attention.layernorm_qkv.weight.grad)
-        torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
 
 
-@FORMATS
-def test_an_export_takes_other_batches(tiny_llama: Callable[..., PreTrainedModel], attn_input_format: str) -> None:
-    hf = tiny_llama()
-    te = convert_llama_hf_to_te(hf, attn_input_format=attn_input_format)
+def test_an_export_takes_other_batches(tiny_llama: Callable[..., PreTrainedModel]) -> None:
+    hf = tiny_llama(num_hidden_layers=1)
+    te = convert_llama_hf_to_te(hf, attn_input_format="thd")
     rows, columns = torch.export.Dim("rows", min=2, max=16), torch.export.Dim("columns", min=4, max=64)
     shapes = {name: {0: rows, 1: columns} for name in batch(2, 9)}
     program = torch.export.export(te, (), batch(2, 9), dynamic_shapes=shapes).module()
-    for inputs in (batch(2, 9), batch(5, 40), batch(3, 12, left=False)):
+    for inputs in (batch(2, 9), batch(5, 40, left=False)):
         check(program(**inputs), hf, inputs)
     # Tracing leaves nothing behind in the model.
     check(te(**batch(3, 20)), hf, batch(3, 20))

@@ -68,20 +68,17 @@ def select_hidden_states(
 
     Args:
         hidden_states: All of them.
-        output_hidden_states: A flag, an index or several indices, as in transformers; negative indices count from the
-            end.
+        output_hidden_states: A flag, an index or several indices, as in transformers: negative indices count from the
+            end, and the number 0 is the flag `False`.
     """
-    if output_hidden_states is None or isinstance(output_hidden_states, bool):
-        return hidden_states if output_hidden_states else None
+    if not output_hidden_states:
+        return None
+    if output_hidden_states is True:
+        return hidden_states
     indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
     count = len(hidden_states)
     wanted = {index % count for index in indices if -count <= index < count}
     return tuple(hidden if index in wanted else None for index, hidden in enumerate(hidden_states))
-
-
-def wants_hidden_states(output_hidden_states: Any) -> bool:
-    """Return whether any hidden states are asked for."""
-    return output_hidden_states is not None and output_hidden_states is not False
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple
 from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.kv_cache import KVCache
 from ..layers.sequence_layout import PACKED_ARGUMENTS, check_mask
-from .arguments import CACHE_FIELD, check_arguments, given_cache, wants_hidden_states
+from .arguments import CACHE_FIELD, check_arguments, given_cache
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
 from .generation import CachedGenerationMixin
@@ -86,7 +86,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         cache = given_cache(past_key_values, cache)
         if cache is not None and input_ids is not None and input_ids.dim() == 2:
             cache = self.model.open_cache(cache, len(input_ids), use_cache)
-        more_than_logits = wants_hidden_states(output_hidden_states) or labels is not None or shift_labels is not None
+        more_than_logits = bool(output_hidden_states) or labels is not None or shift_labels is not None
         if cache is not None and not (more_than_logits or inputs_embeds is not None or packed):
             decoded_B1V = self._decode(input_ids, attention_mask, cache, logits_to_keep)
             if decoded_B1V is not None:
@@ -99,6 +99,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=False,
             **packed,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -31,7 +31,7 @@ from ..layers.kv_cache import (
 from ..layers.rope import RotaryAngles
 from ..layers.sequence_layout import PackedSequences, SequenceLayout, lay_out
 from ..precision.plan import PrecisionPlan
-from .arguments import CACHE_FIELD, check_arguments, given_cache, select_hidden_states, wants_hidden_states
+from .arguments import CACHE_FIELD, check_arguments, given_cache, select_hidden_states
 from .configuration_nvllama import NVLlamaConfig
 from .pretrained import NVLlamaPreTrainedModel
 
@@ -112,7 +112,8 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         """
         inputs = _checked_inputs(input_ids, inputs_embeds)
         rows, width = inputs.shape[:2]
-        if not self._precision_checked:
+        # A compiled graph checks when it is traced; a guard on the attribute would trace it twice.
+        if torch.compiler.is_compiling() or not self._precision_checked:
             self._check_precision()
         arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         arguments |= {"inputs_embeds": inputs_embeds, **kwargs}
@@ -133,7 +134,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         # A cache holds keys and values without gradients, those of this pass too.
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             layout = self._lay_out(inputs, attention_mask, position_ids, packed, cache)
-            hidden_states = self._run_layers(inputs, layout, cache, wants_hidden_states(output_hidden_states))
+            hidden_states = self._run_layers(inputs, layout, cache, bool(output_hidden_states))
         if cache is not None and torch.is_grad_enabled():
             hidden_states[-1] = _WithoutGradient.apply(hidden_states[-1], self.norm.weight, inputs_embeds)
         return BaseModelOutputWithPast(

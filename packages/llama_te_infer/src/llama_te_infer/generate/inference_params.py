@@ -29,7 +29,7 @@ from ..kv_cache.step import CacheStep
 from ..kv_cache.storage import CacheManager, default_device
 
 
-class InferenceParams(CacheStep, Cache):  # type: ignore[misc]
+class InferenceParams(CacheStep, Cache):
     """Key/value cache with the constructor and methods of Transformer Engine's class.
 
     It is a `transformers.Cache` too, so `generate`, PEFT and accelerate treat it as one. But it stores all tokens of a
