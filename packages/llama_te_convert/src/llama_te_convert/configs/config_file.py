@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama_te_core import checkpoint_format
+from llama_te_core.checkpoint_format import has_te_layout
 
 from ..errors import CheckpointError
 from ..layout.row_order import HeadSizes
+
+__all__ = ["CONFIG_NAME", "has_te_layout", "head_sizes", "is_size", "read_config"]
 
 CONFIG_NAME = "config.json"
 
@@ -35,11 +37,6 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not hold a JSON object.")
     return config
-
-
-def has_te_layout(config: Mapping[str, Any]) -> bool:
-    """Whether the content of a `config.json` says that the checkpoint has the Transformer Engine layout."""
-    return config.get("model_type") == checkpoint_format.MODEL_TYPE
 
 
 def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
