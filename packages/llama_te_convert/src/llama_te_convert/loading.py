@@ -50,7 +50,7 @@ def load_converted(
     Raises:
         CheckpointError: The checkpoint cannot be read or converted.
     """
-    find = {"revision": revision, "subfolder": subfolder, "hub_options": hub_options or {}}
+    find: dict[str, Any] = {"revision": revision, "subfolder": subfolder, "hub_options": hub_options or {}}
     if gguf_file is not None:
         path = find_gguf(source, gguf_file, **find)
     else:

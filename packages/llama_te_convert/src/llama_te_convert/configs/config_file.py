@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llama_te_core.checkpoint_format import has_te_layout
 
@@ -63,6 +63,6 @@ def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
     return HeadSizes(heads, groups, size)
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: Any) -> TypeGuard[int]:
     """Whether a value is a positive integer, and no bool."""
     return type(value) is int and value > 0
