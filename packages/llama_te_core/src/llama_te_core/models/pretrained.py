@@ -15,6 +15,7 @@ from transformers import initialization as init
 from ..compat.torch import local_range
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
+from .other_layouts import converted, has_other_layout, name_source
 
 
 class NVLlamaPreTrainedModel(PreTrainedModel):
@@ -90,13 +91,28 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with this layout. The arguments are the same as in transformers.
+        """Load a checkpoint. The arguments are the same as in transformers.
+
+        Where llama-te-convert is installed, this also loads a Hugging Face Llama or Mistral, and the GGUF file of a
+        Llama: they are converted while loading. The CPU's memory then holds all tensors of the checkpoint. Arguments
+        without effect on such a checkpoint are refused.
+
+        Args:
+            pretrained_model_name_or_path: A folder, the id of a repository on the hub, or a GGUF file.
+            *args: See `PreTrainedModel.from_pretrained`.
+            **kwargs: See there.
 
         Raises:
-            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout.
+            RuntimeError: The checkpoint has another layout, and llama-te-convert is not installed.
+            ValueError: The checkpoint lacks tensors of the decoder, cannot be converted, or an argument has no effect.
         """
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source = pretrained_model_name_or_path
+        if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
+            model, info = super().from_pretrained(None, *args, output_loading_info=True, **of_converted)
+            name_source(model, source)
+        else:
+            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(decoder))
         if missing:
@@ -105,7 +121,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
                 f"{str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of the decoder, such as "
                 f"{missing[0]!r}"
                 + (f", and has others, such as {unexpected[0]!r}" if unexpected else "")
-                + ". A Hugging Face Llama is converted with llama_te_convert.convert_llama_hf_to_te first."
+                + ". It belongs to another model, or is not complete."
             )
         model.quantize_loaded_weights()
         return (model, info) if with_info else model
