@@ -169,12 +169,11 @@ class AdaptedProjection(peft.LoraLinear):
             if name not in self.lora_A:
                 continue
             delta = self.get_delta_weight(name)
-            if self.use_dora[name]:
-                changed = weight + delta
-                # PEFT's DoRA takes the norm as a constant in the backward pass too.
-                factor = self.lora_magnitude_vector[name].weight / changed.norm(dim=1).detach()
-                delta = factor[:, None] * changed - weight
             total = total + delta
+            if self.use_dora[name]:
+                # As in PEFT, the norm leaves other adapters out, and is a constant in the backward pass.
+                factor = self.lora_magnitude_vector[name].weight / (weight + delta).norm(dim=1).detach()
+                total = factor[:, None] * total
         return total if total is weight else total.to(weight.dtype)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

@@ -93,7 +93,13 @@ class Projection(nn.Linear):
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Let code inside change `weight` in place; afterwards the fused weight has the changes."""
+        """Let code inside change `weight` in place; afterwards the fused weight has the changes.
+
+        Within another such context, the outermost one writes.
+        """
+        if "_edited" in self.__dict__:
+            yield
+            return
         edited = nn.Parameter(self.weight.clone(), requires_grad=False)
         self.__dict__["_edited"] = edited  # not a parameter of this module
         try:

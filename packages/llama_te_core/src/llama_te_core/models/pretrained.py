@@ -127,6 +127,20 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter into the model, with transformers' arguments.
+
+        Raises:
+            ValueError: transformers leaves weights of the adapter as they were initialised: DoRA's, in 5.17.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        if info.missing_keys:
+            raise ValueError(
+                f"load_adapter did not load {len(info.missing_keys)} weights of the adapter, such as "
+                f"{min(info.missing_keys)!r}: load it with peft.PeftModel.from_pretrained(model, ...)."
+            )
+        return info
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: a checkpoint's `auto_map` points at the installed package, so no source is copied."""
