@@ -10,13 +10,13 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..compat.transformers import cache_field
 from ..data.labels import next_token_labels
 from ..layers.kv_cache import KVCache
+from ..layers.quantizers import Head
 from ..layers.sequence_layout import PackedSequences, check_mask
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
@@ -38,7 +38,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         super().__init__(config)
         self.model = NVLlamaModel(config, fp8_recipe=fp8_recipe, fp4_recipe=fp4_recipe)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..compat.torch import local_range
+from ..layers.quantizers import QUANTIZE_OTHERWISE
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
 
@@ -93,8 +94,10 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         """Load a checkpoint with this layout. The arguments are the same as in transformers.
 
         Raises:
-            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout.
+            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout. Or an argument asks
+                transformers to split or to quantize the model, which it would do by modules that these layers lack.
         """
+        _refuse_changes_by_transformers(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
@@ -159,6 +162,21 @@ def _in_construction_context(init: Callable[..., None]) -> Callable[..., None]:
             init(self, config, *args, **kwargs)
 
     return construct
+
+
+def _refuse_changes_by_transformers(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` with which transformers looks for the modules of its own Llama."""
+    for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is not supported: transformers' plan names modules that the decoder "
+                "layers do not have. Load the model without it, then split it with "
+                "llama_te_core.parallel.parallelize.parallelize(model, mesh), in processes that torchrun started."
+            )
+    for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+        value = arguments.get(name) or getattr(arguments.get("config"), name, None)
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported: {QUANTIZE_OTHERWISE}")
 
 
 def _clear_row(weight: DTensor, row: int) -> None:
