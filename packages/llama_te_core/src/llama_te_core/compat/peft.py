@@ -47,7 +47,7 @@ def around_injection(context: Callable[[nn.Module, Any], AbstractContextManager[
         with context(model, self.peft_config[adapter_name]):
             inject(self, model, adapter_name, *args, **kwargs)
 
-    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
+    BaseTuner.inject_adapter = inject_adapter
 
 
 def set_wrapper_factory(config: LoraConfig, factory: Callable[..., nn.Module | None]) -> None:

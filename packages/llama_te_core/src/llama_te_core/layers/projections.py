@@ -81,7 +81,7 @@ class Projection(nn.Linear):
         self.out_features, self.in_features = self.weight.shape
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The weight [n, E], a copy where its rows lie apart. Assigning to it writes to the fused weight."""
         edited: torch.Tensor | None = self.__dict__.get("_edited")
         return self.fused.split(self.fused.parameter.detach())[self.name] if edited is None else edited

@@ -10,7 +10,7 @@ from torch import nn
 
 QUANTIZE_OTHERWISE = (
     "quantizers of other libraries replace nn.Linear modules, and the decoder layers fuse most of their products into "
-    "other modules. For FP8 weights, set layer_precision=['fp8'] * num_hidden_layers and use_quantized_model_init=True. "
+    "others. For FP8 weights, set layer_precision=['fp8'] * num_hidden_layers and use_quantized_model_init=True. "
     "For another format, quantize the model as transformers' Llama (llama_te_convert.convert_llama_te_to_hf)."
 )
 
