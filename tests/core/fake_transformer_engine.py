@@ -237,6 +237,7 @@ class FakeTransformerEngine:
                 )
                 inside = ReferenceLayer(sizes, arguments["layer_number"], arguments["kv_channels"] ** -0.5)
                 self.self_attention, self.layernorm_mlp = inside.self_attention, inside.layernorm_mlp
+                self.self_attention.cp_size = 1  # `set_context_parallel_group` sets it
                 self.self_attention.layernorm_qkv.__class__ = LayerNormLinear
                 self.self_attention.proj.__class__ = Linear
                 self.layernorm_mlp.__class__ = LayerNormMLP

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from llama_te_core.compat import transformer_engine as compat
+from llama_te_core.train.finite_updates import FiniteUpdates
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
@@ -129,3 +131,36 @@ def test_the_optimizer_keeps_master_weights() -> None:
     optimizer = compat.fused_adam(groups, lambda each: each is weight, {weight: first}, {"lr": 1e-3})
     assert torch.equal(optimizer.state[weight][compat.MASTER_WEIGHT], first), moved("FusedAdam")
     assert compat.MASTER_WEIGHT not in optimizer.state[plain]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(quantized: bool) -> None:
+    """Torch's fused AdamW decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
+    weight = quantized_linear().weight if quantized else torch.nn.Parameter(torch.ones(32, 64, device="cuda"))
+    groups = [{"params": [weight], "weight_decay": 0.1}]
+    optimizer = (
+        compat.fused_adam(groups, lambda each: True, {}, {"lr": 1e-2})
+        if quantized
+        else torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    )
+    updates = FiniteUpdates(optimizer, torch.device("cuda"))
+
+    def values() -> dict[str, torch.Tensor]:
+        kept = {name: value.clone() for name, value in optimizer.state[weight].items()}
+        return kept | {"weight": (weight.dequantize() if quantized else weight).detach().clone()}
+
+    one = torch.ones((), device="cuda")
+    seen = []
+    steps = ((one, one, 1.0), (one, one * math.nan, math.nan), (one * math.inf, one, 1.0), (one, one, 1.0))
+    for loss, norm, gradient in steps:
+        weight.grad = torch.full((32, 64), gradient, dtype=weight.dtype, device="cuda")
+        torch.cuda.set_sync_debug_mode("default" if quantized else "error")
+        try:
+            updates.step(loss, norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen.append(values())
+    first, *others = seen
+    assert all(value.isfinite().all() for value in first.values()) and first["exp_avg"].ne(0).all()
+    for other in others:
+        assert all(torch.equal(first[name], value) for name, value in other.items())

@@ -117,6 +117,15 @@ def quantizes_new_weights() -> bool:
     return bool(state.with_fp8_parameters())
 
 
+def context_ranks(layer: nn.Module) -> int:
+    """Return how many processes share each sequence in a `te.TransformerLayer`.
+
+    `layer.set_context_parallel_group` decides it; without a call there is one.
+    """
+    attention: Any = layer
+    return int(attention.self_attention.cp_size)
+
+
 def holds_quantized_weights(module: nn.Module) -> bool:
     """Tell whether a module was built under `te.quantized_model_init`."""
     return bool(getattr(module, "primary_weights_in_fp8", False))

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Placement, Shard
 
 from ..compat.torch import chosen_device
 from ..compat.transformer_engine import (
+    context_ranks,
     dequantized,
     fp8_parts,
     fused_adam,
@@ -183,23 +184,14 @@ class TransformerEngineBackend(LayerBackend):
                 f"{key_value_heads}: choose a size that does."
             )
 
-        def describe_whole_sequences(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            whole = {
-                name: kwargs[name] * ranks
-                for name in ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
-                if kwargs.get(name) is not None
-            }
-            for name in ("cu_seqlens_q", "cu_seqlens_kv"):
-                if name in whole:
-                    whole[f"{name}_padded"] = whole[name]
-            return args, {**kwargs, **whole}
-
         group = mesh.get_group()
         stream = torch.cuda.Stream()  # attention's second stream; the layers use it in turn
         layer: Any
         for layer in layers:
             layer.set_context_parallel_group(group, dist.get_process_group_ranks(group), stream, kind)
-            layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
+
+    def context_ranks_of(self, layer: nn.Module) -> int:  # noqa: D102
+        return context_ranks(layer)
 
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:  # noqa: D102
         own = (__name__, CachedAttention.__module__)
