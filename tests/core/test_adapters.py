@@ -5,6 +5,8 @@ The oracle is PEFT on transformers' Llama with the same adapter.
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,18 @@ def test_an_adapter_of_ours_loads_on_transformers_llama(tiny_llama: Maker, tmp_p
     cached = ours.generate(**inputs)
     assert torch.equal(cached, ours.generate(**inputs, use_cache=False))
     assert torch.equal(cached, ours.merge_and_unload().generate(**inputs))
+
+
+def test_a_deep_copy_has_adapters_of_its_own(tiny_llama: Maker) -> None:
+    model = fill(get_peft_model(convert_llama_hf_to_te(tiny_llama()), LoraConfig(r=4, target_modules=["q_proj"])))
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    assert torch.equal(logits(copied), expected)
+    assert not torch.equal(logits(model), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(copied))), expected)
 
 
 def test_a_model_without_adapters_has_no_projections(tiny_llama: Maker) -> None:
