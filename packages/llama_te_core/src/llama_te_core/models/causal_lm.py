@@ -10,12 +10,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.kv_cache import KVCache
+from ..layers.quantizers import Head
 from ..layers.sequence_layout import PACKED_ARGUMENTS, check_mask
 from .arguments import CACHE_FIELD, check_arguments, given_cache
 from .configuration_nvllama import NVLlamaConfig
@@ -36,7 +36,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         super().__init__(config)
         self.model = NVLlamaModel(config, fp8_recipe=fp8_recipe, fp4_recipe=fp4_recipe)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..compat.torch import local_range
+from ..layers.quantizers import QUANTIZE_OTHERWISE
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
 from .other_layouts import converted, has_other_layout, name_source
@@ -104,8 +105,10 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: The checkpoint has another layout, and llama-te-convert is not installed.
-            ValueError: The checkpoint lacks tensors of the decoder, cannot be converted, or an argument has no effect.
+            ValueError: The checkpoint lacks tensors of the decoder, or cannot be converted. Or an argument has no effect,
+                or asks transformers to split or to quantize the model by modules that these layers lack.
         """
+        _refuse_changes_by_transformers(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
         if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
@@ -143,6 +146,20 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter into the model, with transformers' arguments.
+
+        Raises:
+            ValueError: transformers leaves weights of the adapter as they were initialised: DoRA's, in 5.17.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        if info.missing_keys:
+            raise ValueError(
+                f"load_adapter did not load {len(info.missing_keys)} weights of the adapter, such as "
+                f"{min(info.missing_keys)!r}: load it with peft.PeftModel.from_pretrained(model, ...)."
+            )
+        return info
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: a checkpoint's `auto_map` points at the installed package, so no source is copied."""
@@ -161,6 +178,21 @@ def _in_construction_context(init: Callable[..., None]) -> Callable[..., None]:
             init(self, config, *args, **kwargs)
 
     return construct
+
+
+def _refuse_changes_by_transformers(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` with which transformers looks for the modules of its own Llama."""
+    for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is not supported: transformers' plan names modules that the decoder "
+                "layers do not have. Load the model without it, then split it with "
+                "llama_te_core.parallel.parallelize.parallelize(model, mesh), in processes that torchrun started."
+            )
+    for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+        value = arguments.get(name) or getattr(arguments.get("config"), name, None)
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported: {QUANTIZE_OTHERWISE}")
 
 
 def _clear_row(weight: DTensor, row: int) -> None:
