@@ -41,6 +41,36 @@ def test_modules_and_weights_are_recognised() -> None:
     assert compat.is_quantized(linear.weight) and not compat.is_quantized(torch.ones(1)), moved("QuantizedTensor")
 
 
+def test_its_inference_params_are_recognised() -> None:
+    from transformer_engine.pytorch.attention import InferenceParams
+
+    sizes = {"max_batch_size": 2, "max_sequence_length": 32, "num_heads_kv": 1, "head_dim_k": 16}
+    params = InferenceParams(**sizes, dtype=torch.bfloat16, qkv_format="thd", max_ctx_len=32)
+    assert compat.is_inference_params(params) and not compat.is_inference_params(object()), moved("InferenceParams")
+    read = ("head_dim_v", "is_paged", "max_ctx_len", "input_qkv_format", "cu_seqlens_q", "sequences", "cache_manager")
+    assert all(hasattr(params, name) for name in read), moved("an attribute of InferenceParams")
+    assert type(params.cache_manager).__name__ == "NonPagedKVCacheManager", moved("NonPagedKVCacheManager")
+
+
+def test_an_active_quantized_model_init_is_seen() -> None:
+    te = compat.transformer_engine()
+    assert not compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+    with te.quantized_model_init(enabled=True, recipe=compat.make_recipe("Float8CurrentScaling")):
+        assert compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+        with te.quantized_model_init(enabled=False):
+            assert not compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+
+
+@pytest.mark.parametrize("name", ["Float8CurrentScaling", "Float8BlockScaling"])
+def test_a_quantized_weight_on_the_host_is_read(name: str) -> None:
+    te = compat.transformer_engine()
+    with te.quantized_model_init(enabled=True, recipe=compat.make_recipe(name)):
+        weight = te.Linear(256, 128, bias=False, params_dtype=torch.bfloat16, device="cuda").weight
+    expected = weight.dequantize().cpu()
+    torch.testing.assert_close(compat.dequantized(weight.detach().cpu()), expected, rtol=0, atol=0)
+    torch.cuda.synchronize()  # an illegal memory access would show here
+
+
 def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
     weight = quantized_linear().weight
     parts = compat.fp8_parts(weight)

@@ -7,6 +7,7 @@ skipping a document costs little.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import importlib.util
@@ -14,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -329,13 +331,14 @@ class HubDataset:
     def documents(self, random: Random | None) -> Iterator[Document]:
         """Yield each row once, in order. `random` has no effect, since a download does not show its files' borders."""
         try:
-            from datasets import load_dataset
+            import datasets
         except ImportError as error:
             raise ImportError(
                 f"source={self.name!r} needs datasets, which is not installed: pip install 'llama-te-core[train]'."
             ) from error
         try:
-            dataset = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+            with _bars_on_terminals_only(datasets):
+                dataset = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
         except (OSError, ValueError) as error:
             raise UnusableDocumentError(
                 f"source={self.name!r} is no file or folder here, and cannot be loaded from the hub with "
@@ -408,6 +411,19 @@ def _formats() -> str:
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only(datasets: Any) -> Iterator[None]:
+    """Keep the library's progress bars out of log files."""
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _files(folder: Path) -> list[Path]:
