@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -58,7 +57,7 @@ def test_loading_and_saving_a_model(
 
 
 def test_verify_with_logits(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert(["verify", *map(str, folders), "--logits"]) == 0
+    assert convert(["verify", *map(str, folders), "--logits", "The sky"]) == 0
     assert not bars(capsys)
 
 
@@ -78,7 +77,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine(
     terminal: bool, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(NVLlamaForCausalLM.from_pretrained(folders[1]), dtype=torch.float32)
+    engine = Engine(NVLlamaForCausalLM.from_pretrained(folders[1]))
     capsys.readouterr()
     monkeypatch.setattr(engine_module, "SECONDS_BEFORE_PROGRESS", 0)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
