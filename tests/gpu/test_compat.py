@@ -143,7 +143,7 @@ def test_the_optimizer_keeps_master_weights() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(quantized: bool) -> None:
-    """Torch's fused AdamW decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
+    """The fused AdamW of torch decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
     weight = quantized_linear().weight if quantized else torch.nn.Parameter(torch.ones(32, 64, device="cuda"))
     groups = [{"params": [weight], "weight_decay": 0.1}]
     optimizer = (

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..compat.torch import local_range
+from ..compat.transformers import progress_bars_on_terminals_only
 from ..layers.quantizers import QUANTIZE_OTHERWISE
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
@@ -105,17 +106,18 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: The checkpoint has another layout, and llama-te-convert is not installed.
-            ValueError: The checkpoint lacks tensors of the decoder, or cannot be converted. Or an argument has no effect,
-                or asks transformers to split or to quantize the model by modules that these layers lack.
+            ValueError: The checkpoint lacks tensors of the decoder, or cannot be converted. Or an argument has no
+                effect, or asks transformers to split or to quantize the model by modules that these layers lack.
         """
         _refuse_changes_by_transformers(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         source = pretrained_model_name_or_path
-        if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
-            model, info = super().from_pretrained(None, *args, output_loading_info=True, **of_converted)
-            name_source(model, source)
-        else:
-            model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        with progress_bars_on_terminals_only():
+            if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
+                model, info = super().from_pretrained(None, *args, output_loading_info=True, **of_converted)
+                name_source(model, source)
+            else:
+                model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(decoder))
         if missing:
@@ -144,7 +146,8 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with progress_bars_on_terminals_only():
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter into the model, with transformers' arguments.
