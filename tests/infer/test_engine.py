@@ -635,7 +635,7 @@ def test_engines_that_make_no_sense_are_refused(
         ValueError, match="max_sequence_length=65, but with rope_type='dynamic' angles change beyond 64"
     ):
         Engine(model, max_sequence_length=65)
+    with pytest.raises(ValueError, match="max_sequence_length=1000000, but the model's max_position_embeddings is 128"):
+        Engine(thd.eval(), max_sequence_length=10**6)
     with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
         Engine(model).generate([[3], [4]], [GREEDY])
-    with pytest.raises(ValueError, match="prompts='text' is one text: give a list of prompts"):
-        Engine(model).generate("text", GREEDY)
