@@ -173,7 +173,7 @@ class RowSampling:
         random = params.temperature > 0
         single = [word[0] for word in bad_words if len(word) == 1]
         self._set_words(row, [list(word) for word in bad_words if len(word) > 1])
-        self._needs[row] = SamplingNeeds(
+        needs = SamplingNeeds(
             random=random,
             filtered=random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
             masked=stop.forbids_end_tokens or params.repetition_penalty != 1,
@@ -182,6 +182,7 @@ class RowSampling:
             bad_words=bool(self._words[row]),
             top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
         )
+        self._set_needs(row, needs)
         if self._needs[row].masked:
             self._mark(row, token_ids, ending)
         if self._needs[row].biased:
@@ -195,7 +196,7 @@ class RowSampling:
         """Copy another row's parameters to a row."""
         self._number_RF[to].copy_(self._number_RF[source])
         self._integer_RF[to].copy_(self._integer_RF[source])
-        self._needs[to] = self._needs[source]
+        self._set_needs(to, self._needs[source])
         if self._needs[to].masked:
             assert self.seen_RV is not None and self.ending_RV is not None
             self.seen_RV[to].copy_(self.seen_RV[source])
@@ -214,7 +215,7 @@ class RowSampling:
         """Make a row greedy, the mode with the least work."""
         self._write(row, [0.0, 1.0, 0.0, 1.0, 0.0, 0.0], [0, self.vocab_size, 0])
         self._set_words(row, [])
-        self._needs[row] = SamplingNeeds()
+        self._set_needs(row, SamplingNeeds())
 
     def needs(self, rows: Iterable[int]) -> SamplingNeeds:
         """Return the kinds of work that a batch of these rows needs."""
@@ -244,6 +245,12 @@ class RowSampling:
                 )
             )
         return self._word_table
+
+    def _set_needs(self, row: int, needs: SamplingNeeds) -> None:
+        if self._needs[row].biased and not needs.biased:
+            assert self.bias_RV is not None
+            self.bias_RV[row].zero_()  # parameters make the other tables' old entries harmless
+        self._needs[row] = needs
 
     def _set_words(self, row: int, words: list[list[int]]) -> None:
         if self._words[row] or words:
