@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import queue
 import threading
 from collections.abc import Callable
@@ -46,10 +47,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model(tiny_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    return convert_llama_hf_to_te(
-        tiny_llama(vocab_size=259, initializer_range=0.3, num_hidden_layers=1, eos_token_id=None)
-    )
+def hf(tiny_llama: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    return tiny_llama(vocab_size=259, initializer_range=0.3, num_hidden_layers=1, eos_token_id=None)
+
+
+@pytest.fixture
+def model(hf: PreTrainedModel) -> PreTrainedModel:
+    return convert_llama_hf_to_te(hf)
 
 
 @pytest.fixture
@@ -369,3 +373,87 @@ def test_a_callback_in_another_thread_is_refused(engine: Engine) -> None:
     while engine.has_unfinished:
         engine.step()
     assert len(errors) == NEW and all(isinstance(error, RuntimeError) for error in errors)
+
+
+# --- beams ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2, "n": 2},
+        {"num_beams": 4, "n": 3, "early_stopping": True},
+        {"num_beams": 3, "n": 3, "early_stopping": "never", "length_penalty": 2.0},
+    ],
+    ids=str,
+)
+def test_beams_end_at_stop_strings_as_those_of_generate(
+    hf: PreTrainedModel, engine: Engine, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]
+) -> None:
+    """Stop strings of one and of two tokens, which end some candidates of many steps."""
+    new, prompts = 12, [tokenizer(text)["input_ids"] for text in ("abc", "What?", "x")]
+    usual = engine.generate(prompts, SamplingParams(max_tokens=new, ignore_eos=True, **options))
+    best = [bytes_of(tokenizer, output.outputs[0].token_ids) for output in usual]
+    stop = [next(piece for piece in pieces[2:] if piece.isascii() and piece.isprintable()) for pieces in best]
+    pairs = [a + b for pieces in best for a, b in itertools.pairwise(pieces[1:]) if (a + b).isascii() and a and b]
+    stop += pairs[:3]
+    assert len(stop) > 3
+    params = SamplingParams(max_tokens=new, stop=stop, **options)
+    outputs = engine.generate(prompts, params)
+    ends = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        theirs = {{"n": "num_return_sequences"}.get(name, name): value for name, value in options.items()}
+        expected = hf.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=258,
+            stop_strings=stop,
+            tokenizer=tokenizer,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **theirs,
+        )
+        for beam, ids, score in zip(output.outputs, expected.sequences, expected.sequences_scores, strict=True):
+            written = ids[len(prompt) :].tolist()
+            assert beam.token_ids == written[: len(beam.token_ids)]
+            assert set(written[len(beam.token_ids) :]) <= {258}
+            assert beam.score == pytest.approx(score.item(), rel=1e-5)
+            text = tokenizer.decode(beam.token_ids, skip_special_tokens=True)
+            if beam.finish_reason == "stop":
+                ends += 1
+                assert beam.stop_reason in stop and text.startswith(beam.text + str(beam.stop_reason))
+            else:
+                assert len(beam.token_ids) == new and not any(string in text for string in stop)
+    assert ends, "no beam ended at a stop string"
+
+
+def bytes_of(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
+    return [tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
+
+
+def test_log_probabilities_of_beams(hf: PreTrainedModel, engine: Engine) -> None:
+    prompt = [256, 70, 71, 72]
+    params = [
+        SamplingParams(max_tokens=7, num_beams=3, n=3, logprobs=4, stop_token_ids=[5, 9]),
+        SamplingParams(max_tokens=5, num_beams=3, n=2, logprobs=0),
+        SamplingParams(max_tokens=7, num_beams=3, n=3, stop_token_ids=[5, 9]),
+    ]
+    with_top, chosen_alone, without = engine.generate([prompt] * 3, params)
+    assert [beam.token_ids for beam in with_top.outputs] == [beam.token_ids for beam in without.outputs]
+    assert all(beam.logprobs is None for beam in without.outputs)
+    for beam in [*with_top.outputs, *chosen_alone.outputs]:
+        with torch.no_grad():
+            logits_SV = hf(torch.tensor([prompt + beam.token_ids])).logits[0, len(prompt) - 1 : -1]
+        logprob_SV = logits_SV.double().log_softmax(-1)
+        assert beam.logprobs is not None and len(beam.logprobs) == len(beam.token_ids)
+        for logprob_V, token, found in zip(logprob_SV, beam.token_ids, beam.logprobs, strict=True):
+            assert found.logprob == pytest.approx(logprob_V[token].item(), abs=1e-4)
+            best = logprob_V.topk(len(found.top))
+            assert [token for token, _ in found.top] == best.indices.tolist()
+            assert [logprob for _, logprob in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert sum(found.logprob for found in beam.logprobs) / len(beam.token_ids) == pytest.approx(
+            beam.score, abs=1e-4
+        )
+    assert {len(found.top) for found in with_top.outputs[0].logprobs or ()} == {4}
+    assert {len(found.top) for found in chosen_alone.outputs[0].logprobs or ()} == {0}

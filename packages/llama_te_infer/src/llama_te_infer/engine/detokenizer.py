@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ class Detokenizer:
         self._piece = 0  # the index of the last readable piece's first token
         self._readable = 0  # the index behind its last token
         self._given = 0  # characters that `take` has returned
+
+    def copy(self) -> Detokenizer:
+        """Return a text that continues in its own way."""
+        other = copy.copy(self)
+        other._tokens = list(self._tokens)
+        return other
 
     def add(self, token: int, may_stop: bool = True) -> None:
         """Add one token. If the text may end, look for stop strings that end with it."""

@@ -549,14 +549,25 @@ class Engine:
         if state is None:
             return  # it ended while this step was running
         assert state.history is not None
-        state.history.add(beams.candidate_tokens, beams.candidate_sources, beams.candidate_scores)
+        state.history.add(
+            beams.candidate_tokens,
+            beams.candidate_sources,
+            beams.candidate_scores,
+            beams.text_ends,
+            beams.candidate_logprobs,
+            beams.top,
+        )
         if not state.history.done:
             self.scheduler.blocks.reorder(request.sequences, beams.sources, beams.length)
             return
         self.scheduler.remove(request.sequences)
         for sequence, hypothesis in state.keep_best():
-            for token in hypothesis.token_ids:
-                self._append(sequence, token)
+            wanted, positions = request.params.logprobs, hypothesis.positions
+            for index, token in enumerate(hypothesis.token_ids):
+                here = None
+                if wanted is not None and positions is not None:
+                    here = TokenLogprobs(positions[index].logprob, tuple(positions[index].top[:wanted]))
+                self._append(sequence, token, here)
 
     def _call_back(
         self, state: RequestState, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None

@@ -9,6 +9,7 @@ from typing import Any
 from ..runner.beam_search import BeamHistory, Hypothesis
 from ..runner.sequence import Request, Sequence
 from ..runner.stopping import FinishReason
+from .beam_texts import StoppingTexts
 from .detokenizer import Detokenizer
 from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
 
@@ -30,6 +31,7 @@ class RequestState:
         self, request: Request, tokenizer: Any | None, on_token: Callable[[TokenEvent], None] | None = None
     ) -> None:
         self.request, self.on_token = request, on_token
+        self._tokenizer = tokenizer
         self.history: BeamHistory | None = None
         self.error: Exception | None = None
         count = len(request.sequences)
@@ -70,7 +72,11 @@ class RequestState:
     def begin_search(self) -> None:
         """Begin a beam search, for the first time or again after the request was preempted."""
         params = self.request.params
-        self.history = BeamHistory(params.num_beams, self.request.stop, params.length_penalty, params.early_stopping)
+        stop = self.request.stop
+        self.history = BeamHistory(params.num_beams, stop, params.length_penalty, params.early_stopping)
+        if stop.stop_strings:
+            empty = detokenizer_of(self.request, self._tokenizer)
+            self.request.beam_texts = StoppingTexts(params.num_beams, stop, empty)
 
     def keep_best(self) -> list[tuple[Sequence, Hypothesis]]:
         """Keep `n` sequences for the best results of the beam search; return both."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
+from .beam_search import BeamTexts
 from .stopping import FinishReason, StopRule
 
 
@@ -60,6 +61,7 @@ class Request:
         bad_words: The tokens of each word that must not be written.
         stop: When its sequences end.
         sequences: `n` of them, or one for each beam.
+        beam_texts: The texts of a search with stop strings.
     """
 
     id: int
@@ -71,6 +73,7 @@ class Request:
     bad_words: list[list[int]] = field(default_factory=list)
     stop: StopRule = field(init=False)
     sequences: list[Sequence] = field(init=False)
+    beam_texts: BeamTexts | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.stop = StopRule.of(self.params, self.eos_token_ids, self.special_stops)
