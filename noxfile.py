@@ -39,6 +39,9 @@ TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 
 IMPORT_LINTER = "import-linter==2.16"
 
+# Libraries of users, always in their current releases. llguidance is a backend of outlines.
+CLIENTS = ["accelerate", "llguidance", "lm-eval", "outlines", "peft", "sentence-transformers", "transformers", "trl"]
+
 # The model comes from its package, so sessions download nothing while they run.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
@@ -90,15 +93,38 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Test the installed wheels on the CPU, two processes at a time, and measure coverage."""
+    """Test the installed wheels on the CPU, two processes at a time."""
+    run_tests(session)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests as `tests` does, and measure which lines they run. This takes a third more time."""
+    run_tests(session, "--cov", "--cov-report=term", "--cov-report=xml")
+
+
+def run_tests(session: nox.Session, *options: str) -> None:
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
     tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
-    arguments = session.posargs or ["--cov", "--cov-report=term", "--cov-report=xml", "--durations=20"]
+    arguments = session.posargs or ["--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
     env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "--ignore=tests/gpu", *arguments, env=env)
+    others = ["--ignore=tests/gpu", "--ignore=tests/clients"]
+    session.run("pytest", "--numprocesses=2", "--dist=worksteal", *others, *options, *arguments, env=env)
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """Compare lm-eval, TRL, PEFT, accelerate, sentence-transformers and outlines on our models and on transformers'."""
+    install(session, "pytest", "pytest-xdist")
+    say(session, "Installing the current releases of the libraries", "2 min")
+    session.install("--no-compile", "--upgrade", *CLIENTS)
+    say(session, "Running the tests", "5 min")
+    arguments = session.posargs or ["--durations=10"]
+    env = OFFLINE | {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "tests/clients", *arguments, env=env)
 
 
 @nox.session

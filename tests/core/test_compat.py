@@ -105,6 +105,23 @@ class TestTransformers:
 
 
 class TestTorch:
+    def test_a_chosen_device_is_told_from_none(self) -> None:
+        assert compat_torch.chosen_device() is None
+        for device in ("cpu", "meta"):
+            with torch.device(device), torch.no_grad():
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            torch.set_default_device(device)
+            try:
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            finally:
+                torch.set_default_device(None)
+        assert compat_torch.chosen_device() is None
+
+    def test_a_device_stops_where_a_condition_is_false(self) -> None:
+        compat_torch.assert_on_device(torch.tensor(True), "not seen")
+        with pytest.raises(RuntimeError, match="lengths must fit"):  # on the host it raises
+            compat_torch.assert_on_device(torch.tensor(False), "lengths must fit")
+
     def test_each_process_holds_its_share_of_two_halves(self) -> None:
         placement = compat_torch.placement_of_two_halves()
         assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")
@@ -181,6 +198,18 @@ class TestTorch:
         optimizer.step()
         assert seen == [optimizer], moved("torch", "register_optimizer_step_post_hook")
 
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_flag_keeps_an_optimizer_from_its_step(self, fused: bool) -> None:
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        for failed, grad, steps in ((0, 1.0, 1), (1, float("nan"), 1), (0, 1.0, 2)):
+            before = weight.detach().clone()
+            weight.grad = torch.full((4,), grad)
+            compat_torch.step_unless(optimizer, torch.tensor(float(failed)))
+            assert torch.equal(weight, before) == bool(failed), "found_inf of torch's fused AdamW has moved"
+            assert optimizer.state[weight]["step"] == steps and optimizer.state[weight]["exp_avg"].isfinite().all()
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused, "a fused optimizer tells it otherwise"
+
     def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[Any, ...]] = []
         memory = torch.cuda.memory
@@ -233,6 +262,23 @@ class TestPeft:
         assert asked == ["weight"], moved("peft", "_register_custom_module")
         wrappers = [each for each in model.modules() if isinstance(each, compat_peft.ParamWrapper)]
         assert len(wrappers) == 1 and wrappers[0].parameter_name == "weight", moved("peft", "ParamWrapper")
+
+
+class TestAccelerate:
+    def test_a_hook_names_the_device_of_offloaded_weights(self) -> None:
+        accelerate = pytest.importorskip("accelerate")
+        from llama_te_core.compat.accelerate import execution_devices
+
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        assert {weight.device.type for weight in model.parameters()} == {"meta"}
+        assert execution_devices(model) == {torch.device("cpu")}, moved("accelerate", "execution_device")
+
+    def test_weights_without_a_hook_are_where_they_compute(self) -> None:
+        from llama_te_core.compat.accelerate import execution_devices
+
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, device="meta"))
+        assert execution_devices(model) == {torch.device("cpu"), torch.device("meta")}
 
 
 class TestTorchdata:

@@ -12,10 +12,24 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils import _pytree
+from torch.utils._device import DeviceContext
 
 # `fully_shard` gives a module a class of this prefix and the name of its own class.
 FSDP_CLASS_PREFIX = "FSDP"
+
+
+def chosen_device() -> torch.device | None:
+    """Return the device of `with torch.device(...)` or `torch.set_default_device`; `None` without either.
+
+    `torch.get_default_device` returns the CPU in both cases: for a CPU that someone chose, and for no choice.
+    """
+    for mode in reversed(_get_current_function_mode_stack()):
+        if isinstance(mode, DeviceContext):
+            device: torch.device = mode.device
+            return device
+    return None
 
 
 def placement_of_two_halves() -> Placement:
@@ -56,6 +70,11 @@ def uncompiled(module: nn.Module) -> nn.Module:
 def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """Return all hooks on a module's forward pass, those before it and those after it."""
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def assert_on_device(condition: torch.Tensor, message: str) -> None:
+    """Let the device stop with a message if a bool [] is false. Nothing waits for the device."""
+    torch._assert_async(condition, message)
 
 
 def hook_numbers(module: nn.Module) -> tuple[Any, ...]:
@@ -100,6 +119,25 @@ def storage_reference(tensor: torch.Tensor) -> object:
 def after_each_optimizer_step(function: Callable[[Optimizer], None]) -> None:
     """Call a function after each step of any optimizer of the process."""
     register_optimizer_step_post_hook(lambda optimizer, args, kwargs: function(optimizer))
+
+
+def step_unless(optimizer: torch.optim.Optimizer, failed: torch.Tensor) -> None:
+    """Take an optimizer's step, but change neither weights nor its state where a flag on the device is 1.
+
+    torch's fused optimizers read the flag in their kernels, as they do for `torch.amp.GradScaler`. For other optimizers
+    the host reads it: on a CPU that costs nothing, and on a GPU it waits for the step's gradients. Transformer Engine's
+    FusedAdam needs this on a GPU, since its kernels for quantized weights always update.
+
+    Args:
+        optimizer: Its gradients are there.
+        failed: float32 [], 0 or 1.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        reads_flag: Any = optimizer
+        reads_flag.found_inf = failed
+        optimizer.step()
+    elif not failed:
+        optimizer.step()
 
 
 def start_memory_recording() -> None:
