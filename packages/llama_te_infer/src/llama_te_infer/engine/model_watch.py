@@ -21,6 +21,7 @@ from llama_te_core.compat.torch import (
     storage_reference,
     tensor_state,
 )
+from llama_te_core.compat.transformer_engine import held_tensors
 
 _watches: weakref.WeakSet[ModelWatch] = weakref.WeakSet()
 
@@ -109,7 +110,7 @@ class ModelWatch:
         for tensor in tensors:  # gets longer by the tensors that hold the values of quantized ones
             numbers += tensor_state(tensor)
             if type(tensor) is not nn.Parameter:
-                tensors += [part for part in vars(tensor).values() if isinstance(part, torch.Tensor)]
+                tensors += held_tensors(tensor)
         return _State(list(map(id, modules)), numbers, extras), modules, tensors
 
 
