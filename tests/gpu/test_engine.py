@@ -269,7 +269,7 @@ def test_beams_end_at_stop_strings_and_report_log_probabilities(make_llama: Any,
         assert beam.logprobs is not None
         reported = torch.tensor([position.logprob for position in beam.logprobs])
         difference = (reported - logprob_S[-len(beam.token_ids) :]).abs().max()
-        measured("difference of a beam's log-probability", float(difference), 0.2)
+        measured("difference of a beam's log-probability", float(difference), 0.3)
         assert all(len(position.top) == 3 for position in beam.logprobs)
     assert any(beam.finish_reason == "stop" for beam in beams)
     assert not engine.has_unfinished
