@@ -272,6 +272,22 @@ def test_special_tokens_in_a_text(engine: Engine, tokenizer: PreTrainedTokenizer
     assert texts == ["", "<|end|><|end|>", "", "<|end|>", "", "<|end|>", "<|en"]
 
 
+def test_parameters_that_forbid_every_token(engine: Engine) -> None:
+    for fields in (
+        {"allowed_token_ids": [65], "bad_words": "b"},
+        {"allowed_token_ids": [257], "stop": "<|end|>", "min_tokens": 1},
+    ):
+        with pytest.raises(ValueError, match="leaves no token that min_tokens=.* and bad_words=.* do not forbid"):
+            engine.submit("abc", SamplingParams(max_tokens=3, **fields))
+    for fields, name in (
+        ({"allowed_token_ids": [300]}, "allowed_token_ids"),
+        ({"logit_bias": {300: 1}}, "logit_bias"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has the tokens 300 to 300, but the model knows 0 to 258"):
+            engine.submit("abc", SamplingParams(max_tokens=3, **fields))
+    assert not engine.has_unfinished
+
+
 # --- bad words --------------------------------------------------------------------------------------------------------
 
 

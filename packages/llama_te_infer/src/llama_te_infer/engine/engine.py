@@ -377,13 +377,13 @@ class Engine:
         return ids
 
     def _submit(self, tokens: list[int], params: SamplingParams, on_token: Callable[[TokenEvent], None] | None) -> int:
-        params = self._with_length(tokens, params)
         special_stops = special_stops_of(params, self._special_tokens)
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
         # From torch's generator, so that torch.manual_seed makes all requests repeatable.
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        self._check(tokens, params, special_stops, bad_words)
+        params = self._with_length(tokens, params)
         request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)
-        self._check(request)
         self.scheduler.submit(request)
         self._submitted += 1
         self._requests[request.id] = RequestState(request, self.tokenizer, on_token)
@@ -393,8 +393,6 @@ class Engine:
     def _with_length(self, tokens: list[int], params: SamplingParams) -> SamplingParams:
         """Refuse prompts and lengths beyond the limit; return parameters whose `max_tokens` is a number."""
         limit, given = self.max_sequence_length, len(tokens)
-        if not tokens:
-            raise ValueError("prompt has no tokens: give at least one, such as the BOS token.")
         longer = "make an engine for longer sequences" if limit < self._longest else "it is the model's limit"
         if given >= limit:
             raise ValueError(
@@ -417,15 +415,20 @@ class Engine:
             )
         return dataclasses.replace(params, max_tokens=most)
 
-    def _check(self, request: Request) -> None:
-        params, vocab_size = request.params, self.model.lm_head.out_features
+    def _check(
+        self, tokens: list[int], params: SamplingParams, special_stops: dict[str, int], bad_words: list[list[int]]
+    ) -> None:
+        """Refuse tokens and texts that the model or the tokenizer does not have."""
+        if not tokens:
+            raise ValueError("prompt has no tokens: give at least one, such as the BOS token.")
+        vocab_size = self.model.lm_head.out_features
         for name, ids in (
-            ("prompt", request.prompt),
+            ("prompt", tokens),
             ("stop_token_ids", params.stop_token_ids),
-            ("stop", request.special_stops.values()),
+            ("stop", special_stops.values()),
             ("logit_bias", params.logit_bias or ()),
             ("allowed_token_ids", params.allowed_token_ids or ()),
-            ("bad_words", [token for word in request.bad_words for token in word]),
+            ("bad_words", [token for word in bad_words for token in word]),
         ):
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 raise ValueError(
@@ -442,9 +445,10 @@ class Engine:
                 "logit_bias or allowed_token_ids."
             )
         if params.allowed_token_ids is not None:
-            forbidden = {word[-1] for word in request.bad_words}
+            forbidden = {word[-1] for word in bad_words}
             if params.min_tokens:
-                forbidden.update(request.stop.end_tokens)
+                forbidden.update(params.stop_token_ids, special_stops.values())
+                forbidden.update(() if params.ignore_eos else self.eos_token_ids)
             if forbidden.issuperset(params.allowed_token_ids):
                 raise ValueError(
                     f"allowed_token_ids={params.allowed_token_ids!r} leaves no token that min_tokens="
