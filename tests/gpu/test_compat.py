@@ -111,6 +111,14 @@ def test_a_layer_takes_a_softmax_scale() -> None:
     assert scales and set(scales) == {0.125}, moved("softmax_scale")
 
 
+def test_a_layer_says_how_many_processes_share_a_sequence() -> None:
+    te = compat.transformer_engine()
+    layer = te.TransformerLayer(64, 64, 4, device="cuda")
+    assert compat.context_ranks(layer) == 1, moved("cp_size")
+    source = inspect.getsource(type(layer.self_attention).set_context_parallel_group)
+    assert "self.cp_size = " in source, moved("cp_size")
+
+
 def test_the_state_of_delayed_scaling_is_read_and_set() -> None:
     te = compat.transformer_engine()
     recipe = compat.make_recipe("DelayedScaling", amax_history_len=4)
