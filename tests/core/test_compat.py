@@ -328,6 +328,7 @@ class TestTransformerEngineWithoutIt:
     def test_nothing_is_quantized(self) -> None:
         assert not compat_te.is_quantized(torch.ones(1)) and compat_te.fp8_parts(torch.ones(1)) is None
         assert not compat_te.is_module_of_transformer_engine(nn.Linear(1, 1))
+        assert compat_te.held_tensors(torch.ones(1)) == []
         assert not compat_te.holds_quantized_weights(nn.Linear(1, 1))
         assert compat_te.delayed_scaling_state(nn.Linear(1, 1)) == {}
 

@@ -79,6 +79,8 @@ def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
     assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and scale.shape == (1,)
     # TE rounds to the weight's own dtype.
     torch.testing.assert_close((values.float() * scale).to(weight.dtype), weight.detach().dequantize())
+    held = {part.data_ptr() for part in compat.held_tensors(weight)}
+    assert {values.data_ptr(), scale.data_ptr()} <= held, moved("the tensors of a Float8Tensor")
 
 
 def test_a_module_quantizes_the_values_that_it_has() -> None:

@@ -90,7 +90,7 @@ def hook_numbers(module: nn.Module) -> tuple[Any, ...]:
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of a module itself, without those of its children."""
-    tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+    tensors: list[torch.Tensor] = [tensor for tensor in module._parameters.values() if tensor is not None]
     if module._buffers:
         tensors += [tensor for tensor in module._buffers.values() if tensor is not None]
     return tensors
