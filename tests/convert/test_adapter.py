@@ -222,5 +222,7 @@ def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
-    with pytest.raises(CheckpointError, match=r"not a local path, and cannot be downloaded from the hub"):
+    with pytest.raises(CheckpointError, match=r"\./no-such/model/there does not exist, and is not the id of"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="./no-such/model/there")
+    with pytest.raises(CheckpointError, match=r"not a local path, and cannot be downloaded from the hub"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="no-such/model")

@@ -86,6 +86,12 @@ def test_casting_is_within_tolerance_only(source: Path, tmp_path: Path, capsys) 
     ("arguments", "message"),
     [
         (["to-te", "{tmp}/nothing", "{tmp}/te"], r"nothing does not exist, and is not the id"),
+        (["to-te", "./nothing", "{tmp}/te"], r"./nothing does not exist, and is not the id"),
+        (["adapter-to-hf", "{adapter}", "{tmp}/te", "--base", "../nothing"], r"../nothing does not exist, and is not"),
+        (
+            ["to-hf", "{tmp}/model.gguf", "{tmp}/te"],
+            r"model.gguf is a GGUF file, which has no Transformer Engine layout",
+        ),
         (["to-hf", "{hf}", "{tmp}/te"], r"has the Hugging Face layout already"),
         (["inspect", "{tmp}"], r"has no tensors: looked for"),
         (["verify", "{hf}", "{tmp}/nothing"], r"nothing does not exist"),
@@ -101,7 +107,11 @@ def test_casting_is_within_tolerance_only(source: Path, tmp_path: Path, capsys) 
     ],
 )
 def test_errors_are_one_line(source: Path, tmp_path: Path, capsys, arguments: list[str], message: str) -> None:
-    status, out, err = run(capsys, *(each.format(tmp=tmp_path, hf=source) for each in arguments))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"r": 8, "lora_alpha": 8}')
+    places = {"tmp": tmp_path, "hf": source, "adapter": tmp_path / "adapter"}
+    status, out, err = run(capsys, *(each.format(**places) for each in arguments))
     assert (status, out) == (1, "")
     assert err.startswith("llama-te-convert: ")
     assert err.count("\n") == 1

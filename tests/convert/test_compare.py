@@ -24,6 +24,7 @@ from transformers import (
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.errors import CheckpointError
+from llama_te_convert.sources import tensor_source
 from llama_te_convert.sources.checkpoint import Checkpoint
 from llama_te_convert.sources.torch_tensors import as_bytes, info_of
 from llama_te_convert.verify import scan
@@ -397,7 +398,7 @@ def test_empty_tensors(hf):
 
 
 def test_no_more_than_a_block_is_read_at_once(hf, te):
-    with mock.patch.object(scan, "BLOCK", 1000):
+    with mock.patch.object(scan, "BLOCK", 1000), mock.patch.object(tensor_source, "CHUNK_BYTES", 4000):
         for tolerances in (None, TOLERANCES):
             first, second = changed(hf), changed(te)
             assert compare(first, second, tolerances=tolerances).equal

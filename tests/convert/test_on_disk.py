@@ -238,13 +238,20 @@ def set_field(**fields: Any) -> Callable[[Path], None]:
         (set_field(num_attention_heads="4"), r"a Llama needs positive whole numbers"),
         (set_field(model_type="gpt2"), r"gpt2"),
         (set_field(hidden_act="gelu"), r"hidden_act='gelu' is not supported"),
+        (
+            set_field(rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+            r"rope_type='spiral': it must be one of default, linear, ",
+        ),
+        (set_field(rope_parameters=None, rope_scaling={"type": "su", "factor": 2.0}), r"rope_type='su': it must be"),
     ],
 )
-def test_a_broken_source_leaves_nothing_that_looks_finished(source: Path, tmp_path: Path, damage, message: str) -> None:
+def test_a_broken_source_is_refused_before_a_byte_is_written(
+    source: Path, tmp_path: Path, damage, message: str
+) -> None:
     damage(source)
     with pytest.raises(CheckpointError, match=message):
         convert_checkpoint(str(source), tmp_path / "te", to_te=True)
-    assert not (tmp_path / "te").exists()
+    assert not list(tmp_path.glob("te*"))
 
 
 def test_an_option_that_is_wrong_can_be_put_right(source: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from llama_te_core.layers import reference as reference_layer
 from llama_te_core.layers import selection as layers
 from llama_te_core.layers.reference import ReferenceLayer
+from llama_te_core.layers.te import TransformerEngineBackend
 
 
 class DelayedScaling:
@@ -236,6 +237,7 @@ class FakeTransformerEngine:
                 )
                 inside = ReferenceLayer(sizes, arguments["layer_number"], arguments["kv_channels"] ** -0.5)
                 self.self_attention, self.layernorm_mlp = inside.self_attention, inside.layernorm_mlp
+                self.self_attention.cp_size = 1  # `set_context_parallel_group` sets it
                 self.self_attention.layernorm_qkv.__class__ = LayerNormLinear
                 self.self_attention.proj.__class__ = Linear
                 self.layernorm_mlp.__class__ = LayerNormMLP
@@ -292,7 +294,13 @@ class FakeTransformerEngine:
         pytorch.Float8Tensor = Float8Tensor
         package.pytorch = pytorch
         monkeypatch.setitem(sys.modules, "transformer_engine", package)
+        quantization = types.ModuleType("transformer_engine.pytorch.quantization")
+        quantization.FP8GlobalStateManager = types.SimpleNamespace(
+            with_fp8_parameters=lambda: bool(fake.inits) and fake.inits[-1][0]
+        )
         monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", pytorch)
+        monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.quantization", quantization)
+        monkeypatch.setattr(TransformerEngineBackend, "device", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Fake GPU")

@@ -237,6 +237,94 @@ def test_packed_sequences_equal_each_alone(tiny_llama, rope):
             torch.testing.assert_close(padded_logits_TV[padded_place], expected_SV, **LOGITS)
 
 
+SHARED_ROWS = ((4, 1, 6, 2), (9,), (3, 7))
+
+
+def shared_rows(shown_by):
+    """Rows of several sequences as other trainers make them: the sequences, ids [B, S], places, and arguments."""
+    sequences, width = random_sequences([length for row in SHARED_ROWS for length in row]), 13
+    ids_BS, sample_BS = torch.zeros(len(SHARED_ROWS), width, dtype=torch.long), torch.zeros(len(SHARED_ROWS), width)
+    position_BS = torch.zeros_like(ids_BS)
+    places, following = [], iter(sequences)
+    for row, lengths in enumerate(SHARED_ROWS):
+        start = 0
+        for number, length in enumerate(lengths, 1):
+            place = (row, slice(start, start + length))
+            ids_BS[place], sample_BS[place], position_BS[place] = next(following), number, torch.arange(length)
+            places.append(place)
+            start += length
+        position_BS[row, start:] = torch.arange(width - start)  # axolotl's padding
+    ones = torch.ones_like(ids_BS)
+    return sequences, ids_BS, places, {
+        "positions": {"position_ids": position_BS},
+        "positions beside ones": {"position_ids": position_BS, "attention_mask": ones},
+        "positions beside a mask": {"position_ids": position_BS, "attention_mask": (sample_BS > 0).long()},
+        "samples": {"attention_mask": sample_BS.long()},
+        "samples and positions": {"position_ids": position_BS, "attention_mask": sample_BS.long()},
+        "samples and columns": {"position_ids": torch.arange(width)[None], "attention_mask": sample_BS.long()},
+    }[shown_by]  # fmt: skip
+
+
+SHOWN_BY = (
+    "positions",
+    "positions beside ones",
+    "positions beside a mask",
+    "samples",
+    "samples and positions",
+    "samples and columns",
+)
+
+
+@pytest.mark.parametrize("rope", ["default", "yarn"])
+@pytest.mark.parametrize("shown_by", SHOWN_BY)
+def test_sequences_that_share_rows_equal_each_alone(shown_by, rope):
+    model_hf = _model(("gqa", "default", "untied", rope))
+    model_te = convert_llama_hf_to_te(model_hf)
+    sequences, ids_BS, places, arguments = shared_rows(shown_by)
+    with torch.no_grad():
+        logits_BSV = model_te(ids_BS, **arguments).logits
+        for ids_S, place in zip(sequences, places, strict=True):
+            torch.testing.assert_close(logits_BSV[place], model_hf(ids_S[None]).logits[0], **LOGITS)
+
+
+def test_rows_of_numbered_samples_train_as_each_sequence_alone():
+    """The loss is the mean over the labels of all sequences: no sample's last token trains on the next sample."""
+    model_hf = _model(("gqa", "default", "untied", "default"))
+    model_te = convert_llama_hf_to_te(model_hf)
+    sequences, ids_BS, _, arguments = shared_rows("samples")
+    labels_BS = ids_BS.masked_fill(arguments["attention_mask"] == 0, -100)
+    trained = [ids_S for ids_S in sequences if len(ids_S) > 1]
+    losses = [model_hf(ids_S[None], labels=ids_S[None]).loss * (len(ids_S) - 1) for ids_S in trained]
+    expected = torch.stack(losses).sum() / sum(len(ids_S) - 1 for ids_S in trained)
+    model_hf.zero_grad()
+    expected.backward()
+    actual = model_te(ids_BS, labels=labels_BS, **arguments).loss
+    torch.testing.assert_close(actual, expected, **LOSS)
+    actual.backward()
+    assert_gradients_equal(model_te, model_hf)
+    model_hf.zero_grad()
+
+
+def test_a_mask_beside_packed_sequences_changes_nothing():
+    """The BioNeMo recipe's collators leave one there, without the padding that they insert between sequences."""
+    model_hf = _model(("gqa", "default", "untied", "default"))
+    model_te = convert_llama_hf_to_te(model_hf)
+    sequences = random_sequences((5, 2))
+    for gaps, ones in (([0, 0], 7), ([3, 2], 7), ([3, 2], 12)):
+        row_1T, packed_arguments, places = packed(sequences, gaps)
+        labels_1T = torch.full_like(row_1T, -100)
+        for place, ids_S in zip(places, sequences, strict=True):
+            labels_1T[0, place] = ids_S
+            labels_1T[0, place.start] = -100
+        mask_1T = torch.ones(1, ones, dtype=torch.long)
+        with torch.no_grad():
+            output = model_te(row_1T, attention_mask=mask_1T, labels=labels_1T, **packed_arguments)
+            expected = [model_hf(ids_S[None], labels=ids_S[None]) for ids_S in sequences]
+        for place, each in zip(places, expected, strict=True):
+            torch.testing.assert_close(output.logits[0, place], each.logits[0], **LOGITS)
+        torch.testing.assert_close(output.loss, (4 * expected[0].loss + expected[1].loss) / 5, **LOSS)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(0, 4)), min_size=1, max_size=5), st.booleans())
 def test_any_packing_equals_each_sequence_alone(sizes, tell_longest):

@@ -105,6 +105,23 @@ class TestTransformers:
 
 
 class TestTorch:
+    def test_a_chosen_device_is_told_from_none(self) -> None:
+        assert compat_torch.chosen_device() is None
+        for device in ("cpu", "meta"):
+            with torch.device(device), torch.no_grad():
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            torch.set_default_device(device)
+            try:
+                assert compat_torch.chosen_device() == torch.device(device), moved("torch", "DeviceContext")
+            finally:
+                torch.set_default_device(None)
+        assert compat_torch.chosen_device() is None
+
+    def test_a_device_stops_where_a_condition_is_false(self) -> None:
+        compat_torch.assert_on_device(torch.tensor(True), "not seen")
+        with pytest.raises(RuntimeError, match="lengths must fit"):  # on the host it raises
+            compat_torch.assert_on_device(torch.tensor(False), "lengths must fit")
+
     def test_each_process_holds_its_share_of_two_halves(self) -> None:
         placement = compat_torch.placement_of_two_halves()
         assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")
@@ -143,6 +160,55 @@ class TestTorch:
         module.register_forward_pre_hook(before)
         module.register_forward_hook(after)
         assert set(compat_torch.forward_hooks(module)) == {before, after}, moved("torch", "_forward_hooks")
+
+    def test_hooks_have_numbers_that_are_never_given_again(self) -> None:
+        module = nn.Linear(2, 2)
+        handle = module.register_forward_hook(lambda *args: None)
+        numbers = compat_torch.hook_numbers(module)
+        handle.remove()
+        module.register_forward_pre_hook(lambda *args: None)
+        assert len(numbers) == 1 and compat_torch.hook_numbers(module) > numbers, moved("torch", "_forward_hooks")
+
+    def test_a_module_s_own_tensors_and_children(self) -> None:
+        module = nn.BatchNorm1d(2)
+        found = {id(tensor) for tensor in compat_torch.own_tensors(module)}
+        expected = {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+        assert found == expected, moved("torch", "_parameters or _buffers")
+        outer = nn.Sequential(module, nn.Sequential(nn.Linear(2, 2)))
+        assert compat_torch.children_of(outer) == list(outer.children()), moved("torch", "_modules")
+
+    def test_writes_and_replacements_change_a_tensor_s_state(self) -> None:
+        tensor = torch.zeros(3)
+        first, reference = compat_torch.tensor_state(tensor), compat_torch.storage_reference(tensor)
+        tensor.add_(1)
+        second = compat_torch.tensor_state(tensor)
+        assert first[:2] == second[:2] and first[2] != second[2], moved("torch", "_version")
+        tensor.data = torch.zeros(3)
+        assert compat_torch.tensor_state(tensor)[0] != second[0], moved("torch", "UntypedStorage._cdata")
+        assert compat_torch.storage_reference(tensor) != reference, moved("torch", "StorageWeakRef")
+        with torch.inference_mode():
+            assert compat_torch.tensor_state(torch.zeros(3))[2] == -1
+
+    def test_steps_of_all_optimizers_are_seen(self) -> None:
+        seen: list[torch.optim.Optimizer] = []
+        compat_torch.after_each_optimizer_step(seen.append)
+        parameter = nn.Parameter(torch.zeros(2))
+        parameter.grad = torch.ones(2)
+        optimizer = torch.optim.AdamW([parameter], fused=True)
+        optimizer.step()
+        assert seen == [optimizer], moved("torch", "register_optimizer_step_post_hook")
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_flag_keeps_an_optimizer_from_its_step(self, fused: bool) -> None:
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        for failed, grad, steps in ((0, 1.0, 1), (1, float("nan"), 1), (0, 1.0, 2)):
+            before = weight.detach().clone()
+            weight.grad = torch.full((4,), grad)
+            compat_torch.step_unless(optimizer, torch.tensor(float(failed)))
+            assert torch.equal(weight, before) == bool(failed), "found_inf of torch's fused AdamW has moved"
+            assert optimizer.state[weight]["step"] == steps and optimizer.state[weight]["exp_avg"].isfinite().all()
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused, "a fused optimizer tells it otherwise"
 
     def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[Any, ...]] = []

@@ -174,6 +174,10 @@ def test_a_configuration_is_changed_in_place_like_any_other(tmp_path):
 
 
 def test_angles_of_an_unknown_type_are_refused() -> None:
-    config = NVLlamaConfig(**TINY, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})
+    spiral = {"rope_type": "spiral", "rope_theta": 1e4}
+    with pytest.raises(ValueError, match="rope_type='spiral': it must be one of default, linear, "):
+        NVLlamaConfig(**TINY, rope_parameters=spiral)
+    config = NVLlamaConfig(**TINY)
+    config.rope_parameters = spiral
     with pytest.raises(ValueError, match="rope_type='spiral': it must be one of default, linear, "):
         NVLlamaModel(config)

@@ -31,6 +31,15 @@ def test_what_is_packed_keeps_the_labels_between_sequences():
     assert next_token_labels(packed_1T).tolist() == [[2, 3, -100, 5, 7, 8, -100]]
 
 
+def test_no_label_crosses_from_one_sample_of_a_row_to_the_next():
+    labels_BS = torch.tensor([[11, 12, 13, 14, 15], [21, 22, 23, 24, -100]])
+    mask_BS = torch.tensor([[1, 1, 2, 2, 3], [0, 1, 2, 2, 0]])
+    assert next_token_labels(labels_BS, mask_BS).tolist() == [
+        [12, -100, 14, -100, -100],
+        [-100, -100, 24, -100, -100],
+    ]
+
+
 def test_another_ignored_label():
     labels_BS = torch.tensor([[1, 2, 3]])
     assert next_token_labels(labels_BS, torch.tensor([[0, 1, 1]]), ignore_index=0).tolist() == [[0, 3, 0]]

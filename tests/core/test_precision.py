@@ -339,7 +339,7 @@ class TestContexts:
         model.config.use_quantized_model_init = True
         model.model.layers[0].self_attention.proj.primary_weights_in_fp8 = True
         with pytest.raises(
-            RuntimeError, match=r"use_quantized_model_init=True, but weight is on cpu.*load the model there"
+            RuntimeError, match=r"weight is on cpu, but.*use_quantized_model_init=True.*load the model there"
         ):
             model.quantize_loaded_weights()
 

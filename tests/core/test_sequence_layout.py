@@ -50,11 +50,12 @@ def test_packing_puts_each_rows_tokens_in_a_row(mask_BS, token_multiple):
     input_BS = tokens_of(mask_BS)
     layout = lay(input_BS, attention_mask=mask_BS, token_multiple=token_multiple)
     arranged_T, offsets = layout.arrange(input_BS), layout.cu_seqlens.tolist()
-    for row, (ids_S, mask_S) in enumerate(zip(input_BS, mask_BS, strict=True)):
-        assert torch.equal(arranged_T[offsets[row] : offsets[row + 1]], ids_S[mask_S])
+    filled = [ids_S[mask_S] for ids_S, mask_S in zip(input_BS, mask_BS, strict=True) if mask_S.any()]
+    for row, ids_S in enumerate(filled):
+        assert torch.equal(arranged_T[offsets[row] : offsets[row + 1]], ids_S)
     assert layout.cu_seqlens.dtype == torch.int32
     # Padding to a multiple is a sequence of its own, of at most that many tokens.
-    assert len(offsets) - 1 - len(mask_BS) in (0, 1)
+    assert len(offsets) - 1 - len(filled) in (0, 1)
     assert offsets[-1] == len(arranged_T)
     assert len(arranged_T) % token_multiple == 0
     assert 0 <= len(arranged_T) - int(mask_BS.sum()) <= (token_multiple if not mask_BS.any() else token_multiple - 1)
@@ -110,6 +111,75 @@ def test_positions_that_begin_again_are_packed_sequences(lengths, first):
     layout = lay(tokens_of(position_1T), position_ids=position_1T)
     assert layout.cu_seqlens.diff().tolist() == lengths
     assert layout.max_seqlen == layout.longest == max(lengths)
+
+
+@st.composite
+def packed_rows(draw):
+    """Rows of several sequences: their lengths, the mask that numbers samples, and the positions, each [B, S]."""
+    lengths_B = draw(st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=4), min_size=1, max_size=3))
+    width = max(1, max(map(sum, lengths_B)) + draw(st.integers(0, 2)))
+    left = draw(st.booleans())
+    sample_BS = torch.zeros(len(lengths_B), width, dtype=torch.long)
+    position_BS = torch.zeros_like(sample_BS)
+    for row, lengths in enumerate(lengths_B):
+        place = width - sum(lengths) if left else 0
+        for number, length in enumerate(lengths, 1):
+            sample_BS[row, place : place + length] = number
+            position_BS[row, place : place + length] = torch.arange(length)
+            place += length
+    return [length for lengths in lengths_B for length in lengths], sample_BS, position_BS
+
+
+@settings(deadline=None)
+@given(packed_rows(), st.sampled_from(("samples", "samples and columns", "positions")), st.integers(1, 9))
+def test_sequences_that_share_rows_are_kept_apart(case, shown_by, token_multiple):
+    """The samples' numbers show them, or positions that restart; positions may also count through a row of samples."""
+    lengths, sample_BS, position_BS = case
+    arguments = {"attention_mask": sample_BS}
+    if shown_by == "samples and columns":
+        arguments["position_ids"] = torch.arange(sample_BS.shape[1])[None]
+    elif shown_by == "positions":
+        arguments = {"attention_mask": (sample_BS > 0).long(), "position_ids": position_BS}
+    input_BS = tokens_of(sample_BS)
+    layout = lay(input_BS, **arguments, token_multiple=token_multiple)
+    found = layout.cu_seqlens.diff().tolist()
+    assert found[: len(lengths)] == lengths
+    assert len(found) - len(lengths) == (sum(lengths) % token_multiple != 0 or not lengths)
+    assert torch.equal(layout.arrange(input_BS)[: sum(lengths)], input_BS[sample_BS > 0])
+    assert torch.equal(layout.restore(layout.arrange(input_BS))[sample_BS > 0], input_BS[sample_BS > 0])
+    assert layout.max_seqlen >= max(found)
+    if len(lengths) > len({row for row, _ in sample_BS.nonzero().tolist()}):
+        assert layout.longest == max(found)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 4), min_size=3, max_size=3), min_size=2, max_size=4))
+def test_rows_without_padding_need_no_mask(lengths_B):
+    rows = [torch.cat([torch.arange(length) for length in (*lengths, 13 - sum(lengths))]) for lengths in lengths_B]
+    position_BS = torch.stack(rows)
+    layout = lay(tokens_of(position_BS), position_ids=position_BS)
+    assert layout.cu_seqlens.diff().tolist() == [each for row in lengths_B for each in (*row, 13 - sum(row))]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 0]])},
+        {"attention_mask": torch.tensor([[1, 1, 2, 2, 0], [1, 1, 1, 1, 1]])},
+        {"attention_mask": torch.tensor([[1, 1, 0, 2, 2], [1, 1, 1, 1, 1]])},
+    ],
+    ids=["positions", "samples", "samples around padding"],
+)
+@pytest.mark.parametrize(("format", "cached"), [("bshd", False), ("bshd", True), ("thd", True)])
+def test_rows_of_one_sequence_refuse_more(arguments, format, cached):
+    class Cache:
+        def begin_step(self, *arguments):
+            raise AssertionError("the cache must stay as it was")
+
+    with pytest.raises(
+        ValueError, match="several samples in a row.*attn_input_format='thd' and without past_key_values"
+    ):
+        lay(torch.ones(2, 5), format, cache=Cache() if cached else None, **arguments)
 
 
 @settings(deadline=None)
@@ -176,6 +246,26 @@ def test_a_mask_of_a_wrong_shape_is_refused(format, shape):
             r"cu_seq_lens_q=\[0, 3, 4\] does not fit cu_seq_lens_q_padded=\[0, 2, 5\]",
         ),
         ({"cu_seq_lens_q": int32(0, 3), "cu_seq_lens_q_padded": int32(0, 3, 5)}, r"does not fit cu_seq_lens_q_padded"),
+        (
+            {"cu_seq_lens_q": int32(1, 3), "cu_seq_lens_q_padded": int32(0, 5)},
+            r"cu_seq_lens_q=\[1, 3\] must be the running sum",
+        ),
+        (
+            {
+                "cu_seq_lens_q": int32(0, 2, 4),
+                "cu_seq_lens_q_padded": int32(0, 2, 5),
+                "cu_seq_lens_k_padded": int32(0, 3, 5),
+            },
+            r"cu_seq_lens_q and cu_seq_lens_k differ",
+        ),
+        (
+            {"cu_seq_lens_q": int32(0, 5), "cu_seq_lens_k_padded": int32(0, 5)},
+            r"cu_seq_lens_k_padded is given, and cu_seq_lens_q_padded differs or is missing",
+        ),
+        (
+            {"cu_seq_lens_q": int32(0, 5), "max_length_q": 5, "max_length_k": 6},
+            r"max_length_q=5 and max_length_k=6 differ",
+        ),
     ],
 )
 def test_packed_sequences_that_do_not_fit_are_refused(arguments, message):
@@ -183,14 +273,64 @@ def test_packed_sequences_that_do_not_fit_are_refused(arguments, message):
         lay(torch.ones(1, 5), packed=PackedSequences(**arguments))
 
 
-def test_packed_sequences_need_thd_and_stand_alone():
+def test_packed_sequences_need_thd_and_one_row():
     packed = PackedSequences(int32(0, 5))
     with pytest.raises(ValueError, match=r"attn_input_format='bshd': packed sequences need 'thd'"):
         lay(torch.ones(1, 5), "bshd", packed=packed)
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q and attention_mask are given"):
-        lay(torch.ones(1, 5), packed=packed, attention_mask=torch.ones(1, 5))
     with pytest.raises(ValueError, match=r"one row \[1, T\], but the input is \[2, 5\]"):
         lay(torch.ones(2, 5), packed=packed)
+
+
+GAPS = PackedSequences(int32(0, 2, 5), cu_seq_lens_q_padded=int32(0, 3, 7))  # 2 tokens, padding; 3 tokens, padding
+CLOSE = PackedSequences(int32(0, 3, 7))
+
+
+@pytest.mark.parametrize(
+    ("packed", "name", "values"),
+    [
+        (CLOSE, "attention_mask", [1, 1, 1, 1, 1, 1, 1]),
+        (CLOSE, "attention_mask", [1, 1, 1, 0, 0, 0, 0]),  # the recipe's filling, a sequence of its own
+        (CLOSE, "attention_mask", [1, 1, 0, 1, 1, 0, 0]),
+        (CLOSE, "attention_mask", [1, 1, 1, 2, 2, 2, 2]),
+        (GAPS, "attention_mask", [1, 1, 0, 1, 1, 1, 0]),
+        (GAPS, "attention_mask", [1, 1, 1, 1, 1]),  # the recipe's mask of sequences that it pads
+        (GAPS, "position_ids", [0, 1, 0, 1, 2]),
+        (GAPS, "position_ids", [0, 1, 9, 0, 1, 2, 9]),
+        (CLOSE, "position_ids", [0, 1, 2, 0, 1, 2, 3]),
+        (CLOSE, "position_ids", [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_what_fits_the_packed_sequences_changes_nothing(packed, name, values):
+    alone = lay(torch.ones(1, 7), packed=packed)
+    beside = lay(torch.ones(1, 7), packed=packed, **{name: torch.tensor([values])})
+    assert torch.equal(alone.cu_seqlens, beside.cu_seqlens)
+    assert (alone.longest, alone.pad_between_seqs) == (beside.longest, beside.pad_between_seqs)
+    assert beside.source_N is None
+
+
+@pytest.mark.parametrize(
+    ("packed", "name", "values", "message"),
+    [
+        (CLOSE, "attention_mask", [0, 1, 1, 1, 1, 1, 1], "attention_mask contradicts cu_seq_lens_q"),
+        (CLOSE, "attention_mask", [1, 1, 1, 1, 0, 1, 1], "attention_mask contradicts"),
+        (CLOSE, "attention_mask", [1, 1, 2, 2, 2, 2, 2], "attention_mask contradicts"),
+        (GAPS, "attention_mask", [1, 0, 1, 1, 1, 1, 0], "attention_mask contradicts"),
+        (GAPS, "attention_mask", [1, 1, 1, 1], "attention_mask contradicts"),
+        (CLOSE, "attention_mask", [1, 1, 1, 1, 1], r"attention_mask has shape \[1, 5\].*must be \[1, 7\]"),
+        (CLOSE, "position_ids", [0, 1, 0, 1, 2, 3, 4], "position_ids contradicts"),
+        (GAPS, "position_ids", [0, 2, 9, 0, 1, 2, 9], "position_ids contradicts"),
+        (CLOSE, "position_ids", [0, 1], r"position_ids has shape \[1, 2\]"),
+    ],
+)
+def test_what_contradicts_the_packed_sequences_is_refused(packed, name, values, message):
+    with pytest.raises(ValueError, match=message):
+        lay(torch.ones(1, 7), packed=packed, **{name: torch.tensor([values])})
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 5), (2, 5, 1), (4,)])
+def test_positions_of_a_wrong_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"position_ids has shape .*must be \[2, 5\] or \[1, 5\]"):
+        lay(torch.ones(2, 5), position_ids=torch.ones(shape))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +339,7 @@ def test_packed_sequences_need_thd_and_stand_alone():
         ("thd", 1, [0, 1, 2, 5, 6]),
         ("thd", 1, [0, 1, 0, 5, 6]),  # restarts at 0, then jumps
         ("thd", 1, [3, 2, 1, 0, 0]),
-        ("thd", 2, [0, 1, 0, 1, 2]),  # packed sequences are one row
+        ("thd", 2, [0, 1, 0, 2, 3]),
         ("bshd", 1, [0, 1, 0, 1, 2]),
         ("bshd", 2, [0, 1, 2, 5, 6]),
     ],

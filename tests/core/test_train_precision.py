@@ -31,6 +31,7 @@ from llama_te_core.train.config.machine import check_machine
 from llama_te_core.train.data.batch_stream import BatchStream
 from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
 from llama_te_core.train.export import export_te
+from llama_te_core.train.finite_updates import FiniteUpdates
 from llama_te_core.train.optimizers import make_optimizer
 from llama_te_core.train.setup import build_model, random_weights
 
@@ -331,3 +332,20 @@ def test_fp8_and_reference_layers_are_refused_together(engine: Any) -> None:
     )
     with pytest.raises(RuntimeError, match="but model.layer_implementation is 'reference'"):
         check_machine(run, 1)
+
+
+def test_a_step_that_is_not_finite_leaves_quantized_weights_and_their_state(quantizing: Any) -> None:
+    run = Training()
+    run.step()
+    updates = FiniteUpdates(run.optimizer, torch.device("cpu"))
+    before, quantized = run.state, run.quantized
+    moments = [{name: value.clone() for name, value in state.items()} for state in run.optimizer.state.values()]
+    for loss in (float("nan"), 1.0):
+        for parameter in run.model.parameters():
+            parameter.grad = torch.ones(parameter.shape)
+        updates.step(torch.tensor(loss), torch.tensor(1.0))
+    torch.testing.assert_close(run.state, before, rtol=0, atol=0)
+    torch.testing.assert_close(run.quantized, quantized, rtol=0, atol=0)
+    for state, values in zip(run.optimizer.state.values(), moments, strict=True):
+        torch.testing.assert_close(dict(state), values, rtol=0, atol=0)
+    assert {group["step"] for group in run.optimizer.param_groups} == {1}

@@ -17,14 +17,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from conftest import TINY
 from distributed.processes import join
-from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core import (
+    ContextParallelDataLoaderWrapper,
+    DataCollatorForContextParallel,
+    NVLlamaConfig,
+    NVLlamaForCausalLM,
+    next_token_labels,
+)
 from llama_te_core.parallel.context import shard_context
+from llama_te_core.parallel.context_batches import context_part
 from llama_te_core.parallel.mesh import make_mesh
 from llama_te_core.parallel.parallelize import clip_gradients, parallelize, whole_state_dict
 from llama_te_core.parallel.shards import gather_halves, own_part, scatter_halves, whole
@@ -324,6 +332,43 @@ def between_the_layers() -> dict[str, Any]:
     }
 
 
+def context_from_outside(case: Case) -> dict[str, Any]:
+    """Split sequences by the layers' own method and the loader, as the BioNeMo recipe does; return the differences."""
+    device = torch.get_default_device()
+    mesh = init_device_mesh(device.type, (1, 2), mesh_dim_names=("dp", "cp"))["cp"]
+    batches = [new_batch(case, index) for index in range(2)]
+    if case.format == "bshd":
+        batches = [{name: value[:, :12] for name, value in batch.items()} for batch in batches]
+        batches[0]["attention_mask"] = torch.ones_like(batches[0]["attention_mask"])
+    collate = DataCollatorForContextParallel(lambda batch: batch, mesh, case.format, is_causal_lm=True)
+    model, split = new_model(case).eval(), new_model(case).eval()
+    for layer in split.model.layers:
+        layer.set_context_parallel_group(mesh.get_group(), dist.get_process_group_ranks(mesh.get_group()), None)
+
+    def load() -> Any:
+        yield from map(collate, batches)
+        raise KeyError("no such field")
+
+    loader = ContextParallelDataLoaderWrapper(load() if mesh.get_local_rank() == 0 else None, mesh)
+    found: dict[str, Any] = {"logits": [], "labels": []}
+    try:
+        for batch, part in zip(batches, iter(loader), strict=False):
+            found["fields"] = sorted(part)
+            mask, labels = batch.get("attention_mask"), batch.pop("labels")
+            with torch.no_grad():
+                expected, actual = model(**batch).logits, split(**part).logits
+            # Where each token of the part stands in the whole batch.
+            place = torch.arange(labels.numel()).view(labels.shape)
+            seen = context_part({**batch, "place": place}, mesh.get_local_rank(), 2)["place"]
+            real = part["shift_labels"] != -100
+            found["logits"].append(_error(actual[real], expected.flatten(0, 1)[seen][real]))
+            found["labels"].append(torch.equal(part["shift_labels"], next_token_labels(labels, mask).flatten()[seen]))
+        next(loader)
+    except (KeyError, RuntimeError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def refusals() -> dict[str, str]:
     """Return the error messages for requests that a mesh cannot fulfil."""
     heard: dict[str, str] = {}
@@ -387,6 +432,8 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
             findings["bfloat16"] = compute_in_bfloat16()
             findings["wrapped in FSDP"] = wrapped_in_fsdp()
             findings["between the layers"] = between_the_layers()
+            for case in (Case(batch="packed with padding"), Case(batch="padded right", format="bshd")):
+                findings[f"context from outside, {case.format}"] = context_from_outside(case)
         findings["refusals"] = refusals()
     except Exception:
         findings["stopped by"] = traceback.format_exc()

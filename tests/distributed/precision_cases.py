@@ -50,7 +50,7 @@ SHAPE = ShapeConfig(
     max_position_embeddings=128,
     initializer_range=0.1,
 )
-BATCHES = 8  # in each step
+BATCHES = {"cpu": 4, "cuda": 8}  # in each step, one for each of the most processes there
 LENGTHS = (64, 32, 32)  # multiples of 16 for 8 context ranks: each rank gets 16 tokens of a batch, as FP8 needs
 WARM_UP, STEPS = 2, 20  # delayed scaling finds its scales in the first steps, which have a learning rate of 0
 SAVED_AT = WARM_UP + STEPS // 2
@@ -114,7 +114,7 @@ class Case:
             data=DataConfig(
                 source="none",
                 tokens_per_batch=sum(LENGTHS),
-                batches_per_step=BATCHES // (resolved.replicate * resolved.shard),
+                batches_per_step=_batches() // (resolved.replicate * resolved.shard),
             ),
             model=ModelConfig(shape=SHAPE, layer_implementation=self.layers),
             steps=WARM_UP + STEPS,
@@ -135,9 +135,13 @@ class Batches:
         self.index, self.ranks = data_rank(mesh)
 
     def next(self) -> Batch:
-        arguments = shard_context(new_batch(self.index % BATCHES), self.mesh)
+        arguments = shard_context(new_batch(self.index % _batches()), self.mesh)
         self.index += self.ranks
         return Batch(arguments, sum(LENGTHS), 0)
+
+
+def _batches() -> int:
+    return BATCHES[torch.get_default_device().type]
 
 
 def new_batch(index: int) -> dict[str, Any]:

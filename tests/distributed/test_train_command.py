@@ -89,6 +89,8 @@ class Together:
         # The signal comes in the second step, and the run reacts in the third or the fourth.
         stop = (BATCHES // world_size) + 1
         runs.append((self.folder(world_size, "stopped"), self.source, saving | {"steps": 100, "stop": stop}))
+        spoilt = {"steps": 9, "spoil": 2, "log__interval": 4, "checkpoint__interval": 3}
+        runs.append((self.folder(world_size, "spoilt"), self.source, saving | spoilt))
         # The store where processes meet is open before they start, as in torchrun, so no other program can take its
         # port in between.
         stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
@@ -133,6 +135,13 @@ def test_a_signal_to_one_process_stops_all_and_another_number_goes_on(
     with pytest.warns(UserWarning, match=f"saved by {world_size} processes and is loaded by 1"):
         more = train(folder, source, **settings)
     assert more == pytest.approx(train(tmp_path, source, **settings), abs=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [pytest.param(each, marks=pytest.mark.processes(each)) for each in CASES])
+def test_a_loss_of_one_process_that_is_nan_keeps_all_from_updates(together: Together, world_size: int) -> None:
+    folder = together.folder(world_size, "spoilt")  # the processes check their weights themselves
+    assert [row["step"] for row in metrics(folder)] == [1, 2]
+    assert not (folder / "checkpoints").exists()
 
 
 def environment(**variables: object) -> dict[str, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from llama_te_core.compat import transformer_engine as compat
+from llama_te_core.train.finite_updates import FiniteUpdates
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 
@@ -37,6 +39,36 @@ def test_modules_and_weights_are_recognised() -> None:
     assert compat.is_module_of_transformer_engine(linear), moved("the modules' package")
     assert compat.holds_quantized_weights(linear), moved("primary_weights_in_fp8")
     assert compat.is_quantized(linear.weight) and not compat.is_quantized(torch.ones(1)), moved("QuantizedTensor")
+
+
+def test_its_inference_params_are_recognised() -> None:
+    from transformer_engine.pytorch.attention import InferenceParams
+
+    sizes = {"max_batch_size": 2, "max_sequence_length": 32, "num_heads_kv": 1, "head_dim_k": 16}
+    params = InferenceParams(**sizes, dtype=torch.bfloat16, qkv_format="thd", max_ctx_len=32)
+    assert compat.is_inference_params(params) and not compat.is_inference_params(object()), moved("InferenceParams")
+    read = ("head_dim_v", "is_paged", "max_ctx_len", "input_qkv_format", "cu_seqlens_q", "sequences", "cache_manager")
+    assert all(hasattr(params, name) for name in read), moved("an attribute of InferenceParams")
+    assert type(params.cache_manager).__name__ == "NonPagedKVCacheManager", moved("NonPagedKVCacheManager")
+
+
+def test_an_active_quantized_model_init_is_seen() -> None:
+    te = compat.transformer_engine()
+    assert not compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+    with te.quantized_model_init(enabled=True, recipe=compat.make_recipe("Float8CurrentScaling")):
+        assert compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+        with te.quantized_model_init(enabled=False):
+            assert not compat.quantizes_new_weights(), moved("FP8GlobalStateManager")
+
+
+@pytest.mark.parametrize("name", ["Float8CurrentScaling", "Float8BlockScaling"])
+def test_a_quantized_weight_on_the_host_is_read(name: str) -> None:
+    te = compat.transformer_engine()
+    with te.quantized_model_init(enabled=True, recipe=compat.make_recipe(name)):
+        weight = te.Linear(256, 128, bias=False, params_dtype=torch.bfloat16, device="cuda").weight
+    expected = weight.dequantize().cpu()
+    torch.testing.assert_close(compat.dequantized(weight.detach().cpu()), expected, rtol=0, atol=0)
+    torch.cuda.synchronize()  # an illegal memory access would show here
 
 
 def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
@@ -99,3 +131,36 @@ def test_the_optimizer_keeps_master_weights() -> None:
     optimizer = compat.fused_adam(groups, lambda each: each is weight, {weight: first}, {"lr": 1e-3})
     assert torch.equal(optimizer.state[weight][compat.MASTER_WEIGHT], first), moved("FusedAdam")
     assert compat.MASTER_WEIGHT not in optimizer.state[plain]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(quantized: bool) -> None:
+    """Torch's fused AdamW decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
+    weight = quantized_linear().weight if quantized else torch.nn.Parameter(torch.ones(32, 64, device="cuda"))
+    groups = [{"params": [weight], "weight_decay": 0.1}]
+    optimizer = (
+        compat.fused_adam(groups, lambda each: True, {}, {"lr": 1e-2})
+        if quantized
+        else torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    )
+    updates = FiniteUpdates(optimizer, torch.device("cuda"))
+
+    def values() -> dict[str, torch.Tensor]:
+        kept = {name: value.clone() for name, value in optimizer.state[weight].items()}
+        return kept | {"weight": (weight.dequantize() if quantized else weight).detach().clone()}
+
+    one = torch.ones((), device="cuda")
+    seen = []
+    steps = ((one, one, 1.0), (one, one * math.nan, math.nan), (one * math.inf, one, 1.0), (one, one, 1.0))
+    for loss, norm, gradient in steps:
+        weight.grad = torch.full((32, 64), gradient, dtype=weight.dtype, device="cuda")
+        torch.cuda.set_sync_debug_mode("default" if quantized else "error")
+        try:
+            updates.step(loss, norm)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        seen.append(values())
+    first, *others = seen
+    assert all(value.isfinite().all() for value in first.values()) and first["exp_avg"].ne(0).all()
+    for other in others:
+        assert all(torch.equal(first[name], value) for name, value in other.items())

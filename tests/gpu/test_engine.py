@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformer_engine.common.recipe import Float8CurrentScaling
+from transformer_engine.pytorch.optimizers import FusedAdam
 
 from gpu.small_llama import MODEL
 from llama_te_convert import convert_llama_hf_to_te
@@ -23,6 +24,7 @@ from llama_te_infer import Engine, SamplingParams, inference_params_for
 from llama_te_infer.decode import backend
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.decode.layers import LayersDecode
+from llama_te_infer.engine.model_watch import ModelWatch
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 40
@@ -205,6 +207,71 @@ def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
     outputs = engine.generate(prompts(5), SamplingParams(max_tokens=8, temperature=0))
     assert all(len(output.outputs[0].token_ids) == 8 for output in outputs)
     assert MODEL["vocab_size"] > max(token for output in outputs for token in output.outputs[0].token_ids)
+
+
+# --- weights that change under an engine ------------------------------------------------------------------------------
+
+
+def greedy(engine: Engine, prompt: list[int]) -> list[int]:
+    return engine.generate([prompt], SamplingParams(max_tokens=NEW, temperature=0))[0].outputs[0].token_ids
+
+
+def test_changed_weights_are_served_by_the_same_graphs_and_replaced_ones_by_new_graphs(
+    make_llama: Any, measured: Any
+) -> None:
+    """Cached prefixes of the old weights are forgotten in both cases."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    prompt = prompts(6)[-1]
+    engine = Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16)
+    before, first = greedy(engine, prompt), engine._runner.decode
+    assert isinstance(first, FusedDecode) and engine.scheduler.blocks.prefixes.remembered
+    weight = model.model.layers[0].self_attention.layernorm_qkv.weight
+
+    with torch.no_grad():
+        weight.mul_(1.7)
+    changed = greedy(engine, prompt)
+    assert engine._runner.decode is first, "the graphs read the weights where they are"
+    assert changed == greedy(Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16), prompt) != before
+    measured("shortfall after a change in place", shortfall(model, prompt, changed), 0.1)
+
+    weight.data = weight.detach().flip(0).contiguous()
+    replaced = greedy(engine, prompt)
+    assert engine._runner.decode is not first and isinstance(engine._runner.decode, FusedDecode)
+    assert replaced == greedy(Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16), prompt) != changed
+    measured("shortfall after a replacement", shortfall(model, prompt, replaced), 0.1)
+
+
+@pytest.mark.hopper
+def test_steps_of_an_optimizer_and_writes_to_fp8_weights_are_seen(make_llama: Any, tmp_path: Path) -> None:
+    """TE's kernels write past torch's version counters; a step of an optimizer is seen all the same."""
+    plain = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16())
+    plain.save_pretrained(tmp_path)
+    model = NVLlamaForCausalLM.from_pretrained(
+        tmp_path,
+        layer_precision=["fp8"] * 6,
+        use_quantized_model_init=True,
+        fp8_recipe=Float8CurrentScaling(),
+        dtype=torch.bfloat16,
+        device_map="cuda",
+    ).eval()
+    engine = Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16)
+    watch = ModelWatch(model)
+    prompt = prompts(6)[-1]
+    before = greedy(engine, prompt)
+    assert not watch.has_changed(), "a forward pass changes nothing"
+    assert greedy(engine, prompt) == before and not watch.has_changed()
+    weight = model.model.layers[0].layernorm_mlp.fc1_weight
+    with torch.no_grad():
+        weight.copy_(weight.dequantize().flip(0))
+    assert watch.has_changed(), "a copy into an FP8 weight"
+    found = greedy(engine, prompt)
+    assert found == greedy(Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16), prompt) != before
+    norm = model.model.norm.weight
+    norm.grad = torch.ones_like(norm)
+    FusedAdam([norm], lr=0.5).step()
+    assert watch.has_changed(), "a step of TE's FusedAdam"
+    last = greedy(engine, prompt)
+    assert last == greedy(Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16), prompt) != found
 
 
 # --- models that have more than the kernels compute -------------------------------------------------------------------

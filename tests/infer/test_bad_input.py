@@ -127,7 +127,7 @@ def test_packed_sequences_with_a_cache(te: PreTrainedModel) -> None:
     packed = {"input_ids": input_ids(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 6], dtype=torch.int32)}
     packed |= {"max_length_q": 4}
     message = {
-        "thd": "cu_seq_lens_q and past_key_values are given: packed sequences take neither mask nor cache",
+        "thd": "cu_seq_lens_q and past_key_values are given: packed sequences take no cache",
         "bshd": "cu_seq_lens_q is given, but attn_input_format='bshd': packed sequences need 'thd'",
     }[te.config.attn_input_format]
     with torch.no_grad(), pytest.raises(ValueError, match=message):

@@ -327,10 +327,10 @@ def test_kernels_that_there_are_not(tiny_llama: Callable[..., PreTrainedModel], 
 
 def test_models_that_have_more_than_the_kernels_compute(te: PreTrainedModel, any_dtype: None) -> None:
     cache = cache_for(te, 2)
-    assert decode_problem(te, cache, 2) is None
+    assert decode_problem(te, cache, 2)[0] is None
 
     def check(message: str) -> None:
-        problem = decode_problem(te, cache, 2)
+        problem, _ = decode_problem(te, cache, 2)
         assert problem is not None and re.search(message, problem), problem
 
     hook = te.model.layers[1].register_forward_hook(lambda *arguments: None)
@@ -359,9 +359,9 @@ def test_hooks_that_transformer_engine_layers_have(tiny_llama: Callable[..., Pre
     """These hooks serve the cache. The kernels do the same work themselves."""
     model = convert_llama_hf_to_te(tiny_llama(**SIZES))
     assert model.model.layers[0]._forward_pre_hooks
-    assert decode_problem(model, cache_for(model, 2), 2) is None
+    assert decode_problem(model, cache_for(model, 2), 2)[0] is None
     model.model.layers[0].register_forward_hook(lambda *arguments: None)
-    assert "model.layers.0 has hooks" in str(decode_problem(model, cache_for(model, 2), 2))
+    assert "model.layers.0 has hooks" in str(decode_problem(model, cache_for(model, 2), 2)[0])
 
 
 def test_hooks_on_the_model_itself_run(te: PreTrainedModel, any_dtype: None, calls: Calls) -> None:
@@ -374,7 +374,7 @@ def test_hooks_on_the_model_itself_run(te: PreTrainedModel, any_dtype: None, cal
 def test_more_rows_than_the_kernels_take(te: PreTrainedModel, any_dtype: None) -> None:
     cache = cache_for(te, 257, max_length=4)
     cache.begin_step(None, 257, 2)
-    assert decode_problem(te, cache, 257) == "the batch has 257 rows, and the kernels take 256"
+    assert decode_problem(te, cache, 257)[0] == "the batch has 257 rows, and the kernels take 256"
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

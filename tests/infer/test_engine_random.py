@@ -22,7 +22,7 @@ from llama_te_infer.engine.engine import Engine
 from llama_te_infer.engine.outputs import RequestOutput
 from llama_te_infer.sampling_params import SamplingParams
 
-MIXES = int(os.environ.get("LLAMA_TE_RANDOM_MIXES", "400"))
+MIXES = int(os.environ.get("LLAMA_TE_RANDOM_MIXES", "200"))
 VOCABULARY = 61
 ENDS = (5, 6)  # EOS tokens: one in thirty tokens, so that many texts end by themselves
 

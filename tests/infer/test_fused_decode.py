@@ -16,7 +16,7 @@ from llama_te_infer.decode import weights as weights_module
 from llama_te_infer.decode.backend import decode_problem
 from llama_te_infer.decode.fused import FusedDecode, _multiply_many, takes_fused_decode
 from llama_te_infer.decode.layers import LayersDecode
-from llama_te_infer.decode.weights import Weight
+from llama_te_infer.decode.weights import Weight, layer_weights
 from llama_te_infer.kv_cache.engine_cache import EngineCache
 from llama_te_infer.ops.linear import Product
 from llama_te_infer.ops.rms_norm import rms_norm
@@ -57,7 +57,7 @@ def make_cache(model: NVLlamaForCausalLM, rows: int = ROWS) -> EngineCache:
 def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> torch.Tensor:
     """Logits [STEPS, most_rows, V] of rows that begin at five different steps, whose pages lie in no order."""
     cache = make_cache(model, most_rows)
-    decode = FusedDecode(model, cache, most_rows) if fused else LayersDecode(model, cache)
+    decode = FusedDecode(model, cache, most_rows, layer_weights(model)) if fused else LayersDecode(model, cache)
     state = DecodeState(most_rows, cache, model.config.vocab_size)
     generator = torch.Generator().manual_seed(3)
     pages = torch.randperm(4 * most_rows, generator=generator).view(most_rows, 4).int()
@@ -222,22 +222,26 @@ def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_tells_what_it_takes() -> None:
     model = make_model().to(torch.bfloat16)
-    assert takes_fused_decode(model, ROWS, PAGE_SIZE)
-    assert not takes_fused_decode(model, 257, PAGE_SIZE)
-    assert not takes_fused_decode(model, ROWS, 24)
-    assert not takes_fused_decode(make_model(), ROWS, PAGE_SIZE)  # float32
-    assert not takes_fused_decode(make_model(head_dim=32).to(torch.bfloat16), ROWS, PAGE_SIZE)
-    assert not takes_fused_decode(make_model(hidden_size=96).to(torch.bfloat16), ROWS, PAGE_SIZE)
+
+    def takes(model: NVLlamaForCausalLM, rows: int, page_size: int) -> bool:
+        return takes_fused_decode(model, rows, page_size, layer_weights(model))
+
+    assert takes(model, ROWS, PAGE_SIZE)
+    assert not takes(model, 257, PAGE_SIZE)
+    assert not takes(model, ROWS, 24)
+    assert not takes(make_model(), ROWS, PAGE_SIZE)  # float32
+    assert not takes(make_model(head_dim=32).to(torch.bfloat16), ROWS, PAGE_SIZE)
+    assert not takes(make_model(hidden_size=96).to(torch.bfloat16), ROWS, PAGE_SIZE)
     adapted = get_peft_model(model, LoraConfig(target_parameters=["self_attention.proj.weight"]))
     # The products have more operands than the weights.
-    assert "parameters of its own kind" in str(decode_problem(model, make_cache(model), ROWS))
-    assert decode_problem(adapted.merge_and_unload(), make_cache(model), ROWS) is None
+    assert "parameters of its own kind" in str(decode_problem(model, make_cache(model), ROWS)[0])
+    assert decode_problem(adapted.merge_and_unload(), make_cache(model), ROWS)[0] is None
 
 
 @torch.inference_mode()
 def test_weights_are_the_model_s_own() -> None:
     model = make_model().to(torch.bfloat16)
-    decode = FusedDecode(model, make_cache(model), ROWS)
+    decode = FusedDecode(model, make_cache(model), ROWS, layer_weights(model))
     layer = model.model.layers[1]
     assert decode.layers[1].fc1_FE.values.data_ptr() == layer.layernorm_mlp.fc1_weight.data_ptr()
     assert decode.layers[1].qkv_QE.values.data_ptr() == layer.self_attention.layernorm_qkv.weight.data_ptr()

@@ -18,7 +18,7 @@ from .configs.architectures import architecture_of
 from .configs.config_file import CONFIG_NAME, has_te_layout, head_sizes, read_config
 from .errors import CheckpointError, first_line
 from .layout.mapping import convert_tensors, map_names
-from .sources.checkpoint import not_on_the_hub
+from .sources.checkpoint import check_hub_id, not_on_the_hub
 from .targets.new_folder import check_new_folder
 
 # Importing torch takes seconds, and refusing a configuration does without it.
@@ -120,6 +120,7 @@ def _check(config: Mapping[str, Any], source: Path) -> None:
 def _base_config(base: str) -> dict[str, Any]:
     path = Path(base).expanduser()
     if not path.exists():
+        check_hub_id(base)
         from huggingface_hub import hf_hub_download
 
         try:

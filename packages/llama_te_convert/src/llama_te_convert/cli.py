@@ -6,11 +6,12 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, CheckpointWarning
 from .option_types import assignment, layer_precision, size
 from .progress import Progress
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
@@ -43,13 +44,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        with _printed_warnings():
+            return int(options.run(options))
     except CheckpointError as error:
         print(f"llama-te-convert: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llama-te-convert: interrupted; run the same command again to continue.", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _printed_warnings() -> Iterator[None]:
+    """Print a warning about a checkpoint as one line, as errors are printed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *arguments: Any, **rest: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                print(f"llama-te-convert: warning: {message}", file=sys.stderr)
+            else:
+                others(message, category, *arguments, **rest)
+
+        warnings.showwarning = show
+        yield
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,6 +115,7 @@ def _add_conversion(commands: Any, name: str, text: str, *, to_te: bool) -> None
             "--fp8", action="store_true",
             help="write linear weights in FP8 (e4m3) with one scale each, as serving engines read them",
         )  # fmt: skip
+    _add_choice_of_files(command)
     command.add_argument(
         "--allow-pickle", action="store_true", help="also read pytorch_model.bin, with torch's restricted unpickler"
     )
@@ -133,11 +153,19 @@ def _add_verify(commands: Any) -> None:
 
 def _add_inspect(commands: Any) -> None:
     text = "list the tensors of a checkpoint, the tensors that they convert to, and its problems"
-    command = commands.add_parser("inspect", help=text, description=_sentence(text))
+    command = commands.add_parser("inspect", help=text, description=_sentence(text + "; status 1 if it has problems"))
     command.add_argument("source", metavar="SRC", help="a folder, an id on the hub or a GGUF file")
+    _add_choice_of_files(command)
     command.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_inspect)
+
+
+def _add_choice_of_files(command: Any) -> None:
+    """Add the options of transformers' `from_pretrained` that choose the files of SRC."""
+    command.add_argument("--revision", help="a branch, a tag or a commit of the repository on the hub")
+    command.add_argument("--subfolder", default="", metavar="NAME", help="the folder of the checkpoint inside SRC")
+    command.add_argument("--variant", metavar="NAME", help='the variant of the weights, as "fp16"')
 
 
 def _sentence(text: str) -> str:
@@ -163,6 +191,9 @@ def _convert(options: argparse.Namespace) -> int:
             options.source,
             options.folder,
             to_te=options.to_te,
+            revision=options.revision,
+            subfolder=options.subfolder,
+            variant=options.variant,
             dtype=dtype,
             max_shard_bytes=options.max_shard_size,
             config_changes=changes,
@@ -199,9 +230,11 @@ def _verify(options: argparse.Namespace) -> int:
 
     paths = [find_checkpoint(each, allow_pickle=options.allow_pickle) for each in (options.a, options.b)]
     with contextlib.ExitStack() as stack:
-        a, b = (open_checkpoint(path, allow_pickle=options.allow_pickle) for path in paths)
-        stack.callback(a.source.close)
-        stack.callback(b.source.close)
+        opened = []
+        for path in paths:
+            opened.append(open_checkpoint(path, allow_pickle=options.allow_pickle))
+            stack.callback(opened[-1].source.close)
+        a, b = opened
         total = sum(info.nbytes for info in a.source.tensors.values())
         bar = stack.enter_context(Progress("compare"))
         comparison = compare(
@@ -220,12 +253,24 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect(options: argparse.Namespace) -> int:
     from .verify.inspection import inspect
 
-    path = find_checkpoint(options.source, allow_pickle=options.allow_pickle)
-    checkpoint = open_checkpoint(path, allow_pickle=options.allow_pickle)
-    with contextlib.closing(checkpoint.source):
-        inspection = inspect(checkpoint)
+    path = find_checkpoint(
+        options.source,
+        revision=options.revision,
+        subfolder=options.subfolder,
+        allow_pickle=options.allow_pickle,
+    )
+    checkpoint = open_checkpoint(path, variant=options.variant, allow_pickle=options.allow_pickle)
+    total, done = sum(info.nbytes for info in checkpoint.source.tensors.values()), 0
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        bar.update(done, total)
+
+    with contextlib.closing(checkpoint.source), Progress("read") as bar:
+        inspection = inspect(checkpoint, values=True, progress=read)
     print(json.dumps(inspection.to_dict()) if options.json else "\n".join(inspection.lines()))
-    return 0
+    return 1 if inspection.problems else 0
 
 
 def _layers(checkpoint: Checkpoint) -> int:

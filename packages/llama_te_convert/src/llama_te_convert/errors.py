@@ -1,10 +1,14 @@
-"""The error of the package, and the one-line form of errors from other libraries."""
+"""The error and the warning of the package, and the one-line form of errors from other libraries."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, converted or written. The message fits on one line, and the command prints it."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint can be read in more than one way. The message fits on one line, and the command prints it."""
 
 
 def first_line(error: Exception) -> str:

@@ -16,14 +16,15 @@ from .configs.architectures import architecture_of, hf_class, te_class
 from .configs.model_config import hf_config, te_config
 from .layout.mapping import check_names, convert_tensors, map_names
 from .layout.row_order import HeadSizes
-from .layout.rules import Rule
+from .layout.rules import HEAD, Rule
 
 
 def convert_llama_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> NVLlamaPreTrainedModel:
     """Convert a transformers Llama or Mistral, with or without a head, to the Transformer Engine layout.
 
     It works on any device, with or without Transformer Engine. The result has the same dtypes, device and tied weights,
-    and shares no memory with `model_hf`.
+    and shares no memory with `model_hf`. If the model has a head of its own although `tie_word_embeddings` is true, as
+    transformers loads such a checkpoint, the result has that head and `tie_word_embeddings=False`.
 
     Args:
         model_hf: A `LlamaForCausalLM`, `LlamaModel` or one of the three task models, or a Mistral of these kinds.
@@ -33,7 +34,7 @@ def convert_llama_hf_to_te(model_hf: PreTrainedModel, **config_kwargs: Any) -> N
         The `NVLlama...` model of the same kind.
 
     Raises:
-        TypeError: `model_hf` is another model.
+        TypeError: `model_hf` is another model, or a model of PEFT.
         ValueError: The layers cannot run a model with these tensors or this configuration.
     """
     target = te_class(model_hf)
@@ -69,7 +70,10 @@ def _in_memory_fields(source: PreTrainedModel, target_class: type[PreTrainedMode
     architectures = source.config.architectures
     if architectures == [type(source).__name__]:
         architectures = [target_class.__name__]
-    return {"architectures": architectures, "attn_implementation": attention_implementation(source.config)}
+    fields = {"architectures": architectures, "attn_implementation": attention_implementation(source.config)}
+    if HEAD in _named_tensors(source):  # a tied head has the name of the embeddings
+        fields["tie_word_embeddings"] = False
+    return fields
 
 
 def _convert(

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .configs.architectures import architecture_of
-from .configs.config_file import head_sizes
+from .configs.config_file import CONFIG_NAME, head_sizes
 from .configs.model_config import hf_config, refuse_quantized, te_config
 from .configs.plain_config import plain_fields, write_plain_config
 from .errors import CheckpointError
 from .layout.row_ranges import converted_tensors
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from .sources.file_names import ADAPTER_CONFIG
+from .sources.own_head import has_own_head
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
 from .verify.inspection import inspect
@@ -36,7 +38,7 @@ _WORKERS = 2  # the kernel copies into its page cache, and one core of that does
 # Files that are not copied: weights in any format, and code that belongs to the source's layout.
 _NOT_COPIED = re.compile(
     r"\..*|config\.json|conversion\.json|.*\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ot|py|distcp)"
-    r"|.*\.(safetensors|bin)\.index\.json"
+    r"|.*\.(safetensors|bin)\.index(\..*)?\.json"
 )
 
 
@@ -69,6 +71,9 @@ def convert_checkpoint(
     folder: str | Path,
     *,
     to_te: bool,
+    revision: str | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     config_changes: Mapping[str, Any] | Callable[[Checkpoint], Mapping[str, Any]] | None = None,
@@ -78,11 +83,17 @@ def convert_checkpoint(
 ) -> Report:
     """Convert a checkpoint between the Hugging Face and the Transformer Engine layout.
 
+    If the checkpoint stores a head with other values than the embeddings although `tie_word_embeddings` is true, the
+    result has that head and `tie_word_embeddings=False`: transformers does not tie such a model.
+
     Args:
         source: A folder, the id of a repository on the hub, or a GGUF file.
         folder: The target folder. It appears when it is complete. Until then the files are in `folder` + ".partial",
             and the next run with the same arguments continues there.
         to_te: Whether to convert to the Transformer Engine layout (otherwise to the Hugging Face layout).
+        revision: A branch, a tag or a commit of a repository on the hub; `None` takes its main branch.
+        subfolder: The folder of the checkpoint inside the source.
+        variant: The variant of the weights, such as "fp16" for `model.fp16.safetensors`.
         dtype: New dtype of floating-point tensors; `None` keeps theirs.
         max_shard_bytes: Largest size of a file in bytes. A larger tensor gets a file of its own.
         config_changes: Fields of the new configuration to set, or a function that makes them from the open checkpoint.
@@ -97,8 +108,21 @@ def convert_checkpoint(
         CheckpointError: The source, the target or an option is not valid, or a file cannot be read or written.
     """
     begin = time.perf_counter()
-    path, folder = find_checkpoint(source, allow_pickle=allow_pickle), Path(folder)
-    checkpoint = open_checkpoint(path, allow_pickle=allow_pickle)
+    path, folder = (
+        find_checkpoint(source, revision=revision, subfolder=subfolder, allow_pickle=allow_pickle),
+        Path(folder),
+    )
+    if not to_te and path.is_file():  # before the file is read, which takes long
+        raise CheckpointError(
+            f"{path} is a {'GGUF ' if path.suffix == '.gguf' else ''}file, which has no Transformer Engine layout: "
+            "to-hf converts the folder of a checkpoint of that layout. llama-te-convert to-te reads GGUF files."
+        )
+    if (path / ADAPTER_CONFIG).is_file() and (path / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path} has an adapter ({ADAPTER_CONFIG}) beside the model, and transformers loads both: merge it into "
+            "the model (merge_and_unload), or move its files to another folder."
+        )
+    checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
     with contextlib.closing(checkpoint.source), ThreadPoolExecutor(1) as background:
         if checkpoint.is_te == to_te:
             layout = "Transformer Engine" if to_te else "Hugging Face"
@@ -110,6 +134,8 @@ def convert_checkpoint(
         dtype_name = None if dtype is None else str(dtype).removeprefix("torch.")
         if dtype_name is not None:
             changes = {"dtype": dtype_name, **changes}
+        if has_own_head(checkpoint):
+            changes = {"tie_word_embeddings": False, **changes}
         # Importing transformers takes seconds, so the tensors are written meanwhile. A plain Llama does without it.
         write_config = background.submit(_config_writer, checkpoint, changes, fp8)
         rules = architecture_of(checkpoint.config).rules
@@ -121,11 +147,14 @@ def convert_checkpoint(
             streams = fp8_streams(converted, checkpoint.source)
         else:
             streams = [stream(tensor, checkpoint.source) for tensor in converted]
+        if plain_fields(checkpoint.config) is None or changes.keys() - {"dtype"}:
+            write_config.result()  # raises before anything is written if the configuration cannot be converted
         record = {
             "made_by": f"llama-te-convert {VERSION}",
             "tensors": {
                 "layout": "transformer_engine" if to_te else "huggingface",
                 "source": str(path.resolve()),
+                **({} if variant is None else {"variant": variant}),
                 "files": _files(path),
                 "dtype": str(dtype),
                 "fp8": fp8,

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
         NVLlamaForTokenClassification,
     )
     from .models.pretrained import NVLlamaPreTrainedModel
+    from .parallel.context_batches import ContextParallelDataLoaderWrapper, DataCollatorForContextParallel
     from .precision.scaling_state import calibrate
 
     __version__: str
 
 __all__ = [
+    "ContextParallelDataLoaderWrapper",
+    "DataCollatorForContextParallel",
     "DataCollatorWithFlattening",
     "NVLlamaConfig",
     "NVLlamaForCausalLM",
@@ -46,6 +49,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ContextParallelDataLoaderWrapper": ".parallel.context_batches",
+    "DataCollatorForContextParallel": ".parallel.context_batches",
     "DataCollatorWithFlattening": ".data.collators",
     "NVLlamaConfig": ".models.configuration_nvllama",
     "NVLlamaForCausalLM": ".models.causal_lm",
@@ -91,4 +96,11 @@ def _register() -> None:
     register()
 
 
+def _register_adapters() -> None:
+    from .lora import register
+
+    register()
+
+
 when_imported("transformers", _register)
+when_imported("peft", _register_adapters)

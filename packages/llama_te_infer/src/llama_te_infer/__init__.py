@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
     from .generate.inference_params import InferenceParams, inference_params_for
+    from .generate.te_inference_params import HFInferenceParams
     from .kv_cache.contiguous import NonPagedKVCacheManager
     from .kv_cache.paged import PagedKVCacheManager
     from .sampling_params import SamplingParams
@@ -23,6 +24,7 @@ except PackageNotFoundError:  # used from a source folder
 __all__ = [
     "Completion",
     "Engine",
+    "HFInferenceParams",
     "InferenceParams",
     "NonPagedKVCacheManager",
     "PagedKVCacheManager",
@@ -36,6 +38,7 @@ __all__ = [
 _MODULES = {
     "Completion": "engine.outputs",
     "Engine": "engine.engine",
+    "HFInferenceParams": "generate.te_inference_params",
     "InferenceParams": "generate.inference_params",
     "NonPagedKVCacheManager": "kv_cache.contiguous",
     "PagedKVCacheManager": "kv_cache.paged",

@@ -100,7 +100,8 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     found = config.get(name, "llama" if is_te else None)
     if not isinstance(found, str) or found not in ARCHITECTURES:
         raise CheckpointError(
-            f"{name}={found!r} is not known: only checkpoints of {', '.join(map(repr, ARCHITECTURES))} convert."
+            f"{name}={found!r} is not known: only checkpoints of {', '.join(map(repr, ARCHITECTURES))} convert. Load "
+            "other models with transformers."
         )
     return ARCHITECTURES[found]
 

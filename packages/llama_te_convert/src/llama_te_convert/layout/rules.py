@@ -13,6 +13,8 @@ from typing import NamedTuple
 from .row_order import InterleavedQKV, RowOrder, Stacked, Unchanged
 
 LAYER = "layers.{layer}."
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 class Prefixes(NamedTuple):

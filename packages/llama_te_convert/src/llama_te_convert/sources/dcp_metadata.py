@@ -18,7 +18,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
-from .shard_index import is_plain_name
+from .file_names import is_plain_name
 from .torch_tensors import dtype_name
 
 

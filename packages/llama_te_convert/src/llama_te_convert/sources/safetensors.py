@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
 from .file_names import SAFETENSORS
-from .shard_index import expected_tensors, shard_files
+from .shard_index import check_shard, shard_files
 from .tensor_source import read_exactly
 
 DTYPES: dict[str, str] = {
@@ -139,10 +139,11 @@ def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:
 
 
 class SafetensorsFolder:
-    """The tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """The tensors of `model.safetensors`, or else of the shards that `model.safetensors.index.json` names.
 
     Args:
         folder: The checkpoint's folder.
+        entry: Another file with all tensors, or another index.
 
     Raises:
         CheckpointError: A file is missing, cannot be read or is not valid, or the index names a file outside of the
@@ -151,17 +152,18 @@ class SafetensorsFolder:
 
     concurrent = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entry: str | None = None) -> None:
+        entry = entry or SAFETENSORS.find(folder) or SAFETENSORS.single_file
         self.files: dict[str, SafetensorsFile] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._file_of: dict[str, SafetensorsFile] = {}
         buffers = threading.local()
         try:
-            for path, expected in shard_files(folder, SAFETENSORS):
+            for path, expected in shard_files(folder, entry):
                 file = self.files[path.name] = SafetensorsFile(path, buffers)
-                for name in expected_tensors(path, expected, file.tensors):
-                    self.tensors[name] = file.tensors[name]
-                    self._file_of[name] = file
+                check_shard(path, expected, file.tensors, self.tensors)
+                self.tensors |= file.tensors
+                self._file_of |= dict.fromkeys(file.tensors, file)
         except BaseException:
             self.close()
             raise

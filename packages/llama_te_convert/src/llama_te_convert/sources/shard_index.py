@@ -3,52 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError
-from .file_names import WeightFiles
+from .file_names import is_index, is_plain_name
 
 
-def shard_files(folder: Path, names: WeightFiles) -> Iterator[tuple[Path, list[str] | None]]:
-    """The files of a checkpoint.
+def shard_files(folder: Path, entry: str) -> Iterator[tuple[Path, list[str]]]:
+    """The files of a checkpoint, in the order in which transformers reads them.
 
     Args:
         folder: The checkpoint's folder.
-        names: File names of its format.
+        entry: The only file of the checkpoint, or the index of its shards.
 
     Yields:
-        A file, and the tensors that the index expects in it. `None` without an index: the only file has all tensors.
+        A file, and the tensors that the index expects in it. A file may have more: transformers reads them all.
 
     Raises:
         CheckpointError: The index cannot be read, is not valid, or names a file outside of the folder.
     """
-    index = folder / names.index_file
-    if not index.exists():
-        yield folder / names.single_file, None
+    if not is_index(entry):
+        yield folder / entry, []
         return
-    file_of = read_index(index)
-    for file_name in dict.fromkeys(file_of.values()):
+    file_of = read_index(folder / entry)
+    for file_name in sorted(set(file_of.values())):
         yield folder / file_name, [name for name, file in file_of.items() if file == file_name]
 
 
-def expected_tensors(path: Path, expected: list[str] | None, found: Collection[str]) -> Collection[str]:
-    """The tensors to read from a file.
+def check_shard(path: Path, expected: Iterable[str], found: Collection[str], earlier: Mapping[str, Any]) -> None:
+    """Refuse a file that lacks a tensor that the index expects in it, or has one that an earlier file has too.
 
     Args:
         path: The file.
-        expected: The tensors that the index expects in it; `None` for all.
+        expected: The tensors that the index expects in it.
         found: The tensors in it.
+        earlier: The tensors of the files before it.
 
     Raises:
-        CheckpointError: A tensor that the index expects is missing.
+        CheckpointError: The message names the file and the tensor.
     """
-    if expected is None:
-        return found
     for name in expected:
         if name not in found:
             raise CheckpointError(f"{path} does not have the tensor {name!r}, which the index says it has.")
-    return expected
+    for name in found:
+        if name in earlier:
+            raise CheckpointError(
+                f"{path} has the tensor {name!r}, which another file of the checkpoint has too: the files belong to "
+                "different saves. Get the checkpoint again, or save it into a new folder."
+            )
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -68,8 +72,3 @@ def read_index(path: Path) -> dict[str, str]:
         if not is_plain_name(file):
             raise CheckpointError(f"{path} says that {name!r} is in {file!r}: shards must lie in the folder itself.")
     return file_of
-
-
-def is_plain_name(file: object) -> bool:
-    """Whether a value names a file of a folder itself, and of no other folder."""
-    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")

@@ -15,17 +15,18 @@ import torch
 from ..errors import CheckpointError, first_line
 from ..layout.tensor_info import TensorInfo
 from .file_names import TORCH_SAVE
-from .shard_index import expected_tensors, shard_files
+from .shard_index import check_shard, shard_files
 from .torch_tensors import as_bytes, info_of
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
 
 class TorchSaveSource:
-    """The tensors of `pytorch_model.bin`, or of the shards that `pytorch_model.bin.index.json` names.
+    """The tensors of `pytorch_model.bin`, or else of the shards that `pytorch_model.bin.index.json` names.
 
     Args:
         folder: The checkpoint's folder.
+        entry: Another file with all tensors, or another index.
 
     Raises:
         CheckpointError: A file is missing, cannot be read or holds anything but tensors by name, or the index names a
@@ -34,14 +35,17 @@ class TorchSaveSource:
 
     concurrent = True
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, entry: str | None = None) -> None:
+        entry = entry or TORCH_SAVE.find(folder) or TORCH_SAVE.single_file
+        self.files: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
         self._mapped: dict[str, torch.Tensor] = {}
-        for path, expected in shard_files(folder, TORCH_SAVE):
+        for path, expected in shard_files(folder, entry):
             mapped = _load(path)
-            for name in expected_tensors(path, expected, mapped):
-                self._mapped[name] = mapped[name]
-                self.tensors[name] = info_of(mapped[name])
+            check_shard(path, expected, mapped, self._mapped)
+            self.files.append(path.name)
+            self._mapped |= mapped
+            self.tensors |= {name: info_of(tensor) for name, tensor in mapped.items()}
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read rows of a tensor: see `TensorSource`."""

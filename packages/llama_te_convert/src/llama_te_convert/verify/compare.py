@@ -14,6 +14,7 @@ from ..sources.checkpoint import Checkpoint
 from ..sources.tensor_source import TensorSource
 from ..sources.torch_tensors import torch_dtype
 from .comparison import Comparison, ConfigDifference, Difference
+from .finite import values_that_are_not_finite
 from .hf_view import HFView
 from .scan import TensorPair, scan, scan_with_tolerance
 
@@ -48,6 +49,8 @@ def compare(
     configurations must describe the same model, with transformers' defaults for missing fields. Fields about storing or
     running the checkpoint do not count. Tying of the embeddings counts, since it changes how the model trains.
 
+    The notes name each tensor with NaNs or infinities, in either checkpoint. They are no difference in themselves.
+
     Args:
         a: An open checkpoint.
         b: Another one.
@@ -76,7 +79,10 @@ def compare(
         bitwise=tolerances is None,
         differences=tuple(differences),
         config=tuple(_config_differences(left.fields, right.fields)),
-        notes=tuple(note for view in (left, right) if (note := view.note()) is not None),
+        notes=(
+            *(note for view in (left, right) if (note := view.note()) is not None),
+            *(f"{each.path}: {text}" for each in (a, b) for text in values_that_are_not_finite(each.source)),
+        ),
     )
 
 

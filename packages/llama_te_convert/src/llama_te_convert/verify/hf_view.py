@@ -9,12 +9,10 @@ from ..errors import CheckpointError
 from ..layout.mapping import map_known_names
 from ..layout.row_order import HeadSizes
 from ..layout.row_ranges import ConvertedTensor, RowRange, converted_tensors
-from ..layout.rules import is_computed
+from ..layout.rules import HEAD, is_computed
 from ..sources.checkpoint import Checkpoint
+from ..sources.own_head import has_own_head
 from .model_fields import model_fields
-from .scan import TensorPair, scan
-
-_HEAD = "lm_head.weight"
 
 
 class HFView:
@@ -48,32 +46,29 @@ class HFView:
                     f"{checkpoint.path} has {name} twice: under that name, and within another tensor. Remove one."
                 )
             self.tensors[name] = ConvertedTensor(name, info, (RowRange(name, 0, info.rows),))
+        self._is_tied = self.fields["tie_word_embeddings"] is True
+        if has_own_head(checkpoint):
+            self.fields["tie_word_embeddings"] = False  # as transformers loads it, and as a conversion writes it
 
     @property
     def _embeddings(self) -> ConvertedTensor | None:
         """The embeddings, if the configuration ties the head to them."""
-        if self.fields["tie_word_embeddings"] is not True:
+        if not self._is_tied:
             return None
         return next((each for name, each in self.tensors.items() if name.endswith("embed_tokens.weight")), None)
 
     def add_tied_head(self, other: HFView) -> None:
         """Add a head that is tied to the embeddings and not stored, if the other checkpoint has a head."""
         embeddings = self._embeddings
-        if embeddings is not None and _HEAD not in self.tensors and _HEAD in other.tensors:
-            self.tensors[_HEAD] = dataclasses.replace(embeddings, name=_HEAD)
+        if embeddings is not None and HEAD not in self.tensors and HEAD in other.tensors:
+            self.tensors[HEAD] = dataclasses.replace(embeddings, name=HEAD)
 
     def note(self) -> str | None:
         """A warning if the configuration ties the head to the embeddings, but the stored head differs from them."""
-        embeddings, head = self._embeddings, self.tensors.get(_HEAD)
-        if embeddings is None or head is None:
-            return None
-        same = embeddings.info == head.info and (
-            embeddings.ranges == head.ranges
-            or scan(TensorPair(self.source, embeddings, self.source, head), None, lambda count: None) is None
-        )
-        if same:
+        embeddings = self._embeddings
+        if embeddings is None or self.fields["tie_word_embeddings"] is True:
             return None
         return (
-            f"{self.checkpoint.path} has tied embeddings by its configuration, but its {_HEAD} is not "
-            f"{embeddings.name}: set tie_word_embeddings to false there, or remove {_HEAD}."
+            f"{self.checkpoint.path} has tied embeddings by its configuration, but its {HEAD} is not "
+            f"{embeddings.name}: set tie_word_embeddings to false there, or remove {HEAD}."
         )

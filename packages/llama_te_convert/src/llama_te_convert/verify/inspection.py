@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..layout.rules import is_computed
 from ..layout.tensor_info import TensorInfo
 from ..sources.checkpoint import Checkpoint
 from .expectation import named_architecture
+from .finite import values_that_are_not_finite
 from .model_fields import ModelSizes, model_fields
 from .problems import config_problems, rules_of, tensor_problems
 from .report_text import NAME_IN_LAYER, bytes_text, fold
@@ -104,13 +105,20 @@ class Inspection:
         }
 
 
-def inspect(checkpoint: Checkpoint) -> Inspection:
-    """Inspect the configuration and the names, shapes and dtypes of a checkpoint's tensors, without reading values.
+def inspect(
+    checkpoint: Checkpoint, *, values: bool = False, progress: Callable[[int], None] | None = None
+) -> Inspection:
+    """Inspect the configuration and the names, shapes and dtypes of a checkpoint's tensors.
 
-    A broken checkpoint raises nothing here: `Inspection.problems` reports what is wrong.
+    `Inspection.problems` reports a broken configuration and broken tensors.
 
     Args:
         checkpoint: An open checkpoint, of either layout.
+        values: Whether to read the tensors too, and report those with NaNs or infinities.
+        progress: Called with the bytes of each part that is read.
+
+    Raises:
+        CheckpointError: A file cannot be read; only with `values`.
     """
     problems = []
     try:
@@ -122,6 +130,8 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     mappings = map_known_names(infos, rules=rules_of(checkpoint), is_te=checkpoint.is_te)
     problems += config_problems(checkpoint)
     problems += tensor_problems(checkpoint, fields)
+    if values:
+        problems += values_that_are_not_finite(checkpoint.source, progress)
     return Inspection(
         path=checkpoint.path,
         layout="Transformer Engine" if checkpoint.is_te else "Hugging Face",

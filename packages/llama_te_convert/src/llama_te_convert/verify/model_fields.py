@@ -97,6 +97,9 @@ def model_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     given.pop("quantization_config", None)  # describes the file
     try:
         architecture = architecture_of(given)
+    except CheckpointError as error:
+        raise CheckpointError(f"the configuration of {checkpoint.path} cannot be used: {error}") from error
+    try:
         if checkpoint.is_te:
             fields = hf_config(given).to_dict()
         else:

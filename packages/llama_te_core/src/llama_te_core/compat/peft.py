@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora import layer
+from peft.tuners.lora import layer, variants
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 # PEFT's wrapper of a module of which it adapts one parameter (`target_parameters`).
 ParamWrapper: Any = layer.ParamWrapper
+
+
+# PEFT's wrapper of a linear module.
+LoraLinear: Any = layer.Linear
+# PEFT's name of a `target_modules` with every linear module.
+ALL_LINEAR = "all-linear"
+
+
+def default_targets(model_type: str) -> set[str]:
+    """Return the names of the modules that PEFT adapts where `target_modules` names none."""
+    return set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
+
+
+def unknown_variant(adapted: nn.Module, adapter_name: str) -> str | None:
+    """Return the name of an adapter's variant of LoRA; `None` for plain LoRA and for DoRA."""
+    own: Any = adapted
+    variant = own.lora_variant.get(adapter_name)
+    return None if variant is None or isinstance(variant, variants.DoraLinearVariant) else type(variant).__name__
+
+
+def around_injection(context: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
+    """Enter a context of the model and the adapter's configuration whenever PEFT adds an adapter to a model.
+
+    All of PEFT's and transformers' ways to add one call the method that this function wraps.
+    """
+    inject = BaseTuner.inject_adapter
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        with context(model, self.peft_config[adapter_name]):
+            inject(self, model, adapter_name, *args, **kwargs)
+
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
 
 
 def set_wrapper_factory(config: LoraConfig, factory: Callable[..., nn.Module | None]) -> None:

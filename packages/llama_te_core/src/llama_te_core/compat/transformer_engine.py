@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # The key of the FP32 weight in the state that TE's FusedAdam keeps of a parameter.
 MASTER_WEIGHT = "master_param"
 
+# Classes of quantized tensors whose `dequantize` gives a kernel the address of the host's memory, if they are there.
+_DEQUANTIZED_ON_A_GPU_ALONE = ("Float8BlockwiseQTensor", "MXFP8Tensor", "NVFP4Tensor")
+
 # Attributes of the tensors that delayed scaling keeps for one direction, "fwd" or "bwd".
 _DIRECTIONS = ("fwd", "bwd")
 _SCALING_TENSORS = ("scale", "amax_history")
@@ -49,10 +52,29 @@ def is_module_of_transformer_engine(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformer_engine")
 
 
+def is_inference_params(value: object) -> bool:
+    """Tell whether an object is an `InferenceParams` of TE, or of a class derived from it, without importing TE."""
+    return any(
+        cls.__name__ == "InferenceParams" and cls.__module__.startswith("transformer_engine")
+        for cls in type(value).__mro__
+    )
+
+
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Tell whether TE holds a tensor in a quantized format only. TE is not imported."""
     # A package without its compiled parts imports, but has no tensors.
     return isinstance(tensor, getattr(sys.modules.get("transformer_engine.pytorch"), "QuantizedTensor", ()))
+
+
+def dequantized(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in an ordinary dtype, on its device; one that TE does not hold quantized stays as it is."""
+    if not is_quantized(tensor):
+        return tensor
+    quantized: Any = tensor
+    if tensor.device.type == "cpu" and type(tensor).__name__ in _DEQUANTIZED_ON_A_GPU_ALONE:
+        quantized = quantized.to("cuda")
+    values: torch.Tensor = quantized.dequantize()
+    return values.to(tensor.device)
 
 
 def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -87,6 +109,21 @@ def set_softmax_scale(layer: nn.Module, softmax_scale: float) -> None:
     for module in attention.self_attention.core_attention.modules():
         if hasattr(module, "softmax_scale"):
             module.softmax_scale = softmax_scale
+
+
+def quantizes_new_weights() -> bool:
+    """Tell whether a `te.quantized_model_init` is active: modules then quantize their weights when they are built."""
+    state = importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager
+    return bool(state.with_fp8_parameters())
+
+
+def context_ranks(layer: nn.Module) -> int:
+    """Return how many processes share each sequence in a `te.TransformerLayer`.
+
+    `layer.set_context_parallel_group` decides it; without a call there is one.
+    """
+    attention: Any = layer
+    return int(attention.self_attention.cp_size)
 
 
 def holds_quantized_weights(module: nn.Module) -> bool:

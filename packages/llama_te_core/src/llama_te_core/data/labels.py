@@ -15,13 +15,15 @@ def next_token_labels(
 ) -> torch.Tensor:
     """Shift labels by one, so that each token stands beside the label that it predicts, the next token's.
 
-    No token predicts the first token of a sequence, so its label is dropped. In a padded batch the mask shows the first
-    token. In packed sequences the first token's label must be `ignore_index`, as `DataCollatorWithFlattening` makes it.
-    If it is a separator, the last token of the previous sequence is trained on it.
+    No token predicts the first token of a sequence, so its label is dropped. The mask shows the first token: it follows
+    padding, or a token of another sample where values number the samples of a packed row. Without such a mask, the
+    first token's label in packed sequences must be `ignore_index`, as collators make it. If it is a separator, the last
+    token of the previous sequence is trained on it.
 
     Args:
         labels: int64 [B, S], the label of each token; for packed sequences [1, T].
-        attention_mask: [B, S], 0 at padding on either side; the last S columns of a wider mask count.
+        attention_mask: [B, S], 0 at padding on either side, and elsewhere 1 or the number of the token's sample; the
+            last S columns of a wider mask count.
         ignore_index: The label of tokens that predict nothing.
 
     Returns:
@@ -30,5 +32,7 @@ def next_token_labels(
     next_BS = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
     if attention_mask is None:
         return next_BS
-    padding_BS = attention_mask[:, -labels.shape[1] :] == 0
-    return next_BS.masked_fill(padding_BS.to(labels.device), ignore_index)
+    mask_BS = attention_mask[:, -labels.shape[1] :].to(labels.device)
+    dropped_BS = mask_BS == 0
+    dropped_BS[:, :-1] |= (mask_BS[:, 1:] != mask_BS[:, :-1]) & (mask_BS[:, 1:] != 0)
+    return next_BS.masked_fill(dropped_BS, ignore_index)

@@ -6,8 +6,9 @@ layer.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -53,6 +54,14 @@ class LayerBackend(ABC):
 
     name: ClassVar[str]
     can_quantize_weights: ClassVar[bool] = False
+
+    def construction_context(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a model with these layers is built: torch's own device and dtype, by default.
+
+        Args:
+            dtype: `config.dtype`.
+        """
+        return contextlib.nullcontext()
 
     @abstractmethod
     def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:
@@ -197,6 +206,28 @@ class LayerBackend(ABC):
             ValueError: The kind does not fit the number of heads.
         """
 
+    @abstractmethod
+    def context_ranks_of(self, layer: nn.Module) -> int:
+        """Return the number of processes that share each sequence in a layer, 1 if it is not split."""
+
+    def context_ranks(self, layers: Iterable[nn.Module]) -> int:
+        """Return the number of processes that share each sequence.
+
+        The layers know, whoever called their `set_context_parallel_group`.
+
+        Raises:
+            ValueError: Layers have different numbers.
+        """
+        numbers = {self.context_ranks_of(layer) for layer in layers}
+        if len(numbers) > 1:
+            raise ValueError(
+                f"layers have context groups of {sorted(numbers)} processes: call set_context_parallel_group on all "
+                "layers with the same group."
+            )
+        return next(iter(numbers), 1)
+
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:
         """Tell whether a hook on a module is one that the layers themselves registered."""
-        return False
+        from .projections import is_projections_hook  # here, since that module imports this one
+
+        return is_projections_hook(hook)

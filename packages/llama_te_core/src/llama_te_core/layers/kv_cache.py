@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..compat.transformer_engine import is_inference_params
+
 ENTRY_POINT_GROUP = "llama_te_core.kv_cache"
 
 
@@ -111,15 +113,23 @@ class KVCache(Protocol):
 def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
     """Refuse a cache that does not fit the model or the batch, before any layer writes to it.
 
+    An `InferenceParams` of Transformer Engine becomes a `KVCache` first: the same object, with storage of
+    llama_te_infer.
+
     Raises:
         TypeError: The object is not a `KVCache`.
-        ValueError: The cache has other heads, another dtype or too few rows.
+        ValueError: The cache has other heads, another dtype or too few rows. Or it is Transformer Engine's and has
+            content, or a cache manager of another class.
     """
+    if is_inference_params(cache) and not isinstance(cache, KVCache):
+        adopt = _entry_point("transformer_engine")
+        if adopt is not None:
+            adopt(cache)
     if not isinstance(cache, KVCache):
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: the layers need llama_te_infer.InferenceParams, which takes "
             "the arguments of Transformer Engine's class of that name "
-            "(or llama_te_infer.inference_params_for(model, ...))."
+            "(or llama_te_infer.inference_params_for(model, ...); pip install llama-te-infer)."
         )
     if (cache.num_heads_kv, cache.head_dim_k) != (num_kv_heads, head_dim):
         raise ValueError(
@@ -139,12 +149,21 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
 @functools.cache
 def default_cache_factory() -> Callable[..., KVCache] | None:
     """Return the installed function that makes a cache for `generate`; without one, warn and return `None`."""
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        factory: Callable[..., KVCache] = entry.load()
+    factory: Callable[..., KVCache] | None = _entry_point("default")
+    if factory is not None:
         return factory
     warnings.warn(
         "generate runs without a key/value cache, reading the whole text again for each token: "
         "pip install llama-te-infer for one.",
         stacklevel=2,
     )
+    return None
+
+
+def _entry_point(name: str) -> Callable[..., Any] | None:
+    """Return the installed function of this name."""
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            function: Callable[..., Any] = entry.load()
+            return function
     return None

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
@@ -82,6 +83,11 @@ class ReferenceBackend(LayerBackend):
         layer: Any
         for layer in layers:
             layer.self_attention.context_mesh = mesh
+
+    def context_ranks_of(self, layer: nn.Module) -> int:  # noqa: D102
+        attention: Any = layer
+        mesh = attention.self_attention.context_mesh
+        return 1 if mesh is None else int(mesh.size())
 
 
 class _Forward(Protocol):
@@ -167,6 +173,9 @@ class MultiheadAttention(nn.Module):
         else:
             offsets = cu_seqlens_q if cu_seqlens_q_padded is None else cu_seqlens_q_padded
             assert offsets is not None and max_seqlen_q is not None
+            if self.context_mesh is not None:  # the arguments describe whole sequences, as in TE
+                ranks = self.context_mesh.size()
+                offsets, max_seqlen_q = offsets // ranks, -(-max_seqlen_q // ranks)
             context_bHD = self._attend_packed(qkv_bKGD, rotary_pos_emb, inference_params, offsets, max_seqlen_q)
         output_bE: torch.Tensor = self.proj(context_bHD.flatten(-2))
         return output_bE
@@ -286,6 +295,29 @@ class ReferenceLayer(nn.Module):
         self.self_attention = MultiheadAttention(config, layer_number, softmax_scale)
         self.layernorm_mlp = LayerNormMLP(config.hidden_size, config.intermediate_size, config.rms_norm_eps)
 
+    def set_context_parallel_group(
+        self,
+        cp_group: ProcessGroup | None,
+        cp_global_ranks: Sequence[int] | None = None,
+        cp_stream: Any = None,
+        cp_comm_type: str = "p2p",
+    ) -> None:
+        """Let the layer take its part of each sequence, by the call that `te.TransformerLayer` has.
+
+        Args:
+            cp_group: The processes that share each sequence; `None` for one process.
+            cp_global_ranks: Not needed here: the group has them.
+            cp_stream: Not needed here: there is no second stream.
+            cp_comm_type: Not needed here: the layer gathers keys and values for every kind.
+        """
+        mesh = None
+        if cp_group is not None and cp_group.size() > 1:
+            device = self.self_attention.proj.weight.device.type
+            if device == "meta":
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            mesh = DeviceMesh.from_group(cp_group, device)
+        self.self_attention.context_mesh = mesh
+
     def forward(
         self,
         hidden_bE: torch.Tensor,
@@ -312,7 +344,8 @@ class ReferenceLayer(nn.Module):
             self_attn_mask_type: Not needed: always causal within each sequence.
             rotary_pos_emb: float32 angles [P, 1, 1, D].
             inference_params: The cache; its `pre_step` has been called for this forward pass.
-            cu_seqlens_q: int32 [B + 1], where each packed sequence starts, counting tokens.
+            cu_seqlens_q: int32 [B + 1], where each packed sequence starts, counting tokens. With context ranks this
+                and the following arguments describe whole sequences.
             cu_seqlens_kv: Equal to `cu_seqlens_q` (self-attention).
             cu_seqlens_q_padded: int32 [B + 1], where each sequence starts in the buffer, if there is padding between.
             cu_seqlens_kv_padded: Equal to `cu_seqlens_q_padded`.

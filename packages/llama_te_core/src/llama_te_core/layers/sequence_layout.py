@@ -6,6 +6,9 @@ in both directions, and provides the layers' arguments.
 
 A token's position is the number of tokens before it in its sequence. Padding does not count.
 
+With context parallelism a process has its part of each sequence, and `cu_seq_lens_q` and `max_length_q` describe the
+whole sequences, as in Transformer Engine.
+
 Shapes: B sequences, S columns of the padded batch, T packed tokens, N tokens as the layers see them, E hidden size.
 """
 
@@ -16,7 +19,17 @@ from typing import Any
 
 import torch
 
+from .backend import CACHE_OF_SPLIT_MODEL
 from .kv_cache import KVCache
+from .packed_rows import (
+    SHARED_ROW,
+    RowSequences,
+    check_beside_offsets,
+    check_offsets,
+    find_sequences,
+    is_one_sequence_a_row,
+    refuse_unless,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +41,9 @@ class PackedSequences:
         cu_seq_lens_k: The same for the keys; equal to `cu_seq_lens_q` in self-attention.
         max_length_q: At least the length of the longest sequence with its padding. Without it, `lay_out` reads the
             length from the tensor, and waits for the device.
-        max_length_k: The same for the keys.
+        max_length_k: Equal to `max_length_q`.
         cu_seq_lens_q_padded: int32 [B + 1], the start of each sequence in the buffer, if sequences have padding.
-        cu_seq_lens_k_padded: The same for the keys.
+        cu_seq_lens_k_padded: Equal to `cu_seq_lens_q_padded`.
         pad_between_seqs: Whether sequences have padding; follows from the tensors if not given.
     """
 
@@ -60,6 +73,7 @@ class SequenceLayout:
     cu_seqlens: torch.Tensor | None = None
     cu_seqlens_padded: torch.Tensor | None = None
     max_seqlen: int | None = None
+    pad_between_seqs: bool = False
     # For each token of the layers, its place in the flattened [B * S] input; None: the same place.
     source_N: torch.Tensor | None = None
     # For each place of the flattened input, the index of the layers' token; padding reads any token.
@@ -95,7 +109,7 @@ class SequenceLayout:
             "cu_seqlens_kv_padded": self.cu_seqlens_padded,
             "max_seqlen_q": self.max_seqlen,
             "max_seqlen_kv": self.max_seqlen,
-            "pad_between_seqs": self.cu_seqlens_padded is not None if self.format == "thd" else None,
+            "pad_between_seqs": self.pad_between_seqs if self.format == "thd" else None,
         }
 
 
@@ -109,47 +123,69 @@ def lay_out(
     packed: PackedSequences | None = None,
     cache: KVCache | None = None,
     token_multiple: int = 1,
+    context_ranks: int = 1,
 ) -> SequenceLayout:
     """Choose the arrangement of a batch for the layers.
 
     Args:
-        input_BS: Token ids [B, S], or embeddings [B, S, E]; packed sequences have B = 1.
+        input_BS: Token ids [B, S], or embeddings [B, S, E]; with `packed`, B = 1.
         attn_input_format: The arrangement that the layers take, "thd" or "bshd".
         self_attn_mask_type: "padding_causal" or "causal", for "bshd".
-        attention_mask: [B, S], nonzero for tokens; with a cache also [B, columns seen + S].
-        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences. This function checks given
-            positions against the mask (on the CPU, where reading costs nothing). For packed tokens without `packed`, a
-            new sequence begins at each 0. With `packed`, positions are ignored.
+        attention_mask: [B, S], nonzero for tokens; with a cache also [B, columns seen + S]. Values may number the
+            samples of a packed row: 1 for the tokens of the first, 2 for the second, and so on. With `packed` it must
+            fit the sequences (see `check_beside_offsets`) and has no other effect. With context ranks and `packed` this
+            function ignores it: the collators of the BioNeMo recipe leave the mask of the whole batch there, and the
+            sequences are known.
+        position_ids: [B, S] or [1, S]. Positions follow from the mask or the sequences, and must fit them. A row holds
+            several sequences if its positions restart at 0. With context ranks and `packed` this function ignores them,
+            as it does a mask.
         packed: The packed sequences.
         cache: The cache of this pass.
         token_multiple: Where this function packs, it pads the number of tokens to a multiple of this.
+        context_ranks: The number of processes that share the tokens of each sequence.
 
     Returns:
         The layout. A cache's step has begun.
 
     Raises:
-        ValueError: The arguments do not fit together.
+        ValueError: The arguments do not fit together. Where only values on a GPU tell, and nothing reads them anyway,
+            an assertion on the GPU fails instead (see `check_offsets`).
     """
     rows, width = input_BS.shape[:2]
-    if attention_mask is not None:
-        check_mask(attention_mask, rows, width, cache)
+    if cache is not None and context_ranks > 1:
+        raise ValueError(CACHE_OF_SPLIT_MODEL)
     if packed is not None:
         if attn_input_format != "thd":
             raise ValueError(
                 f"cu_seq_lens_q is given, but attn_input_format={attn_input_format!r}: packed sequences need 'thd'."
             )
-        if cache is not None or attention_mask is not None:
-            other = "past_key_values" if cache is not None else "attention_mask"
-            raise ValueError(f"cu_seq_lens_q and {other} are given: packed sequences take neither mask nor cache.")
-        return _packed_by_caller(input_BS, packed)
-    if cache is None and attention_mask is None and attn_input_format == "thd" and rows == 1:
-        starts = _sequence_starts(position_ids)
-        if starts is not None:
-            assert position_ids is not None
-            if position_ids.device.type == "cpu":
-                _check_positions(position_ids, None, width, restarts=True)
-            return _packed_by_caller(input_BS, PackedSequences(starts))
+        if cache is not None:
+            raise ValueError("cu_seq_lens_q and past_key_values are given: packed sequences take no cache.")
+        if context_ranks > 1:
+            attention_mask = position_ids = None
+        return _packed_by_caller(input_BS, packed, attention_mask, position_ids, context_ranks)
+    if attention_mask is not None:
+        check_mask(attention_mask, rows, width, cache)
+        attention_mask = attention_mask.to(input_BS.device)
+    position_ids = _check_shape(position_ids, rows, width)
+    if context_ranks > 1:
+        _check_part(attention_mask, position_ids, context_ranks)
+        attention_mask = None
+    tracing = torch.compiler.is_compiling()
+    if cache is None and attn_input_format == "thd" and not tracing:
+        found = None
+        if attention_mask is not None or position_ids is not None:
+            found = find_sequences(attention_mask, position_ids, rows, width, input_BS.device)
+        return _packed_here(input_BS, found, token_multiple, context_ranks)
 
+    # Each row is one sequence from here on.
+    if width > 1 or tracing:  # a step of generation has nothing to compare, and must not wait for the device
+        alone = is_one_sequence_a_row(attention_mask, position_ids)
+        if alone is not None and cache is not None and not tracing:
+            # A prompt: the cache reads its mask on the host too, so waiting costs little.
+            alone = alone.cpu()
+        if alone is not None:
+            refuse_unless(alone, SHARED_ROW)
     lengths: list[int] | None = None
     if cache is not None:
         lengths = cache.begin_step(attention_mask, rows, width)
@@ -157,13 +193,11 @@ def lay_out(
             attention_mask = None
         elif sum(lengths) == 0:
             raise ValueError(f"attention_mask leaves no token in the {width} new columns: there is nothing to compute.")
-    mask_BS = None if attention_mask is None else attention_mask[:, -width:].to(input_BS.device).bool()
-    if position_ids is not None and position_ids.device.type == "cpu":
-        _check_positions(position_ids, mask_BS, width)
-    longest = width if cache is None else cache.longest()
+    mask_BS = None if attention_mask is None else attention_mask[:, -width:].bool()
+    longest = width * context_ranks if cache is None else cache.longest()
     if attn_input_format == "thd":
         tokens = None if lengths is None else sum(lengths)
-        return _packed_here(input_BS, mask_BS, tokens, longest, token_multiple, cache)
+        return _packed_rows(input_BS, mask_BS, tokens, longest, token_multiple, cache, context_ranks)
     return _tokens_first(input_BS, mask_BS, longest, self_attn_mask_type, cache)
 
 
@@ -184,107 +218,205 @@ def check_mask(attention_mask: torch.Tensor, rows: int, width: int, cache: KVCac
         )
 
 
-def _packed_by_caller(input_1T: torch.Tensor, packed: PackedSequences) -> SequenceLayout:
-    tokens = input_1T.shape[1]
-    cu_seqlens, padded = packed.cu_seq_lens_q, packed.cu_seq_lens_q_padded
+def _check_shape(position_ids: torch.Tensor | None, rows: int, width: int) -> torch.Tensor | None:
+    """Return positions as [B, S] or [1, S]."""
+    if position_ids is None:
+        return None
+    position_BS = position_ids[None] if position_ids.dim() == 1 else position_ids
+    if position_BS.dim() != 2 or position_BS.shape[0] not in (1, rows) or position_BS.shape[1] != width:
+        raise ValueError(
+            f"position_ids has shape {list(position_ids.shape)}: it must be [{rows}, {width}] or [1, {width}], or be "
+            "left out."
+        )
+    return position_BS
+
+
+def _check_part(attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, context_ranks: int) -> None:
+    """Refuse arguments that describe sequences of which this process has a part alone."""
+    if position_ids is not None:
+        raise ValueError(
+            f"position_ids are given on {context_ranks} context ranks, each of which has two pieces of every sequence: "
+            "positions follow from the pieces. Leave them out, or pass cu_seq_lens_q for packed sequences."
+        )
+    if attention_mask is not None:
+        refuse_unless(
+            (attention_mask != 0).all(),
+            f"attention_mask has padding on {context_ranks} context ranks, each of which has two pieces of every row: "
+            "split the batch by llama_te_core.parallel.context.shard_context, which puts padding behind the tokens.",
+        )
+
+
+def _packed_by_caller(
+    input_1T: torch.Tensor,
+    packed: PackedSequences,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    context_ranks: int,
+) -> SequenceLayout:
+    tokens, device = input_1T.shape[1], input_1T.device
     if input_1T.shape[0] != 1:
         raise ValueError(f"packed sequences come as one row [1, T], but the input is {list(input_1T.shape)}.")
-    for name, tensor in (("cu_seq_lens_q", cu_seqlens), ("cu_seq_lens_q_padded", padded)):
+    cu_seqlens, padded, longest = _host_checks(packed)
+    if cu_seqlens.device.type != "cpu" and longest is None:
+        # Attention needs the longest length on the host. Not given, so wait for the device once, and read the rest too.
+        cu_seqlens = cu_seqlens.cpu()
+        padded = None if padded is None else padded.cpu()
+    check_offsets(cu_seqlens, padded, tokens * context_ranks, longest, 2 * context_ranks if context_ranks > 1 else 1)
+    for each, keys in ((packed.cu_seq_lens_q, packed.cu_seq_lens_k), (padded, packed.cu_seq_lens_k_padded)):
+        if each is not None and keys is not None and keys is not each:
+            same = (keys == each.to(keys.device)).all()
+            refuse_unless(
+                same, "cu_seq_lens_q and cu_seq_lens_k differ: in self-attention both are the same sequences."
+            )
+    if position_ids is not None and position_ids.dim() == 1:
+        position_ids = position_ids[None]
+    check_beside_offsets(attention_mask, position_ids, cu_seqlens, padded, tokens)
+    offsets = cu_seqlens if padded is None else padded
+    longest = int(offsets.diff().max()) if longest is None else longest
+    cu_seqlens, offsets = cu_seqlens.to(device), offsets.to(device)
+    if context_ranks > 1:
+        # Padding counts as the end of its sequence, where causality hides it: this fits every exchange of TE.
+        cu_seqlens, padded = offsets, None
+    return SequenceLayout(
+        shape_BS=(1, tokens),
+        format="thd",
+        mask_type="padding_causal",
+        longest=longest,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_padded=offsets if padded is not None or context_ranks > 1 else None,
+        max_seqlen=longest,
+        pad_between_seqs=padded is not None,
+    )
+
+
+def _host_checks(packed: PackedSequences) -> tuple[torch.Tensor, torch.Tensor | None, int | None]:
+    """Check without reading tensors; return `cu_seq_lens_q`, the padded offsets if any, and the longest length."""
+    cu_seqlens, padded = packed.cu_seq_lens_q, packed.cu_seq_lens_q_padded
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seq_lens_q_padded", "cu_seq_lens_k_padded"):
+        tensor = getattr(packed, name)
         if tensor is not None and (tensor.dim() != 1 or tensor.dtype != torch.int32 or len(tensor) < 2):
             raise ValueError(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}: it must be int32 [sequences + 1], "
                 "the running sum of lengths from 0."
             )
-    if padded is not None and packed.pad_between_seqs is False:
+    if packed.cu_seq_lens_k is not None and len(packed.cu_seq_lens_k) != len(cu_seqlens):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: in self-attention both are the same sequences.")
+    if packed.cu_seq_lens_k_padded is not None and (padded is None or len(packed.cu_seq_lens_k_padded) != len(padded)):
+        raise ValueError(
+            "cu_seq_lens_k_padded is given, and cu_seq_lens_q_padded differs or is missing: in self-attention both are "
+            "the same sequences."
+        )
+    if packed.pad_between_seqs is False:
         padded = None
-    offsets = cu_seqlens if padded is None else padded
-    # Reading costs nothing on the host. On a GPU it would wait, so a wrong sum goes unnoticed there.
-    if offsets.device.type == "cpu":
-        _check_offsets(cu_seqlens, padded, tokens, packed.max_length_q)
-        if packed.cu_seq_lens_k is not None and not torch.equal(cu_seqlens, packed.cu_seq_lens_k):
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k differ: in self-attention both are the same sequences.")
-    longest = packed.max_length_q
-    if longest is None:
-        longest = int(offsets.diff().max())  # not given, so wait for the device once
-    device = input_1T.device
-    return SequenceLayout(
-        shape_BS=(1, tokens),
-        format="thd",
-        mask_type="padding_causal",
-        longest=int(longest),
-        cu_seqlens=cu_seqlens.to(device),
-        cu_seqlens_padded=None if padded is None else padded.to(device),
-        max_seqlen=int(longest),
-    )
-
-
-def _check_offsets(cu_seqlens: torch.Tensor, padded: torch.Tensor | None, tokens: int, max_length: int | None) -> None:
-    name, offsets = ("cu_seq_lens_q", cu_seqlens) if padded is None else ("cu_seq_lens_q_padded", padded)
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(lengths.min()) < 0:
-        raise ValueError(f"{name}={offsets.tolist()} must be the running sum of lengths from 0.")
-    if padded is not None and (len(padded) != len(cu_seqlens) or bool((cu_seqlens.diff() > lengths).any())):
+    longest = packed.max_length_k if packed.max_length_q is None else packed.max_length_q
+    if longest is not None and packed.max_length_k is not None and int(packed.max_length_k) != int(longest):
         raise ValueError(
-            f"cu_seq_lens_q={cu_seqlens.tolist()} does not fit cu_seq_lens_q_padded={padded.tolist()}: each sequence "
-            "must end before the next one's place begins."
+            f"max_length_q={packed.max_length_q} and max_length_k={packed.max_length_k} differ: in self-attention both "
+            "are the same sequences."
         )
-    if int(offsets[-1]) != tokens:
-        raise ValueError(
-            f"{name} ends at {int(offsets[-1])}, but there are {tokens} tokens: every token must belong to a sequence."
-        )
-    if max_length is not None and int(lengths.max()) > max_length:
-        raise ValueError(
-            f"max_length_q={max_length}, but the longest sequence takes {int(lengths.max())} places, padding included."
-        )
+    return cu_seqlens, padded, None if longest is None else int(longest)
 
 
 def _packed_here(
+    input_BS: torch.Tensor, found: RowSequences | None, token_multiple: int, context_ranks: int
+) -> SequenceLayout:
+    """Pack a batch without a cache. Without `found`, every place is a token and each row one sequence."""
+    rows, width = input_BS.shape[:2]
+    if found is None:
+        return _packed_rows(input_BS, None, rows * width, width * context_ranks, token_multiple, None, context_ranks)
+    # Frequencies of some rope types depend on the longest sequence. Where each row has one, this is the row's width,
+    # as in transformers.
+    longest = found.longest if found.share_rows else width
+    return _fill_up(
+        SequenceLayout(
+            shape_BS=(rows, width),
+            format="thd",
+            mask_type="padding_causal",
+            longest=longest,
+            cu_seqlens=found.cu_seqlens,
+            max_seqlen=longest,
+            source_N=found.source_N,
+            target=found.target_M,
+        ),
+        token_multiple,
+        separate=True,
+    )
+
+
+def _packed_rows(
     input_BS: torch.Tensor,
     mask_BS: torch.Tensor | None,
     tokens: int | None,
     longest: int,
     token_multiple: int,
     cache: KVCache | None,
+    context_ranks: int = 1,
 ) -> SequenceLayout:
+    """Pack a batch in which each row is one sequence, a row without tokens too."""
     rows, width = input_BS.shape[:2]
     device = input_BS.device
+    whole = width * context_ranks
+    source_N = target = None
     if mask_BS is None:
-        source_N = target = None
-        cu_seqlens = torch.arange(0, (rows + 1) * width, width, dtype=torch.int32, device=device)
-        tokens = rows * width
+        cu_seqlens = torch.arange(0, (rows + 1) * whole, whole, dtype=torch.int32, device=device)
     else:
         mask_N = mask_BS.flatten()
         target = (mask_N.cumsum(0) - 1).clamp_(min=0)
         if tokens is None:
-            # Every shape from here on depends on the number of tokens. Without a cache's count, packing waits for the
-            # device here, and only here.
             source_N = mask_N.nonzero().flatten()
-            tokens = len(source_N)
         else:
             source_N = target.new_empty(tokens + 1)  # padding goes after the tokens
             source_N.scatter_(0, target.where(mask_N, tokens), torch.arange(rows * width, device=device))
             source_N = source_N[:tokens]
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         cu_seqlens[1:] = mask_BS.sum(1).cumsum(0)
-    # Keep at least one token, so that a batch of padding alone runs like any other.
-    missing = -tokens % token_multiple if tokens else token_multiple
-    if missing:
-        if source_N is None:
-            source_N = target = torch.arange(tokens, device=device)
-        source_N = torch.cat((source_N, source_N.new_zeros(missing)))
-        # The fill tokens are a sequence of their own, so their outputs stay finite and reach no other token. A cache
-        # has no row for them, and ignores tokens after the last row.
-        if cache is None:
-            cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + missing))
-    return SequenceLayout(
+    layout = SequenceLayout(
         shape_BS=(rows, width),
         format="thd",
         mask_type="padding_causal",
-        longest=max(longest, missing) if cache is None else longest,
+        longest=longest,
         cu_seqlens=cu_seqlens,
-        max_seqlen=max(width, missing) if cache is None else width,
+        cu_seqlens_padded=cu_seqlens if context_ranks > 1 else None,
+        max_seqlen=whole,
         source_N=source_N,
         target=target,
+    )
+    # A cache has no row for the fill tokens, and ignores tokens after the last row.
+    return _fill_up(layout, token_multiple, separate=cache is None, context_ranks=context_ranks)
+
+
+def _fill_up(layout: SequenceLayout, token_multiple: int, *, separate: bool, context_ranks: int = 1) -> SequenceLayout:
+    """Pad packed tokens to a multiple, and to at least one, so that a batch of padding alone runs like any other.
+
+    Args:
+        layout: Of packed tokens.
+        token_multiple: The multiple.
+        separate: Make the fill tokens a sequence of their own, so that their outputs stay finite and reach no other
+            token.
+        context_ranks: The number of processes that share each sequence.
+    """
+    missing = -layout.tokens % token_multiple if layout.tokens else token_multiple
+    cu_seqlens, max_seqlen = layout.cu_seqlens, layout.max_seqlen
+    if not missing:
+        return layout
+    assert cu_seqlens is not None and max_seqlen is not None
+    source_N, target = layout.source_N, layout.target
+    if source_N is None:
+        source_N = torch.arange(layout.tokens, device=cu_seqlens.device)
+        target = source_N
+    longest = layout.longest
+    if separate:
+        whole = missing * context_ranks
+        cu_seqlens = torch.cat((cu_seqlens, cu_seqlens[-1:] + whole))
+        longest, max_seqlen = max(longest, whole), max(max_seqlen, whole)
+    return dataclasses.replace(
+        layout,
+        source_N=torch.cat((source_N, source_N.new_zeros(missing))),
+        target=target,
+        longest=longest,
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_padded=None if layout.cu_seqlens_padded is None else cu_seqlens,
+        max_seqlen=max_seqlen,
     )
 
 
@@ -313,40 +445,6 @@ def _tokens_first(
         source_N=(row_B1 + order_BS).flatten(),
         target=(row_B1 + place_BS).flatten(),
     )
-
-
-def _sequence_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the cu_seqlens of packed tokens from positions [1, T] that restart at 0, or `None`."""
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
-        return None
-    position_T = position_ids[0]
-    # This search waits for the device. Callers that pass cu_seq_lens_q avoid it.
-    start_T = position_T == 0
-    start_T[0] = True
-    begins = start_T.nonzero().flatten()
-    if len(begins) < 2:
-        return None
-    end = begins.new_tensor([position_T.shape[0]])
-    return torch.cat((begins, end)).to(torch.int32)
-
-
-def _check_positions(
-    position_ids: torch.Tensor, mask_BS: torch.Tensor | None, width: int, restarts: bool = False
-) -> None:
-    """Refuse positions that do not rise by one within a row. Attention does not depend on the first position."""
-    if position_ids.shape[-1] != width or width < 2:
-        return
-    step_BS = position_ids.diff(dim=-1)
-    wrong_BS = step_BS != 1
-    if mask_BS is not None:
-        wrong_BS = wrong_BS & mask_BS[:, 1:] & mask_BS[:, :-1]
-    if restarts:
-        wrong_BS = wrong_BS & (position_ids[:, 1:] != 0)
-    if bool(wrong_BS.any()):
-        raise ValueError(
-            "position_ids do not go up by one from token to token: positions follow from attention_mask or "
-            "cu_seq_lens_q here, so leave position_ids out, or pack the sequences."
-        )
 
 
 def token_places(offsets: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

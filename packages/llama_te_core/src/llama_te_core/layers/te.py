@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,17 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Shard
 
+from ..compat.torch import chosen_device
 from ..compat.transformer_engine import (
+    context_ranks,
+    dequantized,
     fp8_parts,
     fused_adam,
     holds_quantized_weights,
     is_module_of_transformer_engine,
     is_quantized,
     quantize_in_place,
+    quantizes_new_weights,
     set_softmax_scale,
     share_scale,
     transformer_engine,
@@ -33,10 +38,32 @@ __all__ = ["TransformerEngineBackend", "fp8_parts"]
 
 
 class TransformerEngineBackend(LayerBackend):
-    """Layers are `te.TransformerLayer`s."""
+    """Layers are `te.TransformerLayer`s.
+
+    Attributes:
+        device: Where a model is built if nobody chose a device.
+    """
 
     name = "transformer_engine"
     can_quantize_weights = True
+    device: ClassVar[torch.device] = torch.device("cuda")
+
+    @contextlib.contextmanager
+    def construction_context(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Build on the current GPU and in the configuration's dtype, as Transformer Engine's modules are used.
+
+        A device that `with torch.device(...)` or `torch.set_default_device` chose stays. So does a default dtype of
+        torch other than float32. float32 counts as no choice, since torch does not tell the two apart.
+        """
+        default = torch.get_default_dtype()
+        if default != torch.float32 or dtype is None or not dtype.is_floating_point:
+            dtype = default
+        torch.set_default_dtype(dtype)
+        try:
+            with self.device if chosen_device() is None else contextlib.nullcontext():
+                yield
+        finally:
+            torch.set_default_dtype(default)
 
     def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:  # noqa: D102
         layers = []
@@ -65,19 +92,22 @@ class TransformerEngineBackend(LayerBackend):
 
     def quantize_loaded_weights(self, model: nn.Module) -> None:  # noqa: D102
         for module in model.modules():
-            if not holds_quantized_weights(module):
+            parameters = dict(module.named_parameters(recurse=False))
+            if not holds_quantized_weights(module) or any(map(is_quantized, parameters.values())):
                 continue
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in parameters.items():
                 if parameter.device.type != "cuda":
                     raise RuntimeError(
-                        f"use_quantized_model_init=True, but {name} is on {parameter.device}: weights are quantized on "
+                        f"{name} is on {parameter.device}, but its module was built to hold quantized weights (by "
+                        "use_quantized_model_init=True, or within te.quantized_model_init): weights are quantized on "
                         "a GPU, so load the model there (device_map='cuda')."
                     )
             quantize_in_place(module)
 
     def dense_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor] | None:  # noqa: D102
-        state = model.state_dict()
-        return {name: tensor.dequantize() if is_quantized(tensor) else tensor for name, tensor in state.items()}
+        if not any(map(is_quantized, model.parameters())):
+            return None
+        return {name: dequantized(tensor) for name, tensor in model.state_dict().items()}
 
     def quantized_parameters(self, model: nn.Module) -> list[nn.Parameter]:  # noqa: D102
         with torch.no_grad():
@@ -154,26 +184,18 @@ class TransformerEngineBackend(LayerBackend):
                 f"{key_value_heads}: choose a size that does."
             )
 
-        def describe_whole_sequences(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            whole = {
-                name: kwargs[name] * ranks
-                for name in ("cu_seqlens_q", "cu_seqlens_kv", "max_seqlen_q", "max_seqlen_kv")
-                if kwargs.get(name) is not None
-            }
-            for name in ("cu_seqlens_q", "cu_seqlens_kv"):
-                if name in whole:
-                    whole[f"{name}_padded"] = whole[name]
-            return args, {**kwargs, **whole}
-
         group = mesh.get_group()
         stream = torch.cuda.Stream()  # attention's second stream; the layers use it in turn
         layer: Any
         for layer in layers:
             layer.set_context_parallel_group(group, dist.get_process_group_ranks(group), stream, kind)
-            layer.register_forward_pre_hook(describe_whole_sequences, with_kwargs=True)
+
+    def context_ranks_of(self, layer: nn.Module) -> int:  # noqa: D102
+        return context_ranks(layer)
 
     def is_own_hook(self, hook: Callable[..., Any]) -> bool:  # noqa: D102
-        return getattr(hook, "__module__", None) in (__name__, CachedAttention.__module__)
+        own = (__name__, CachedAttention.__module__)
+        return getattr(hook, "__module__", None) in own or super().is_own_hook(hook)
 
 
 def build_transformer_engine_layer(
@@ -193,13 +215,17 @@ def build_transformer_engine_layer(
         sequence_parallel: Whether each process has a part of the tokens (the first dimension) outside the products.
 
     Raises:
-        RuntimeError: `use_quantized_model_init` on a device that holds no quantized weights.
+        RuntimeError: Weights are to be quantized (`use_quantized_model_init`, or an active `te.quantized_model_init`)
+            on a device that holds no quantized weights.
     """
     device = torch.get_default_device()
-    if config.use_quantized_model_init and device.type not in ("cuda", "meta"):
+    # On the host, TE's kernel would read the weight by an address of the host: an illegal memory access, some calls
+    # later.
+    if device.type not in ("cuda", "meta") and (config.use_quantized_model_init or quantizes_new_weights()):
+        what = "use_quantized_model_init=True" if config.use_quantized_model_init else "te.quantized_model_init"
         raise RuntimeError(
-            f"use_quantized_model_init=True needs the model to be built on a GPU, but the default device is {device}: "
-            "build it under `with torch.device('cuda')`, or under 'meta' followed by init_empty_weights()."
+            f"{what} needs the model to be built on a GPU, but the default device is {device}: leave the device out, "
+            "or build it under `with torch.device('cuda')`, or under 'meta' followed by init_empty_weights()."
         )
 
     def initialize(weight: torch.Tensor) -> torch.Tensor:
@@ -232,9 +258,20 @@ def build_transformer_engine_layer(
     )
     set_softmax_scale(layer, softmax_scale)
     _hide_extra_state(layer)
+    layer.register_forward_pre_hook(_refuse_weights_on_the_host)
     layer.register_forward_pre_hook(_refuse_adapted_norms)
     CachedAttention(layer, config, layer_number)
     return layer
+
+
+def _refuse_weights_on_the_host(layer: nn.Module, args: Any) -> None:
+    """Refuse weights on the host for an input on the GPU, since TE checks the input's device alone."""
+    weight_device = next(layer.parameters()).device
+    if args and weight_device.type == "cpu" and args[0].device.type != "cpu":
+        raise RuntimeError(
+            f"a decoder layer's weights are on {weight_device}, but its input is on {args[0].device}: move the model "
+            "there with model.to(...)."
+        )
 
 
 def _refuse_adapted_norms(layer: nn.Module, args: Any) -> None:

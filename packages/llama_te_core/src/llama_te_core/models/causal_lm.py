@@ -66,7 +66,8 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             past_key_values: See there.
             inputs_embeds: See there.
             labels: int64 [B, S]; the logits at a position train on the next label. The loss ignores -100, and a label
-                whose predecessor is padding in `attention_mask`: nothing predicts a sequence's first token.
+                whose predecessor is padding or another sample in `attention_mask`: nothing predicts a sequence's first
+                token. In packed sequences that other arguments show, give the first label -100, as collators do.
             use_cache: See there.
             logits_to_keep: Compute logits for this number of last columns (0: all), or for the given columns.
             cache: See there.
@@ -103,7 +104,9 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, columns])
         loss = None
         if labels is not None and shift_labels is None:
-            shift_labels = next_token_labels(labels, attention_mask)
+            # Beside packed sequences a mask may leave out the padding between them: its columns are others then.
+            aligned = attention_mask is None or not packed or attention_mask.shape == labels.shape
+            shift_labels = next_token_labels(labels, attention_mask if aligned else None)
         if shift_labels is not None:
             loss = self.loss_function(
                 logits=logits_BSV,

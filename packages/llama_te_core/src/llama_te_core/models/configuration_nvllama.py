@@ -10,6 +10,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from ..checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, config_fields, config_text
+from ..layers.rope import check_rope_type
 from ..precision.plan import check_layer_precision
 from .remote_code import write_remote_code
 
@@ -81,6 +82,8 @@ class NVLlamaConfig(LlamaConfig):
                 f"num_attention_heads={self.num_attention_heads}."
             )
         check_layer_precision(self.layer_precision, self.num_hidden_layers)
+        if isinstance(self.rope_parameters, dict):
+            check_rope_type(self.rope_parameters.get("rope_type", "default"))
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

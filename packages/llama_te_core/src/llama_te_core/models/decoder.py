@@ -48,7 +48,6 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.layers = self.layer_backend.build(config, self.precision, self.rotary_angles.softmax_scale)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.context_ranks = 1  # processes that share the tokens of each sequence; `parallel.context` sets it
         self.sequence_mesh: DeviceMesh | None = None  # processes that share tokens between layers; `parallel.tensor`
         self._precision_checked = False
         if self.precision.explicit or config.use_quantized_model_init:
@@ -73,8 +72,9 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         Args:
             input_ids: int64 [B, S]; for packed sequences [1, T].
             attention_mask: [B, S], nonzero for tokens; padding may stand left or right. With a cache it covers the
-                earlier columns too.
-            position_ids: Not needed: positions follow from the mask or from the sequences (see `lay_out`).
+                earlier columns too. In a packed row its values may number the samples: 1, 1, 2, 2, 2, 0.
+            position_ids: Not needed: positions follow from the mask or from the sequences, and must fit them. Where
+                they restart at 0, a row holds several sequences (see `lay_out`).
             past_key_values: A cache such as `llama_te_infer.InferenceParams`.
             inputs_embeds: [B, S, E] in place of `input_ids`.
             use_cache: With `False`, the model ignores a given cache.
@@ -109,6 +109,7 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         if cache is not None:
             cache = self.check_cache(cache, inputs.shape[0])
         ranks = 1 if self.sequence_mesh is None else self.sequence_mesh.size()
+        context_ranks = self.context_ranks
         layout = lay_out(
             inputs,
             attn_input_format=self.config.attn_input_format,
@@ -118,14 +119,15 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             packed=PackedSequences.from_arguments(kwargs),
             cache=cache,
             # The padding forms a sequence, and context ranks have two pieces of each sequence.
-            token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if self.context_ranks > 1 else 1),
+            token_multiple=math.lcm(self.precision.token_multiple() * ranks, 2 if context_ranks > 1 else 1),
+            context_ranks=context_ranks,
         )
         self.precision.check_tokens(layout.tokens, torch.is_grad_enabled(), ranks)
 
         hidden = layout.arrange(inputs)
         hidden = scattered(hidden, self.sequence_mesh) if input_ids is None else self.embed_tokens(hidden)
         arguments = layout.layer_arguments()
-        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest * self.context_ranks, hidden.device)
+        arguments["rotary_pos_emb"] = self.rotary_angles(layout.longest, hidden.device)
         arguments["inference_params"] = cache
 
         if output_hidden_states is None:
@@ -145,6 +147,11 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
             hidden_states=tuple(all_hidden) if output_hidden_states else None,
             **{cache_field(): cache},
         )
+
+    @property
+    def context_ranks(self) -> int:
+        """The number of processes that share the tokens of each sequence; see `LayerBackend.context_ranks`."""
+        return self.layer_backend.context_ranks(self.layers)
 
     def check_cache(self, cache: Any, rows: int) -> KVCache:
         """Refuse a cache that does not fit the model, or has fewer than `rows` rows; see `kv_cache.check_cache`."""

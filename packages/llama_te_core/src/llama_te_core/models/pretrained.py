@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from .configuration_nvllama import NVLlamaConfig
 
 class NVLlamaPreTrainedModel(PreTrainedModel):
     """The base of all models here: configuration, initialisation, loading and saving.
+
+    With Transformer Engine's layers, a model is built on the current GPU in `config.dtype`, unless a context chooses
+    another device or dtype: see `TransformerEngineBackend.construction_context`.
 
     Attributes:
         layer_backend: The implementation of the decoder layers.
@@ -36,6 +41,11 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _in_construction_context(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, config: NVLlamaConfig) -> None:
         super().__init__(config)
@@ -101,25 +111,40 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def quantize_loaded_weights(self) -> None:
-        """Quantize the weights after loading, where `config.use_quantized_model_init` asks for it.
+        """Quantize loaded weights of modules that were built to hold quantized weights.
 
-        `from_pretrained` calls this itself.
+        `config.use_quantized_model_init` builds such modules, and so does `te.quantized_model_init`. `from_pretrained`
+        calls this itself.
 
         Raises:
             RuntimeError: The weights are not on a GPU.
         """
-        if self.config.use_quantized_model_init:
-            self.layer_backend.quantize_loaded_weights(self)
+        self.layer_backend.quantize_loaded_weights(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
-        if self.config.use_quantized_model_init and "state_dict" not in kwargs:
+        if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Do nothing: a checkpoint's `auto_map` points at the installed package, so no source is copied."""
+
+
+def _in_construction_context(init: Callable[..., None]) -> Callable[..., None]:
+    """Let a constructor build its modules where the layers want them, a model's heads and embeddings included."""
+
+    @functools.wraps(init)
+    def construct(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        dtype = getattr(config, "dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        backend = choose_backend(getattr(config, "layer_implementation", "auto"))
+        with backend.construction_context(dtype):
+            init(self, config, *args, **kwargs)
+
+    return construct
 
 
 def _clear_row(weight: DTensor, row: int) -> None:

@@ -29,8 +29,9 @@ from .config.machine import check_machine
 from .data.batch_stream import BatchStream
 from .data.byte_tokenizer import byte_tokenizer
 from .export import converted, export_hf, export_te
+from .finite_updates import FiniteUpdates
 from .interruption import Interruption
-from .metrics import Metrics
+from .metrics import Metrics, NonFiniteLossError
 from .optimizers import make_optimizer
 from .profiling import Profiler
 from .schedule import learning_rate
@@ -103,6 +104,7 @@ def train(config: TrainConfig) -> int:
             torch.manual_seed(config.seed)
             model, called = build_model(config, model_config, weights, mesh, device)
         optimizer = make_optimizer(model, config.optimizer)
+        updates = FiniteUpdates(optimizer, device)
         if step:
             with _refusals():
                 checkpoints.load(step, called, optimizer, {"data": stream})
@@ -122,7 +124,7 @@ def train(config: TrainConfig) -> int:
                 step += 1
                 profiler.before(step)
                 rate = learning_rate(step, config.steps, config.optimizer.learning_rate, config.schedule)
-                loss, norm = train_step(config, called, optimizer, rate, stream, metrics)
+                loss, norm = train_step(config, called, updates, rate, stream, metrics)
                 metrics.add(step, loss, norm, rate)
                 if statistics is not None:
                     statistics.end_step()
@@ -132,7 +134,11 @@ def train(config: TrainConfig) -> int:
                 interval = config.checkpoint.interval
                 save = interval is not None and (last or step % interval == 0)
                 if save or last or step % config.log.interval == 0:
-                    metrics.report()  # raises for a NaN before a checkpoint could save it
+                    try:
+                        metrics.report()  # before a checkpoint: a run that is not finite ends here
+                    except NonFiniteLossError:
+                        checkpoints.wait()  # the last checkpoint, which is good, may still be on its way to the disk
+                        raise
                 if save:
                     checkpoints.save(step, called, optimizer, {"data": stream})
             checkpoints.wait()
@@ -149,12 +155,14 @@ def train(config: TrainConfig) -> int:
 def train_step(
     config: TrainConfig,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    updates: FiniteUpdates,
     rate: float,
     stream: BatchStream,
     metrics: Metrics,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one training step: sum the gradients of the step's batches, clip them, and update the weights.
+
+    A step whose loss or gradients are infinite or NaN updates nothing, see `FiniteUpdates`.
 
     Returns:
         This process's loss, and the norm of all gradients before clipping; each float [] on the device.
@@ -162,19 +170,21 @@ def train_step(
     batches = [stream.next() for _ in range(config.data.batches_per_step)]
     # Batches have different numbers of labels: the loss is the mean over all labels of the step.
     labels = torch.stack([batch.arguments["num_items_in_batch"] for batch in batches]).sum()
+    labels = labels.where(labels > 0, 1)  # a step of prompts alone has no labels: its loss is 0
     losses = []
     for number, batch in enumerate(batches):
         metrics.count(batch.tokens, batch.squared_lengths)
         with _synchronized(model, number == len(batches) - 1):
-            loss = model(**batch.arguments | {"num_items_in_batch": labels})
-            loss.backward()
-        losses.append(loss.detach())
+            batch_loss = model(**batch.arguments | {"num_items_in_batch": labels})
+            batch_loss.backward()
+        losses.append(batch_loss.detach())
     norm = clip_gradients(model, config.optimizer.max_norm)
-    for group in optimizer.param_groups:
+    loss = torch.stack(losses).sum()
+    for group in updates.optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad()
-    return torch.stack(losses).sum(), norm
+    updates.step(loss, norm)
+    updates.optimizer.zero_grad()
+    return loss, norm
 
 
 def load_tokenizer(name: str | None) -> Any:

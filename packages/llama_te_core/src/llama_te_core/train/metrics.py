@@ -223,18 +223,23 @@ class Metrics:
             speed["mfu"] = flops / self.peak
         if self.product_rate is not None:
             speed["share_of_bf16_products"] = flops / self.product_rate
+        finite = [math.isfinite(loss) and math.isfinite(norm) for loss, norm in zip(losses, norms, strict=True)]
+        failed = None if all(finite) else finite.index(False)
+        if failed is not None:  # no step after it has updated anything
+            self._rows, losses, norms = self._rows[: failed + 1], losses[: failed + 1], norms[: failed + 1]
         if self._file is not None:
             self._write(losses, norms, speed, seconds)
-        rows, self._rows = self._rows, []
+        last = self._rows[-1][0]
+        self._rows = []
         self._tokens = self._squared_lengths = 0
         self._since = time.perf_counter()
-        for (step, *_), loss, norm in zip(rows, losses, norms, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise NonFiniteLossError(
-                    f"step {step} has loss {loss} and a norm of gradients of {norm}: training stops without "
-                    "saving. Go on from the last checkpoint with a lower optimizer.learning_rate, a longer "
-                    "schedule.warmup_steps or precision.compute='bf16', or look at the data."
-                )
+        if failed is not None:
+            raise NonFiniteLossError(
+                f"step {last} has loss {losses[-1]} and a norm of gradients of {norms[-1]}. The step has not changed the "
+                f"weights, which stay as after step {last - 1}. Training stops without saving. Go on from the last "
+                "checkpoint with a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
+                "precision.compute='bf16', or look at the data."
+            )
 
     def close(self) -> None:
         """Finish writing."""

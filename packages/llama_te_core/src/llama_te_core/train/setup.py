@@ -142,11 +142,12 @@ def checkpoint_weights(folder: Path) -> Weights:
     """
     index = folder / "model.safetensors.index.json"
     files: dict[str, str] = {}
-    if index.is_file():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    elif (folder / "model.safetensors").is_file():
+    # The single file comes first, as in transformers: an index beside it is left from an earlier save.
+    if (folder / "model.safetensors").is_file():
         with safe_open(folder / "model.safetensors", "pt") as file:
             files = dict.fromkeys(file.keys(), "model.safetensors")
+    elif index.is_file():
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     else:
         raise FileNotFoundError(
             f"model.checkpoint={str(folder)!r} has no model.safetensors and no index of several: give the folder of a "

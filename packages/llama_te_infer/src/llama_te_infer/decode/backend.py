@@ -15,7 +15,7 @@ from ..ops import library
 from ..ops.checks import name_of
 from .fused import FusedDecode, takes_fused_decode
 from .inputs import StepInputs
-from .weights import LAYER_PARAMETERS
+from .weights import LAYER_PARAMETERS, LayerWeights, layer_weights
 
 IMPLEMENTATIONS = ("auto", "fused", "layers")
 
@@ -77,10 +77,10 @@ def select_backend(
         return None, "decode_implementation='layers'"
     if decode_implementation == "auto" and not gains_from_kernels(cache.device):
         return None, "on a CPU the kernels are PyTorch operations, which gain nothing"
-    problem = decode_problem(model, cache, rows)
+    problem, layers = decode_problem(model, cache, rows)
     if problem is None:
-        fits = current is not None and current.is_for(model, cache, rows)
-        return current if fits else FusedDecode(model, cache, rows), "the kernels compute this model"
+        fits = current is not None and current.is_for(model, cache, rows, layers)
+        return current if fits else FusedDecode(model, cache, rows, layers), "the kernels compute this model"
     if decode_implementation == "fused":
         raise RuntimeError(
             f"decode_implementation='fused', but {problem}. Use 'auto' or 'layers' to compute steps of one token by "
@@ -104,8 +104,28 @@ def has_own_forward(model: Any, module: Any) -> bool:
     return "forward" in vars(module) or any(not is_own_hook(hook) for hook in forward_hooks(module))
 
 
-def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
-    """Return in one line why the kernels cannot compute steps of this model; `None` if they can."""
+def decode_problem(model: Any, cache: CacheStep, rows: int) -> tuple[str | None, list[LayerWeights]]:
+    """Find out whether the kernels can compute steps of this model.
+
+    Returns:
+        In one line why they cannot, `None` if they can; and the weights of the layers if they can.
+    """
+    problem = _structure_problem(model, cache, rows)
+    if problem is not None:
+        return problem, []
+    layers = layer_weights(model)
+    if not takes_fused_decode(model, rows, cache.page_size, layers):
+        pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
+        problem = (
+            f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
+            "; docs/internals/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
+        )
+        return problem, []
+    return None, layers
+
+
+def _structure_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
+    """Return in one line what the model or the cache has that the kernels do not know; `None` if nothing."""
     decoder = model.model
     for name, module in model.named_modules():
         # The model's own forward pass calls the step. The step replaces every module below it.
@@ -124,12 +144,6 @@ def decode_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
         return f"with rope_type={rope_type!r} angles change within max_sequence_length={cache.max_sequence_length}"
     if library.available(device.type) and rows > (most := library.limits().max_decode_rows):
         return f"the batch has {rows} rows, and the kernels take {most}"
-    if not takes_fused_decode(model, rows, cache.page_size):
-        pages = "" if cache.page_size is None else f", pages of {cache.page_size} tokens"
-        return (
-            f"there are no kernels for this model ({name_of(cache.dtype)}, heads of {cache.head_dim_k}{pages}"
-            "; docs/internals/kernels.md has what they take, python -m llama_te_infer.info what runs here)"
-        )
     return None
 
 

@@ -28,16 +28,17 @@ from ..ops.swiglu import swiglu
 from .buckets import bucket_of
 from .greedy import GreedyWorkspace, take_likeliest
 from .inputs import StepInputs
-from .weights import LayerWeights, Weight, addresses_of, weights_of
+from .weights import LayerWeights, Weight, addresses_of
 
 
-def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
+def takes_fused_decode(model: Any, rows: int, page_size: int | None, layers: list[LayerWeights]) -> bool:
     """Return whether there are kernels for this model's dtype and sizes.
 
     Args:
         model: An `NVLlamaForCausalLM` whose layers are as they were built; see `decode_problem`.
         rows: Most rows of a step.
         page_size: Tokens of a page of the cache; None for a contiguous cache.
+        layers: From `layer_weights`.
     """
     config, dtype = model.config, model.get_input_embeddings().weight.dtype
     group = config.num_attention_heads // config.num_key_value_heads
@@ -47,10 +48,10 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None) -> bool:
         return False
     if not takes_decode_attention(dtype, group, config.head_dim, page_size):
         return False
-    layers = [weights_of(layer) for layer in model.model.layers]
+    if len(layers) < len(model.model.layers):
+        return False
     return all(
-        weights is not None
-        and all(takes_linear(part.values) for part in weights if isinstance(part, Weight))
+        all(takes_linear(part.values) for part in weights if isinstance(part, Weight))
         and weights.attention_norm_E.dtype == weights.mlp_norm_E.dtype == dtype
         for weights in layers
     ) and (takes_linear(model.lm_head.weight) and model.model.norm.weight.dtype == dtype)
@@ -69,16 +70,17 @@ class FusedDecode:
         model: An `NVLlamaForCausalLM` in which `decode_problem` finds no problem.
         cache: The model's cache, with allocated memory for all layers.
         rows: R.
+        layers: The layers' weights, from `layer_weights`.
     """
 
     # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, model: Any, cache: CacheStep, rows: int) -> None:
+    def __init__(self, model: Any, cache: CacheStep, rows: int, layers: list[LayerWeights]) -> None:
         config, device = model.config, cache.device
         self.rows = rows
         self.caches = dict(cache.caches)
-        self.layers: list[LayerWeights] = [weights for layer in model.model.layers if (weights := weights_of(layer))]
+        self.layers = layers
         self.table_VE = model.model.embed_tokens.weight.detach()
         self.head = Weight(model.lm_head.weight.detach())
         self.norm_E = model.model.norm.weight.detach()
@@ -103,15 +105,15 @@ class FusedDecode:
         self.attention_workspace = torch.zeros(size, dtype=torch.int32, device=device)
         self.linear_workspace = LinearWorkspace(device)
         self.greedy_workspace = GreedyWorkspace(rows, device)
-        self._addresses = _addresses(model, cache)
+        self._addresses = _addresses(model, cache, layers)
         self._device = device
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._inputs: StepInputs | None = None
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}  # by kind of step and number of rows
 
-    def is_for(self, model: Any, cache: CacheStep, rows: int) -> bool:
+    def is_for(self, model: Any, cache: CacheStep, rows: int, layers: list[LayerWeights]) -> bool:
         """Return whether the step was made for this many rows, and its weights, keys and values are still in place."""
-        return self.rows == rows and self._addresses == _addresses(model, cache)
+        return self.rows == rows and self._addresses == _addresses(model, cache, layers)
 
     def __call__(self, inputs: StepInputs, rows: int) -> torch.Tensor:
         """See `DecodeBackend`. The next step overwrites the logits."""
@@ -235,5 +237,5 @@ def _norms(product: Product, hidden_BK: torch.Tensor) -> bool:
     return product.norm_weight is not None and product.input is hidden_BK
 
 
-def _addresses(model: Any, cache: CacheStep) -> list[int]:
-    return addresses_of(model) + [tensor.data_ptr() for tensor in tensors_of(cache.caches)]
+def _addresses(model: Any, cache: CacheStep, layers: list[LayerWeights]) -> list[int]:
+    return addresses_of(model, layers) + [tensor.data_ptr() for tensor in tensors_of(cache.caches)]

@@ -61,11 +61,27 @@ def weights_of(layer: Any) -> LayerWeights | None:
     )
 
 
-def addresses_of(model: Any) -> list[int]:
-    """Return the address of each weight that a step reads: they change when weights are replaced, not when written."""
-    tensors = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
+def layer_weights(model: Any) -> list[LayerWeights]:
+    """Return the weights of the layers; only of the first ones where the kernels do not take the format of a weight."""
+    layers = []
     for layer in model.model.layers:
-        for part in weights_of(layer) or ():
+        weights = weights_of(layer)
+        if weights is None:
+            break
+        layers.append(weights)
+    return layers
+
+
+def addresses_of(model: Any, layers: list[LayerWeights]) -> list[int]:
+    """Return the address of each weight that a step reads: they change when weights are replaced, not when written.
+
+    Args:
+        model: An `NVLlamaForCausalLM`.
+        layers: From `layer_weights`.
+    """
+    tensors = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
+    for weights in layers:
+        for part in weights:
             tensors += part if isinstance(part, tuple) else [part]
     return [tensor.data_ptr() for tensor in tensors if tensor is not None]
 

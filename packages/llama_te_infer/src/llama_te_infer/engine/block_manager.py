@@ -24,12 +24,14 @@ class BlockManager:
     Attributes:
         pool: The pages.
         prefixes: The index of cached prompt prefixes. It takes pages from the pool, and gives them back.
+        generation: How often the cached prefixes have been forgotten.
     """
 
     def __init__(self, total_num_pages: int, page_size: int, prefix_caching: bool) -> None:
         self.pool = PagePool(total_num_pages, page_size)
         self.prefixes = PrefixCache(self.pool)
         self.prefix_caching = prefix_caching
+        self.generation = 0
 
     @property
     def available(self) -> int:
@@ -72,6 +74,8 @@ class BlockManager:
             return False
         first.pages = shared + self.prefixes.take(own)
         first.cached = len(shared) * size
+        for sequence in sequences:
+            sequence.generation = self.generation
         for sequence in sequences[1:]:
             sequence.pages = self.prefixes.take(1) if others else []
         return True
@@ -102,14 +106,19 @@ class BlockManager:
         return copies
 
     def remember(self, sequence: Sequence, tokens: int) -> None:
-        """Add the sequence's full pages to the prefix cache.
+        """Add the sequence's full pages to the prefix cache, unless its prefixes were forgotten since it got pages.
 
         Args:
             sequence: The sequence.
             tokens: How many of its tokens have their keys and values in the pages.
         """
-        if self.prefix_caching:
+        if self.prefix_caching and sequence.generation == self.generation:
             self.prefixes.remember(sequence.tokens[:tokens], sequence.pages)
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache. Sequences that have pages keep them, and add nothing to the prefix cache later."""
+        self.prefixes.clear()
+        self.generation += 1
 
     def free(self, sequence: Sequence) -> None:
         """Take a sequence's pages away."""

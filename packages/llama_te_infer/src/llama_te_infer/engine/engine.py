@@ -29,7 +29,8 @@ from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
 from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
-from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of
+from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
+from .model_watch import ModelWatch
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
 from .request_state import RequestState
 from .scheduler import Scheduler
@@ -64,14 +65,18 @@ class Engine:
         prefix_caching: Whether prompts with the prefix of an earlier text reuse its keys and values.
         decode_implementation: How decoding steps are computed, as in `InferenceParams`: "layers", by the layers of the
             model; "fused", by kernels, replayed from a CUDA graph; "auto", on a GPU by the kernels, or with one warning
-            by the layers if the kernels cannot compute the model. The engine decides again after each `submit`, so
-            hooks and adapters may be attached to the model, and weights replaced, between requests. Cached prefixes
-            stay as the earlier model computed them: give `prefix_caching=False` for a model that changes.
+            by the layers if the kernels cannot compute the model.
+
+    The model may change between requests: the engine looks at it once after each `submit`. It then decides again how
+    to compute decoding steps, captures new CUDA graphs where weights have moved, and forgets all cached prefixes if
+    weights, hooks or adapters have changed. Running requests continue with the changed model. `ModelWatch` says
+    which changes the engine sees; call `reset_prefix_cache` after others, such as `parameter.data.mul_(...)`.
 
     Raises:
-        ValueError: An argument is out of its range, or the model is in training mode.
-        RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. `step`, `generate` and
-            `stream` raise it too, if the model has changed; no request has advanced then.
+        ValueError: An argument is out of its range, or the model is in training mode. `step`, `generate` and `stream`
+            raise it too, if the model has changed; no request has advanced then.
+        RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. Raised by `step`,
+            `generate` and `stream` likewise, also for a model with another dtype, device or vocabulary.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class Engine:
         self._make_scheduler = functools.partial(
             Scheduler, max_batch_size, total_num_pages, page_size, prefill_budget, prefix_caching
         )
+        self._kind = model_kind(model)
+        self._watch = ModelWatch(model) if prefix_caching else None
         self._submitted = 0
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._layers = LayersDecode(model, self._cache)
@@ -176,6 +183,13 @@ class Engine:
             return False
         self._end(state)
         return True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes, so that the next prompts are computed from their beginnings.
+
+        Needed only after a change of the weights that `ModelWatch` cannot see. Running requests keep their pages.
+        """
+        self.scheduler.blocks.forget_prefixes()
 
     @property
     def has_unfinished(self) -> bool:
@@ -324,20 +338,34 @@ class Engine:
         self._backend_is_current = True
         return self._layers if self._fused is None else self._fused
 
+    def _follow_model(self) -> None:
+        """Adapt to changes of the model since the last request."""
+        check_model(self.model)
+        kind = model_kind(self.model)
+        if kind != self._kind:
+            raise RuntimeError(
+                f"the model has changed from {self._kind} to {kind} since this engine was made for it: make a new engine."
+            )
+        if self._watch is not None and self._watch.has_changed():
+            self.scheduler.blocks.forget_prefixes()
+        self._decode = self._runner.decode = self._select_backend()
+
     @torch.inference_mode()
     def _advance(self) -> None:
         """Launch a step, and read the results of the step before."""
         if self._is_stepping:
             raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
         previous = self._decode  # its graph may still run: it stays until the step before has been read
-        if not self._backend_is_current:
-            self._decode = self._runner.decode = self._select_backend()
+        if not self._backend_is_current or (self._watch is not None and self._watch.has_adapters):
+            self._follow_model()
         self._is_stepping = True
         try:
             plan = self.scheduler.plan()
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
                 self._requests[request.id].begin_search()
             launched = None if plan.is_empty else self._runner.launch(plan)
+            if self._watch is not None and self._watch.has_adapters:
+                self._watch.accept()
             pending, self._pending = self._pending, launched
             if pending is not None:
                 self._read(pending.result())

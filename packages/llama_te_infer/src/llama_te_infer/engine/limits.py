@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..ops.checks import name_of
+
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
 HOST_BYTES = 2 << 30  # memory for pages on a CPU
 
@@ -25,6 +27,12 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ValueError("model is in training mode: call model.eval() first.")
+
+
+def model_kind(model: Any) -> str:
+    """Return in words what an engine's memory depends on: dtype, device and size of the vocabulary."""
+    weight = model.get_input_embeddings().weight
+    return f"{name_of(weight.dtype)} on {weight.device} with {model.lm_head.out_features} tokens"
 
 
 def max_sequence_length_of(config: Any, wanted: int | None) -> int:

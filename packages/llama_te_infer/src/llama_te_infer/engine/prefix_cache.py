@@ -110,6 +110,14 @@ class PrefixCache:
                 self._keys[page] = key
             number = entry.number
 
+    def clear(self) -> None:
+        """Forget all content. Pages without another holder become free."""
+        pages = list(self._keys)
+        self._entries.clear()
+        self._keys.clear()
+        self._idle.clear()
+        self.pool.release(pages)
+
     def _contents(self, tokens: Sequence[int]) -> list[tuple[int, ...]]:
         """Return the tokens of each full page."""
         size = self.pool.page_size

@@ -88,9 +88,16 @@ def limits() -> Limits:
     """Return the limits of the kernels. A build without CUDA has the same limits.
 
     Raises:
-        RuntimeError: The extension is missing.
+        RuntimeError: The extension is missing, or another version of the package built it.
     """
-    values: dict[str, Any] = extension().limits()
+    compiled = extension()
+    values: dict[str, Any] = compiled.limits() if hasattr(compiled, "limits") else {}
+    if values.keys() != set(Limits._fields):
+        differing = ", ".join(sorted(values.keys() ^ set(Limits._fields)))
+        raise RuntimeError(
+            f"another version of llama-te-infer built the compiled extension {compiled.__file__} (its limits differ in "
+            f"{differing}): reinstall llama-te-infer, which builds the extension of its own version."
+        )
     for name in ("element_types", "weight_types"):
         values[name] = {getattr(torch, dtype): code for dtype, code in values[name].items()}
     values["decode_element_types"] = tuple(getattr(torch, dtype) for dtype in values["decode_element_types"])

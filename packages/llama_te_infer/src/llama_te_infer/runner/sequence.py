@@ -19,6 +19,7 @@ class Sequence:
         pages: Of the cache; for beams as far as the host knows (see `BlockManager.reorder`).
         cached: Tokens whose keys and values the launched steps write. While the sequence runs it has one token more,
             which the last of these steps chooses.
+        generation: The generation of cached prefixes (see `BlockManager`) in which it got its pages.
         row: Its row in the running batch; `None` while it waits, while its prompt is read, and after its end.
         finish_reason: Set at the end.
         stop_reason: Likewise.
@@ -29,6 +30,7 @@ class Sequence:
     tokens: list[int]
     pages: list[int] = field(default_factory=list)
     cached: int = 0
+    generation: int = 0
     row: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None

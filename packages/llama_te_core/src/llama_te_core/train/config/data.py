@@ -15,9 +15,10 @@ class DataConfig(TextSettings):
     """The training data.
 
     Attributes:
-        source: A .txt, .jsonl or .parquet file, a folder with such files, or a hub id.
+        source: A file of documents (.txt, .jsonl, .json, .csv, .tsv, .parquet; all but .parquet also compressed), a
+            folder with such files, or a hub id.
         tokenizer: A folder or hub id of a tokenizer; "bytes", which needs no files: each byte is a token (258 with BOS
-            and EOS); or null, where documents have their tokens in a field input_ids.
+            and EOS); or null, where documents have their tokens in a field input_ids, and may have labels.
         tokens_per_batch: Tokens of one packed batch of one data-parallel process.
         workers: Processes of each process that read and tokenise; 0 reads in the process itself.
         batches_per_step: Batches of one data-parallel process whose gradients make one step (gradient accumulation).

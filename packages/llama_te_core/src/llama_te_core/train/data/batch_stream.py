@@ -59,7 +59,7 @@ class BatchStream:
         self.batches = TextBatches(data, rank, self.ranks)
         self.batches.check_documents(workers)
         for document in self.batches.source.documents(None):
-            data.tokens(document)  # raises now, and not in a worker after the model is loaded
+            data.labelled_tokens(document)  # raises now, and not in a worker after the model is loaded
             break
         self._loader = self._make_loader()
         self._iterator: Iterator[Any] | None = None

@@ -12,8 +12,9 @@ class TextSettings:
     """The settings that `TextData` and the command's section `data` share.
 
     Attributes:
-        source: A .txt, .jsonl or .parquet file, a folder with such files at any depth, or, if the path does not exist,
-            a hub id, `owner/name`. Only a hub id is downloaded.
+        source: A file of documents (.txt, .jsonl, .json, .csv, .tsv or .parquet, see `documents.FORMATS`; all but
+            .parquet also compressed), a folder with such files at any depth, or, if the path does not exist, a hub id,
+            `owner/name`. Only a hub id is downloaded.
         tokenizer: Makes the tokens of a text; see the subclasses.
         tokens_per_batch: The most tokens in one batch of one shard. With `split_long` every batch except the last has
             exactly this number.
@@ -21,10 +22,12 @@ class TextSettings:
         split_long: Cut a document where its sequence or the batch is full. Each piece is a sequence of its own. False
             keeps documents whole, but drops the tokens after sequence_length.
         text_field: The field of a document that is its text. A .txt file has no other field.
+        ignored_fields: Fields of documents that training ignores, besides `documents.METADATA` (such as id and url). A
+            field that is neither used nor ignored is an error.
         text_document: One document of a .txt file: the whole file, or each paragraph, between blank lines.
         add_bos: Begin each text with the tokenizer's BOS token.
         add_eos: End each text with the tokenizer's EOS token.
-        skip_empty: Skip documents without tokens. Without it they are an error.
+        skip_empty: Skip documents without tokens or labels, and files without documents. Without it they are an error.
         shuffle_buffer: The number of documents in memory. The next document is drawn from them at random, and files
             come in random order. 0 keeps the order of the source.
         subset: The name of a data set's configuration on the hub (`load_dataset`'s `name`).
@@ -38,6 +41,7 @@ class TextSettings:
     sequence_length: int | None = None
     split_long: bool = True
     text_field: str = "text"
+    ignored_fields: tuple[str, ...] = ()
     text_document: TextDocument = "file"
     add_bos: bool = True
     add_eos: bool = True

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
@@ -28,10 +29,13 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ...compat.torchdata import batches_since_snapshot
 from ...data.collators import DataCollatorWithFlattening
+from ...data.labels import IGNORED_LABEL
 from ...data.packing import TokenPackingDataset
-from .documents import SUFFIXES, Document, Files, HubDataset, Source, in_order
+from .documents import Document, Fields, Files, HubDataset, Source, in_order, is_file_of_documents
 from .settings import TextSettings
 
+# Training uses these fields of a document of tokens, where it has them.
+_OPTIONAL = ("labels", "attention_mask")
 # Advice for error messages about documents that do not fit the settings.
 _TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
 _SHARES = (
@@ -59,12 +63,26 @@ class Tokenizer(Protocol):
         ...
 
 
+class LabelledTokens(NamedTuple):
+    """A document's tokens, and the label of each token.
+
+    Attributes:
+        input_ids: The tokens, BOS and EOS included.
+        labels: As many labels: the token itself, or -100 for a token that the model is not trained to predict.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
 @dataclass(frozen=True)
 class TextData(TextSettings):
     """Training data: the documents, and the settings for making batches of them.
 
     Attributes:
-        tokenizer: Makes the tokens of a text. With None, documents have their tokens in a field `input_ids`.
+        tokenizer: Makes the tokens of a text. With None, documents have their tokens in a field `input_ids`. Two more
+            fields may then be there, both as long as `input_ids`: `labels`, with -100 for each token that the model is
+            not trained to predict, and `attention_mask`, with 0 for padding, which is dropped.
         epochs: The number of passes over all documents; None repeats for ever. A batch may span two epochs.
         seed: Determines the order of documents, together with the number of the epoch.
         pad_to_multiple_of: See `DataCollatorWithFlattening`: 16 for FP8, 32 for MXFP8, 128 for NVFP4; with
@@ -87,6 +105,8 @@ class TextData(TextSettings):
         self._check_numbers()
         if self.text_document not in ("file", "paragraph"):
             raise ValueError(f"text_document is {self.text_document!r}; it must be 'file' or 'paragraph'.")
+        if isinstance(self.ignored_fields, str) or not all(isinstance(each, str) for each in self.ignored_fields):
+            raise ValueError(f"ignored_fields is {self.ignored_fields!r}; it must be a list of names of fields.")
         if not isinstance(self.text_field, str):
             raise ValueError(f"text_field is {self.text_field!r}; it must be a string, the name of one field.")
         if self.longest_sequence > self.tokens_per_batch:
@@ -114,67 +134,54 @@ class TextData(TextSettings):
         return self.tokens_per_batch if self.sequence_length is None else self.sequence_length
 
     @property
-    def field(self) -> str:
-        """The field to read from each document."""
-        return "input_ids" if self.tokenizer is None else self.text_field
+    def fields(self) -> Fields:
+        """The fields to read from each document."""
+        ignored = tuple(self.ignored_fields)
+        return (
+            Fields("input_ids", _OPTIONAL, ignored) if self.tokenizer is None else Fields(self.text_field, (), ignored)
+        )
 
     def open(self) -> Source:
         """Open the source of documents: a local path if it exists, else a hub id. This downloads nothing.
 
         Raises:
             FileNotFoundError: `source` is neither an existing path nor a hub id.
-            ValueError: A folder has no readable file, or a file has an unknown suffix.
+            ImportError: A file needs a package that is not installed.
+            ValueError: A folder has no file of documents, or one that cannot be read or is empty.
         """
         name = os.fspath(self.source)
         path = Path(name).expanduser()
         if path.exists():
-            return Files(path, self.field, self.text_document)
-        if _HUB_ID.fullmatch(name) is None or path.suffix in SUFFIXES:
+            return Files(path, self.fields, self.text_document, self.skip_empty)
+        if _HUB_ID.fullmatch(name) is None or is_file_of_documents(path):
             raise FileNotFoundError(
                 f"source={name!r} is no file or folder here, and no hub id (owner/name) either. Check the path."
             )
-        return HubDataset(name, self.field, self.subset, self.split, self.streaming)
+        return HubDataset(name, self.fields, self.subset, self.split, self.streaming)
 
-    def tokens(self, document: Document) -> list[int]:
-        """Return a document's tokens, BOS and EOS included; an empty list for a document to skip.
+    def labelled_tokens(self, document: Document) -> LabelledTokens:
+        """Return a document's tokens and labels; empty lists for a document to skip.
 
         Args:
             document: A document of the source.
 
         Raises:
-            ValueError: The document lacks the field, the field has the wrong type or no tokens, or a token id is
-                outside the vocabulary.
+            ValueError: The document lacks the main field or has a field without effect; a field has the wrong type or
+                length; or a token or label is outside the vocabulary.
         """
-        fields = document.fields()
-        if self.field not in fields:
-            raise ValueError(
-                f"{document.place} has no field {self.field!r}; its fields are {sorted(fields)}. "
-                + (f"{_TOKENIZER} if it has text." if self.tokenizer is None else "Change text_field.")
-            )
-        value = fields[self.field]
-        if self.tokenizer is None:
-            if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-                raise ValueError(
-                    f"{document.place}: input_ids is {_kind(value)}; it must be a list of token ids. {_TOKENIZER} if "
-                    "it is text."
-                )
-            tokens = value
-        else:
-            if not isinstance(value, str):
-                raise ValueError(
-                    f"{document.place}: the field {self.text_field!r} is {_kind(value)}; text_field must name a field "
-                    f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
-                )
-            tokens = self.tokenizer.encode(value, add_special_tokens=False, verbose=False)
+        # A table has null where a document has no such field. Labels that are null would be a mistake.
+        fields = {name: value for name, value in document.fields().items() if value is not None or name == "labels"}
+        main = self.fields.main
+        self.fields.check(document.place, fields | {main: None} if main in document.fields() else fields)
+        value = fields.get(main)
+        sequence = (
+            self._given(document.place, value, fields) if self.tokenizer is None else self._encoded(document, value)
+        )
+        tokens = sequence.input_ids
         if not tokens and not self.skip_empty:
             raise ValueError(
-                f"{document.place} has no tokens: {self.field} is empty. Remove it, or set "
-                f"{_setting('skip_empty', True)}."
+                f"{document.place} has no tokens: {main} is empty. Remove it, or set {_setting('skip_empty', True)}."
             )
-        if tokens and self.tokenizer is not None:
-            before = [self.tokenizer.bos_token_id] if self.add_bos else []
-            after = [self.tokenizer.eos_token_id] if self.add_eos else []
-            tokens = [*before, *tokens, *after]
         if tokens and self.vocab_size is not None:
             least, most = min(tokens), max(tokens)
             if least < 0 or most >= self.vocab_size:
@@ -183,7 +190,71 @@ class TextData(TextSettings):
                     f"{self.vocab_size - 1}, for vocab_size={self.vocab_size}. Use the tokens of the model's own "
                     "tokenizer, or a model with a larger vocabulary."
                 )
-        return tokens
+        return sequence
+
+    def _given(self, place: str, input_ids: Any, fields: Mapping[str, Any]) -> LabelledTokens:
+        """Return the tokens and labels of a document of tokens."""
+        if not _is_list_of_int(input_ids):
+            raise ValueError(
+                f"{place}: input_ids is {_kind(input_ids)}; it must be a list of token ids. {_TOKENIZER} if it is text."
+            )
+        for name in _OPTIONAL:
+            value = fields.get(name, input_ids)
+            if not _is_list_of_int(value) or len(value) != len(input_ids):
+                length = f" of {len(value)}" if isinstance(value, list) else ""
+                raise ValueError(
+                    f"{place}: {name} is {_kind(value)}{length}; it must be a list of {len(input_ids)} integers, as "
+                    "many as input_ids has."
+                )
+        labels = fields.get("labels", input_ids)
+        mask = fields.get("attention_mask")
+        if mask is not None:
+            if not set(mask) <= {0, 1}:
+                raise ValueError(f"{place}: attention_mask has {sorted(set(mask))}; it may have 0 (padding) and 1.")
+            input_ids, labels = (
+                [each for each, kept in zip(row, mask, strict=True) if kept] for row in (input_ids, labels)
+            )
+        if "labels" not in fields:
+            return LabelledTokens(input_ids, input_ids)
+        if len(labels) > 1 and set(labels[1:]) <= {IGNORED_LABEL}:
+            if self.skip_empty:
+                return LabelledTokens([], [])
+            raise ValueError(
+                f"{place} has no labels to train on: they are {IGNORED_LABEL} from the second token on, and no token "
+                f"predicts the first. Remove it, or set {_setting('skip_empty', True)}."
+            )
+        vocab_size = self.vocab_size
+        for label in set(labels) - {IGNORED_LABEL}:
+            if label < 0 or (vocab_size is not None and label >= vocab_size):
+                most = "" if vocab_size is None else f" to {vocab_size - 1}"
+                raise ValueError(
+                    f"{place} has the label {label}; labels must be {IGNORED_LABEL}, for a token that is not trained "
+                    f"on, or token ids from 0{most}."
+                )
+        return LabelledTokens(input_ids, labels)
+
+    def _encoded(self, document: Document, text: Any) -> LabelledTokens:
+        """Return the tokens of a document of text, all of which are labels too."""
+        assert self.tokenizer is not None
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{document.place}: the field {self.text_field!r} is {_kind(text)}; text_field must name a field "
+                f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
+            )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{document.place}: the field {self.text_field!r} has the lone surrogate "
+                f"\\u{ord(text[error.start]):04x} at character {error.start}, which is half of a character. No "
+                "tokenizer can encode it: write the text anew, with errors='replace' where it was decoded."
+            ) from error
+        tokens = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        if tokens:
+            before = self.tokenizer.bos_token_id if self.add_bos else None
+            after = self.tokenizer.eos_token_id if self.add_eos else None
+            tokens = [*([] if before is None else [before]), *tokens, *([] if after is None else [after])]
+        return LabelledTokens(tokens, tokens)
 
     def collator(self) -> DataCollatorWithFlattening:
         """Return the collator that packs sequences into one batch."""
@@ -257,6 +328,8 @@ class TextBatches(IterableDataset[dict[str, Any]]):
         self.rank = rank
         self.ranks = ranks
         self.source = data.open()
+        if rank == 0 and self.source.notice is not None:
+            warnings.warn(self.source.notice, stacklevel=2)
         self._order = {
             "source": self.source.identity,
             "seed": data.seed,
@@ -448,14 +521,14 @@ class _Sequences(IterableDataset[dict[str, Any]]):
         return islice(left, self.shard, None, self.shards)
 
     def _pieces(self, document: Document, used: int) -> Iterator[dict[str, Any]]:
-        tokens = self.data.tokens(document)
+        tokens, labels = self.data.labelled_tokens(document)
         longest = self.data.longest_sequence
         if not self.data.split_long:
-            tokens = tokens[:longest]
+            tokens, labels = tokens[:longest], labels[:longest]
         # Pieces end at multiples of `longest` from the document's beginning, also where this shard begins inside it.
         while used < len(tokens):
             end = min((used // longest + 1) * longest, len(tokens))
-            yield {"input_ids": tokens[used:end], "end": end}
+            yield {"input_ids": tokens[used:end], "labels": labels[used:end], "end": end}
             used = end
 
     def _is_whole(self, epoch: int) -> bool:
@@ -487,10 +560,12 @@ def _position_after(batch: list[Mapping[str, Any]], carried: list[Mapping[str, A
 
 
 def _padded(sequences: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    tokens = [torch.tensor(sequence["input_ids"]) for sequence in sequences]
-    input_ids_BS = pad_sequence(tokens, batch_first=True)
-    mask_BS = pad_sequence([torch.ones_like(each, dtype=torch.bool) for each in tokens], batch_first=True)
-    return {"input_ids": input_ids_BS, "attention_mask": mask_BS, "labels": input_ids_BS}
+    tokens, labels = ([torch.tensor(each[name]) for each in sequences] for name in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(tokens, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(each, dtype=torch.bool) for each in tokens], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
 
 
 def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
@@ -512,6 +587,10 @@ def _states_in(state: Any) -> Iterator[Mapping[str, Any]]:
 def _setting(name: str, value: Any) -> str:
     """Return a setting with its value for a message, as in Python and as in the command's configuration."""
     return f"{name}={value!r} (in a configuration `data.{name}: {json.dumps(value)}`)"
+
+
+def _is_list_of_int(value: Any) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {int}
 
 
 def _kind(value: Any) -> str:
