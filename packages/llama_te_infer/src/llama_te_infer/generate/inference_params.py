@@ -22,7 +22,7 @@ from ..decode.inputs import StepInputs
 from ..kv_cache.contiguous import NonPagedKVCacheManager
 from ..kv_cache.paged import PagedKVCacheManager
 from ..kv_cache.step import CacheStep
-from ..kv_cache.storage import CacheManager, default_device
+from ..kv_cache.storage import CacheManager, cache_device, default_device
 
 
 class InferenceParams(CacheStep):
@@ -430,7 +430,7 @@ def inference_params_for(
         decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
-        ValueError: `prompt_length` is not between 0 and `max_length`.
+        ValueError: `prompt_length` is not between 0 and `max_length`, or the model's layers compute on several devices.
     """
     config = model.config
     copies = max(num_beams, num_return_sequences)
@@ -455,7 +455,7 @@ def inference_params_for(
         dtype=model.get_input_embeddings().weight.dtype,
         max_ctx_len=max_length,
         qkv_format=config.attn_input_format,
-        device=model.device,
+        device=cache_device(model),
         decode_implementation=decode_implementation,
         **pages,
     )
