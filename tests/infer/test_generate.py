@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer import Engine, InferenceParams, inference_params_for
 
 # The installed transformers' name of the cache, as an argument of `generate` and in outputs.
 FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -386,6 +387,24 @@ def test_the_cache_that_generate_makes_is_just_long_enough(hf: PreTrainedModel, 
     result = generate(te, inputs, max_new_tokens=56, return_dict_in_generate=True)
     assert result.sequences.tolist() == generate(hf, inputs, max_new_tokens=56).tolist()
     assert list(result[CACHE].sequences.values()) == [64] == [result[CACHE].max_sequence_length]
+
+
+@pytest.mark.usefixtures("installed_cache")
+def test_weights_that_accelerate_keeps_elsewhere(hf: PreTrainedModel, te: PreTrainedModel) -> None:
+    inputs, options = prompts(2), {"max_new_tokens": NEW, "do_sample": False}
+    offloaded = accelerate.cpu_offload(te, execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+    assert torch.equal(offloaded.generate(**inputs, **options), hf.generate(**inputs, **options))
+    with pytest.raises(ValueError, match=r"weights of the model are not in memory.*model\.generate works"):
+        Engine(offloaded, max_batch_size=1)
+
+
+def test_layers_on_several_devices_are_refused(te: PreTrainedModel) -> None:
+    te.model.layers[1].to("meta")  # stands for another GPU
+    with pytest.raises(
+        ValueError, match=r"the layers compute on cpu and meta, but a cache is on one.*use_cache"
+    ):
+        inference_params_for(te, batch_size=1, max_length=8)
 
 
 @pytest.mark.usefixtures("forgotten_factory")

@@ -18,7 +18,7 @@ def check_model(model: Any) -> None:
     """Refuse a model that an engine cannot run.
 
     Raises:
-        ValueError: The model has another class, or is in training mode.
+        ValueError: The model has another class, is in training mode, or has its weights elsewhere.
     """
     from llama_te_core import NVLlamaForCausalLM  # a late import: it loads transformers' models
 
@@ -29,6 +29,11 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ValueError("model is in training mode: call model.eval() first.")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            "weights of the model are not in memory, since accelerate keeps them on the CPU or on disk: load the model "
+            'on one device, such as device_map={"": 0}. model.generate works with such weights.'
+        )
 
 
 def model_kind(model: Any) -> str:

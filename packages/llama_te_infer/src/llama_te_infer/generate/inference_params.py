@@ -26,7 +26,7 @@ from ..decode.inputs import StepInputs
 from ..kv_cache.contiguous import NonPagedKVCacheManager
 from ..kv_cache.paged import PagedKVCacheManager
 from ..kv_cache.step import CacheStep
-from ..kv_cache.storage import CacheManager, default_device
+from ..kv_cache.storage import CacheManager, cache_device, default_device
 
 
 class InferenceParams(CacheStep, Cache):
@@ -503,7 +503,7 @@ def inference_params_for(
         decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
-        ValueError: `prompt_length` is not between 0 and `max_length`.
+        ValueError: `prompt_length` is not between 0 and `max_length`, or the model's layers compute on several devices.
     """
     config = model.config
     copies = max(num_beams, num_return_sequences)
@@ -528,7 +528,7 @@ def inference_params_for(
         dtype=computing_dtype(model.get_input_embeddings().weight),
         max_ctx_len=max_length,
         qkv_format=config.attn_input_format,
-        device=model.device,
+        device=cache_device(model),
         decode_implementation=decode_implementation,
         **pages,
     )
