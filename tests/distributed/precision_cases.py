@@ -34,6 +34,7 @@ from llama_te_core.train.config import (
     TrainConfig,
 )
 from llama_te_core.train.data.batch_stream import Batch
+from llama_te_core.train.finite_updates import FiniteUpdates
 from llama_te_core.train.loop import train_step
 from llama_te_core.train.optimizers import make_optimizer
 from llama_te_core.train.setup import build_model, random_weights
@@ -171,6 +172,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     model_config = config.model_config()
     model, called = build_model(config, model_config, random_weights(0, model_config), mesh, device)
     optimizer = make_optimizer(model, config.optimizer)
+    updates = FiniteUpdates(optimizer, device)
     begin = _weights(model)
     saver = f"{case.layers} {case.compute}"
     step, batches = 0, Batches(mesh)
@@ -186,7 +188,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             hook = optimizer.register_step_pre_hook(lambda *_: gradients.update(_gradients(model)))
         rate = 0.0 if step <= WARM_UP else config.optimizer.learning_rate
         with _recording_gathers(gathered if step == WARM_UP + 1 else set()):
-            loss, _ = train_step(config, called, optimizer, rate, batches, Mock())
+            loss, _ = train_step(config, called, updates, rate, batches, Mock())
         if step == WARM_UP + 1:
             hook.remove()
         dist.all_reduce(loss)
