@@ -59,7 +59,6 @@ class InferenceParams(CacheStep, Cache):
 
     is_compileable = False
     is_croppable = True
-    is_sliding = is_linear = is_dummy = (False,)
     offloading = False
     layers: tuple[()] = ()  # transformers looks here for layers that record their past; these record nothing
 
@@ -321,6 +320,13 @@ class InferenceParams(CacheStep, Cache):
         self.batch_size += 1
 
     # --- transformers' interface ------------------------------------------------------------------------------------
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Whether layers keep a fixed-size state, a sliding window, or nothing: no."""
+        return [False]
+
+    is_sliding = is_dummy = is_linear
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns of the padded batch so far."""
