@@ -210,6 +210,12 @@ class TestTorch:
             assert optimizer.state[weight]["step"] == steps and optimizer.state[weight]["exp_avg"].isfinite().all()
         assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused, "a fused optimizer tells it otherwise"
 
+    def test_a_replica_of_data_parallel_is_known(self) -> None:
+        module = nn.Linear(2, 2)
+        assert not compat_torch.is_data_parallel_replica(module)
+        replica = module._replicate_for_data_parallel()
+        assert compat_torch.is_data_parallel_replica(replica), moved("torch", "_is_replica")
+
     def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[Any, ...]] = []
         memory = torch.cuda.memory
@@ -322,6 +328,7 @@ class TestTransformerEngineWithoutIt:
     def test_nothing_is_quantized(self) -> None:
         assert not compat_te.is_quantized(torch.ones(1)) and compat_te.fp8_parts(torch.ones(1)) is None
         assert not compat_te.is_module_of_transformer_engine(nn.Linear(1, 1))
+        assert compat_te.held_tensors(torch.ones(1)) == []
         assert not compat_te.holds_quantized_weights(nn.Linear(1, 1))
         assert compat_te.delayed_scaling_state(nn.Linear(1, 1)) == {}
 

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..compat.torch import local_range
+from ..compat.transformers import progress_bars_on_terminals_only
 from ..layers.quantizers import QUANTIZE_OTHERWISE
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
+from .other_layouts import converted, has_other_layout, name_source
 
 
 class NVLlamaPreTrainedModel(PreTrainedModel):
@@ -91,15 +93,31 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with this layout. The arguments are the same as in transformers.
+        """Load a checkpoint. The arguments are the same as in transformers.
+
+        Where llama-te-convert is installed, this also loads a Hugging Face Llama or Mistral, and the GGUF file of a
+        Llama: they are converted while loading. The CPU's memory then holds all tensors of the checkpoint. Arguments
+        without effect on such a checkpoint are refused.
+
+        Args:
+            pretrained_model_name_or_path: A folder, the id of a repository on the hub, or a GGUF file.
+            *args: See `PreTrainedModel.from_pretrained`.
+            **kwargs: See there.
 
         Raises:
-            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout. Or an argument asks
-                transformers to split or to quantize the model, which it would do by modules that these layers lack.
+            RuntimeError: The checkpoint has another layout, and llama-te-convert is not installed.
+            ValueError: The checkpoint lacks tensors of the decoder, or cannot be converted. Or an argument has no
+                effect, or asks transformers to split or to quantize the model by modules that these layers lack.
         """
         _refuse_changes_by_transformers(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source = pretrained_model_name_or_path
+        with progress_bars_on_terminals_only():
+            if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
+                model, info = super().from_pretrained(None, *args, output_loading_info=True, **of_converted)
+                name_source(model, source)
+            else:
+                model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(decoder))
         if missing:
@@ -108,7 +126,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
                 f"{str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of the decoder, such as "
                 f"{missing[0]!r}"
                 + (f", and has others, such as {unexpected[0]!r}" if unexpected else "")
-                + ". A Hugging Face Llama is converted with llama_te_convert.convert_llama_hf_to_te first."
+                + ". It belongs to another model, or is not complete."
             )
         model.quantize_loaded_weights()
         return (model, info) if with_info else model
@@ -128,7 +146,8 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with progress_bars_on_terminals_only():
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter into the model, with transformers' arguments.
