@@ -29,6 +29,7 @@ from conftest import TINY
 from core import fake_transformer_engine as fake
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core.compat.torch import forward_hooks
 from llama_te_core.layers.projections import PROJECTIONS
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 0, 0]])
@@ -95,6 +96,9 @@ def test_a_published_adapter_loads_and_merges(fields: dict[str, Any], tiny_llama
     merged = model.merge_and_unload()
     assert merged.state_dict().keys() == weights.keys()
     close(logits(merged), expected)
+    # Decoding by kernels asks this of each hook.
+    hooks = [hook for module in merged.modules() for hook in forward_hooks(module)]
+    assert hooks and all(merged.layer_backend.is_own_hook(hook) for hook in hooks)
 
 
 def test_an_adapter_loads_by_transformers_own_method(tiny_llama: Maker, tmp_path: Path) -> None:
