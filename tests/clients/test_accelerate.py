@@ -65,8 +65,7 @@ def test_mixed_precision(dtype: torch.dtype, make_pair: Any, tokenizer: Any) -> 
     """Accelerate computes under autocast and makes all outputs float32, the cache included."""
     pair = make_pair(dtype=dtype)
     (expected, hf), (ours, te) = (train(model, tokenizer, "bf16") for model in pair)
-    print(expected, ours)
-    assert ours == pytest.approx(expected, abs=5e-2)
+    assert ours == pytest.approx(expected, abs=2e-2)  # measured: 4e-3
     inputs = tokenizer(["The sky is", "Two and two make"], return_tensors="pt", padding=True)
     texts = []
     for model in (hf, te):
@@ -74,7 +73,6 @@ def test_mixed_precision(dtype: torch.dtype, make_pair: Any, tokenizer: Any) -> 
         output = model(**inputs, use_cache=True)
         assert output.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
         texts.append(tokenizer.batch_decode(ids))
-    print(texts)
     assert texts[1] == texts[0]
 
 

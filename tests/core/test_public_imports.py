@@ -63,6 +63,11 @@ def test_light_imports_take_neither_torch_nor_transformers(code: str) -> None:
     assert shown.splitlines()[-1] == ""
 
 
+def test_peft_is_told_where_our_own_module_imports_it_first() -> None:
+    code = "from peft.tuners.tuners_utils import BaseTuner; print(hasattr(BaseTuner.inject_adapter, '__wrapped__'))"
+    assert run(f"import llama_te_core.compat.peft; {code}") == "True\n"
+
+
 @pytest.mark.parametrize(
     "imports",
     [

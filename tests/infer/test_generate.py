@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer import Engine, InferenceParams, inference_params_for
 
 # The installed transformers' name of the cache, as an argument of `generate` and in outputs.
 FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -388,6 +389,24 @@ def test_the_cache_that_generate_makes_is_just_long_enough(hf: PreTrainedModel, 
     assert list(result[CACHE].sequences.values()) == [64] == [result[CACHE].max_sequence_length]
 
 
+@pytest.mark.usefixtures("installed_cache")
+def test_weights_that_accelerate_keeps_elsewhere(hf: PreTrainedModel, te: PreTrainedModel) -> None:
+    inputs, options = prompts(2), {"max_new_tokens": NEW, "do_sample": False}
+    offloaded = accelerate.cpu_offload(te, execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+    assert torch.equal(offloaded.generate(**inputs, **options), hf.generate(**inputs, **options))
+    with pytest.raises(ValueError, match=r"weights of the model are not in memory.*model\.generate works"):
+        Engine(offloaded, max_batch_size=1)
+
+
+def test_layers_on_several_devices_are_refused(te: PreTrainedModel) -> None:
+    te.model.layers[1].to("meta")  # stands for another GPU
+    with pytest.raises(
+        ValueError, match=r"the layers compute on cpu and meta, but a cache is on one.*use_cache"
+    ):
+        inference_params_for(te, batch_size=1, max_length=8)
+
+
 @pytest.mark.usefixtures("forgotten_factory")
 def test_without_llama_te_infer_generate_warns_once(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
@@ -530,8 +549,11 @@ def test_both_names_of_the_cache_argument(te: PreTrainedModel) -> None:
             output = te(**inputs, **{name: cache})
             assert output[CACHE] is cache
             assert cache.get_seq_length() == 9
-            te(**inputs, **{name: cache}, use_cache=False)
+            with pytest.raises(ValueError, match=r"past_key_values has content, but use_cache=False"):
+                te(**inputs, **{name: cache}, use_cache=False)
             assert cache.get_seq_length() == 9
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            te(**inputs, past_key_values=cache, cache=cache_for(te, 2))
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from llama_te_core.layers.kv_cache import computing_dtype
+
 from ..ops.checks import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
@@ -16,7 +18,7 @@ def check_model(model: Any) -> None:
     """Refuse a model that an engine cannot run.
 
     Raises:
-        ValueError: The model has another class, or is in training mode.
+        ValueError: The model has another class, is in training mode, or has its weights elsewhere.
     """
     from llama_te_core import NVLlamaForCausalLM  # a late import: it loads transformers' models
 
@@ -27,6 +29,11 @@ def check_model(model: Any) -> None:
         )
     if model.training:
         raise ValueError("model is in training mode: call model.eval() first.")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            "weights of the model are not in memory, since accelerate keeps them on the CPU or on disk: load the model "
+            'on one device, such as device_map={"": 0}. model.generate works with such weights.'
+        )
 
 
 def model_kind(model: Any) -> str:
@@ -43,8 +50,9 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
         wanted: The user's choice; `None` for the model's limit.
 
     Raises:
-        ValueError: The model's rotary angles depend on the length of the longest sequence, and would change below
-            `wanted`. Sequences of different lengths run together, and cached keys keep their rotation.
+        ValueError: `wanted` is more than the model's limit; or the model's rotary angles depend on the length of the
+            longest sequence, and would change below `wanted`. Sequences of different lengths run together, and cached
+            keys keep their rotation.
     """
     longest = int(config.max_position_embeddings)
     rope_type = config.rope_parameters["rope_type"]
@@ -57,6 +65,12 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
         raise ValueError(
             f"max_sequence_length={wanted}, but with rope_type={rope_type!r} angles change beyond {longest} tokens, "
             f"for all texts of a batch: give at most {longest}, or use model.generate for longer ones."
+        )
+    if wanted > longest:
+        raise ValueError(
+            f"max_sequence_length={wanted}, but the model's max_position_embeddings is {longest}: give at most "
+            f"{longest}. For longer sequences give the model's configuration rope_parameters that scale its rotary "
+            "angles, and the new max_position_embeddings."
         )
     return wanted
 
@@ -75,7 +89,7 @@ def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
 def fitting_pages(model: Any, page_size: int) -> int:
     """Return the number of pages of the model's cache that fit into the free memory."""
     config = model.config
-    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    itemsize = computing_dtype(model.get_input_embeddings().weight).itemsize
     page_bytes = 2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)

@@ -6,9 +6,11 @@ Shapes: B rows of the batch, T new tokens, L keys per row, K key/value heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+
+from llama_te_core.compat.accelerate import execution_devices
 
 
 class KVStorage(Protocol):
@@ -55,6 +57,8 @@ class CacheManager(KVStorage, Protocol):
         ...
 
 
+# Inference mode is off: code outside inference mode could not write to its tensors later.
+@torch.inference_mode(False)
 def allocate(
     shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +73,25 @@ def allocate(
 def tensors_of(cache: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
     """Return the keys and values of all layers in one list."""
     return [tensor for tensors in cache.values() for tensor in tensors]
+
+
+def cache_device(model: Any) -> torch.device:
+    """Return the device of a model's cache: where its layers compute, wherever accelerate keeps their weights.
+
+    Args:
+        model: An `NVLlamaForCausalLM` or `NVLlamaModel`.
+
+    Raises:
+        ValueError: The layers compute on several devices.
+    """
+    devices = execution_devices(model.base_model.layers)
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise ValueError(
+            f"the layers compute on {names}, but a cache is on one device: load the model on one device, such as "
+            'device_map={"": 0}, or pass use_cache=False.'
+        )
+    return devices.pop()
 
 
 def default_device() -> torch.device:
