@@ -21,7 +21,7 @@ LIBRARIES = {
     "transformers",
 }
 # What the standard library documents in spite of its underscore, and the hook that transformers documents for models.
-PUBLIC = {"_asdict", "_fields", "_make", "_replace", "_init_weights"}
+PUBLIC = {"_asdict", "_exit", "_fields", "_make", "_replace", "_init_weights"}
 ATTRIBUTE_FUNCTIONS = {"delattr", "getattr", "hasattr", "setattr"}
 
 
