@@ -15,7 +15,8 @@ from transformer_engine.common import recipe as recipes
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core import NVLlamaForCausalLM
-from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer import Engine, InferenceParams, SamplingParams, inference_params_for
+from llama_te_infer.generate.inference_params import cache_for_generation
 from llama_te_infer.ops import library
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
@@ -154,6 +155,57 @@ def test_manual_loop(make_llama, measured, fused_attention):
         parts += [te(ids[:, column : column + 1], past_key_values=cache).logits for column in range(17, 20)]
     together = torch.cat(parts, 1)
     measured("cached logits against a whole run", relative(together, whole), 0.02)
+
+
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_loop_of_ones_own(attn_input_format, with_gradients, make_llama, measured, fused_attention):
+    """The first pass returns a cache, whether `use_cache` is said or not."""
+    te = convert_llama_hf_to_te(make_llama().bfloat16(), attn_input_format=attn_input_format)
+    inputs = prompts(True)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.set_grad_enabled(with_gradients):
+        plain = te(ids, attention_mask=mask, use_cache=False).logits
+        for use_cache in (None, True):
+            output = te(ids[:, :16], attention_mask=mask[:, :16], use_cache=use_cache)
+            parts = []
+            for column in range(16, 20):
+                seen = mask[:, : column + 1]
+                output = te(ids[:, column : column + 1], attention_mask=seen, past_key_values=output.past_key_values)
+                parts.append(output.logits)
+            measured("cached logits against a whole run", relative(torch.cat(parts, 1), plain[:, 16:]), 0.02)
+
+
+def test_a_cache_that_grows_between_steps_of_the_kernels(make_llama, measured, fused_attention):
+    """The graph is captured again: it must not write to the memory that the cache has left."""
+    te = convert_llama_hf_to_te(make_llama().bfloat16())
+    ids = torch.randint(3, 8192, (3, 76), generator=torch.Generator().manual_seed(3)).cuda()
+    cache = cache_for_generation(te, batch_size=3, max_length=64)
+    with torch.no_grad():
+        whole = te(ids, use_cache=False).logits
+        te(ids[:, :60], past_key_values=cache)
+        parts = [te(ids[:, column : column + 1], past_key_values=cache).logits for column in range(60, 76)]
+    assert cache._fused is not None and cache.max_sequence_length > 64
+    measured("cached logits against a whole run", relative(torch.cat(parts, 1), whole[:, 60:]), 0.02)
+
+
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("implementation", ["transformer_engine", "reference"])
+def test_autocast(attn_input_format, implementation, make_llama, measured, fused_attention):
+    """float32 weights generate under autocast, with a cache in autocast's dtype; so does the engine."""
+    te = convert_llama_hf_to_te(
+        make_llama(eos_token_id=None), attn_input_format=attn_input_format, layer_implementation=implementation
+    )
+    inputs = prompts(True)
+    engine = Engine(te, max_batch_size=4, max_sequence_length=64)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        output = te.generate(**inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
+        assert output.past_key_values.dtype == torch.bfloat16
+        measured("shortfall of cached tokens", shortfall(te, output.sequences, inputs["attention_mask"], NEW), 0.1)
+        prompt = inputs["input_ids"][1]
+        [request] = engine.generate([prompt.tolist()], SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True))
+        text = torch.cat((prompt, torch.tensor(request.outputs[0].token_ids, device="cuda")))[None]
+        measured("shortfall of the engine's tokens", shortfall(te, text, torch.ones_like(prompt)[None], NEW), 0.1)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8])

@@ -549,8 +549,11 @@ def test_both_names_of_the_cache_argument(te: PreTrainedModel) -> None:
             output = te(**inputs, **{name: cache})
             assert output[CACHE] is cache
             assert cache.get_seq_length() == 9
-            te(**inputs, **{name: cache}, use_cache=False)
+            with pytest.raises(ValueError, match=r"past_key_values has content, but use_cache=False"):
+                te(**inputs, **{name: cache}, use_cache=False)
             assert cache.get_seq_length() == 9
+        with pytest.raises(ValueError, match="past_key_values and cache are two names of one argument"):
+            te(**inputs, past_key_values=cache, cache=cache_for(te, 2))
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

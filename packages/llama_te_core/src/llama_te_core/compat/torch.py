@@ -72,6 +72,11 @@ def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
 
 
+def is_data_parallel_replica(module: nn.Module) -> bool:
+    """Return whether `nn.DataParallel` made this copy of a module for one forward pass."""
+    return bool(getattr(module, "_is_replica", False))
+
+
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Let the device stop with a message if a bool [] is false. Nothing waits for the device."""
     torch._assert_async(condition, message)

@@ -50,10 +50,13 @@ class LayerBackend(ABC):
         name: The value of `NVLlamaConfig.layer_implementation` that asks for it.
         can_quantize_weights: Whether layers can hold their weights in a quantized format only, as
             `NVLlamaConfig.use_quantized_model_init` asks.
+        takes_both_formats: Whether layers take padded batches and packed tokens, whatever
+            `NVLlamaConfig.attn_input_format` says.
     """
 
     name: ClassVar[str]
     can_quantize_weights: ClassVar[bool] = False
+    takes_both_formats: ClassVar[bool] = False
 
     def construction_context(self, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
         """Return the context in which a model with these layers is built: torch's own device and dtype, by default.

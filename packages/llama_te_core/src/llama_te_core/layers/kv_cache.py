@@ -5,9 +5,10 @@ The package llama_te_infer holds the caches and registers itself under an entry 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
@@ -18,11 +19,41 @@ from ..compat.transformer_engine import is_inference_params
 ENTRY_POINT_GROUP = "llama_te_core.kv_cache"
 
 
+@dataclasses.dataclass(frozen=True)
+class UnreadColumns:
+    """The first columns of a batch, before the layers store their keys and values.
+
+    A pass that only may be continued stores nothing: the cache that it returns holds the arguments of the pass. The
+    model computes them again, with the cache, when a continuation comes.
+
+    Args:
+        arguments: Of `NVLlamaModel.forward`; tensors are copies without gradients.
+        rows: Rows of the batch.
+        width: Columns of the batch.
+    """
+
+    arguments: dict[str, Any]
+    rows: int
+    width: int
+
+    @classmethod
+    def copy_of(cls, arguments: dict[str, Any], rows: int, width: int) -> UnreadColumns:
+        """Copy the tensors, since the caller may write to them before the continuation."""
+        copies = {
+            name: value.detach().clone() if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        return cls(copies, rows, width)
+
+
 @runtime_checkable
 class KVCache(Protocol):
     """Keys and values of the tokens seen so far, for every layer.
 
     It includes the part of `te.InferenceParams` that Transformer Engine's layers use.
+
+    Attributes:
+        unread: Columns that the model must compute before it computes others; `None` almost always.
     """
 
     batch_size: int
@@ -31,6 +62,7 @@ class KVCache(Protocol):
     num_heads_kv: int
     head_dim_k: int
     dtype: torch.dtype
+    unread: UnreadColumns | None
 
     def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
         """Make room for the next `width` columns of a batch; return the number of new tokens of each row.
@@ -56,6 +88,10 @@ class KVCache(Protocol):
         Returns:
             Logits [batch_size, 1, V] after the whole step. `None`, without a begun step, where the layers must compute.
         """
+        ...
+
+    def allocate_memory(self, layer_number: int) -> None:
+        """Allocate the memory of a layer ahead of its first use."""
         ...
 
     def longest(self) -> int:
@@ -110,6 +146,16 @@ class KVCache(Protocol):
         ...
 
 
+def computing_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype of the keys and values that layers with such weights compute, which autocast changes."""
+    device_type = weight.device.type
+    # Autocast leaves float64 alone, and does not know every device.
+    is_cast = weight.dtype != torch.float64 and torch.amp.is_autocast_available(device_type)
+    if is_cast and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
+
+
 def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> KVCache:
     """Refuse a cache that does not fit the model or the batch, before any layer writes to it.
 
@@ -129,7 +175,8 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
         raise TypeError(
             f"past_key_values is a {type(cache).__name__}: the layers need llama_te_infer.InferenceParams, which takes "
             "the arguments of Transformer Engine's class of that name "
-            "(or llama_te_infer.inference_params_for(model, ...); pip install llama-te-infer)."
+            "(or llama_te_infer.inference_params_for(model, ...); pip install llama-te-infer). Leave past_key_values "
+            "out of the first pass to get one in the outputs."
         )
     if (cache.num_heads_kv, cache.head_dim_k) != (num_kv_heads, head_dim):
         raise ValueError(
@@ -146,15 +193,34 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
     return cache
 
 
+def copy_into(cache: KVCache, keys_and_values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Fill an empty cache with the keys and values of another one.
+
+    Args:
+        cache: The empty cache.
+        keys_and_values: For each layer [B, K, L, D] with rotated keys, all of them tokens.
+    """
+    rows, _, columns, _ = keys_and_values[0][0].shape
+    cache.begin_step(None, rows, columns)
+    for number, layer in enumerate(keys_and_values, 1):
+        cache.allocate_memory(number)
+        key_BLKD, value_BLKD = (tensor.to(cache.dtype).transpose(1, 2) for tensor in layer)
+        cache.step(number, key_BLKD, value_BLKD, "bshd")
+
+
 @functools.cache
 def default_cache_factory() -> Callable[..., KVCache] | None:
-    """Return the installed function that makes a cache for `generate`; without one, warn and return `None`."""
+    """Return the installed function that makes caches; without one, warn and return `None`.
+
+    The function takes a model, `batch_size` and `max_length`: the tokens of the longest row, or `None` for a cache that
+    grows.
+    """
     factory: Callable[..., KVCache] | None = _entry_point("default")
     if factory is not None:
         return factory
     warnings.warn(
-        "generate runs without a key/value cache, reading the whole text again for each token: "
-        "pip install llama-te-infer for one.",
+        "llama-te-infer is not installed. So generate runs without a key/value cache and reads the whole text again "
+        "for each token, and past_key_values of outputs are None: pip install llama-te-infer, or pass use_cache=False.",
         stacklevel=2,
     )
     return None

@@ -42,6 +42,7 @@ class ReferenceBackend(LayerBackend):
     """Layers are `ReferenceLayer`s."""
 
     name = "reference"
+    takes_both_formats = True
 
     def build(self, config: LayerConfig, precision: PrecisionPlan, softmax_scale: float) -> nn.ModuleList:  # noqa: D102
         numbers = range(1, config.num_hidden_layers + 1)

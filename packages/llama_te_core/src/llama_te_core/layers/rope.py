@@ -46,12 +46,13 @@ class RotaryAngles:
         self.rope_type: str = config.rope_parameters["rope_type"]
         check_rope_type(self.rope_type)
         try:
-            _, self._scaling = self._frequencies(None)
+            frequency_D, self._scaling = self._frequencies(None)
         except KeyError as missing:
             raise ValueError(
                 f"rope_parameters={dict(config.rope_parameters)} has no {missing}, which rope_type={self.rope_type!r} "
                 "needs: add it, as the model's authors give it."
             ) from missing
+        self._frequency_D: list[float] = frequency_D.tolist() if frequency_D.device.type == "cpu" else []
         self._tables: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     @property
@@ -73,6 +74,11 @@ class RotaryAngles:
         Returns:
             float32 of shape [P, 1, 1, D] with P ≥ `length`, the two halves of D equal (TE's layout).
         """
+        if torch.compiler.is_compiling() and self.rope_type not in _LENGTH_DEPENDENT:
+            # A graph for any length: it computes the angles, since a table would have the length of this trace.
+            frequency_D = torch.tensor(self._frequency_D, dtype=torch.float32, device=device)
+            angle_PD = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency_D)
+            return torch.cat((angle_PD, angle_PD), dim=-1)[:, None, None, :]
         regime = self._regime(length)
         table_P11D = self._tables.get((device, regime))
         if table_P11D is None or table_P11D.shape[0] < length:
@@ -125,13 +131,17 @@ def rotate(query_bND: torch.Tensor, key_bND: torch.Tensor, angle_bD: torch.Tenso
 
     Returns:
         Tensors like the queries and the keys. Cosine and sine are rounded to the queries' dtype first, as in
-        transformers.
+        transformers. Under autocast, hidden states are float32, and so are cosine, sine and the rotation.
     """
     angle_b1D = angle_bD[..., None, :]
-    cos_b1D, sin_b1D = angle_b1D.cos().to(query_bND.dtype), angle_b1D.sin().to(query_bND.dtype)
+    device_type = query_bND.device.type
+    is_cast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    dtype = torch.float32 if is_cast else query_bND.dtype
+    cos_b1D, sin_b1D = angle_b1D.cos().to(dtype), angle_b1D.sin().to(dtype)
 
     def turn(x_bND: torch.Tensor) -> torch.Tensor:
         first, second = x_bND.chunk(2, dim=-1)
-        return x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+        turned_bND = x_bND * cos_b1D + torch.cat((-second, first), dim=-1) * sin_b1D
+        return turned_bND.to(x_bND.dtype)
 
     return turn(query_bND), turn(key_bND)

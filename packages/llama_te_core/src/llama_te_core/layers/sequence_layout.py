@@ -58,8 +58,11 @@ class PackedSequences:
     @classmethod
     def from_arguments(cls, arguments: dict[str, Any]) -> PackedSequences | None:
         """Remove this class's fields from keyword arguments; return `None` without `cu_seq_lens_q`."""
-        fields = {field.name: arguments.pop(field.name, None) for field in dataclasses.fields(cls)}
+        fields = {name: arguments.pop(name, None) for name in PACKED_ARGUMENTS}
         return None if fields["cu_seq_lens_q"] is None else cls(**fields)
+
+
+PACKED_ARGUMENTS = tuple(field.name for field in dataclasses.fields(PackedSequences))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,8 @@ class SequenceLayout:
 
     def arrange(self, input_BSx: torch.Tensor) -> torch.Tensor:
         """Rearrange [B, S, ...] for the layers, to [B, S, ...] or [N, ...]."""
+        if self.format == "bshd" and self.source_N is None:
+            return input_BSx
         flat = input_BSx.flatten(0, 1)
         if self.source_N is not None:
             flat = flat[self.source_N]
@@ -88,6 +93,8 @@ class SequenceLayout:
 
     def restore(self, output: torch.Tensor) -> torch.Tensor:
         """Rearrange the layers' output to [B, S, ...]. Values at padding are unspecified."""
+        if self.format == "bshd" and self.target is None:
+            return output
         flat = output if self.format == "thd" else output.flatten(0, 1)
         if self.target is not None:
             flat = flat[self.target]
@@ -96,7 +103,7 @@ class SequenceLayout:
     @property
     def tokens(self) -> int:
         """The number of tokens that the layers see, padding included."""
-        return self.shape_BS[0] * self.shape_BS[1] if self.source_N is None else len(self.source_N)
+        return self.shape_BS[0] * self.shape_BS[1] if self.source_N is None else self.source_N.shape[0]
 
     def layer_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `te.TransformerLayer.forward` for this arrangement."""

@@ -6,7 +6,6 @@ B = 1.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -14,16 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from ..compat.transformers import cache_field
-from ..data.labels import next_token_labels
+from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.kv_cache import KVCache
-from ..layers.sequence_layout import PackedSequences, check_mask
+from ..layers.sequence_layout import PACKED_ARGUMENTS, check_mask
+from .arguments import CACHE_FIELD, check_arguments, given_cache
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
 from .generation import CachedGenerationMixin
 from .pretrained import NVLlamaPreTrainedModel
-
-_PACKED_ARGUMENTS = frozenset(field.name for field in fields(PackedSequences))
 
 
 class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
@@ -72,24 +69,28 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             logits_to_keep: Compute logits for this number of last columns (0: all), or for the given columns.
             cache: See there.
             **kwargs: See there; `shift_labels`, int64 [B, S], are shifted labels in place of `labels`;
-                `num_items_in_batch` divides the loss.
+                `num_items_in_batch` divides the loss; `ignore_index` is the label that the loss ignores.
 
         Returns:
             `loss` (if labels were given) and `logits` [B, S, V].
         """
-        # The loss takes the rest of the arguments.
-        packed = {name: kwargs.pop(name) for name in list(kwargs) if name in _PACKED_ARGUMENTS}
+        packed = {name: kwargs.pop(name) for name in list(kwargs) if name in PACKED_ARGUMENTS}
         # Not a named argument: Trainer would expect it in every batch, and compute no loss without it.
         shift_labels = kwargs.pop("shift_labels", None)
         output_hidden_states = kwargs.pop("output_hidden_states", None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = past_key_values if cache is None else cache
-        more_than_logits = output_hidden_states or labels is not None or shift_labels is not None
-        if not (more_than_logits or use_cache is False or inputs_embeds is not None or packed):
+        ignore_index = kwargs.pop("ignore_index", IGNORED_LABEL)
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        check_arguments(self.config, kwargs)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None and input_ids is not None and input_ids.dim() == 2:
+            cache = self.model.open_cache(cache, len(input_ids), use_cache)
+        more_than_logits = bool(output_hidden_states) or labels is not None or shift_labels is not None
+        if cache is not None and not (more_than_logits or inputs_embeds is not None or packed):
             decoded_B1V = self._decode(input_ids, attention_mask, cache, logits_to_keep)
             if decoded_B1V is not None:
-                return CausalLMOutputWithPast(logits=decoded_B1V, **{cache_field(): cache})
+                return CausalLMOutputWithPast(logits=decoded_B1V, **{CACHE_FIELD: cache})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -98,6 +99,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=False,
             **packed,
         )
         columns = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -106,39 +108,38 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         if labels is not None and shift_labels is None:
             # Beside packed sequences a mask may leave out the padding between them: its columns are others then.
             aligned = attention_mask is None or not packed or attention_mask.shape == labels.shape
-            shift_labels = next_token_labels(labels, attention_mask if aligned else None)
+            shift_labels = next_token_labels(labels, attention_mask if aligned else None, ignore_index)
         if shift_labels is not None:
             loss = self.loss_function(
                 logits=logits_BSV,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 shift_labels=shift_labels,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
             )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
             hidden_states=outputs.hidden_states,
-            **{cache_field(): outputs.get(cache_field())},
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
         )
 
     def _decode(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-        cache: Any | None,
+        cache: KVCache,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor | None:
         """Return logits [B, 1, V] if the cache computes the step; `None` if the layers must compute it."""
         is_inference = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         is_one_column = input_ids is not None and input_ids.dim() == 2 and input_ids.shape[1] == 1
-        if not (is_inference and is_one_column and isinstance(logits_to_keep, int)) or cache is None:
+        if not (is_inference and is_one_column and isinstance(logits_to_keep, int)):
             return None
         assert input_ids is not None
-        rows = len(input_ids)
-        cache = self.check_cache(cache, rows)
         if attention_mask is not None:
-            check_mask(attention_mask, rows, 1, cache)
+            check_mask(attention_mask, len(input_ids), 1, cache)
         return cache.decode(self, input_ids, attention_mask)
 
     def check_cache(self, cache: Any, rows: int) -> KVCache:

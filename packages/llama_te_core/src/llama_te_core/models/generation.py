@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from transformers import GenerationMixin
 
-from ..compat.transformers import cache_field, mark_as_given, prefill
+from ..compat.transformers import mark_as_given, prefill
 from ..layers.kv_cache import KVCache, default_cache_factory
+from .arguments import CACHE_FIELD, given_cache
 
 
 class CachedGenerationMixin(GenerationMixin):
@@ -25,10 +27,24 @@ class CachedGenerationMixin(GenerationMixin):
 
     def generate(self, *args: Any, past_key_values: Any | None = None, cache: Any | None = None, **kwargs: Any) -> Any:
         """Generate text by transformers' own method. It accepts the cache by either name, here and in transformers."""
-        cache = past_key_values if cache is None else cache
+        cache = given_cache(past_key_values, cache)
         if cache is not None:
-            kwargs[cache_field()] = cache
+            kwargs[CACHE_FIELD] = cache
         return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' continuous batching computes attention in functions that the layers do not call.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError(
+            "generate_batch, init_continuous_batching and cache_implementation='paged' (transformers' continuous "
+            f"batching) do not work with {type(self).__name__}. Use llama_te_infer.Engine(model, tokenizer).generate("
+            "prompts, SamplingParams(...)), which batches continuously, or model.generate on a padded batch."
+        )
+
+    generate_batch = init_continuous_batching
 
     def _prepare_cache_for_generation(
         self,
@@ -46,20 +62,26 @@ class CachedGenerationMixin(GenerationMixin):
                 f"cache_implementation={generation_config.cache_implementation!r}: the layers cannot use transformers' "
                 "own caches. Leave it out, or pass a llama_te_infer.InferenceParams as past_key_values."
             )
-        given = model_kwargs.get(cache_field())
+        given = model_kwargs.get(CACHE_FIELD)
         rows = batch_size * _rows_of_a_prompt(generation_config)
         if given is None and generation_config.use_cache is not False:
             factory = default_cache_factory()
             if factory is None:
                 generation_config.use_cache = False
                 return None
-            if generation_config.is_assistant:
-                # All drafts for a text share this cache, but only the first draft's length is known here.
-                max_cache_length = max(max_cache_length, self.config.max_position_embeddings)
-            model_kwargs[cache_field()] = factory(self, batch_size=rows, max_length=max_cache_length)
+            model_kwargs[CACHE_FIELD] = factory(self, batch_size=rows, max_length=max_cache_length)
         elif given is not None:
-            mark_as_given(self.check_cache(given, rows))
+            model_kwargs[CACHE_FIELD] = self.check_cache(given, rows)
+            mark_as_given(model_kwargs[CACHE_FIELD])
         return None
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of the next forward pass. The cache is named `past_key_values`, as PEFT expects it."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE_FIELD in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE_FIELD)
+        return inputs
 
     def _prefill(
         self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -68,7 +90,7 @@ class CachedGenerationMixin(GenerationMixin):
 
         `generate` calls this with one row for each beam or returned sequence of a prompt.
         """
-        cache = model_kwargs.get(cache_field())
+        cache = model_kwargs.get(CACHE_FIELD)
         copies = _rows_of_a_prompt(generation_config)
         # A cache with content may have other content in each of the rows.
         if copies == 1 or cache is None or cache.get_seq_length() > 0:

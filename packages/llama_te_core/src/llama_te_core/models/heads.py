@@ -18,6 +18,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from ..layers.sequence_layout import PackedSequences
+from .arguments import CACHE_FIELD
 from .configuration_nvllama import NVLlamaConfig
 from .decoder import NVLlamaModel
 from .pretrained import NVLlamaPreTrainedModel
@@ -71,7 +72,12 @@ class NVLlamaForSequenceClassification(NVLlamaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_FIELD: outputs.get(CACHE_FIELD)},
+        )
 
 
 class NVLlamaForTokenClassification(NVLlamaPreTrainedModel):

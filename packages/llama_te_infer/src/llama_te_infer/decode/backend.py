@@ -136,6 +136,9 @@ def _structure_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if others := sorted(parameters.keys() ^ names):
         return f"the model has parameters of its own kind, such as {others[0]}"
+    dtype = parameters["model.embed_tokens.weight"].dtype
+    if cache.dtype != dtype:
+        return f"under autocast the layers compute in {name_of(cache.dtype)} from weights in {name_of(dtype)}"
     device = cache.pre_step_seqlens.device
     if elsewhere := [name for name, parameter in parameters.items() if parameter.device != device]:
         return f"{elsewhere[0]} is on {parameters[elsewhere[0]].device} and the cache on {device}"

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from llama_te_core.layers.kv_cache import computing_dtype
+
 from ..decode.backend import DecodeBackend, check_implementation, has_own_forward, select_backend
 from ..decode.fused import FusedDecode
 from ..decode.layers import LayersDecode, padded_multiple
@@ -70,7 +72,8 @@ class Engine:
     The model may change between requests: the engine looks at it once after each `submit`. It then decides again how
     to compute decoding steps, captures new CUDA graphs where weights have moved, and forgets all cached prefixes if
     weights, hooks or adapters have changed. Running requests continue with the changed model. `ModelWatch` says
-    which changes the engine sees; call `reset_prefix_cache` after others, such as `parameter.data.mul_(...)`.
+    which changes the engine sees; call `reset_prefix_cache` after others, such as `parameter.data.mul_(...)`. Under
+    `torch.autocast` the cache has the dtype of autocast.
 
     Raises:
         ValueError: An argument is out of its range, or the model is in training mode. `step`, `generate` and `stream`
@@ -344,11 +347,19 @@ class Engine:
         kind = model_kind(self.model)
         if kind != self._kind:
             raise RuntimeError(
-                f"the model has changed from {self._kind} to {kind} since this engine was made for it: make a new engine."
+                f"the model has changed from {self._kind} to {kind} since this engine was made for it: make a new "
+                "engine."
             )
         if self._watch is not None and self._watch.has_changed():
             self.scheduler.blocks.forget_prefixes()
+        if not self._fits_autocast():
+            self._cache.convert(computing_dtype(self.model.get_input_embeddings().weight))
+            self.scheduler.blocks.forget_prefixes()
         self._decode = self._runner.decode = self._select_backend()
+
+    def _fits_autocast(self) -> bool:
+        """Return whether the cache has the dtype that the layers compute in, which autocast changes."""
+        return self._cache.dtype == computing_dtype(self.model.get_input_embeddings().weight)
 
     @torch.inference_mode()
     def _advance(self) -> None:
@@ -356,7 +367,8 @@ class Engine:
         if self._is_stepping:
             raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
         previous = self._decode  # its graph may still run: it stays until the step before has been read
-        if not self._backend_is_current or (self._watch is not None and self._watch.has_adapters):
+        has_adapters = self._watch is not None and self._watch.has_adapters
+        if not self._backend_is_current or has_adapters or not self._fits_autocast():
             self._follow_model()
         self._is_stepping = True
         try:

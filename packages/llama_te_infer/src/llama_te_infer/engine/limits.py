@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from llama_te_core.layers.kv_cache import computing_dtype
+
 from ..ops.checks import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
@@ -80,7 +82,7 @@ def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
 def fitting_pages(model: Any, page_size: int) -> int:
     """Return the number of pages of the model's cache that fit into the free memory."""
     config = model.config
-    itemsize = model.get_input_embeddings().weight.dtype.itemsize
+    itemsize = computing_dtype(model.get_input_embeddings().weight).itemsize
     page_bytes = 2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize
     if model.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(model.device)

@@ -10,11 +10,15 @@ Shapes: B rows of the batch, S new columns, C columns seen, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import Cache
+
+from llama_te_core.layers.kv_cache import computing_dtype
 
 from ..decode.backend import check_implementation, select_backend
 from ..decode.fused import FusedDecode
@@ -25,8 +29,11 @@ from ..kv_cache.step import CacheStep
 from ..kv_cache.storage import CacheManager, cache_device, default_device
 
 
-class InferenceParams(CacheStep):
+class InferenceParams(CacheStep, Cache):
     """Key/value cache with the constructor and methods of Transformer Engine's class.
+
+    It is a `transformers.Cache` too, so `generate`, PEFT and accelerate treat it as one. But it stores all tokens of a
+    row side by side, without padding, so it has no `layers` and no `update`.
 
     Args:
         max_batch_size: Number of rows; with beam search, sequences times beams.
@@ -52,6 +59,8 @@ class InferenceParams(CacheStep):
 
     is_compileable = False
     is_croppable = True
+    is_sliding = is_linear = is_dummy = (False,)
+    offloading = False
     layers: tuple[()] = ()  # transformers looks here for layers that record their past; these record nothing
 
     def __init__(
@@ -118,7 +127,7 @@ class InferenceParams(CacheStep):
     def __repr__(self) -> str:
         pages = f", {self.total_num_pages} pages of {self.page_size}" if self.is_paged else ""
         return (
-            f"InferenceParams({self.max_batch_size} rows of {self.max_sequence_length} tokens{pages}, "
+            f"{type(self).__name__}({self.max_batch_size} rows of {self.max_sequence_length} tokens{pages}, "
             f"{self.num_heads_kv} heads of {self.head_dim_k}, {self.dtype}, {self.device}, "
             f"filled: {list(self.sequences.values())})"
         )
@@ -313,11 +322,6 @@ class InferenceParams(CacheStep):
 
     # --- transformers' interface ------------------------------------------------------------------------------------
 
-    @property
-    def is_linear(self) -> list[bool]:
-        """Whether the layers keep a fixed-size state: no."""
-        return [False]
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of columns of the padded batch so far."""
         return self._columns
@@ -327,6 +331,75 @@ class InferenceParams(CacheStep):
         return self.max_sequence_length
 
     get_max_cache_shape = get_max_length
+
+    @property
+    def max_cache_len(self) -> int:
+        """The number of tokens that a row can hold; PEFT reads it."""
+        return self.max_sequence_length
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether layers have memory."""
+        return bool(self.caches)
+
+    def __len__(self) -> int:
+        """Return the number of layers that have memory."""
+        return len(self.caches)
+
+    def __bool__(self) -> bool:
+        """Return `True`: code that writes `if past_key_values` asks whether there is a cache."""
+        return True
+
+    def float(self) -> InferenceParams:
+        """Return the cache itself: accelerate calls `float` on each output that has a 16-bit `dtype`."""
+        return self
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the layers of llama-te store keys and values by `append_rope` and `step`.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            f"{type(self).__name__}.update: this cache serves the models of llama_te_core, whose layers store keys and "
+            "values by append_rope or step. Pass transformers' models a transformers.DynamicCache."
+        )
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Return the number of columns with `query_length` new ones, and the first column, 0."""
+        return self.get_seq_length() + query_length, 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Replace each row by copies: see `repeat_rows`."""
+        self.repeat_rows(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows.
+
+        Args:
+            indices: The rows to keep, int64 [rows], or bool [B].
+        """
+        if self.batch_size == 0:
+            return
+        known = list(self.sequences.values())
+        row_B = torch.arange(self.batch_size)[indices.cpu()]
+        sources = row_B.tolist()  # the host keeps the lengths, so it must know the rows
+        lengths = [known[row] for row in sources]
+        if len(sources) > self.max_batch_size:
+            raise ValueError(f"{len(sources)} rows do not fit the cache with max_batch_size={self.max_batch_size}.")
+        self.cache_manager.assign_rows(sources, lengths, lengths)
+        self.sequences = OrderedDict(enumerate(lengths))
+        self.batch_size = len(sources)
+        if self._token_BC is not None:
+            self._token_BC = self._token_BC[row_B.to(self.device)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InferenceParams:
+        """Return a cache with the same content in memory of its own. It captures its own graphs."""
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        state = {**self.__dict__, "_fused": None, "_inputs": None, "_backend_is_chosen": False}
+        copied.__dict__.update(copy.deepcopy(state, memo))
+        return copied
 
     def activate_past_recording(self) -> None:
         """Do nothing: tokens stay until new tokens overwrite them."""
@@ -452,7 +525,7 @@ def inference_params_for(
         max_sequence_length=max_length,
         num_heads_kv=config.num_key_value_heads,
         head_dim_k=config.head_dim,
-        dtype=model.get_input_embeddings().weight.dtype,
+        dtype=computing_dtype(model.get_input_embeddings().weight),
         max_ctx_len=max_length,
         qkv_format=config.attn_input_format,
         device=cache_device(model),
@@ -461,10 +534,27 @@ def inference_params_for(
     )
 
 
-def cache_for_generation(model: Any, *, batch_size: int, max_length: int) -> InferenceParams:
-    """Return the cache that `generate` uses by default. llama_te_core finds this function by its entry point."""
-    # Rounding up gives requests of similar length caches of one size, which reuse TE's attention plans.
-    return inference_params_for(model, batch_size=batch_size, max_length=-(-max_length // 64) * 64)
+def cache_for_generation(model: Any, *, batch_size: int, max_length: int | None) -> InferenceParams:
+    """Return a cache that grows where rows need it. llama_te_core finds this function by its entry point.
+
+    Args:
+        model: An `NVLlamaForCausalLM` (or `NVLlamaModel`).
+        batch_size: Rows.
+        max_length: Tokens of the longest row, if known.
+    """
+    from .growing_cache import GrowingCache  # a subclass of this module's class
+
+    config = model.config
+    return GrowingCache(
+        batch_size,
+        # Rounding up gives requests of similar length caches of one size, which reuse TE's attention plans.
+        -(-(max_length or 0) // 64) * 64,
+        num_heads_kv=config.num_key_value_heads,
+        head_dim_k=config.head_dim,
+        dtype=computing_dtype(model.get_input_embeddings().weight),
+        qkv_format=config.attn_input_format,
+        device=model.device,
+    )
 
 
 def _check_pages(

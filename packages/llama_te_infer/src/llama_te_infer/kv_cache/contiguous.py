@@ -41,6 +41,19 @@ class NonPagedKVCacheManager:
         shape = (self.max_batch_size, self.max_seqlen, self.num_heads, self.head_dim_k)
         self.cache[layer_number] = allocate(shape, self.head_dim_v, self.dtype, self.device)
 
+    def resize(self, max_batch_size: int, max_seqlen: int) -> None:
+        """Move all layers to larger memory. The content stays, and its addresses change.
+
+        Args:
+            max_batch_size: Rows, at least as many as before.
+            max_seqlen: Tokens of a row, at least as many as before.
+        """
+        self.max_batch_size, self.max_seqlen = max_batch_size, max_seqlen
+        for layer_number, old in list(self.cache.items()):
+            self.allocate_memory(layer_number)
+            for new_RLKD, old_RLKD in zip(self.cache[layer_number], old, strict=True):
+                new_RLKD[: old_RLKD.shape[0], : old_RLKD.shape[1]] = old_RLKD
+
     def reset(self) -> None:
         """Forget all sequences: the next ones overwrite their rows from the start."""
 

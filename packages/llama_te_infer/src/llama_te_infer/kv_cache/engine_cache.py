@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from llama_te_core.layers.kv_cache import computing_dtype
+
 from ..transfers import to_device
 from .paged import PagedStorage
 from .step import CacheStep
@@ -35,7 +37,7 @@ class EngineCache(CacheStep):
     ) -> None:
         config, device = model.config, model.device
         pages_per_row = -(-max_sequence_length // page_size)
-        dtype = model.get_input_embeddings().weight.dtype
+        dtype = computing_dtype(model.get_input_embeddings().weight)
         self.storage = PagedStorage(
             total_num_pages + 1,
             page_size,
@@ -61,6 +63,15 @@ class EngineCache(CacheStep):
         self.padding_page = total_num_pages
         for layer in range(config.num_hidden_layers):
             self.allocate_memory(layer + 1)
+
+    # Inference mode is off: code outside inference mode could not write to its tensors later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def convert(self, dtype: torch.dtype) -> None:
+        """Convert all keys and values to another dtype. Their addresses change."""
+        self.dtype = self.storage.dtype = dtype
+        for layer, (keys, values) in list(self.caches.items()):
+            self.caches[layer] = keys.to(dtype), values.to(dtype)
 
     def make_page_table(self) -> torch.Tensor:
         """Return the table of rows without pages, int32 [R, P]: all entries are the padding page."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from llama_te_core.layers.kv_cache import UnreadColumns
 from llama_te_core.layers.reference import split_qkv
 from llama_te_core.layers.rope import rotate
 
@@ -41,7 +42,13 @@ class CacheStep:
         cu_seqlens_q: int32 [max_batch_size + 1], running sums of the rows' new tokens.
         cu_seqlens_kv: int32 [max_batch_size + 1], running sums of the rows' tokens after the step.
         pre_step_seqlens: int32 [max_batch_size], tokens of each row before the step.
+        unread: See `KVCache`.
     """
+
+    # Here too, since transformers' `Cache` has properties of such names, which could not be set.
+    batch_size: int = 0
+    max_batch_size: int = 0
+    unread: UnreadColumns | None = None
 
     def __init__(
         self,
@@ -66,11 +73,7 @@ class CacheStep:
         self.is_paged = page_size is not None
         self.page_size, self.total_num_pages = page_size, total_num_pages
         self.max_ctx_len = max_sequence_length if max_ctx_len is None else max_ctx_len
-        # One buffer, so that a step is one copy to the device.
-        self._lengths = torch.zeros(3 * max_batch_size + 2, dtype=torch.int32, device=device)
-        self.cu_seqlens_q = self._lengths[: max_batch_size + 1]
-        self.cu_seqlens_kv = self._lengths[max_batch_size + 1 : 2 * max_batch_size + 2]
-        self.pre_step_seqlens = self._lengths[2 * max_batch_size + 2 :]
+        self._allocate_lengths()
         self._angles: torch.Tensor | None = None
         self._cos_sin_PD = torch.empty(0)
         self.close_step()
@@ -84,6 +87,16 @@ class CacheStep:
     def caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each allocated layer, by the layer's number."""
         return self.cache_manager.cache
+
+    # Inference mode is off: code outside inference mode could not write to its tensors later.
+    @torch.inference_mode(False)
+    def _allocate_lengths(self) -> None:
+        # One buffer, so that a step is one copy to the device.
+        rows = self.max_batch_size
+        self._lengths = torch.zeros(3 * rows + 2, dtype=torch.int32, device=self.device)
+        self.cu_seqlens_q = self._lengths[: rows + 1]
+        self.cu_seqlens_kv = self._lengths[rows + 1 : 2 * rows + 2]
+        self.pre_step_seqlens = self._lengths[2 * rows + 2 :]
 
     # --- opening a step -----------------------------------------------------------------------------------------------
 

@@ -57,6 +57,8 @@ class CacheManager(KVStorage, Protocol):
         ...
 
 
+# Inference mode is off: code outside inference mode could not write to its tensors later.
+@torch.inference_mode(False)
 def allocate(
     shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
