@@ -401,9 +401,7 @@ def test_weights_that_accelerate_keeps_elsewhere(hf: PreTrainedModel, te: PreTra
 
 def test_layers_on_several_devices_are_refused(te: PreTrainedModel) -> None:
     te.model.layers[1].to("meta")  # stands for another GPU
-    with pytest.raises(
-        ValueError, match=r"the layers compute on cpu and meta, but a cache is on one.*use_cache"
-    ):
+    with pytest.raises(ValueError, match=r"the layers compute on cpu and meta, but a cache is on one.*use_cache"):
         inference_params_for(te, batch_size=1, max_length=8)
 
 
