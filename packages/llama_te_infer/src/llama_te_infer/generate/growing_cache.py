@@ -18,7 +18,9 @@ class GrowingCache(InferenceParams):
     """A contiguous cache whose memory grows with its rows.
 
     It takes the dtype in which the layers compute: autocast may surround the forward passes and not the code that makes
-    the cache, since accelerate wraps `model.forward` alone. It allocates half as much again as the rows need, so that it grows seldom. A growth moves keys and values, so the
+    the cache, since accelerate wraps `model.forward` alone.
+
+    It allocates half as much again as the rows need, so that it grows seldom. A growth moves keys and values, so the
     kernels capture their graphs again.
 
     Args:
