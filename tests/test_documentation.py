@@ -40,6 +40,12 @@ DOTTED = re.compile(r"llama_te_(?:core|convert|infer)(?:\.\w+)+")
 WORDS = ["The", "sky", "is", "blue", "because", "Two", "and", "two", "make", "four", "Yes", "No", "then", "?"]
 
 
+@pytest.fixture(scope="module")
+def written() -> dict[str, Path]:
+    """Each file or folder that a page has written, with the page."""
+    return {}
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Path:
     vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
@@ -58,8 +64,11 @@ def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Pa
 
 @each_page
 @pytest.mark.filterwarnings("error:generate runs without a key/value cache")
-def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(
+    page: Path, checkpoint: Path, written: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(checkpoint)
+    before = set(checkpoint.iterdir())
     text = page.read_text(encoding="utf-8")
     namespace: dict[str, object] = {}
     for block in BLOCK.finditer(text):
@@ -75,6 +84,10 @@ def test_python_blocks_run(page: Path, checkpoint: Path, monkeypatch: pytest.Mon
             exec(code, namespace)
     seen = [block for block in BLOCK.findall(text) if block[0] != "bash"]
     assert text.count("```python") == len(seen), "a block that the pattern does not see"
+    # A reader runs several pages in one folder.
+    new = {path.name for path in set(checkpoint.iterdir()) - before}
+    assert not {name: written[name] for name in new & written.keys()}, "another page writes files of these names"
+    written |= dict.fromkeys(new, page)
 
 
 def anchors(page: Path) -> set[str]:

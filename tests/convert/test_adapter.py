@@ -19,7 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from conftest import TINY
-from llama_te_convert import CheckpointError, convert_adapter, convert_llama_hf_to_te, convert_llama_te_to_hf
+from llama_te_convert import (
+    CheckpointError,
+    convert_adapter,
+    convert_llama_hf_to_te,
+    convert_llama_te_to_hf,
+    export_te_checkpoint,
+)
 from llama_te_convert.cli import main
 from llama_te_core.lora import WEIGHTS, on_weights
 
@@ -219,6 +225,9 @@ def test_norms_saved_whole_are_refused(tiny_llama, tmp_path: Path) -> None:
 def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read: No such file"):
         convert_adapter(tmp_path / "hf", tmp_path / "converted", base=str(base))
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle file"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"12345678")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
@@ -226,3 +235,119 @@ def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="./no-such/model/there")
     with pytest.raises(CheckpointError, match=r"not a local path, and cannot be downloaded from the hub"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="no-such/model")
+
+
+# --- to the Transformer Engine layout ---------------------------------------------------------------------------------
+
+
+def publish(hf: PreTrainedModel, folder: Path, **fields: Any) -> PeftModel:
+    """The model of transformers with an adapter that changes its logits. The adapter is saved to `folder`."""
+    fields = {"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", "lora_dropout": 0.1, **fields}
+    model = get_peft_model(hf, LoraConfig(**fields))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("fields", "targets"),
+    [
+        ({"target_modules": ATTENTION + MLP}, list(WEIGHTS)),
+        ({"target_modules": ["q_proj", "v_proj"]}, WEIGHTS[:1]),
+        ({"target_modules": ["up_proj"], "use_rslora": True}, WEIGHTS[2:3]),
+        ({"target_modules": ["k_proj", "down_proj"], "layers_to_transform": [1]}, None),
+        (
+            {
+                "target_modules": ATTENTION + MLP,
+                "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 3},
+                "alpha_pattern": {"v_proj": 9},
+            },
+            list(WEIGHTS),
+        ),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, WEIGHTS[:1]),
+    ],
+)
+def test_a_published_adapter_computes_the_same_on_fused_weights(fields, targets, tiny_llama, tmp_path: Path) -> None:
+    hf = tiny_llama()
+    te = convert_llama_hf_to_te(hf)
+    te.save_pretrained(tmp_path / "te")
+    before = logits(hf)
+    model = publish(hf, tmp_path / "adapter", **fields)
+    expected = logits(model)
+    assert (expected - before).abs().max() > 0.1
+
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(tmp_path / "te"), to_te=True)
+    loaded = PeftModel.from_pretrained(te, tmp_path / "converted").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=BOUND)
+    config = loaded.peft_config["default"]
+    assert config.base_model_name_or_path == str(tmp_path / "te")
+    if targets is not None:
+        assert sorted(config.target_parameters) == sorted(targets)
+    # And back: each projection has the whole rank of the fused weight.
+    convert_adapter(tmp_path / "converted", tmp_path / "back", base=str(tmp_path / "te"))
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=BOUND)
+
+
+def test_stacking_is_exact(tiny_llama, tmp_path: Path) -> None:
+    hf = tiny_llama(num_hidden_layers=1)
+    hf.save_pretrained(tmp_path / "hf")
+    publish(
+        hf,
+        tmp_path / "adapter",
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"v_proj": 3},
+    )
+    convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(tmp_path / "hf"), to_te=True)
+    theirs = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "converted" / "adapter_model.safetensors")
+    separate = "base_model.model.model.layers.0.self_attn.{}_proj.lora_{}.weight"
+    fused = "base_model.model.model.layers.0.self_attention.layernorm_qkv.lora_{}.weight"
+    a_RE, b_FR = ours[fused.format("A")], ours[fused.format("B")]
+    assert torch.equal(a_RE, torch.cat([theirs[separate.format(part, "A")] for part in "qv"]))
+    # For each of 2 key/value heads of size 16: 2 query heads, the key, the value.
+    b_KGDR = b_FR.view(2, 4, 16, 6)
+    assert torch.equal(b_KGDR[:, :2, :, :4].reshape(64, 4), theirs[separate.format("q", "B")])
+    assert torch.equal(b_KGDR[:, 3, :, 4:].reshape(32, 2), theirs[separate.format("v", "B")])
+    assert not b_KGDR[:, 2].any() and not b_KGDR[:, :2, :, 4:].any() and not b_KGDR[:, 3, :, :4].any()
+    config = json.loads((tmp_path / "converted" / "adapter_config.json").read_text())
+    weight = "model.layers.0.self_attention.layernorm_qkv.weight"
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({weight: 6}, {weight: 9})  # 9 / 6 = 6 / 4 = 3 / 2
+
+
+def test_dora_keeps_its_projections(tiny_llama, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = tiny_llama()
+    te = convert_llama_hf_to_te(hf)
+    te.save_pretrained(tmp_path / "te")
+    expected = logits(publish(hf, tmp_path / "adapter", target_modules=ATTENTION + MLP, use_dora=True))
+    arguments = ["adapter-to-te", tmp_path / "adapter", tmp_path / "converted", "--base", tmp_path / "te"]
+    assert main([str(each) for each in arguments]) == 0
+    assert "an adapter of 21 weights, of rank 4" in capsys.readouterr().out
+    loaded = PeftModel.from_pretrained(te, tmp_path / "converted").eval()
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=BOUND)
+
+
+def test_a_model_with_adapters_names_merge_and_unload(tiny_llama, tmp_path: Path) -> None:
+    hf = tiny_llama()
+    te = convert_llama_hf_to_te(hf)
+    adapted = publish(hf, tmp_path / "adapter", target_modules=["q_proj"])
+    with pytest.raises(TypeError, match=r"model_hf is a PeftModelForCausalLM of PEFT: .*merge_and_unload"):
+        convert_llama_hf_to_te(adapted)
+    with pytest.raises(ValueError, match=r"has adapters of PEFT, such as .*merge_and_unload"):
+        convert_llama_hf_to_te(adapted.base_model.model)
+    with pytest.raises(TypeError, match=r"model_te is a PeftModel of PEFT: .*merge_and_unload"):
+        convert_llama_te_to_hf(get_peft_model(te, LoraConfig(target_modules=["q_proj"])))
+    with pytest.raises(TypeError, match=r"merge_and_unload"):
+        export_te_checkpoint(adapted, tmp_path / "standalone")
+
+
+def test_adapters_that_are_not_for_the_other_direction(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"adapts no projections, such as q_proj, so it has the Transformer Eng"):
+        convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base), to_te=True)

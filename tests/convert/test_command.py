@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 
 from llama_te_convert.cli import main, parser
+from llama_te_convert.sources.safetensors import SafetensorsFolder
 
 
 @pytest.fixture
@@ -73,6 +74,18 @@ def test_verify_ends_with_1_where_something_differs(source: Path, tmp_path: Path
     assert status == 1
     assert "model.layers.1.self_attn.k_proj.weight" in out
     assert json.loads(out)
+
+
+def test_verify_closes_the_first_checkpoint_if_the_second_cannot_be_opened(
+    source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    closed = []
+    monkeypatch.setattr(SafetensorsFolder, "close", lambda folder: closed.append(sorted(folder.files)))
+    status, _, err = run(capsys, "verify", source, tmp_path / "empty")
+    assert status == 1
+    assert "has no tensors" in err
+    assert closed == [["model.safetensors"]]
 
 
 def test_casting_is_within_tolerance_only(source: Path, tmp_path: Path, capsys) -> None:

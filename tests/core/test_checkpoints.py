@@ -18,6 +18,9 @@ from transformers import (
     AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    MistralForCausalLM,
 )
 
 from conftest import TINY
@@ -259,14 +262,35 @@ class TestWrongCheckpoints:
         return tmp_path / "hf"
 
     @pytest.mark.parametrize("model_class", [NVLlamaForCausalLM, NVLlamaModel, NVLlamaForSequenceClassification])
-    def test_a_hugging_face_llama_is_refused_with_the_way_out(self, hf_folder, model_class):
-        with pytest.raises(ValueError, match="convert_llama_hf_to_te first") as caught:
+    def test_a_hugging_face_llama_is_refused_without_the_converter(self, hf_folder, model_class, monkeypatch):
+        monkeypatch.setattr("llama_te_core.models.conversion.entry_points", lambda group: [])
+        with pytest.raises(RuntimeError, match=r"the Hugging Face layout, needs .*: pip install llama-te-convert$"):
             model_class.from_pretrained(hf_folder)
-        assert "lacks 18 tensors of the decoder" in str(caught.value)
+        # Without the names of classes only the tensors tell.
+        config = json.loads((hf_folder / "config.json").read_text())
+        (hf_folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+        with pytest.raises(ValueError, match="lacks 18 tensors of the decoder") as caught:
+            model_class.from_pretrained(hf_folder)
         assert "layers.0.layernorm_mlp.fc1_weight" in str(caught.value)
         assert "layers.0.input_layernorm.weight'" in str(caught.value)
+        (hf_folder / "model.gguf").write_bytes(b"GGUF")
+        for source, options in ((hf_folder, {"gguf_file": "model.gguf"}), (hf_folder / "model.gguf", {})):
+            with pytest.raises(RuntimeError, match=r"loading the GGUF file .*: pip install llama-te-convert$"):
+                model_class.from_pretrained(source, **options)
 
-    @pytest.mark.parametrize("loader", [LlamaForCausalLM, LlamaConfig])
+    @pytest.mark.parametrize("model_class", [NVLlamaForCausalLM, NVLlamaModel])
+    def test_tensors_of_this_layout_under_the_name_of_a_plain_llama(self, te_folder, model_class):
+        config = json.loads((te_folder / "config.json").read_text())
+        plain = {**config, "model_type": "llama", "hidden_act": "silu", "architectures": None, "auto_map": None}
+        (te_folder / "config.json").write_text(json.dumps(plain))
+        model = model_class.from_pretrained(te_folder)
+        assert_same_weights(model, make(model_class))
+
+    @pytest.mark.parametrize(
+        "loader",
+        [LlamaForCausalLM, LlamaModel, LlamaForSequenceClassification, MistralForCausalLM],
+        ids=lambda each: each.__name__,
+    )
     def test_a_plain_llama_refuses_this_layout(self, te_folder, loader):
         with pytest.raises(Exception, match=r"Transformer Engine layout: load them with llama_te_core\.NVLlamaForCaus"):
             loader.from_pretrained(te_folder)

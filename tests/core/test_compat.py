@@ -210,6 +210,12 @@ class TestTorch:
             assert optimizer.state[weight]["step"] == steps and optimizer.state[weight]["exp_avg"].isfinite().all()
         assert getattr(optimizer, "_step_supports_amp_scaling", False) == fused, "a fused optimizer tells it otherwise"
 
+    def test_a_replica_of_data_parallel_is_known(self) -> None:
+        module = nn.Linear(2, 2)
+        assert not compat_torch.is_data_parallel_replica(module)
+        replica = module._replicate_for_data_parallel()
+        assert compat_torch.is_data_parallel_replica(replica), moved("torch", "_is_replica")
+
     def test_memory_is_recorded_by_these_functions(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls: list[tuple[Any, ...]] = []
         memory = torch.cuda.memory
@@ -263,6 +269,26 @@ class TestPeft:
         wrappers = [each for each in model.modules() if isinstance(each, compat_peft.ParamWrapper)]
         assert len(wrappers) == 1 and wrappers[0].parameter_name == "weight", moved("peft", "ParamWrapper")
 
+    def test_every_injection_enters_our_context(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraModel, variants
+        from peft.tuners.tuners_utils import BaseTuner
+
+        from llama_te_core.compat import peft as compat_peft
+
+        assert compat_peft.default_targets("llama") == {"q_proj", "v_proj"}
+        assert hasattr(BaseTuner.inject_adapter, "__wrapped__"), "llama_te_core registers when PEFT is imported"
+        assert LoraModel.inject_adapter is BaseTuner.inject_adapter, moved("peft", "BaseTuner.inject_adapter")
+        config = LoraConfig(r=2, target_modules=["0"], use_dora=True)
+        adapted = inject_adapter_in_model(config, nn.Sequential(nn.Linear(4, 3, bias=False)))[0]
+        assert isinstance(adapted, compat_peft.LoraLinear), moved("peft", "lora.Linear")
+        assert compat_peft.unknown_variant(adapted, "default") is None, moved("peft", "lora_variant")
+        adapted.lora_variant["default"] = variants.ALoraLinearVariant()
+        assert compat_peft.unknown_variant(adapted, "default") == "ALoraLinearVariant", moved("peft", "lora_variant")
+        assert adapted.use_dora == {"default": True}, moved("peft", "use_dora")
+        assert adapted.get_delta_weight("default").shape == (3, 4), moved("peft", "get_delta_weight")
+        assert adapted.lora_magnitude_vector["default"].weight.shape == (3,), moved("peft", "lora_magnitude_vector")
+
 
 class TestAccelerate:
     def test_a_hook_names_the_device_of_offloaded_weights(self) -> None:
@@ -302,6 +328,7 @@ class TestTransformerEngineWithoutIt:
     def test_nothing_is_quantized(self) -> None:
         assert not compat_te.is_quantized(torch.ones(1)) and compat_te.fp8_parts(torch.ones(1)) is None
         assert not compat_te.is_module_of_transformer_engine(nn.Linear(1, 1))
+        assert compat_te.held_tensors(torch.ones(1)) == []
         assert not compat_te.holds_quantized_weights(nn.Linear(1, 1))
         assert compat_te.delayed_scaling_state(nn.Linear(1, 1)) == {}
 

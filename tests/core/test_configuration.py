@@ -7,6 +7,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from conftest import TINY
 from llama_te_core import NVLlamaConfig, NVLlamaModel
+from llama_te_core.checkpoint_format import has_te_layout
 
 TE_FIELDS = {
     "attn_input_format": "bshd",
@@ -156,10 +157,30 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
         NVLlamaConfig.from_pretrained(tmp_path)
 
 
-def test_a_plain_llama_refuses_the_configuration_with_a_hint(tmp_path):
-    make().save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"Transformer Engine layout.*llama_te_convert\.convert_llama_te_to_hf"):
-        LlamaConfig.from_pretrained(tmp_path)
+class OtherConfig(LlamaConfig):
+    """A configuration class of other code for this layout: fields of its own, some in `__init__` alone."""
+
+    attn_input_format: str = "thd"
+    self_attn_mask_type: str = "padding_causal"
+
+    def __init__(self, layer_precision=None, use_quantized_model_init=False, **kwargs):
+        super().__init__(**kwargs)
+        self.layer_precision = layer_precision
+        self.use_quantized_model_init = use_quantized_model_init
+
+
+def test_classes_of_other_code_with_this_layout_read_the_file(tmp_path):
+    ours = make(**LLAMA_FIELDS, **TE_FIELDS, pretraining_tp=2)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = OtherConfig.from_pretrained(tmp_path / "ours")
+    different = {name for name, value in ours.to_dict().items() if getattr(theirs, name, None) != value}
+    assert different == {"hidden_act"}
+    theirs.architectures = ["NVLlamaForCausalLM"]
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = NVLlamaConfig.from_pretrained(tmp_path / "theirs")
+    assert {**again.to_dict(), "architectures": None} == {**ours.to_dict(), "architectures": None}
+    assert has_te_layout(json.loads((tmp_path / "theirs" / "config.json").read_text()))
+    assert not has_te_layout(LlamaConfig().to_dict())
 
 
 def test_a_configuration_is_changed_in_place_like_any_other(tmp_path):

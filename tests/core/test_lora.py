@@ -166,7 +166,7 @@ def test_weights_of_transformer_engine_are_adapted_alike(te_model, base) -> None
 
 
 def test_what_peft_makes_of_transformer_engines_modules_is_refused(te_model) -> None:
-    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_parameters=["self_attention.layernorm_qkv.weight"])
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["layernorm_qkv"])
     for layer in te_model.model.layers:
         projection = layer.self_attention.layernorm_qkv
         projection.out_features, projection.in_features = projection.weight.shape

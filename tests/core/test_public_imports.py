@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 
+import llama_te_convert
 import llama_te_core
+import llama_te_infer
 
 IMPORTS = """
 from llama_te_convert import convert_adapter, convert_llama_hf_to_te, convert_llama_te_to_hf
@@ -34,11 +37,13 @@ def test_the_import_works(statement: str) -> None:
     exec(statement, {})
 
 
-def test_the_root_shows_its_public_names() -> None:
-    assert dir(llama_te_core) == sorted(llama_te_core.__all__)
-    assert all(getattr(llama_te_core, name) is not None for name in dir(llama_te_core))
-    with pytest.raises(AttributeError, match="module 'llama_te_core' has no attribute 'missing'"):
-        _ = llama_te_core.missing
+@pytest.mark.parametrize("package", [llama_te_core, llama_te_convert, llama_te_infer], ids=lambda each: each.__name__)
+def test_the_root_shows_its_public_names(package: ModuleType) -> None:
+    names = [getattr(package, name) for name in package.__all__]  # loading them adds no other name
+    assert dir(package) == sorted(package.__all__)
+    assert all(each is not None for each in names)
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'missing'"):
+        _ = package.missing
 
 
 def run(code: str) -> str:
@@ -56,6 +61,11 @@ def run(code: str) -> str:
 def test_light_imports_take_neither_torch_nor_transformers(code: str) -> None:
     shown = run(f"{code}\nimport sys; print(*({{'torch', 'transformers', 'numpy'}} & set(sys.modules)), sep='|')")
     assert shown.splitlines()[-1] == ""
+
+
+def test_peft_is_told_where_our_own_module_imports_it_first() -> None:
+    code = "from peft.tuners.tuners_utils import BaseTuner; print(hasattr(BaseTuner.inject_adapter, '__wrapped__'))"
+    assert run(f"import llama_te_core.compat.peft; {code}") == "True\n"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Tests the arrangement of padded batches and packed sequences for the layers, and the checks of their arguments."""
 
+import contextlib
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_te_core.layers import packed_rows
 from llama_te_core.layers.sequence_layout import PackedSequences, lay_out
 
 FORMATS = ("thd", "bshd")
@@ -114,7 +118,7 @@ def test_positions_that_begin_again_are_packed_sequences(lengths, first):
 
 
 @st.composite
-def packed_rows(draw):
+def rows_of_sequences(draw):
     """Rows of several sequences: their lengths, the mask that numbers samples, and the positions, each [B, S]."""
     lengths_B = draw(st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=4), min_size=1, max_size=3))
     width = max(1, max(map(sum, lengths_B)) + draw(st.integers(0, 2)))
@@ -131,7 +135,7 @@ def packed_rows(draw):
 
 
 @settings(deadline=None)
-@given(packed_rows(), st.sampled_from(("samples", "samples and columns", "positions")), st.integers(1, 9))
+@given(rows_of_sequences(), st.sampled_from(("samples", "samples and columns", "positions")), st.integers(1, 9))
 def test_sequences_that_share_rows_are_kept_apart(case, shown_by, token_multiple):
     """The samples' numbers show them, or positions that restart; positions may also count through a row of samples."""
     lengths, sample_BS, position_BS = case
@@ -325,6 +329,61 @@ def test_what_fits_the_packed_sequences_changes_nothing(packed, name, values):
 def test_what_contradicts_the_packed_sequences_is_refused(packed, name, values, message):
     with pytest.raises(ValueError, match=message):
         lay(torch.ones(1, 7), packed=packed, **{name: torch.tensor([values])})
+
+
+def refused_by(check, *arguments, on_device):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_rows, "_decided_on_device", lambda tensor: on_device)
+        refusal = RuntimeError if on_device else ValueError  # as an assertion raises where it runs on the host
+        with contextlib.suppress(refusal):
+            check(*arguments)
+            return False
+    return True
+
+
+OFFSETS = st.lists(st.integers(-1, 3), min_size=2, max_size=4).map(
+    lambda steps: torch.tensor(steps).cumsum(0).to(torch.int32)
+)
+
+
+@settings(deadline=None)
+@given(OFFSETS, st.none() | OFFSETS, st.integers(0, 9), st.none() | st.integers(1, 4), st.sampled_from((1, 2)))
+def test_the_device_refuses_the_offsets_that_the_host_refuses(cu_seqlens, padded, slack, longest, multiple):
+    if padded is not None:
+        cu_seqlens = cu_seqlens[: len(padded)]
+        padded = padded[: len(cu_seqlens)]
+    # Mostly offsets that begin at 0 and end with the row.
+    offsets = cu_seqlens if padded is None else padded
+    offsets -= offsets[0].clone() if slack else 0
+    tokens = int(offsets[-1]) + (slack == 1)
+    arguments = (cu_seqlens, padded, tokens, longest, multiple)
+    on_device, on_host = (refused_by(packed_rows.check_offsets, *arguments, on_device=each) for each in (True, False))
+    assert on_device == on_host
+
+
+@pytest.mark.parametrize("packed", [CLOSE, GAPS], ids=["close", "gaps"])
+@pytest.mark.parametrize("name", ["attention_mask", "position_ids"])
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 2), min_size=7, max_size=7), st.booleans())
+def test_masks_and_positions_fit_if_each_sequence_says_so(packed, name, values, narrow):
+    """A plain count over each sequence gives the same answer."""
+    narrow = narrow and packed is GAPS
+    values = values[:5] if narrow else values
+    lengths = packed.cu_seq_lens_q.diff().tolist()
+    slots = lengths if narrow or packed is CLOSE else packed.cu_seq_lens_q_padded.diff().tolist()
+    fits, start = True, 0
+    for length, slot in zip(lengths, slots, strict=True):
+        own = values[start : start + slot]
+        if name == "attention_mask":
+            seen = [value for value in own if value]
+            fits &= own == seen + [0] * (slot - len(seen)) and len(set(seen)) <= 1
+        else:
+            fits &= all(after == before + 1 for before, after in itertools.pairwise(own[:length]))
+        start += slot
+    mask, position = (torch.tensor([values]) if name == each else None for each in ("attention_mask", "position_ids"))
+    arguments = (mask, position, packed.cu_seq_lens_q, packed.cu_seq_lens_q_padded, 7)
+    for on_device in (True, False):
+        assert refused_by(packed_rows.check_beside_offsets, *arguments, on_device=on_device) != fits
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 5), (2, 5, 1), (4,)])

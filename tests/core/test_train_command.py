@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -314,8 +315,6 @@ def test_documents_of_tokens_need_no_tokenizer(tmp_path: Path) -> None:
         ({"optimizer__learning_rate": -1}, 2, "optimizer.learning_rate=-1.0: it must be a finite number"),
         ({"schedule__kind": "step"}, 2, "schedule.kind"),
         ({"schedule__final_fraction": 2}, 2, "schedule.final_fraction=2.0: it must be from 0 to 1"),
-        ({"schedule__warmup_steps": 9}, 2, "schedule.warmup_steps=9 is more than steps=8"),
-        ({"schedule__warmup_steps": 9}, 2, "Give --schedule.warmup_steps 8 or less, or --steps 9 or more"),
         ({"profile__trace_at": 9}, 2, "profile.trace_at=9 is after the last step, steps=8: nothing would be recorded"),
         ({"profile__memory_at": 9}, 2, "profile.memory_at=9 is after the last step, steps=8"),
         ({"model__shape": None}, 2, "neither is given"),
@@ -442,13 +441,130 @@ def test_a_runs_own_checkpoint_is_to_be_converted(
     assert loss < losses(whole_run)[0] - 0.5
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {},
+            r"source='\S+' \(in a configuration `data.source`\) has other documents than the saved run has read: 1",
+        ),
+        ({"seed": 3}, r"seed is 3 \(in a configuration `seed`\), but the saved run had 0: .* Use 0, or start anew"),
+        (
+            {"data__shuffle_buffer": 5},
+            r"shuffle_buffer is 5 \(in a configuration `data.shuffle_buffer`\), but .* 10000",
+        ),
+    ],
+)
 def test_a_run_does_not_go_on_with_other_data(
-    whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    changes: dict[str, Any],
+    message: str,
+    whole_run: Path,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
-    other = write(tmp_path, docstrings(150)[2:4])
-    assert main(options(tmp_path, other, **SHORT | {"steps": 9})) == 1
-    assert "Train on the same files with the same settings, or start anew" in capsys.readouterr().err
+    data = source if changes else write(tmp_path, docstrings(150)[2:4])
+    assert main(options(tmp_path, data, **SHORT | {"steps": 9} | changes)) == 1
+    said = capsys.readouterr().err
+    assert re.search(message, said) and "load_state_dict" not in said and "Traceback" not in said
+
+
+def test_a_run_shorter_than_its_warm_up_shortens_it_and_says_so(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SHORT | {"schedule__warmup_steps": 10, "optimizer__learning_rate": 3e-3, "schedule__kind": "constant"}
+    train(tmp_path, source, **settings | {"steps": 3})
+    said = capsys.readouterr().err
+    assert "schedule.warmup_steps=10 is more than steps=3: the warm-up takes 3 steps\n" in said
+    train(tmp_path, source, **settings | {"steps": 12})  # a longer run goes on with its own warm-up
+    assert "the warm-up takes" not in capsys.readouterr().err
+    rates = [row["learning_rate"] for row in metrics(tmp_path)]
+    assert rates == pytest.approx([1e-3, 2e-3, 3e-3, *(3e-4 * step for step in range(4, 11)), 3e-3, 3e-3])
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(
+    signals: int, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SHORT | {"schedule__kind": "constant", "checkpoint__interval": 100}
+    following, count = BatchStream.next, 0
+
+    def interrupting(stream: BatchStream) -> Any:
+        nonlocal count
+        count += 1
+        for _ in range(signals if count == 2 else 0):
+            signal.raise_signal(signal.SIGINT)
+        return following(stream)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchStream, "next", interrupting)
+        status = main(options(tmp_path / "run", source, **settings))
+    said = capsys.readouterr().err
+    assert "Ctrl-C: the run ends after this step. A second one ends it at once.\n" in said and "Traceback" not in said
+    if signals == 2:
+        assert status == 130 and "llama-te-train: ended by Ctrl-C, without saving\n" in said
+        assert not (tmp_path / "run" / "checkpoints").exists()
+        return
+    command = f"llama-te-train --config {tmp_path}/run/config.yaml\n"
+    assert status == 0 and "stopped by Ctrl-C: step 2 is saved. To go on, give the same command" in said
+    assert said.endswith(command)
+    assert main(command.split()[1:]) == 0
+    assert losses(tmp_path / "run") == train(tmp_path / "whole", source, **settings)
+
+
+def test_ctrl_c_in_a_terminal_ends_no_worker(source: Path) -> None:
+    """A terminal sends the signal to all processes of a command."""
+    data = one_process(source).data.text_data(byte_tokenizer(), 0, 1, 1)
+    stream = BatchStream(data, None, torch.device("cpu"), workers=1)
+    stream.next()
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGINT)
+    for _ in range(6):  # more than a worker prepares ahead
+        stream.next()
+    assert worker.is_alive()
+    stream.close()
+
+
+def test_ctrl_c_before_the_first_step_ends_in_one_line(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build_model(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("llama_te_core.train.loop.build_model", build_model)
+    assert main(options(tmp_path, source, **SHORT)) == 130
+    assert "llama-te-train: ended by Ctrl-C" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("a bug"), ValueError("a bug"), KeyError("a bug")],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("place", ["build_model", "train_step", "Checkpoints.load", "collate"])
+def test_what_is_no_error_of_the_input_keeps_its_traceback(
+    place: str, error: Exception, whole_run: Path, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise error
+
+    name = "llama_te_core.data.collators.DataCollatorWithFlattening.__call__"
+    monkeypatch.setattr(name if place == "collate" else f"llama_te_core.train.loop.{place}", fail)
+    if place == "Checkpoints.load":
+        shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
+    with pytest.raises(type(error)) as raised:
+        main(options(tmp_path, source, **SHORT | {"steps": 9}))
+    assert raised.value is error
+
+
+def test_an_error_that_torch_raises_in_our_own_lines_is_no_error_of_the_input(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_te_core.train.loop.random_weights", lambda *given: lambda name, like: torch.zeros(7))
+    with pytest.raises(RuntimeError, match="must match"):
+        main(options(tmp_path, source, **SHORT))
 
 
 def test_help_and_the_printed_configuration_are_complete(tmp_path: Path) -> None:

@@ -29,7 +29,6 @@ from llama_te_core import (
     DataCollatorForContextParallel,
     NVLlamaConfig,
     NVLlamaForCausalLM,
-    next_token_labels,
 )
 from llama_te_core.parallel.context import shard_context
 from llama_te_core.parallel.context_batches import context_part
@@ -169,7 +168,7 @@ def _float64_loss(
     **kwargs: Any,
 ) -> torch.Tensor:
     total = F.cross_entropy(logits.view(-1, vocab_size), shift_labels.reshape(-1), reduction="sum")
-    return total / num_items_in_batch
+    return total / ((shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def train_alone(case: Case) -> dict[str, Any]:
@@ -350,19 +349,20 @@ def context_from_outside(case: Case) -> dict[str, Any]:
         raise KeyError("no such field")
 
     loader = ContextParallelDataLoaderWrapper(load() if mesh.get_local_rank() == 0 else None, mesh)
-    found: dict[str, Any] = {"logits": [], "labels": []}
+    found: dict[str, Any] = {"logits": [], "loss": []}
     try:
         for batch, part in zip(batches, iter(loader), strict=False):
             found["fields"] = sorted(part)
-            mask, labels = batch.get("attention_mask"), batch.pop("labels")
             with torch.no_grad():
-                expected, actual = model(**batch).logits, split(**part).logits
+                expected, actual = model(**batch), split(**part)
             # Where each token of the part stands in the whole batch.
-            place = torch.arange(labels.numel()).view(labels.shape)
+            place = torch.arange(batch["labels"].numel()).view(batch["labels"].shape)
             seen = context_part({**batch, "place": place}, mesh.get_local_rank(), 2)["place"]
             real = part["shift_labels"] != -100
-            found["logits"].append(_error(actual[real], expected.flatten(0, 1)[seen][real]))
-            found["labels"].append(torch.equal(part["shift_labels"], next_token_labels(labels, mask).flatten()[seen]))
+            found["logits"].append(_error(actual.logits[real], expected.logits.flatten(0, 1)[seen][real]))
+            total = torch.stack((actual.loss * real.sum(), real.sum()))
+            dist.all_reduce(total, group=mesh.get_group())
+            found["loss"].append(_error(total[0] / total[1], expected.loss))
         next(loader)
     except (KeyError, RuntimeError) as error:
         found["error"] = f"{type(error).__name__}: {error}"

@@ -110,7 +110,7 @@ def test_layers_that_get_a_context_group_from_outside_see_whole_sequences(proces
         found = findings[f"context from outside, {format}"]
         assert found["fields"] == fields
         assert len(found["logits"]) == 2 and max(found["logits"]) <= TOLERANCE[torch.float64]
-        assert found["labels"] == [True, True]
+        assert len(found["loss"]) == 2 and max(found["loss"]) <= TOLERANCE[torch.float64]
         failed = "KeyError: 'no such field'"
         assert found["error"] == (
             failed if rank == 0 else f"RuntimeError: the loader in the first process of the group failed: {failed}"
@@ -372,6 +372,17 @@ def test_every_process_of_a_mesh_gets_its_part(names, expected):
     assert [part["input_ids"][0].tolist() for part in parts] == [whole[rank] for rank in expected]
     assert all(part["labels"].tolist() == part["input_ids"].tolist() for part in parts)
     assert all("attention_mask" not in part for part in parts)
+
+
+def test_the_collator_fills_rows_up_with_ignored_labels():
+    mesh = types.SimpleNamespace(mesh_dim_names=("cp",), size=lambda dimension=0: 2)
+    batch = {"input_ids": torch.arange(1, 7)[None], "labels": torch.arange(1, 7)[None]}
+    for shifted, name in ((False, "labels"), (True, "shift_labels")):
+        first, second = DataCollatorForContextParallel(lambda features: batch, mesh, "bshd", shifted)([])
+        assert first["input_ids"].tolist() == [[1, 2, 0, 0]] and second["input_ids"].tolist() == [[3, 4, 5, 6]]
+        assert first[name].tolist() == [[1 + shifted, 2 + shifted, -100, -100]]
+        assert second[name].tolist() == [[4, 5, 6, -100] if shifted else [3, 4, 5, 6]]
+        assert first["labels"] is None or not shifted
 
 
 def test_what_the_collator_and_the_loader_refuse():

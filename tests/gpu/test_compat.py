@@ -79,6 +79,8 @@ def test_the_parts_of_a_weight_in_fp8_make_its_values() -> None:
     assert values.dtype == torch.float8_e4m3fn and values.shape == weight.shape and scale.shape == (1,)
     # TE rounds to the weight's own dtype.
     torch.testing.assert_close((values.float() * scale).to(weight.dtype), weight.detach().dequantize())
+    held = {part.data_ptr() for part in compat.held_tensors(weight)}
+    assert {values.data_ptr(), scale.data_ptr()} <= held, moved("the tensors of a Float8Tensor")
 
 
 def test_a_module_quantizes_the_values_that_it_has() -> None:
@@ -109,6 +111,14 @@ def test_a_layer_takes_a_softmax_scale() -> None:
     assert scales and set(scales) == {0.125}, moved("softmax_scale")
 
 
+def test_a_layer_says_how_many_processes_share_a_sequence() -> None:
+    te = compat.transformer_engine()
+    layer = te.TransformerLayer(64, 64, 4, device="cuda")
+    assert compat.context_ranks(layer) == 1, moved("cp_size")
+    source = inspect.getsource(type(layer.self_attention).set_context_parallel_group)
+    assert "self.cp_size = " in source, moved("cp_size")
+
+
 def test_the_state_of_delayed_scaling_is_read_and_set() -> None:
     te = compat.transformer_engine()
     recipe = compat.make_recipe("DelayedScaling", amax_history_len=4)
@@ -135,7 +145,7 @@ def test_the_optimizer_keeps_master_weights() -> None:
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_a_step_that_is_not_finite_changes_nothing(quantized: bool) -> None:
-    """Torch's fused AdamW decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
+    """The fused AdamW of torch decides on the device; for Transformer Engine's FusedAdam the host reads the flag."""
     weight = quantized_linear().weight if quantized else torch.nn.Parameter(torch.ones(32, 64, device="cuda"))
     groups = [{"params": [weight], "weight_decay": 0.1}]
     optimizer = (

@@ -25,6 +25,8 @@ from llama_te_infer.decode import backend
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.decode.layers import LayersDecode
 from llama_te_infer.engine.model_watch import ModelWatch
+from llama_te_infer.runner.sampler import RowSampling, sample
+from llama_te_infer.runner.stopping import StopRule
 
 pytestmark = [pytest.mark.hopper, pytest.mark.blackwell]
 NEW = 40
@@ -207,6 +209,70 @@ def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
     outputs = engine.generate(prompts(5), SamplingParams(max_tokens=8, temperature=0))
     assert all(len(output.outputs[0].token_ids) == 8 for output in outputs)
     assert MODEL["vocab_size"] > max(token for output in outputs for token in output.outputs[0].token_ids)
+
+
+# --- penalties, biases, bad words, and beams that end at a stop string ------------------------------------------------
+
+
+def test_changed_logits_give_the_tokens_of_the_cpu() -> None:
+    """The tables live on the device; rows start, move and end between steps."""
+    requests = [
+        (SamplingParams(temperature=0, presence_penalty=1.5, frequency_penalty=0.7), []),
+        (SamplingParams(temperature=0, logit_bias={3: 2.5, 5: -100}, repetition_penalty=1.3), [[7], [4, 4], [1, 2, 3]]),
+        (SamplingParams(temperature=0, allowed_token_ids=list(range(0, 64, 3))), [[6, 6]]),
+        (SamplingParams(temperature=0.8, frequency_penalty=-0.5, bad_words="x", min_tokens=3), [[9, 9, 9]]),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    steps = [torch.randn(4, 64, generator=generator) * 2 for _ in range(12)]
+    found = []
+    for device in ("cpu", "cuda"):
+        sampling = RowSampling(5, 64, device)
+        for row, (params, words) in enumerate(requests):
+            sampling.set(row, params, row, [1, 2, 3, row], StopRule.of(params, [2]), 4, words)
+        tokens = []
+        for step, logits_BV in enumerate(steps):
+            if step == 6:
+                sampling.move(4, 1)
+                sampling.move(1, 2)
+                sampling.move(2, 4)
+                sampling.clear(4)
+            position_B = torch.full((4,), 4 + step, device=device)
+            with torch.inference_mode():
+                sampled = sample(logits_BV.to(device), sampling, position_B, sampling.needs(range(4)))
+            tokens.append(sampled.token_B.tolist())
+        found.append(tokens)
+    assert found[0] == found[1]
+
+
+class Letters:
+    """Each token is a character of its own."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 0x4E00 for letter in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return "".join(chr(0x4E00 + token) for token in ids)
+
+
+def test_beams_end_at_stop_strings_and_report_log_probabilities(make_llama: Any, measured: Any) -> None:
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    engine = Engine(model, Letters(), max_batch_size=8, max_sequence_length=256, prefix_caching=False)
+    prompt = prompts(3)[-1]
+    usual = engine.generate(prompt, SamplingParams(max_tokens=12, num_beams=4, n=2))[0].outputs[0]
+    stop = Letters().decode(usual.token_ids[4:6])
+    params = SamplingParams(max_tokens=12, num_beams=4, n=4, stop=stop, logprobs=3, length_penalty=0.0)
+    beams = engine.generate(prompt, params)[0].outputs
+    for beam in beams:
+        assert (beam.finish_reason == "stop") == (stop in Letters().decode(beam.token_ids))
+        assert stop not in beam.text and Letters().decode(beam.token_ids).startswith(beam.text)
+        (logprob_S,) = scored(model, [prompt + beam.token_ids])
+        assert beam.logprobs is not None
+        reported = torch.tensor([position.logprob for position in beam.logprobs])
+        difference = (reported - logprob_S[-len(beam.token_ids) :]).abs().max()
+        measured("difference of a beam's log-probability", float(difference), 0.3)
+        assert all(len(position.top) == 3 for position in beam.logprobs)
+    assert any(beam.finish_reason == "stop" for beam in beams)
+    assert not engine.has_unfinished
 
 
 # --- weights that change under an engine ------------------------------------------------------------------------------

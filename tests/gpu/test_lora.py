@@ -24,14 +24,16 @@ NO_WORSE = 1.25
 Measured = Callable[[str, float, float], None]
 
 
-def adapted(hf: LlamaForCausalLM, dtype: torch.dtype, **fields: Any) -> PeftModel:
+def adapted(hf: LlamaForCausalLM, dtype: torch.dtype, config: LoraConfig | None = None, **fields: Any) -> PeftModel:
     """Add an adapter with nonzero weights, the same for all layer implementations."""
     base = convert_llama_hf_to_te(hf, **fields).to(dtype)
-    model = get_peft_model(base, on_weights(LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")))
+    if config is None:
+        config = on_weights(LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM"))
+    model = get_peft_model(base, config)
     generator = torch.Generator("cuda").manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" not in name:  # DoRA's magnitudes stay the weights' norms
                 parameter.copy_(torch.randn(parameter.shape, device="cuda", generator=generator) * 0.05)
     return model
 
@@ -104,3 +106,45 @@ def test_the_adapter_alone_learns(precision: dict[str, Any], make_llama, measure
     falls = {name: values[0] - values[-1] for name, values in losses.items()}
     missing = abs(falls["te"] / falls["exact"] - 1)
     measured("fall of the loss in 20 steps, relative difference from float32", missing, 0.1 if precision else 0.01)
+
+
+@pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("precision", ["bf16", "fp8"], indirect=True)
+def test_projections(precision, use_dora: bool, make_llama, measured: Measured, fused_attention) -> None:
+    """Adapters of transformers' projections, against reference layers in float32, which other tests hold to PEFT."""
+    hf = make_llama()
+    ids_BS, mask_BS = batch()
+    real = mask_BS.bool()
+    options = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+
+    def make(dtype: torch.dtype, **fields: Any) -> PeftModel:
+        return adapted(hf, dtype, LoraConfig(**options, use_dora=use_dora), **fields)
+
+    def logits_of(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids_BS, attention_mask=mask_BS).logits[real]
+        return logits
+
+    exact, rounded = (make(dtype, layer_implementation="reference") for dtype in (torch.float32, torch.bfloat16))
+    model = make(torch.bfloat16, **precision)
+    expected, logits = logits_of(exact), logits_of(model)
+    with exact.disable_adapter(), model.disable_adapter():
+        plain, plain_logits = logits_of(exact), logits_of(model)
+    alone = relative(plain_logits, plain)
+    assert relative(expected, plain) > 5 * alone, "the adapter is lost in the layers' own errors"
+    measured("logits against float32, bound: the layers' without adapter", relative(logits, expected), 2 * alone)
+    labels_BS = ids_BS.masked_fill(mask_BS == 0, -100)
+    for each in (exact, rounded, model):
+        each(input_ids=ids_BS, attention_mask=mask_BS, labels=labels_BS).loss.backward()
+    learning = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(learning) == (3 if use_dora else 2) * 7 * MODEL["num_hidden_layers"]
+    errors = {}
+    for name in learning:
+        gradient, in_bf16, in_fp32 = (each.get_parameter(name).grad for each in (model, rounded, exact))
+        errors[name] = (relative(gradient, in_fp32), (32 if precision else NO_WORSE) * relative(in_bf16, in_fp32))
+    worst = max(errors, key=lambda name: errors[name][0] / errors[name][1])
+    measured(f"gradients against float32, worst: {worst}", *errors[worst])
+    ids = model.generate(ids_BS[:1], attention_mask=mask_BS[:1], max_new_tokens=4, do_sample=False)
+    assert ids.shape[1] == ids_BS.shape[1] + 4
+    merged = model.merge_and_unload()
+    measured("merged, logits against the adapter's", relative(logits_of(merged), logits), 2 * NO_WORSE * alone)

@@ -98,7 +98,7 @@ def transformers_finds(model: PreTrainedModel, search: Search, **options: Any) -
 
 
 def record(step: BeamStep, histories: Sequence[BeamHistory]) -> None:
-    numbers = zip(*(tensor.tolist() for tensor in step[3:]), strict=True)
+    numbers = zip(*(tensor.tolist() for tensor in step[3:6]), strict=True)
     for history, (tokens, sources, scores) in zip(histories, numbers, strict=True):
         history.add(tokens, sources, scores)
 

@@ -16,10 +16,12 @@ TEXTS = st.text(st.sampled_from("abé€😀"), max_size=12)
 
 
 class ByteTokenizer:
-    """A token is a byte; 256 is special."""
+    """A token is a byte; 256 is special, and reads "<end>"."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
+        if not skip_special_tokens and 256 in ids:
+            assert ids == [256], "special tokens are pieces of their own"
+            return "<end>"
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
 
@@ -71,6 +73,23 @@ def test_stop_strings_end_a_text_before_them(text: str, stop: list[str]) -> None
     assert detokenizer.stopped_by in stop
     assert taken == detokenizer.text == seen[: min(seen.find(string) for string in stop if string in seen)]
     assert seen == taken + seen[seen.index(str(detokenizer.stopped_by)) :]
+
+
+@SETTINGS
+@given(text=TEXTS, stop=st.lists(st.text(st.sampled_from("abé€😀"), min_size=1, max_size=4), max_size=3))
+def test_texts_with_their_stop_string(text: str, stop: list[str]) -> None:
+    without, included = Detokenizer(ByteTokenizer(), stop), Detokenizer(ByteTokenizer(), stop, include_stop=True)
+    taken = ""
+    for token in text.encode():
+        without.add(token)
+        included.add(token)
+        taken += included.take(False)
+        if without.stopped_by is not None:
+            break
+    assert included.stopped_by == without.stopped_by
+    included.end()
+    taken += included.take(True)
+    assert taken == included.text == without.text + (without.stopped_by or "") or without.stopped_by is None
 
 
 def test_a_stop_string_counts_only_when_the_text_may_end() -> None:

@@ -596,7 +596,7 @@ def test_many_requests_leave_nothing_behind(thd: PreTrainedModel) -> None:
         ([], {}, "prompt has no tokens: give at least one"),
         ([3, 257], {}, "prompt has the tokens 3 to 257, but the model knows 0 to 256"),
         ([3], {"stop_token_ids": [300]}, "stop_token_ids has the tokens 300 to 300"),
-        ("text", {}, "prompt is a text, but the engine has no tokenizer"),
+        ("text", {}, r"prompt(s\[1\])? is a text, but the engine has no tokenizer"),
         ([3], {"stop": "x", "max_tokens": 4}, r"stop=\('x',\) needs text, but the engine has no tokenizer"),
         ([3] * 30, {"max_tokens": 11}, "prompt has 30 tokens and max_tokens=11, but max_sequence_length=40"),
         ([3] * 30, {"max_tokens": 10, "n": 5}, "n=5 sequences do not fit max_batch_size=4"),
@@ -635,7 +635,7 @@ def test_engines_that_make_no_sense_are_refused(
         ValueError, match="max_sequence_length=65, but with rope_type='dynamic' angles change beyond 64"
     ):
         Engine(model, max_sequence_length=65)
+    with pytest.raises(ValueError, match="max_sequence_length=1000000, but the model's max_position_embeddings is 128"):
+        Engine(thd.eval(), max_sequence_length=10**6)
     with pytest.raises(ValueError, match="params has 1 entries for 2 prompts"):
         Engine(model).generate([[3], [4]], [GREEDY])
-    with pytest.raises(ValueError, match="prompts='text' is one text: give a list of prompts"):
-        Engine(model).generate("text", GREEDY)

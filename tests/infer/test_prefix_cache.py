@@ -52,6 +52,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.remember(text, pages)
             assert len(self.cache.match(text)) == len(text) // self.cache.pool.page_size
 
+    @rule(seed=st.integers(0, 3))
+    def clear(self, seed: int) -> None:
+        if seed == 0:
+            self.cache.clear()
+            assert not self.cache.remembered and not any(self.cache.match(text) for text, _ in self.texts)
+
     @rule(seed=st.integers(0, 2**16))
     def end(self, seed: int) -> None:
         if self.texts:

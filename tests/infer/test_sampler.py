@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -128,6 +129,114 @@ def check_frequencies(token_N: torch.Tensor, probability_V: torch.Tensor) -> Non
     freedom = len(counts) - 1
     chi_square = ((counts - expected).square() / expected).sum().item()
     assert chi_square <= freedom + 4 * math.sqrt(2 * freedom) + 1e-9
+
+
+# --- penalties, biases and forbidden tokens, against plain numpy ------------------------------------------------------
+
+
+def plainly_changed(
+    logits_V: np.ndarray,
+    params: SamplingParams,
+    prompt: list[int],
+    written: list[int],
+    bad_words: list[list[int]],
+) -> np.ndarray:
+    """The logits that vLLM's sampler would draw from, before the temperature; in float64."""
+    changed_V = logits_V.astype(np.float64)
+    for token in range(len(changed_V)):
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            changed_V[token] = -np.inf
+        changed_V[token] += (params.logit_bias or {}).get(token, 0)
+    for word in bad_words:
+        if len(word) == 1 or written[-(len(word) - 1) :] == word[:-1]:
+            changed_V[word[-1]] = -np.inf
+    if len(written) < params.min_tokens:
+        changed_V[[*params.stop_token_ids, *EOS]] = -np.inf
+    for token in {*prompt, *written}:
+        factor = params.repetition_penalty
+        changed_V[token] = changed_V[token] * factor if changed_V[token] < 0 else changed_V[token] / factor
+    for token in set(written):
+        changed_V[token] -= params.frequency_penalty * written.count(token) + params.presence_penalty
+    return changed_V
+
+
+CHANGING = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.7]),
+    min_tokens=st.sampled_from([0, 3]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.6, -0.3, 2.0]),
+    logit_bias=st.sampled_from([None, None, {3: 4.0, 7: -100, 11: 2.5}]),
+    allowed_token_ids=st.sampled_from([None, None, (1, 3, 4, 6, 7, 9)]),
+    stop_token_ids=st.sampled_from([(), (5, 7)]),
+)
+WORDS = st.sampled_from([[], [], [[3]], [[4, 4], [9, 6]], [[1], [3, 4, 3], [6, 6]]])
+
+
+@settings(SETTINGS, max_examples=25)
+@given(
+    requests=st.lists(st.tuples(CHANGING, WORDS), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+    moves=st.booleans(),
+)
+def test_tokens_are_the_best_of_plainly_changed_logits(
+    requests: list[tuple[SamplingParams, list[list[int]]]], seed: int, moves: bool
+) -> None:
+    """Several steps, in which a row starts over as after a preemption, and rows move."""
+    rows, vocab_size, steps = len(requests), 17, 8
+    prompts = [random_logits(3 + row, seed=row).mul(5).long().remainder(vocab_size).tolist() for row in range(rows)]
+    written: list[list[int]] = [[] for _ in range(rows)]
+    sampling = RowSampling(rows + 1, vocab_size, "cpu")
+    order = list(range(rows))  # the request of each row
+
+    def start(row: int, request: int) -> None:
+        params, words = requests[request]
+        tokens = prompts[request] + written[request]
+        sampling.set(row, params, request, tokens, StopRule.of(params, EOS), len(prompts[request]), words)
+
+    for row in range(rows):
+        start(row, row)
+    for step in range(steps):
+        if step == 3:
+            start(0, order[0])
+        if step == 5 and moves:
+            sampling.move(rows, 0)
+            sampling.move(0, rows - 1)
+            sampling.move(rows - 1, rows)
+            sampling.clear(rows)
+            order[0], order[-1] = order[-1], order[0]
+        logits_BV = random_logits(rows, vocab_size, seed=seed + 100 * step, scale=1.0)
+        position_B = torch.tensor([len(prompts[request]) + step for request in order])
+        token_B = sample(logits_BV, sampling, position_B, sampling.needs(range(rows))).token_B
+        for row, request in enumerate(order):
+            params, words = requests[request]
+            expected_V = plainly_changed(logits_BV[row].numpy(), params, prompts[request], written[request], words)
+            if params.temperature > 0:
+                noise_V = noise_of(request, int(position_B[row]), vocab_size).double().numpy()
+                expected_V = expected_V / params.temperature + noise_V
+            token = int(token_B[row])
+            assert expected_V[token] >= expected_V.max() - 1e-4, "another token is better"
+            written[request].append(token)
+
+
+def test_chosen_rows_have_their_own_bad_words() -> None:
+    """A batch may be some of the rows, in any order."""
+    sampling, params = RowSampling(4, 8, "cpu"), GREEDY
+    for row in range(4):
+        words = [[row, 7], [row, 6], [2, 2, row + 1]] if row != 1 else []
+        sampling.set(row, params, row, [0, row], StopRule.of(params, EOS), 1, words)
+    logits_BV = torch.arange(8.0).repeat(3, 1)
+    row_B = torch.tensor([3, 1, 0])
+    found = sample(logits_BV, sampling, torch.tensor([2, 2, 2]), sampling.needs([3, 1, 0]), row_B)
+    assert found.token_B.tolist() == [5, 7, 5]
+
+
+def test_unused_penalties_cost_nothing() -> None:
+    sampling = RowSampling(2, 9, "cpu")
+    set_row(sampling, 0, SamplingParams(temperature=0.5, skip_special_tokens=False), 1, [1, 2])
+    assert sampling.needs([0, 1]) == SamplingNeeds(random=True)
+    assert sampling.bias_RV is sampling.count_RV is sampling.recent_RL is None
 
 
 # --- tokens that may be drawn -----------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import pytest
 from llama_te_infer.sampling_params import SamplingParams
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"max_tokens": 0}, "max_tokens=0 is not possible: give an integer of at least 1."),
-    ({"max_tokens": 2.0}, "max_tokens=2.0 is not possible: give an integer of at least 1."),
-    ({"max_tokens": True}, "max_tokens=True is not possible: give an integer of at least 1."),
+    ({"max_tokens": 0}, "max_tokens=0 is not possible: give an integer of at least 1, or None for as many as fit."),
+    ({"max_tokens": 2.0}, "max_tokens=2.0 is not possible: give an integer of at least 1, or None"),
+    ({"max_tokens": True}, "max_tokens=True is not possible: give an integer of at least 1, or None"),
     ({"min_tokens": -1}, "min_tokens=-1 is not possible: give an integer from 0 to max_tokens=128."),
     ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is not possible: give an integer from 0 to max_tokens=4."),
     ({"temperature": -0.5}, "temperature=-0.5 is not possible: give 0 for the most likely token each time"),
@@ -32,6 +32,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop_token_ids": 7}, "stop_token_ids=7 is not possible: give a list of token ids."),
     ({"stop_token_ids": [3, -1]}, "stop_token_ids=\\(3, -1\\) is not possible: give token ids from 0 on."),
     ({"stop_token_ids": "end"}, "stop_token_ids=\\('e', 'n', 'd'\\) is not possible: give token ids from 0 on."),
+    ({"presence_penalty": 2.1}, "presence_penalty=2.1 is not possible: give a number from -2 to 2; 0 changes nothing."),
+    ({"frequency_penalty": -3}, "frequency_penalty=-3 is not possible: give a number from -2 to 2"),
+    ({"logit_bias": [3]}, "logit_bias=\\[3\\] is not possible: give a dict from token ids to numbers."),
+    (
+        {"logit_bias": {3: 101}},
+        "logit_bias={3: 101} is not possible: give token ids from 0 on, each with a number from",
+    ),
+    ({"logit_bias": {"3": 1}}, "logit_bias={'3': 1} is not possible: give token ids from 0 on"),
+    (
+        {"allowed_token_ids": []},
+        "allowed_token_ids=\\(\\) is not possible: give at least one token id from 0 on, or None",
+    ),
+    ({"allowed_token_ids": 3}, "allowed_token_ids=3 is not possible: give a list of token ids."),
+    ({"bad_words": [" "]}, "bad_words=\\(' ',\\) is not possible: give words that are not empty."),
+    ({"bad_words": 5}, "bad_words=5 is not possible: give a word or several."),
+    ({"skip_special_tokens": 0}, "skip_special_tokens=0 is not possible: give True or False."),
+    ({"include_stop_str_in_output": None}, "include_stop_str_in_output=None is not possible: give True or False."),
     ({"ignore_eos": 1}, "ignore_eos=1 is not possible: give True or False."),
     (
         {"seed": -1},
@@ -52,9 +69,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 3, "top_k": 5}, "top_k=5 is not possible: .* leave it out with num_beams=3."),
     ({"num_beams": 3, "top_p": 0.9}, "top_p=0.9 is not possible: .* leave it out with num_beams=3."),
     ({"num_beams": 3, "min_p": 0.1}, "min_p=0.1 is not possible: .* leave it out with num_beams=3."),
-    ({"num_beams": 3, "repetition_penalty": 1.2}, "repetition_penalty=1.2 is not possible: beams do not keep which"),
-    ({"num_beams": 3, "stop": "x"}, "stop=\\('x',\\) is not possible: .*; use stop_token_ids with num_beams=3"),
-    ({"num_beams": 3, "logprobs": 0}, "logprobs=0 is not possible: beams have scores only, so leave it out with num_"),
+    ({"num_beams": 3, "repetition_penalty": 1.2}, "repetition_penalty=1.2 is not possible: it would change the scores"),
+    ({"num_beams": 3, "presence_penalty": 1}, "presence_penalty=1 is not possible: it would change the scores"),
+    ({"num_beams": 3, "logit_bias": {3: 1}}, "logit_bias={3: 1} is not possible: it would change the scores of beams"),
+    ({"num_beams": 3, "allowed_token_ids": [3]}, "allowed_token_ids=\\(3,\\) is not possible: it would change the"),
+    ({"num_beams": 3, "bad_words": "x"}, "bad_words=\\('x',\\) is not possible: it would change the scores"),
     ({"num_beams": 3, "n": 4}, "n=4 is not possible: beam search has no more results than beams; num_beams=3."),
 ]
 
@@ -66,6 +85,9 @@ TAKEN: list[dict[str, Any]] = [
     {"top_k": 1, "top_p": 1, "min_p": 1, "repetition_penalty": 0.5, "seed": 2**63 - 1, "logprobs": 20},
     {"n": 5, "stop": ["a", "b"], "stop_token_ids": range(3), "ignore_eos": True, "prompt_logprobs": True},
     {"num_beams": 4, "n": 4, "length_penalty": -5, "early_stopping": "never", "min_tokens": 3},
+    {"max_tokens": None, "min_tokens": 1000, "presence_penalty": -2, "frequency_penalty": 2.0},
+    {"logit_bias": {3: -100, 4: 1.5}, "allowed_token_ids": (3, 4), "bad_words": ("a", "b c")},
+    {"num_beams": 4, "stop": ("x",), "logprobs": 3, "skip_special_tokens": False, "include_stop_str_in_output": True},
     {"num_beams": 4, "temperature": 0, "early_stopping": True, "stop_token_ids": [4], "seed": 1},
 ]
 

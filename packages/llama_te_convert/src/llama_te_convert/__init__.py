@@ -2,12 +2,13 @@
 
 Modules import each other in this direction only, and `|` separates modules that do not import each other:
 
-    cli | core_hooks -> in_memory | on_disk | adapter | option_types | progress
+    cli | core_hooks -> in_memory | loading | on_disk | adapter | option_types | progress
         -> targets | verify -> sources -> configs -> layout -> errors | version
 
 - `cli`: the command. `option_types`, `progress`: its option values and its progress bar.
-- `core_hooks`: the conversion that training in `llama_te_core` finds through an entry point.
-- `in_memory`, `on_disk`, `adapter`: the conversions of models, checkpoints and LoRA adapters.
+- `core_hooks`: the conversion that `llama_te_core` finds through an entry point.
+- `in_memory`, `loading`, `on_disk`, `adapter`: the conversions of models, of checkpoints that are read into memory, of
+  checkpoints on disk, and of LoRA adapters.
 - `targets`: writers of checkpoints. `verify`: inspection and comparison of checkpoints.
 - `sources`: readers of checkpoints, one module for each file format.
 - `configs`: the architectures, and their configurations in each layout.

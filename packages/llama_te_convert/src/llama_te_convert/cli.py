@@ -26,6 +26,7 @@ examples:
   llama-te-convert to-hf ./llama-te ./llama-hf
   llama-te-convert to-hf ./llama-te ./llama-fp8 --fp8
   llama-te-convert adapter-to-hf ./adapter ./adapter-hf --base ./Llama-3.1-8B
+  llama-te-convert adapter-to-te ./adapter ./adapter-te --base ./llama-te
   llama-te-convert verify ./Llama-3.2-1B ./llama-te
   llama-te-convert inspect ./llama-te
 
@@ -86,7 +87,19 @@ def parser() -> argparse.ArgumentParser:
     _add_conversion(
         commands, "to-hf", "convert a checkpoint of the Transformer Engine layout to Hugging Face's", to_te=False
     )
-    _add_adapter(commands)
+    _add_adapter(
+        commands,
+        "adapter-to-te",
+        "convert a LoRA adapter of PEFT for the Hugging Face model to one for the fused weights of the Transformer "
+        "Engine layout",
+        to_te=True,
+    )
+    _add_adapter(
+        commands,
+        "adapter-to-hf",
+        "convert a LoRA adapter of PEFT for the Transformer Engine layout to one for the Hugging Face model",
+        to_te=False,
+    )
     _add_verify(commands)
     _add_inspect(commands)
     return top
@@ -123,17 +136,16 @@ def _add_conversion(commands: Any, name: str, text: str, *, to_te: bool) -> None
     command.set_defaults(run=_convert, to_te=to_te, layer_precision=None, fp8=False)
 
 
-def _add_adapter(commands: Any) -> None:
-    text = "convert a LoRA adapter of PEFT for the Transformer Engine layout to one for the Hugging Face model"
-    command = commands.add_parser("adapter-to-hf", help=text, description=_sentence(text))
+def _add_adapter(commands: Any, name: str, text: str, *, to_te: bool) -> None:
+    command = commands.add_parser(name, help=text, description=_sentence(text))
     command.add_argument("source", metavar="SRC", help="the folder that PEFT saved the adapter to")
     command.add_argument("folder", metavar="DST", type=Path, help="the new folder")
     command.add_argument(
         "--base", metavar="MODEL",
-        help="the Hugging Face model of the adapter, a folder or an id on the hub (default: the model that the adapter "
-        "names)",
+        help="the model of the adapter in either layout, a folder or an id on the hub (default: the model that the "
+        "adapter names)",
     )  # fmt: skip
-    command.set_defaults(run=_convert_adapter)
+    command.set_defaults(run=_convert_adapter, to_te=to_te)
 
 
 def _add_verify(commands: Any) -> None:
@@ -219,8 +231,9 @@ def _convert(options: argparse.Namespace) -> int:
 def _convert_adapter(options: argparse.Namespace) -> int:
     from .adapter import convert_adapter
 
-    adapted = convert_adapter(options.source, options.folder, base=options.base)
-    print(f"{options.folder}: an adapter of {len(adapted)} weights, of rank {max(each.rank for each in adapted)}.")
+    adapted = convert_adapter(options.source, options.folder, base=options.base, to_te=options.to_te)
+    rank = max((each.rank for each in adapted), default=0)
+    print(f"{options.folder}: an adapter of {len(adapted)} weights, of rank {rank}.")
     return 0
 
 

@@ -85,6 +85,12 @@ def _convert(
     to_te: bool,
 ) -> PreTrainedModel:
     tensors = {name: _dense(tensor) for name, tensor in _named_tensors(source).items()}
+    adapters = [name for name in tensors if ".lora_" in name or ".base_layer." in name]
+    if adapters:
+        raise ValueError(
+            f"the model has adapters of PEFT, such as {adapters[0]}: merge them into the weights (merge_and_unload of "
+            "its PeftModel), or remove them (delete_adapter), and convert it then."
+        )
     if any(tensor.is_meta for tensor in tensors.values()):
         raise ValueError("the model is on the meta device: it has no weights to convert.")
     with torch.device("meta"), torch.no_grad():

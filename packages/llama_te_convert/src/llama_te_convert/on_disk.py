@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .configs.architectures import architecture_of
-from .configs.config_file import CONFIG_NAME, head_sizes
+from .configs.config_file import head_sizes
 from .configs.model_config import hf_config, refuse_quantized, te_config
 from .configs.plain_config import plain_fields, write_plain_config
 from .errors import CheckpointError
 from .layout.row_ranges import converted_tensors
-from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
-from .sources.file_names import ADAPTER_CONFIG
+from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, refuse_adapter
 from .sources.own_head import has_own_head
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
@@ -117,11 +116,7 @@ def convert_checkpoint(
             f"{path} is a {'GGUF ' if path.suffix == '.gguf' else ''}file, which has no Transformer Engine layout: "
             "to-hf converts the folder of a checkpoint of that layout. llama-te-convert to-te reads GGUF files."
         )
-    if (path / ADAPTER_CONFIG).is_file() and (path / CONFIG_NAME).is_file():
-        raise CheckpointError(
-            f"{path} has an adapter ({ADAPTER_CONFIG}) beside the model, and transformers loads both: merge it into "
-            "the model (merge_and_unload), or move its files to another folder."
-        )
+    refuse_adapter(path)
     checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
     with contextlib.closing(checkpoint.source), ThreadPoolExecutor(1) as background:
         if checkpoint.is_te == to_te:

@@ -97,9 +97,15 @@ def _register() -> None:
 
 
 def _register_adapters() -> None:
-    from .lora import register
+    from .compat.peft_injection import around_injection
 
-    register()
+    around_injection(_with_projections)
+
+
+def _with_projections(model: Any, config: Any) -> Any:
+    from .lora import with_projections  # not before it is needed: that module imports PEFT itself
+
+    return with_projections(model, config)
 
 
 when_imported("transformers", _register)

@@ -19,14 +19,15 @@ FIELDS: dict[str, Any] = {
     "source_model_type": "llama",
 }
 
-# config.json has this text in place of an integer that plain Llama models do not use. Loading the folder as a plain
-# Llama then fails with this text. Otherwise transformers would only warn about the other `model_type`, and would fill
-# every layer with random numbers.
+# config.json has this text in place of the activation, which is "silu" in every checkpoint of this layout. Building a
+# plain Llama from the file then fails with this text. Otherwise transformers would only warn about the other
+# `model_type`, and would fill every layer with random numbers. A configuration class can still read the file: the field
+# is a text in every class that derives from LlamaConfig, and models on Transformer Engine layers do not use it.
 _NOT_A_PLAIN_LLAMA = (
     "these weights have the Transformer Engine layout: load them with llama_te_core.NVLlamaForCausalLM, "
     "or convert them with llama_te_convert.convert_llama_te_to_hf"
 )
-_PRETRAINING_TP = "llama_pretraining_tp"  # the field that keeps the integer
+_ACTIVATION = "silu"
 
 LOADER = "llama_te"
 STANDALONE = "modeling_nvllama"  # imports every other module of the bundled code
@@ -69,13 +70,23 @@ def config_text(fields: Mapping[str, Any]) -> str:
     Args:
         fields: The configuration as JSON types.
     """
-    guarded = {**fields, "pretraining_tp": _NOT_A_PLAIN_LLAMA, _PRETRAINING_TP: fields["pretraining_tp"]}
-    return json.dumps(guarded, indent=2, sort_keys=True) + "\n"
+    return json.dumps({**fields, "hidden_act": _NOT_A_PLAIN_LLAMA}, indent=2, sort_keys=True) + "\n"
+
+
+def has_te_layout(content: Mapping[str, Any]) -> bool:
+    """Whether the content of a `config.json` says that the checkpoint has this layout.
+
+    Other code with the same layout keeps the `model_type` of a plain Llama, and names its classes as ours are named.
+    """
+    if content.get("model_type") == MODEL_TYPE:
+        return True
+    named = content.get("architectures")
+    return isinstance(named, list) and any(isinstance(each, str) and each.startswith("NVLlama") for each in named)
 
 
 def config_fields(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that `config_text` wrote. Content that it did not write stays as it is."""
     fields = dict(content)
-    if fields.get("pretraining_tp") == _NOT_A_PLAIN_LLAMA:
-        fields["pretraining_tp"] = fields.pop(_PRETRAINING_TP, 1)
+    if fields.get("hidden_act") == _NOT_A_PLAIN_LLAMA:
+        fields["hidden_act"] = _ACTIVATION
     return fields

@@ -6,7 +6,7 @@ weight), and merging changes nothing.
 
 1. `target_modules` names projections as on transformers' Llama: "q_proj", "gate_proj", "all-linear", or nothing at all
    for PEFT's default. Adapters have the names and the shapes of adapters for transformers' Llama, so one file serves
-   both. `register` lets PEFT find the projections.
+   both. `with_projections` lets PEFT find the projections.
 2. `target_parameters` names fused weights, such as `WEIGHTS`: see `on_weights`.
 """
 
@@ -58,14 +58,19 @@ def on_weights(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def register() -> None:
-    """Let PEFT find the projections of this package's models, by whatever way an adapter is added."""
-    peft.around_injection(_with_projections)
-
-
 @contextmanager
-def _with_projections(model: nn.Module, config: Any) -> Iterator[None]:
-    """Show PEFT the projections of a model's decoder layers while it adds an adapter."""
+def with_projections(model: nn.Module, config: Any) -> Iterator[None]:
+    """Show PEFT the projections of a model's decoder layers while it adds an adapter.
+
+    PEFT enters this context by whatever way an adapter is added: see `compat.peft_injection`.
+
+    Args:
+        model: Any model; one of another package stays as it is.
+        config: The adapter's configuration.
+
+    Raises:
+        ValueError: The layers cannot compute such an adapter.
+    """
     decoder = next((module for module in model.modules() if isinstance(module, NVLlamaModel)), None)
     if decoder is None:
         with nullcontext():
@@ -169,12 +174,11 @@ class AdaptedProjection(peft.LoraLinear):
             if name not in self.lora_A:
                 continue
             delta = self.get_delta_weight(name)
-            if self.use_dora[name]:
-                changed = weight + delta
-                # PEFT's DoRA takes the norm as a constant in the backward pass too.
-                factor = self.lora_magnitude_vector[name].weight / changed.norm(dim=1).detach()
-                delta = factor[:, None] * changed - weight
             total = total + delta
+            if self.use_dora[name]:
+                # As in PEFT, the norm leaves other adapters out, and is a constant in the backward pass.
+                factor = self.lora_magnitude_vector[name].weight / (weight + delta).norm(dim=1).detach()
+                total = factor[:, None] * total
         return total if total is weight else total.to(weight.dtype)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
+MAX_PENALTY = 2.0  # of presence and frequency
+MAX_BIAS = 100.0  # of a logit
 MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
 
 
@@ -16,15 +18,15 @@ MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any len
 class SamplingParams:
     """How to continue a prompt.
 
-    The sampler changes logits in transformers' order: repetition penalty, the ban on ending before `min_tokens`,
-    temperature, top-k, top-p, min-p.
+    The sampler changes logits in this order: `logit_bias`, forbidden tokens (`allowed_token_ids`, `bad_words`, ends
+    before `min_tokens`), repetition, frequency and presence penalty, temperature, top-k, top-p, min-p.
 
     `num_beams > 1` selects beam search, which is deterministic; `temperature` may be 0 or left at 1.0. Beam search
-    refuses parameters that would change its scores, and parameters that need a record of the tokens or text of each
-    beam.
+    refuses parameters that would change its scores.
 
     Attributes:
-        max_tokens: Most tokens to write, at least 1.
+        max_tokens: Most tokens to write, at least 1; `None` for as many as the engine's `max_sequence_length` and pages
+            leave behind the prompt.
         min_tokens: Tokens to write before the sequence may end; until then EOS and stop tokens have no probability.
         temperature: Divides the logits; 0 takes the most likely token each time (the lowest id among equals).
         top_k: Draw only from tokens at least as likely as the k-th one; 0 for all.
@@ -32,9 +34,18 @@ class SamplingParams:
         min_p: Draw only from tokens with at least `min_p` times the probability of the most likely one.
         repetition_penalty: Divides the positive logits of tokens in the prompt or the output, and multiplies their
             negative ones.
-        stop: Strings that end a sequence when they appear in its text; one string or several. Becomes a tuple.
+        presence_penalty: Is subtracted from the logits of tokens that the output has. From -2 to 2.
+        frequency_penalty: Is subtracted from the logit of a token as often as the output has the token. From -2 to 2.
+        logit_bias: Numbers to add to the logits of tokens, by token id. From -100 to 100.
+        allowed_token_ids: Only these tokens may be written. `None` for all. Becomes a tuple.
+        bad_words: Words that must not be written; one word or several. Each is forbidden at the beginning of a text and
+            behind a space: its last token gets no probability behind its other tokens in the output. Becomes a tuple.
+        stop: Strings that end a sequence when they appear in its text; one string or several. A string that is a
+            special token of the tokenizer ends it as a stop token does. Becomes a tuple.
         stop_token_ids: Tokens that end a sequence as EOS does. Becomes a tuple.
         ignore_eos: Go on after an EOS token.
+        skip_special_tokens: Leave special tokens out of the text.
+        include_stop_str_in_output: Keep the stop string, or the text of the token that ended the sequence, in the text.
         seed: Makes drawn tokens a function of the seed and the logits alone; `None` for a new seed each time.
         logprobs: The number of most likely tokens to report at each position, with their log-probabilities; at most 20.
             With 0 the engine reports the written token's log-probability alone; `None` reports nothing. Values are the
@@ -51,16 +62,23 @@ class SamplingParams:
         ValueError: A value is out of range, or values contradict each other.
     """
 
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # a mapping has no hash
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: str | Sequence[str] = ()
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: bool = False
@@ -75,6 +93,15 @@ class SamplingParams:
         # A frozen dataclass can change its own fields in this way only.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._need("bad_words", isinstance(self.bad_words, Iterable), "give a word or several")
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words)
+        object.__setattr__(self, "bad_words", words)
+        if self.allowed_token_ids is not None:
+            self._need("allowed_token_ids", isinstance(self.allowed_token_ids, Iterable), "give a list of token ids")
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.logit_bias is not None:
+            self._need("logit_bias", isinstance(self.logit_bias, Mapping), "give a dict from token ids to numbers")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check_values()
         if self.num_beams > 1:
             self._check_beam_search()
@@ -82,10 +109,14 @@ class SamplingParams:
             self._check_no_beam_search()
 
     def _check_values(self) -> None:
-        self._need("max_tokens", _is_integer(self.max_tokens, 1), "give an integer of at least 1")
+        self._need(
+            "max_tokens",
+            self.max_tokens is None or _is_integer(self.max_tokens, 1),
+            "give an integer of at least 1, or None for as many as fit",
+        )
         self._need(
             "min_tokens",
-            _is_integer(self.min_tokens, 0, self.max_tokens),
+            _is_integer(self.min_tokens, 0, math.inf if self.max_tokens is None else self.max_tokens),
             f"give an integer from 0 to max_tokens={self.max_tokens}",
         )
         self._need(
@@ -103,11 +134,35 @@ class SamplingParams:
             _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0,
             "give a number above 0; 1 changes nothing, more discourages repetition",
         )
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._need(
+                name,
+                _is_number(getattr(self, name), -MAX_PENALTY, MAX_PENALTY),
+                f"give a number from {-MAX_PENALTY:g} to {MAX_PENALTY:g}; 0 changes nothing",
+            )
+        bias = self.logit_bias or {}
+        self._need(
+            "logit_bias",
+            all(_is_integer(token, 0) and _is_number(value, -MAX_BIAS, MAX_BIAS) for token, value in bias.items()),
+            f"give token ids from 0 on, each with a number from {-MAX_BIAS:g} to {MAX_BIAS:g}",
+        )
+        allowed = self.allowed_token_ids
+        self._need(
+            "allowed_token_ids",
+            allowed is None or (len(allowed) > 0 and all(_is_integer(token, 0) for token in allowed)),
+            "give at least one token id from 0 on, or None for all tokens",
+        )
+        self._need(
+            "bad_words",
+            all(isinstance(word, str) and word.strip() for word in self.bad_words),
+            "give words that are not empty",
+        )
         self._need("stop", all(isinstance(text, str) and text for text in self.stop), "give strings that are not empty")
         self._need(
             "stop_token_ids", all(_is_integer(token, 0) for token in self.stop_token_ids), "give token ids from 0 on"
         )
-        self._need("ignore_eos", isinstance(self.ignore_eos, bool), "give True or False")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            self._need(name, isinstance(getattr(self, name), bool), "give True or False")
         self._need(
             "seed",
             self.seed is None or _is_integer(self.seed, 0, 2**63 - 1),
@@ -139,17 +194,20 @@ class SamplingParams:
         )
         for name, neutral in (("top_k", 0), ("top_p", 1), ("min_p", 0)):
             self._need(name, getattr(self, name) == neutral, f"beam search draws nothing, so leave it out with {beams}")
-        self._need(
-            "repetition_penalty",
-            self.repetition_penalty == 1,
-            f"beams do not keep which tokens they have, so leave it out with {beams}, or take num_beams=1",
+        changing: tuple[tuple[str, Any], ...] = (
+            ("repetition_penalty", 1),
+            ("presence_penalty", 0),
+            ("frequency_penalty", 0),
+            ("logit_bias", None),
+            ("allowed_token_ids", None),
+            ("bad_words", ()),
         )
-        self._need(
-            "stop",
-            not self.stop,
-            f"beams are not turned into text while they are searched; use stop_token_ids with {beams}, or num_beams=1",
-        )
-        self._need("logprobs", self.logprobs is None, f"beams have scores only, so leave it out with {beams}")
+        for name, neutral in changing:
+            self._need(
+                name,
+                getattr(self, name) == neutral,
+                f"it would change the scores of beams, so leave it out with {beams}, or take num_beams=1",
+            )
         self._need("n", self.n <= self.num_beams, f"beam search has no more results than beams; {beams}")
 
     def _check_no_beam_search(self) -> None:

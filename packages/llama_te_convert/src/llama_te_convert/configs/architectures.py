@@ -145,6 +145,11 @@ def hf_class(model_te: Any) -> Any:
 
 
 def _unknown_class(argument: str, model: Any, known: list[str]) -> TypeError:
+    if any(each.__module__.partition(".")[0] == "peft" for each in type(model).__mro__):
+        return TypeError(
+            f"{argument} is a {type(model).__name__} of PEFT: convert the model that its merge_and_unload() returns, "
+            "or convert the adapter alone with llama-te-convert adapter-to-te or adapter-to-hf."
+        )
     return TypeError(f"{argument} is a {type(model).__name__}: this conversion takes one of {', '.join(known)}.")
 
 

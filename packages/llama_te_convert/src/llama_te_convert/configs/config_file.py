@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from llama_te_core import checkpoint_format
+from llama_te_core.checkpoint_format import has_te_layout
 
 from ..errors import CheckpointError
 from ..layout.row_order import HeadSizes
+
+__all__ = ["CONFIG_NAME", "has_te_layout", "head_sizes", "is_size", "read_config"]
 
 CONFIG_NAME = "config.json"
 
@@ -37,11 +39,6 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
     return config
 
 
-def has_te_layout(config: Mapping[str, Any]) -> bool:
-    """Whether the content of a `config.json` says that the checkpoint has the Transformer Engine layout."""
-    return config.get("model_type") == checkpoint_format.MODEL_TYPE
-
-
 def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
     """The attention sizes in a `config.json`, with the defaults of transformers.
 
@@ -66,6 +63,6 @@ def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
     return HeadSizes(heads, groups, size)
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: Any) -> TypeGuard[int]:
     """Whether a value is a positive integer, and no bool."""
     return type(value) is int and value > 0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config
@@ -25,8 +26,9 @@ from .safetensors import SafetensorsFolder
 from .tensor_source import TensorSource
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Files to download from a repository on the hub: those that a conversion reads or copies.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*", "README.md"]
+# Files to download from a repository on the hub beside the weights: those that a conversion reads or copies.
+_HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*", "README.md"]
+_NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,12 @@ class Checkpoint:
 
 
 def find_checkpoint(
-    location: str, *, revision: str | None = None, subfolder: str = "", allow_pickle: bool = False
+    location: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    allow_pickle: bool = False,
+    hub_options: Mapping[str, Any] = _NO_OPTIONS,
 ) -> Path:
     """Find the folder or file of a checkpoint. A repository on the hub is downloaded into huggingface_hub's cache.
 
@@ -58,14 +65,15 @@ def find_checkpoint(
         location: A local folder, a GGUF file, or the id of a repository on the hub ("organisation/name").
         revision: A branch, a tag or a commit of the repository; `None` takes its main branch.
         subfolder: The folder of the checkpoint inside the folder or repository.
-        allow_pickle: Whether to download `.bin` files too.
+        allow_pickle: Whether to download `.bin` files if the repository has no others.
+        hub_options: Further arguments of huggingface_hub's download.
 
     Raises:
         CheckpointError: There is no such checkpoint, or an option does not apply to it.
     """
     path = Path(location).expanduser()
     if not path.exists():
-        path = _download(location, revision, subfolder, allow_pickle)
+        path = _download(location, revision, subfolder, allow_pickle, hub_options)
     elif revision is not None:
         raise CheckpointError(f"revision={revision!r} has no effect: {location} is a local path.")
     if not subfolder:
@@ -87,22 +95,74 @@ def check_hub_id(location: str) -> None:
         raise CheckpointError(f"{location} does not exist, and is not the id of a repository on the hub (owner/name).")
 
 
-def _download(location: str, revision: str | None, subfolder: str, allow_pickle: bool) -> Path:
+def find_gguf(
+    location: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    subfolder: str = "",
+    hub_options: Mapping[str, Any] = _NO_OPTIONS,
+) -> Path:
+    """Find a GGUF file by the folder or repository that it lies in, as transformers does.
+
+    Args:
+        location: A local folder, or the id of a repository on the hub.
+        name: The file's name in it, or the path of a local file.
+        revision: A branch, a tag or a commit of the repository.
+        subfolder: The folder of the file inside the folder or repository.
+        hub_options: Further arguments of huggingface_hub's download.
+
+    Raises:
+        CheckpointError: There is no such file.
+    """
+    folder = Path(location).expanduser() / subfolder
+    for path in (Path(name), folder / name):
+        if path.is_file():
+            return path
+    if folder.exists():
+        raise CheckpointError(f"{folder} has no file {name!r}.")
+    check_hub_id(location)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(location, name, subfolder=subfolder or None, revision=revision, **hub_options))
+    except Exception as error:  # any failure of the download is reported in one line
+        raise not_on_the_hub(location, error) from error
+
+
+def refuse_adapter(path: Path) -> None:
+    """Refuse a folder that has an adapter beside a model.
+
+    Raises:
+        CheckpointError: The message names the folder.
+    """
+    if (path / ADAPTER_CONFIG).is_file() and (path / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{path} has an adapter ({ADAPTER_CONFIG}) beside the model, and transformers loads both: merge it into "
+            "the model (merge_and_unload), or move its files to another folder."
+        )
+
+
+def _download(
+    location: str, revision: str | None, subfolder: str, allow_pickle: bool, hub_options: Mapping[str, Any]
+) -> Path:
     check_hub_id(location)
     from huggingface_hub import snapshot_download
 
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    patterns = [prefix + pattern for pattern in [*_HUB_PATTERNS, *(["*.bin"] if allow_pickle else [])]]
-    try:
-        path = Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # any failure of the download is reported in one line
-        raise not_on_the_hub(location, error) from error
-    if not any((path / prefix).glob("*.safetensors")) and not (allow_pickle and any((path / prefix).glob("*.bin"))):
-        _refuse_without_weights(location, revision, prefix)
+    for weights in ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",):
+        patterns = [prefix + pattern for pattern in (weights, *_HUB_PATTERNS)]
+        try:
+            path = Path(snapshot_download(location, revision=revision, allow_patterns=patterns, **hub_options))
+        except Exception as error:  # any failure of the download is reported in one line
+            raise not_on_the_hub(location, error) from error
+        if any((path / prefix).glob(weights)):
+            return path
+    _refuse_without_weights(location, revision, prefix, allow_pickle)
     return path
 
 
-def _refuse_without_weights(location: str, revision: str | None, prefix: str) -> None:
+def _refuse_without_weights(location: str, revision: str | None, prefix: str, allow_pickle: bool) -> None:
     """Refuse a repository on the hub whose weights were not downloaded, and say which weights it has."""
     from huggingface_hub import list_repo_files
 
@@ -114,7 +174,7 @@ def _refuse_without_weights(location: str, revision: str | None, prefix: str) ->
             f"{first_line(error)}"
         ) from error
     own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    if any(name.startswith("pytorch_model") and name.endswith(".bin") for name in own):
+    if not allow_pickle and any(name.startswith("pytorch_model") and name.endswith(".bin") for name in own):
         raise _pickled(location)
     files = [name for name in own if name.endswith(".gguf")]
     if files:

@@ -49,7 +49,8 @@ def export_te_checkpoint(
         else:
             raise TypeError(
                 f"model_or_folder is a {type(model_or_folder).__name__}: give an NVLlama model of llama_te_core or the "
-                "folder of one. Convert a Hugging Face model with convert_llama_hf_to_te first."
+                "folder of one. Convert a Hugging Face model with convert_llama_hf_to_te first, and merge a PeftModel "
+                "(merge_and_unload)."
             )
         write_standalone_code(folder)
         config["auto_map"] = auto_map(STANDALONE)

@@ -162,6 +162,7 @@ def _model(path: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from llama_te_core import NVLlamaConfig
+    from llama_te_core.compat.transformers import progress_bars_on_terminals_only
 
     folder, file = _location(path)
     try:
@@ -173,9 +174,10 @@ def _model(path: Path) -> Any:
                 f"{path} has the model_type {config.model_type!r}: give one of {', '.join(ARCHITECTURES)}, "
                 f"{NVLlamaConfig.model_type}."
             )
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, **file
-        )
+        with progress_bars_on_terminals_only():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype="auto", local_files_only=True, output_loading_info=True, **file
+            )
     except CheckpointError:
         raise
     except Exception as error:  # each format and version has its own errors

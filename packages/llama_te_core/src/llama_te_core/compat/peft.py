@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import layer, variants
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
@@ -33,21 +30,6 @@ def unknown_variant(adapted: nn.Module, adapter_name: str) -> str | None:
     own: Any = adapted
     variant = own.lora_variant.get(adapter_name)
     return None if variant is None or isinstance(variant, variants.DoraLinearVariant) else type(variant).__name__
-
-
-def around_injection(context: Callable[[nn.Module, Any], AbstractContextManager[None]]) -> None:
-    """Enter a context of the model and the adapter's configuration whenever PEFT adds an adapter to a model.
-
-    All of PEFT's and transformers' ways to add one call the method that this function wraps.
-    """
-    inject = BaseTuner.inject_adapter
-
-    @functools.wraps(inject)
-    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        with context(model, self.peft_config[adapter_name]):
-            inject(self, model, adapter_name, *args, **kwargs)
-
-    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
 
 
 def set_wrapper_factory(config: LoraConfig, factory: Callable[..., nn.Module | None]) -> None:

@@ -79,7 +79,8 @@ def is_data_parallel_replica(module: nn.Module) -> bool:
 
 def assert_on_device(condition: torch.Tensor, message: str) -> None:
     """Let the device stop with a message if a bool [] is false. Nothing waits for the device."""
-    torch._assert_async(condition, message)
+    # On a GPU torch copies the message into a buffer of 256 bytes, and refuses a longer one.
+    torch._assert_async(condition, message.encode()[:250].decode(errors="ignore"))
 
 
 def hook_numbers(module: nn.Module) -> tuple[Any, ...]:
@@ -89,7 +90,7 @@ def hook_numbers(module: nn.Module) -> tuple[Any, ...]:
 
 def own_tensors(module: nn.Module) -> list[torch.Tensor]:
     """Return the parameters and buffers of a module itself, without those of its children."""
-    tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
+    tensors: list[torch.Tensor] = [tensor for tensor in module._parameters.values() if tensor is not None]
     if module._buffers:
         tensors += [tensor for tensor in module._buffers.values() if tensor is not None]
     return tensors

@@ -94,6 +94,20 @@ def fp8_parts(parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
     return values.view(torch.float8_e4m3fn), scale.view(1)
 
 
+def held_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that hold the values of a quantized tensor in a forward pass.
+
+    TE also makes transposed copies for the backward pass, and leaves them out again. They are not among the result.
+    """
+    import torch
+
+    return [
+        part
+        for name, part in vars(tensor).items()
+        if isinstance(part, torch.Tensor) and "transpose" not in name and "columnwise" not in name
+    ]
+
+
 def share_scale(parameter: torch.Tensor, group: Any) -> None:
     """Let TE look for the largest value of a quantized tensor over the processes of a group.
 

@@ -5,10 +5,11 @@ Importing this module imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -116,3 +117,21 @@ class _ImportObserver(MetaPathFinder):
         # Not by a loader of our own: inspect and pickle ask the loader for the source and more.
         spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec
+
+
+@contextlib.contextmanager
+def progress_bars_on_terminals_only() -> Iterator[None]:
+    """Within this context, transformers shows no progress bars where standard error is no terminal.
+
+    transformers draws them into log files too. The setting is the whole library's; it is as before afterwards.
+    """
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -34,6 +34,7 @@ class FusedWeight:
     """A parameter of a decoder layer, and the projections that it holds.
 
     Args:
+        layer: The decoder layer, which has the projections as `layer.self_attn.q_proj` and so on.
         owner: The module of the parameter.
         name: The parameter's name there.
         projections: Names of the projections.
@@ -41,9 +42,14 @@ class FusedWeight:
     """
 
     def __init__(
-        self, owner: nn.Module, name: str, projections: tuple[str, ...], heads: tuple[int, int, int] | None = None
+        self,
+        layer: nn.Module,
+        owner: nn.Module,
+        name: str,
+        projections: tuple[str, ...],
+        heads: tuple[int, int, int] | None = None,
     ) -> None:
-        self.owner, self.name, self.projections, self.heads = owner, name, projections, heads
+        self.layer, self.owner, self.name, self.projections, self.heads = layer, owner, name, projections, heads
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -67,6 +73,29 @@ class FusedWeight:
         heads, _, size = self.heads
         return torch.cat([weight.unflatten(0, (heads, -1, size)) for weight in weights], dim=1).flatten(0, 2)
 
+    def register_hooks(self, weight_of: WeightOf) -> None:
+        """Let the layer compute with the weights of the modules that replaced projections.
+
+        The hooks are methods, so that a deep copy of the layer has hooks of its own.
+        """
+        self.weight_of = weight_of
+        self.owner.register_forward_pre_hook(self._replace)
+        self.owner.register_forward_hook(self._restore, always_call=True)
+
+    def _replace(self, owner: nn.Module, args: Any) -> None:
+        modules = ((name, _child(self.layer, name)) for name in self.projections)
+        replaced = {name: module for name, module in modules if module is not None and type(module) is not Projection}
+        if not replaced:
+            return
+        parts = self.split(self.parameter)
+        changed = {name: self.weight_of(module, parts[name]) for name, module in replaced.items()}
+        if any(changed[name] is not parts[name] for name in changed):
+            # Python finds an attribute of the object before a parameter of the same name.
+            owner.__dict__[self.name] = self.join({**parts, **changed})
+
+    def _restore(self, owner: nn.Module, args: Any, output: Any) -> None:
+        owner.__dict__.pop(self.name, None)
+
 
 class Projection(nn.Linear):
     """One projection of a fused weight.
@@ -81,7 +110,7 @@ class Projection(nn.Linear):
         self.out_features, self.in_features = self.weight.shape
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The weight [n, E], a copy where its rows lie apart. Assigning to it writes to the fused weight."""
         edited: torch.Tensor | None = self.__dict__.get("_edited")
         return self.fused.split(self.fused.parameter.detach())[self.name] if edited is None else edited
@@ -93,7 +122,13 @@ class Projection(nn.Linear):
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Let code inside change `weight` in place; afterwards the fused weight has the changes."""
+        """Let code inside change `weight` in place; afterwards the fused weight has the changes.
+
+        Within another such context, the outermost one writes.
+        """
+        if "_edited" in self.__dict__:
+            yield
+            return
         edited = nn.Parameter(self.weight.clone(), requires_grad=False)
         self.__dict__["_edited"] = edited  # not a parameter of this module
         try:
@@ -114,24 +149,24 @@ class LayerProjections:
 
     def __init__(self, layer: nn.Module, config: LayerConfig, weight_of: WeightOf) -> None:
         own: Any = layer
-        self.layer, self.weight_of = layer, weight_of
+        self.layer = layer
         heads = config.num_key_value_heads
         group = config.num_attention_heads // heads + 2
         attention, mlp = own.self_attention, _unwrapped(own.layernorm_mlp)
         self.weights = (
             FusedWeight(
+                layer,
                 _unwrapped(attention.layernorm_qkv),
                 "weight",
                 CONTAINERS["self_attn"][:3],
                 (heads, group, config.head_dim),
             ),
-            FusedWeight(_unwrapped(attention.proj), "weight", ("o_proj",)),
-            FusedWeight(mlp, "fc1_weight", ("gate_proj", "up_proj")),
-            FusedWeight(mlp, "fc2_weight", ("down_proj",)),
+            FusedWeight(layer, _unwrapped(attention.proj), "weight", ("o_proj",)),
+            FusedWeight(layer, mlp, "fc1_weight", ("gate_proj", "up_proj")),
+            FusedWeight(layer, mlp, "fc2_weight", ("down_proj",)),
         )
         for fused in self.weights:
-            fused.owner.register_forward_pre_hook(self._replace_weight(fused))
-            fused.owner.register_forward_hook(self._restore_weight(fused), always_call=True)
+            fused.register_hooks(weight_of)
 
     def show(self) -> None:
         """Add each projection that is not there yet to the layer."""
@@ -160,33 +195,9 @@ class LayerProjections:
                 delattr(self.layer, container)
         return others
 
-    def _replace_weight(self, fused: FusedWeight) -> Callable[[nn.Module, Any], None]:
-        def replace(owner: nn.Module, args: Any) -> None:
-            present = {name: _child(self.layer, name) for name in fused.projections}
-            replaced = {
-                name: module
-                for name, module in present.items()
-                if module is not None and not isinstance(module, Projection)
-            }
-            if not replaced:
-                return
-            parts = fused.split(fused.parameter)
-            changed = {name: self.weight_of(module, parts[name]) for name, module in replaced.items()}
-            if any(changed[name] is not parts[name] for name in changed):
-                # Python finds an attribute of the object before a parameter of the same name.
-                owner.__dict__[fused.name] = fused.join({**parts, **changed})
-
-        return replace
-
-    def _restore_weight(self, fused: FusedWeight) -> Callable[[nn.Module, Any, Any], None]:
-        def restore(owner: nn.Module, args: Any, output: Any) -> None:
-            owner.__dict__.pop(fused.name, None)
-
-        return restore
-
 
 def is_projections_hook(hook: Callable[..., Any]) -> bool:
-    """Tell whether a hook is one that `LayerProjections` registered. Without adapters it does nothing."""
+    """Tell whether a hook is one that `FusedWeight` registered. Without adapters it does nothing."""
     return getattr(hook, "__module__", None) == __name__
 
 

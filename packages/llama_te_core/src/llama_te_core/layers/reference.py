@@ -32,6 +32,7 @@ from ..precision.plan import PrecisionPlan
 from .backend import CACHE_OF_SPLIT_MODEL, LayerBackend, LayerConfig
 from .collectives import local, local_norm, shared, summed
 from .kv_cache import KVCache
+from .quantizers import OutputProjection
 from .rope import rotate
 from .sequence_layout import token_places, whole_places
 
@@ -151,7 +152,7 @@ class MultiheadAttention(nn.Module):
         self.context_mesh: DeviceMesh | None = None
         qkv_features = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
         self.layernorm_qkv = LayerNormLinear(config.hidden_size, qkv_features, config.rms_norm_eps)
-        self.proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        self.proj = OutputProjection(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,

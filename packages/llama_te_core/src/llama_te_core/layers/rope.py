@@ -56,6 +56,22 @@ class RotaryAngles:
         self._tables: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     @property
+    def inv_freq(self) -> torch.Tensor:
+        """float32 [D/2] on the host, the frequencies of short sequences, as transformers' rotary embedding names them.
+
+        Assigning to it only accepts the same values: `config.rope_parameters` define the frequencies.
+        """
+        return self._frequencies(None)[0]
+
+    @inv_freq.setter
+    def inv_freq(self, value: torch.Tensor) -> None:
+        if not torch.allclose(value.detach().float().cpu(), self.inv_freq, rtol=1e-5, atol=0.0):
+            raise ValueError(
+                "inv_freq differs from the frequencies of config.rope_parameters, which the model and its checkpoints "
+                "use: change rope_parameters in the configuration, and build the model with it."
+            )
+
+    @property
     def softmax_scale(self) -> float:
         """The factor on query·key in attention.
 

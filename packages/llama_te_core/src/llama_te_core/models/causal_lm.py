@@ -6,15 +6,16 @@ B = 1.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..data.labels import IGNORED_LABEL, next_token_labels
 from ..layers.kv_cache import KVCache
+from ..layers.quantizers import Head
 from ..layers.sequence_layout import PACKED_ARGUMENTS, check_mask
 from .arguments import CACHE_FIELD, check_arguments, given_cache
 from .configuration_nvllama import NVLlamaConfig
@@ -35,7 +36,7 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         super().__init__(config)
         self.model = NVLlamaModel(config, fp8_recipe=fp8_recipe, fp4_recipe=fp4_recipe)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -106,6 +107,13 @@ class NVLlamaForCausalLM(NVLlamaPreTrainedModel, CachedGenerationMixin):
         logits_BSV = self.lm_head(outputs.last_hidden_state[:, columns])
         loss = None
         if labels is not None and shift_labels is None:
+            if self.model.context_ranks > 1:
+                warnings.warn(
+                    f"labels are given on {self.model.context_ranks} context ranks: the label of a piece's last token "
+                    "is in another piece. Shift labels before splitting them, and pass shift_labels, as shard_context "
+                    "and DataCollatorForContextParallel(is_causal_lm=True) do.",
+                    stacklevel=2,
+                )
             # Beside packed sequences a mask may leave out the padding between them: its columns are others then.
             aligned = attention_mask is None or not packed or attention_mask.shape == labels.shape
             shift_labels = next_token_labels(labels, attention_mask if aligned else None, ignore_index)

@@ -42,6 +42,9 @@ class NVLlamaConfig(LlamaConfig):
     """
 
     model_type = MODEL_TYPE
+    # A plain Llama's plans name modules that the decoder layers do not have.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
 
     attn_input_format: str = FIELDS["attn_input_format"]
     self_attn_mask_type: str = FIELDS["self_attn_mask_type"]

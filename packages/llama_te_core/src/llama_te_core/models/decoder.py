@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.precision = PrecisionPlan(config.layer_precision, fp8_recipe, fp4_recipe, config.num_hidden_layers)
+        if config.layer_precision is None and self.precision.quantized:
+            config.layer_precision = list(self.precision.layers)  # a recipe alone: saved, and read by other code
         self.rotary_angles = RotaryAngles(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = self.layer_backend.build(config, self.precision, self.rotary_angles.softmax_scale)
@@ -271,6 +274,29 @@ class NVLlamaModel(NVLlamaPreTrainedModel):
                     hidden = self._run_layer(layer, hidden, arguments)
         hidden_states.append(layout.restore(gathered(self.norm(hidden), self.sequence_mesh)))
         return hidden_states
+
+    @property
+    def rotary_emb(self) -> RotaryAngles:
+        """The rotary embedding under the name that transformers' Llama and NVIDIA's recipe give it."""
+        return self.rotary_angles
+
+    def get_autocast_context(
+        self, layer_number: int | None, init: bool = False, outer: bool = False
+    ) -> AbstractContextManager[Any]:
+        """Return the precision context of a layer or of the whole stack, as NVIDIA's recipe names it.
+
+        Args:
+            layer_number: Number of the layer, from 0; not used with `outer`.
+            init: The context in which the layer is built with quantized weights, in place of its forward pass.
+            outer: The context around all layers.
+        """
+        if outer:
+            return self.precision.model_context()
+        if layer_number is None:
+            raise ValueError("layer_number=None has a context with outer=True alone: give the number of a layer.")
+        if init:
+            return self.precision.init_context(layer_number, self.config.use_quantized_model_init)
+        return self.precision.forward_context(layer_number)
 
     @property
     def context_ranks(self) -> int:

@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from ..compat.torch import local_range
+from ..compat.transformers import progress_bars_on_terminals_only
+from ..layers.quantizers import QUANTIZE_OTHERWISE
 from ..layers.selection import choose_backend
 from .configuration_nvllama import NVLlamaConfig
+from .other_layouts import converted, has_other_layout, name_source
 
 
 class NVLlamaPreTrainedModel(PreTrainedModel):
@@ -90,13 +93,31 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a checkpoint with this layout. The arguments are the same as in transformers.
+        """Load a checkpoint. The arguments are the same as in transformers.
+
+        Where llama-te-convert is installed, this also loads a Hugging Face Llama or Mistral, and the GGUF file of a
+        Llama: they are converted while loading. The CPU's memory then holds all tensors of the checkpoint. Arguments
+        without effect on such a checkpoint are refused.
+
+        Args:
+            pretrained_model_name_or_path: A folder, the id of a repository on the hub, or a GGUF file.
+            *args: See `PreTrainedModel.from_pretrained`.
+            **kwargs: See there.
 
         Raises:
-            ValueError: The checkpoint lacks tensors of the decoder, so it has another layout.
+            RuntimeError: The checkpoint has another layout, and llama-te-convert is not installed.
+            ValueError: The checkpoint lacks tensors of the decoder, or cannot be converted. Or an argument has no
+                effect, or asks transformers to split or to quantize the model by modules that these layers lack.
         """
+        _refuse_changes_by_transformers(kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        source = pretrained_model_name_or_path
+        with progress_bars_on_terminals_only():
+            if has_other_layout(source, kwargs) and (of_converted := converted(source, kwargs)) is not None:
+                model, info = super().from_pretrained(None, *args, output_loading_info=True, **of_converted)
+                name_source(model, source)
+            else:
+                model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         decoder = "" if model.base_model is model else f"{cls.base_model_prefix}."
         missing = sorted(key for key in info["missing_keys"] if key.startswith(decoder))
         if missing:
@@ -105,7 +126,7 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
                 f"{str(pretrained_model_name_or_path)!r} lacks {len(missing)} tensors of the decoder, such as "
                 f"{missing[0]!r}"
                 + (f", and has others, such as {unexpected[0]!r}" if unexpected else "")
-                + ". A Hugging Face Llama is converted with llama_te_convert.convert_llama_hf_to_te first."
+                + ". It belongs to another model, or is not complete."
             )
         model.quantize_loaded_weights()
         return (model, info) if with_info else model
@@ -125,7 +146,22 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with progress_bars_on_terminals_only():
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter into the model, with transformers' arguments.
+
+        Raises:
+            ValueError: transformers leaves weights of the adapter as they were initialised: DoRA's, in 5.17.
+        """
+        info = super().load_adapter(*args, **kwargs)
+        if info.missing_keys:
+            raise ValueError(
+                f"load_adapter did not load {len(info.missing_keys)} weights of the adapter, such as "
+                f"{min(info.missing_keys)!r}: load it with peft.PeftModel.from_pretrained(model, ...)."
+            )
+        return info
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -145,6 +181,21 @@ def _in_construction_context(init: Callable[..., None]) -> Callable[..., None]:
             init(self, config, *args, **kwargs)
 
     return construct
+
+
+def _refuse_changes_by_transformers(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of `from_pretrained` with which transformers looks for the modules of its own Llama."""
+    for name in ("tp_plan", "tp_size", "device_mesh", "distributed_config"):
+        if arguments.get(name) is not None:
+            raise ValueError(
+                f"{name}={arguments[name]!r} is not supported: transformers' plan names modules that the decoder "
+                "layers do not have. Load the model without it, then split it with "
+                "llama_te_core.parallel.parallelize.parallelize(model, mesh), in processes that torchrun started."
+            )
+    for name in ("quantization_config", "load_in_8bit", "load_in_4bit"):
+        value = arguments.get(name) or getattr(arguments.get("config"), name, None)
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported: {QUANTIZE_OTHERWISE}")
 
 
 def _clear_row(weight: DTensor, row: int) -> None:

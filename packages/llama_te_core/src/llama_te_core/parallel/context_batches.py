@@ -80,7 +80,7 @@ def _cut_padded(batch: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     if missing:
         for name, value in batch.items():
             if _is_per_token(value, rows, width):
-                filling = IGNORED_LABEL if name == "shift_labels" else 0
+                filling = IGNORED_LABEL if name in ("labels", "shift_labels") else 0
                 batch[name] = F.pad(value, (0, 0) * (value.dim() - 2) + (0, missing), value=filling)
     place_L = torch.arange((width + missing) // ranks, device=batch["input_ids"].device)
     return _select(batch, whole_places(place_L, len(place_L), rank, ranks))
@@ -157,7 +157,7 @@ class DataCollatorForContextParallel:
             aligned = mask is not None and mask.shape == labels.shape
             batch["shift_labels"] = next_token_labels(labels, mask if aligned else None)
             batch["labels"] = None
-        if packed and "max_length_q" not in batch:
+        if packed:
             offsets = batch.get("cu_seq_lens_q_padded", batch["cu_seq_lens_q"])
             batch["max_length_q"] = batch["max_length_k"] = int(offsets.diff().max())
         parts = [context_part(batch, rank, self.cp_world_size) for rank in range(self.cp_world_size)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -24,15 +25,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those of the command line by default.
 
     Returns:
-        The exit status: 0, also when SIGTERM stopped the run; 1 for an error, 2 for one in the arguments.
+        The exit status: 0, also when SIGTERM or Ctrl-C stopped the run between two steps; 1 for an error, 2 for one in
+        the arguments, 130 for a second Ctrl-C or one before the first step.
     """
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments)
         from .checkpoint.checkpoints import TrainingCheckpointError
-        from .data.batch_stream import UnusableDocumentError
+        from .data.documents import UnusableDocumentError
         from .loop import RefusedRunError, train
         from .metrics import NonFiniteLossError
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         print(f"llama-te-train: {error}: pip install 'llama-te-core[train]'", file=sys.stderr)
         return 1
     try:
@@ -40,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (TrainingCheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError) as error:
         print(f"llama-te-train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("llama-te-train: ended by Ctrl-C, without saving", file=sys.stderr, flush=True)
+        if arguments is None:
+            os._exit(130)  # at once: Python would wait for the thread that writes a checkpoint, and for workers
+        return 130
     return 0
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch.distributed as dist
 
 from ..models.causal_lm import NVLlamaForCausalLM
+from ..models.conversion import conversion
 from ..parallel.mesh import process_rank
 from ..parallel.parallelize import whole_state_dict
-from .conversion import conversion
 
 
 def converted(checkpoint: str, folder: Path) -> Path:

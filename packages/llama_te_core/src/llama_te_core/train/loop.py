@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -46,7 +48,8 @@ class RefusedRunError(RuntimeError):
 def train(config: TrainConfig) -> int:
     """Train from a configuration, in all processes that torchrun started, or in this process alone.
 
-    A run whose folder has checkpoints continues from the last one. At SIGTERM the run saves a checkpoint and ends.
+    A run whose folder has checkpoints continues from the last one. At SIGTERM or Ctrl-C the run saves a checkpoint and
+    ends.
 
     Args:
         config: The configuration of the run.
@@ -59,6 +62,7 @@ def train(config: TrainConfig) -> int:
         TrainingCheckpointError: A checkpoint could not be saved.
         NonFiniteLossError: The loss is infinite or NaN.
         UnusableDocumentError: A document cannot be used.
+        KeyboardInterrupt: At a second Ctrl-C, or at one before the first step.
     """
     folder, settings = Path(config.folder), asdict(config)
     with _refusals():
@@ -119,8 +123,8 @@ def train(config: TrainConfig) -> int:
             step=step, steps=config.steps, settings=settings,
         )  # fmt: skip
         with contextlib.closing(metrics), Interruption() as interruption:
-            stopped = False
-            while step < config.steps and not stopped:
+            stopped: str | None = None
+            while step < config.steps and stopped is None:
                 step += 1
                 profiler.before(step)
                 rate = learning_rate(step, config.steps, config.optimizer.learning_rate, config.schedule)
@@ -129,7 +133,7 @@ def train(config: TrainConfig) -> int:
                 if statistics is not None:
                     statistics.end_step()
                 stopped = interruption.agreed()
-                last = stopped or step == config.steps
+                last = stopped is not None or step == config.steps
                 profiler.after(step, last)
                 interval = config.checkpoint.interval
                 save = interval is not None and (last or step % interval == 0)
@@ -142,9 +146,8 @@ def train(config: TrainConfig) -> int:
                 if save:
                     checkpoints.save(step, called, optimizer, {"data": stream})
             checkpoints.wait()
-        if stopped and rank == 0:
-            saved = "saved" if config.checkpoint.interval is not None else "not saved (checkpoint.interval is null)"
-            print(f"stopped by SIGTERM: step {step} is {saved}", file=sys.stderr, flush=True)
+        if stopped is not None and rank == 0:
+            print(f"stopped by {stopped}: {_how_to_go_on(config, step)}", file=sys.stderr, flush=True)
         if step == config.steps and config.export.te:
             export_te(model, tokenizer, folder / "te")
         if step == config.steps and config.export.hf:
@@ -203,10 +206,33 @@ def load_tokenizer(name: str | None) -> Any:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
+    """Turn errors of the input into `RefusedRunError`, whose message is all that a user needs.
+
+    Other errors, such as an out-of-memory error or a bug, stay as they are.
+    """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except OSError as error:
         raise RefusedRunError(str(error)) from error
+    except (ImportError, RuntimeError, ValueError) as error:
+        if not _is_refusal(error):
+            raise
+        raise RefusedRunError(str(error)) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Tell whether a `raise` statement of these packages made the error.
+
+    They raise errors of these types for wrong input, with a message that says what to do. The same types come from
+    torch or Python where something else has failed.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    is_ours = trace.tb_frame.f_globals.get("__name__", "").startswith("llama_te_")
+    return is_ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 @contextlib.contextmanager
@@ -240,6 +266,16 @@ def _synchronized(model: nn.Module, last: bool) -> Iterator[None]:
         yield
 
 
+def _how_to_go_on(config: TrainConfig, step: int) -> str:
+    if config.checkpoint.interval is None:
+        return f"step {step} is not saved (checkpoint.interval is null)"
+    command = "torchrun ... -m llama_te_core.train" if "WORLD_SIZE" in os.environ else "llama-te-train"
+    return (
+        f"step {step} is saved. To go on, give the same command again, or: {command} --config "
+        f"{shlex.quote(str(Path(config.folder) / 'config.yaml'))}"
+    )
+
+
 def _check_vocabulary(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
         raise ValueError(
@@ -251,6 +287,13 @@ def _check_vocabulary(tokens: int, vocab_size: int) -> None:
 def _announce(
     config: TrainConfig, model: NVLlamaForCausalLM, mesh: DeviceMesh | None, device: torch.device, step: int
 ) -> None:
+    if config.schedule.warmup_steps > config.steps:
+        print(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is more than steps={config.steps}: the warm-up "
+            f"takes {config.steps} steps",
+            file=sys.stderr,
+            flush=True,
+        )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ranks = 1 if mesh is None else mesh.size()
     processes = "1 process" if ranks == 1 else f"{ranks} processes"

@@ -235,8 +235,8 @@ class Metrics:
         self._since = time.perf_counter()
         if failed is not None:
             raise NonFiniteLossError(
-                f"step {last} has loss {losses[-1]} and a norm of gradients of {norms[-1]}. The step has not changed the "
-                f"weights, which stay as after step {last - 1}. Training stops without saving. Go on from the last "
+                f"step {last} has loss {losses[-1]} and a norm of gradients of {norms[-1]}. The step has not changed "
+                f"the weights, which stay as after step {last - 1}. Training stops without saving. Go on from the last "
                 "checkpoint with a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
                 "precision.compute='bf16', or look at the data."
             )

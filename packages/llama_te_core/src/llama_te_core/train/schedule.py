@@ -13,14 +13,16 @@ def learning_rate(step: int, steps: int, largest: float, schedule: ScheduleConfi
     Args:
         step: Its number, from 1.
         steps: The number of the last step.
-        largest: The rate at step `warmup_steps`, or at the first step without a warm-up.
+        largest: The rate at the last step of the warm-up, or at the first step without a warm-up. The warm-up has
+            `warmup_steps` steps, but not more than the run.
         schedule: The course of the rate after that.
     """
-    if step < schedule.warmup_steps:
-        return largest * step / schedule.warmup_steps
+    warmup_steps = min(schedule.warmup_steps, steps)
+    if step < warmup_steps:
+        return largest * step / warmup_steps
     if schedule.kind == "constant":
         return largest
-    first = max(schedule.warmup_steps, 1)
+    first = max(warmup_steps, 1)
     progress = (step - first) / max(steps - first, 1)
     left = 1 - progress if schedule.kind == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return largest * (schedule.final_fraction + (1 - schedule.final_fraction) * left)

@@ -48,6 +48,17 @@ class BlockManager:
         beginning = pool.pages_for(len(request.prompt)) + (rows - 1 if len(request.prompt) % pool.page_size else 0)
         return max(longest, beginning)
 
+    def most_tokens(self, prompt_length: int, n: int, num_beams: int) -> int:
+        """Return how many tokens a request may write so that `pages_needed` is not more than there are."""
+        pool = self.pool
+        pages = pool.total_num_pages
+        if num_beams > 1:
+            full = prompt_length // pool.page_size
+            pages = full + (pages - full) // num_beams
+        elif pool.pages_for(prompt_length) + (n - 1 if prompt_length % pool.page_size else 0) > pages:
+            return 0
+        return max(0, pages * pool.page_size + 1 - prompt_length)  # the last token is not cached
+
     def allocate(self, sequences: Items[Sequence], headroom: int) -> bool:
         """Give sequences with a common prompt the pages that it needs, if enough are available.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,20 +18,35 @@ class Detokenizer:
     Args:
         tokenizer: A tokenizer of transformers; with `None` the text is empty.
         stop: Strings that end the text.
+        skip_special_tokens: Leave special tokens out of the text.
+        include_stop: Keep the stop string that ends the text in it.
 
     Attributes:
-        text: The readable text, up to a stop string.
+        text: The readable text, up to a stop string, or to its end with `include_stop`.
         stopped_by: The stop string that has appeared.
     """
 
-    def __init__(self, tokenizer: Any | None = None, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any | None = None,
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+        include_stop: bool = False,
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, stop
+        self.skip_special_tokens, self.include_stop = skip_special_tokens, include_stop
         self.text = ""
         self.stopped_by: str | None = None
         self._tokens: list[int] = []
         self._piece = 0  # the index of the last readable piece's first token
         self._readable = 0  # the index behind its last token
         self._given = 0  # characters that `take` has returned
+
+    def copy(self) -> Detokenizer:
+        """Return a text that continues in its own way."""
+        other = copy.copy(self)
+        other._tokens = list(self._tokens)
+        return other
 
     def add(self, token: int, may_stop: bool = True) -> None:
         """Add one token. If the text may end, look for stop strings that end with it."""
@@ -41,6 +57,12 @@ class Detokenizer:
         if len(text) > len(known) and not text.endswith(_UNFINISHED):
             self._piece, self._readable = self._readable, len(self._tokens)
             self._append(text[len(known) :], may_stop)
+
+    def add_end(self, string: str) -> None:
+        """Add the stop string of a special token, which decoding may leave out. No tokens follow."""
+        self.end()
+        self.text += string
+        self.stopped_by = string
 
     def end(self) -> None:
         """Complete the text: no tokens follow. Incomplete characters stay as the tokenizer decodes them."""
@@ -53,13 +75,14 @@ class Detokenizer:
 
         Until the text is whole, the possible beginning of a stop string at its end is left out.
         """
-        end = len(self.text) if is_whole else len(self.text) - self._beginning_of_stop()
+        is_final = is_whole or self.include_stop
+        end = len(self.text) if is_final else len(self.text) - self._beginning_of_stop()
         given, self._given = self._given, max(end, self._given)
         return self.text[given : self._given]
 
     def _decode(self, end: int) -> str:
         assert self.tokenizer is not None
-        text: str = self.tokenizer.decode(self._tokens[self._piece : end], skip_special_tokens=True)
+        text: str = self.tokenizer.decode(self._tokens[self._piece : end], skip_special_tokens=self.skip_special_tokens)
         return text
 
     def _append(self, piece: str, may_stop: bool) -> None:
@@ -72,7 +95,7 @@ class Detokenizer:
                 found.append((start, string))
         if found:
             start, self.stopped_by = min(found, key=lambda pair: pair[0])
-            self.text = self.text[:start]
+            self.text = self.text[: start + len(self.stopped_by) if self.include_stop else start]
 
     def _beginning_of_stop(self) -> int:
         """Return how many characters at the text's end are the beginning of a stop string."""

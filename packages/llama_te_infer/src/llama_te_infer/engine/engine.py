@@ -10,10 +10,12 @@ before. So the host learns one step late that a sequence has ended, and drops th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,11 +35,20 @@ from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
 from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
+from .one_thread import OneThread
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
 from .request_state import RequestState
 from .scheduler import Scheduler
-
-Prompt = str | Sequence[int]
+from .token_stream import TokenStream
+from .tokenization import (
+    Prompt,
+    special_stops_of,
+    special_tokens_of,
+    tokens_of_bad_words,
+    tokens_of_chats,
+    tokens_of_prompt,
+    tokens_of_prompts,
+)
 
 SECONDS_BEFORE_PROGRESS = 2.0
 
@@ -51,15 +62,28 @@ def _warn_of_unused_hooks() -> None:
     )
 
 
+def _checked_params(params: object) -> SamplingParams:
+    """Return parameters; the default ones for `None`."""
+    if params is None:
+        return SamplingParams()
+    if isinstance(params, SamplingParams):
+        return params
+    if isinstance(params, Mapping):
+        raise ValueError(f"params={params!r} is a dict: pass SamplingParams(**params).")
+    raise ValueError(f"params is a {type(params).__name__}: pass a SamplingParams, or a list with one for each prompt.")
+
+
 class Engine:
     """Continues prompts. One thread uses an engine: other threads of a server pass their requests to it.
+
+    A call from a second thread raises a RuntimeError while requests are in progress.
 
     Args:
         model: An `NVLlamaForCausalLM` in evaluation mode.
         tokenizer: A tokenizer of transformers, for prompts, texts and stop strings; prompts of tokens need none.
         max_batch_size: Sequences that run at the same time; each beam is one.
-        max_sequence_length: Most tokens of a sequence, prompt included; the configuration's
-            `max_position_embeddings` by default.
+        max_sequence_length: Most tokens of a sequence, prompt included; by default and at most the configuration's
+            `max_position_embeddings`.
         page_size: Tokens of a page of the cache.
         total_num_pages: Pages of the cache. By default as many as `max_batch_size` sequences of
             `max_sequence_length` need, at most as many as fit 85 % of the GPU's free memory, or 2 GiB on a CPU.
@@ -109,6 +133,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.decode_implementation = decode_implementation
         self.max_sequence_length = max_sequence_length_of(model.config, max_sequence_length)
+        self._longest = max_sequence_length_of(model.config, None)
         self.eos_token_ids = eos_token_ids_of(model, tokenizer)
         if total_num_pages is None:
             wanted = max_batch_size * -(-self.max_sequence_length // page_size)
@@ -129,6 +154,9 @@ class Engine:
         )
         self._kind = model_kind(model)
         self._watch = ModelWatch(model) if prefix_caching else None
+        self._thread = OneThread()
+        self._abandoned: deque[int] = deque()  # requests of dropped streams
+        self._special_tokens = special_tokens_of(tokenizer)
         self._submitted = 0
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._layers = LayersDecode(model, self._cache)
@@ -163,17 +191,8 @@ class Engine:
         Raises:
             ValueError: The request does not fit the engine or the model.
         """
-        params = SamplingParams() if params is None else params
-        tokens = self._tokens(prompt)
-        self._check(tokens, params)
-        # From torch's generator, so that torch.manual_seed makes all requests repeatable.
-        seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
-        request = Request(self._submitted, tokens, params, seed, self.eos_token_ids)
-        self.scheduler.submit(request)
-        self._submitted += 1
-        self._requests[request.id] = RequestState(request, self.tokenizer, on_token)
-        self._backend_is_current = False
-        return request.id
+        with self._use():
+            return self._submit(tokens_of_prompt(prompt, self.tokenizer), _checked_params(params), on_token)
 
     def cancel(self, request_id: int) -> bool:
         """End a request; its output has the tokens written so far. Callbacks may call this.
@@ -181,23 +200,27 @@ class Engine:
         Returns:
             Whether the request was in progress: `False` for an unknown id and for a finished request.
         """
-        state = self._requests.get(request_id)
-        if state is None:
-            return False
-        self._end(state)
-        return True
+        with self._use():
+            state = self._requests.get(request_id)
+            if state is None:
+                return False
+            self._end(state)
+            return True
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes, so that the next prompts are computed from their beginnings.
 
         Needed only after a change of the weights that `ModelWatch` cannot see. Running requests keep their pages.
         """
-        self.scheduler.blocks.forget_prefixes()
+        with self._use():
+            self.scheduler.blocks.forget_prefixes()
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has something to do, or to return."""
-        return bool(self._requests or self._outputs)
+        """Whether `step` has something to do, or to return. Any thread may ask."""
+        if not self._abandoned:
+            return bool(self._requests or self._outputs)
+        return not {*self._requests, *self._outputs} <= set(self._abandoned)
 
     def step(self) -> list[RequestOutput]:
         """Compute one step, and return the requests that have finished.
@@ -205,27 +228,121 @@ class Engine:
         An error in the step itself, such as too little memory, ends all requests without outputs. The engine is empty
         then and can be used again.
         """
-        self._advance()
-        outputs, self._outputs = list(self._outputs.values()), {}
-        return outputs
+        with self._use():
+            self._advance()
+            outputs, self._outputs = list(self._outputs.values()), {}
+            return outputs
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Continue prompts, and return when all are done.
 
         Shows a progress bar on a terminal when it takes longer.
 
         Args:
-            prompts: Texts, or lists of tokens.
+            prompts: One prompt or a list of them. A prompt is a text, a list of token ids, or the output of a tokenizer
+                or of `apply_chat_template`, as lists or tensors. A tokenizer's output may hold several texts; its
+                `attention_mask` says which tokens are padding.
             params: For all of them, or for each.
 
         Returns:
-            The outputs, in the order of the prompts.
+            The outputs, in the order of the prompts; also for one prompt a list.
 
         Raises:
             ValueError: A request does not fit; none has been started then.
         """
+        with self._use():
+            return self._generate(tokens_of_prompts(prompts, self.tokenizer), params)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, by the tokenizer's chat template.
+
+        Args:
+            messages: A list of messages, each a dict with "role" and "content"; or a list of such lists.
+            params: For all conversations, or for each.
+            add_generation_prompt: End the prompt with the beginning of an answer.
+            continue_final_message: Continue the last message instead; needs `add_generation_prompt=False`.
+            tools: Functions or their JSON schemas, for the template.
+            chat_template: Instead of the tokenizer's own.
+            chat_template_kwargs: Further variables of the template.
+
+        Returns:
+            The outputs, in the order of the conversations; also for one conversation a list.
+
+        Raises:
+            ValueError: A request does not fit, or the tokenizer has no chat template; none has been started then.
+        """
+        with self._use():
+            prompts = tokens_of_chats(
+                messages,
+                self.tokenizer,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                **(chat_template_kwargs or {}),
+            )
+            return self._generate(prompts, params)
+
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> TokenStream:
+        """Continue one prompt or several, and yield tokens as they arrive.
+
+        The requests are in the queue when this method returns. Leaving the loop, or dropping the iterator before its
+        first event, cancels the rest.
+
+        Args:
+            prompts: As in `generate`.
+            params: For all of them, or for each.
+
+        Raises:
+            ValueError: A request does not fit; none has been started then.
+        """
+        events: deque[TokenEvent] = deque()
+        with self._use():
+            ids = self._submit_all(tokens_of_prompts(prompts, self.tokenizer), params, events.append)
+
+        def advance() -> bool:
+            with self._use():
+                is_running = any(request_id in self._requests for request_id in ids)
+                if is_running:
+                    self._advance()
+                return is_running
+
+        def close() -> None:
+            with self._use():
+                self._forget(ids)
+
+        return TokenStream(events, advance, close, lambda: self._abandoned.extend(ids))
+
+    # --- submitting ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _use(self) -> Iterator[None]:
+        """Refuse calls from other threads, and end requests of dropped streams."""
+        is_outermost = self._thread.enter(bool(self._requests or self._outputs))
+        try:
+            while is_outermost and self._abandoned:
+                self._forget([self._abandoned.popleft()])
+            yield
+        finally:
+            self._thread.leave()
+
+    def _generate(
+        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
         ids = self._submit_all(prompts, params, None)
         missing = set(ids)
         outputs: dict[int, RequestOutput] = {}
@@ -241,88 +358,112 @@ class Engine:
             self._forget(missing)
         return [outputs[request_id] for request_id in ids]
 
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Iterator[TokenEvent]:
-        """Continue one prompt or several, and yield tokens as they arrive. Leaving the loop cancels the rest.
-
-        Args:
-            prompts: One text or list of tokens, or several.
-            params: For all of them, or for each.
-
-        Raises:
-            ValueError: A request does not fit; none has been started then.
-        """
-        one = isinstance(prompts, str) or not isinstance(next(iter(prompts), None), str | Sequence)
-        events: deque[TokenEvent] = deque()
-        each: Any = [prompts] if one else prompts
-        ids = self._submit_all(each, params, events.append)
-        return self._events(set(ids), events)
-
-    # --- submitting ---------------------------------------------------------------------------------------------------
-
     def _submit_all(
         self,
-        prompts: Sequence[Prompt],
+        prompts: list[list[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_token: Callable[[TokenEvent], None] | None,
     ) -> list[int]:
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts={prompts!r} is one text: give a list of prompts.")
-        each = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if isinstance(params, Sequence) and not isinstance(params, str):
+            each = [_checked_params(its_params) for its_params in params]
+        else:
+            each = [_checked_params(params)] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one for each, or one.")
         ids: list[int] = []
         try:
             for prompt, its_params in zip(prompts, each, strict=True):
-                ids.append(self.submit(prompt, its_params, on_token))
+                ids.append(self._submit(prompt, its_params, on_token))
         except BaseException:
             self._forget(ids)
             raise
         return ids
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise ValueError("prompt is a text, but the engine has no tokenizer: give it one, or give tokens.")
-        return list(self.tokenizer(prompt)["input_ids"])
+    def _submit(self, tokens: list[int], params: SamplingParams, on_token: Callable[[TokenEvent], None] | None) -> int:
+        special_stops = special_stops_of(params, self._special_tokens)
+        bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
+        # From torch's generator, so that torch.manual_seed makes all requests repeatable.
+        seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        self._check(tokens, params, special_stops, bad_words)
+        params = self._with_length(tokens, params)
+        request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)
+        self.scheduler.submit(request)
+        self._submitted += 1
+        self._requests[request.id] = RequestState(request, self.tokenizer, on_token)
+        self._backend_is_current = False
+        return request.id
 
-    def _check(self, tokens: list[int], params: SamplingParams) -> None:
-        vocab_size = self.model.lm_head.out_features
+    def _with_length(self, tokens: list[int], params: SamplingParams) -> SamplingParams:
+        """Refuse prompts and lengths beyond the limit; return parameters whose `max_tokens` is a number."""
+        limit, given = self.max_sequence_length, len(tokens)
+        longer = "make an engine for longer sequences" if limit < self._longest else "it is the model's limit"
+        if given >= limit:
+            raise ValueError(
+                f"prompt has {given} tokens, but max_sequence_length={limit}, so no token can follow: shorten the "
+                f"prompt ({longer})."
+            )
+        if params.max_tokens is not None:
+            if given + params.max_tokens > limit:
+                raise ValueError(
+                    f"prompt has {given} tokens and max_tokens={params.max_tokens}, but max_sequence_length={limit}: "
+                    f"shorten one of them, or give max_tokens=None for as many as fit ({longer})."
+                )
+            return params
+        most = min(limit - given, self.scheduler.blocks.most_tokens(given, params.n, params.num_beams))
+        if most < max(1, params.min_tokens):
+            raise ValueError(
+                f"prompt has {given} tokens and min_tokens={params.min_tokens}, but max_sequence_length={limit} and "
+                f"total_num_pages={self.scheduler.blocks.pool.total_num_pages} leave room for {most}: shorten one of "
+                "them, or make an engine for more."
+            )
+        return dataclasses.replace(params, max_tokens=most)
+
+    def _check(
+        self, tokens: list[int], params: SamplingParams, special_stops: dict[str, int], bad_words: list[list[int]]
+    ) -> None:
+        """Refuse tokens and texts that the model or the tokenizer does not have."""
         if not tokens:
             raise ValueError("prompt has no tokens: give at least one, such as the BOS token.")
-        for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
+        vocab_size = self.model.lm_head.out_features
+        for name, ids in (
+            ("prompt", tokens),
+            ("stop_token_ids", params.stop_token_ids),
+            ("stop", special_stops.values()),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words", [token for word in bad_words for token in word]),
+        ):
             if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
                 raise ValueError(
                     f"{name} has the tokens {min(ids)} to {max(ids)}, but the model knows 0 to {vocab_size - 1}: use "
                     "the model's own tokenizer."
                 )
-        if len(tokens) + params.max_tokens > self.max_sequence_length:
-            raise ValueError(
-                f"prompt has {len(tokens)} tokens and max_tokens={params.max_tokens}, but max_sequence_length="
-                f"{self.max_sequence_length}: shorten one of them, or make an engine for longer sequences."
-            )
         if params.stop and self.tokenizer is None:
             raise ValueError(
                 f"stop={params.stop!r} needs text, but the engine has no tokenizer: give it one, or use stop_token_ids."
             )
+        if params.bad_words and self.tokenizer is None:
+            raise ValueError(
+                f"bad_words={params.bad_words!r} needs tokens, but the engine has no tokenizer: give it one, or use "
+                "logit_bias or allowed_token_ids."
+            )
+        if params.allowed_token_ids is not None:
+            forbidden = {word[-1] for word in bad_words}
+            if params.min_tokens:
+                forbidden.update(params.stop_token_ids, special_stops.values())
+                forbidden.update(() if params.ignore_eos else self.eos_token_ids)
+            if forbidden.issuperset(params.allowed_token_ids):
+                raise ValueError(
+                    f"allowed_token_ids={params.allowed_token_ids!r} leaves no token that min_tokens="
+                    f"{params.min_tokens} and bad_words={params.bad_words!r} do not forbid: allow more tokens."
+                )
 
     def _forget(self, ids: Sequence[int] | set[int]) -> None:
         """Cancel requests, and drop their outputs."""
         for request_id in ids:
-            self.cancel(request_id)
+            if (state := self._requests.get(request_id)) is not None:
+                self._end(state)
             self._outputs.pop(request_id, None)
-
-    def _events(self, ids: set[int], events: deque[TokenEvent]) -> Iterator[TokenEvent]:
-        try:
-            while events or any(request_id in self._requests for request_id in ids):
-                if not events:
-                    self._advance()
-                while events:
-                    yield events.popleft()
-        finally:
-            self._forget(ids)
 
     # --- stepping -----------------------------------------------------------------------------------------------------
 
@@ -423,14 +564,25 @@ class Engine:
         if state is None:
             return  # it ended while this step was running
         assert state.history is not None
-        state.history.add(beams.candidate_tokens, beams.candidate_sources, beams.candidate_scores)
+        state.history.add(
+            beams.candidate_tokens,
+            beams.candidate_sources,
+            beams.candidate_scores,
+            beams.text_ends,
+            beams.candidate_logprobs,
+            beams.top,
+        )
         if not state.history.done:
             self.scheduler.blocks.reorder(request.sequences, beams.sources, beams.length)
             return
         self.scheduler.remove(request.sequences)
         for sequence, hypothesis in state.keep_best():
-            for token in hypothesis.token_ids:
-                self._append(sequence, token)
+            wanted, positions = request.params.logprobs, hypothesis.positions
+            for index, token in enumerate(hypothesis.token_ids):
+                here = None
+                if wanted is not None and positions is not None:
+                    here = TokenLogprobs(positions[index].logprob, tuple(positions[index].top[:wanted]))
+                self._append(sequence, token, here)
 
     def _call_back(
         self, state: RequestState, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None

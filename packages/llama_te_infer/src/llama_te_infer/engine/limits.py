@@ -50,8 +50,9 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
         wanted: The user's choice; `None` for the model's limit.
 
     Raises:
-        ValueError: The model's rotary angles depend on the length of the longest sequence, and would change below
-            `wanted`. Sequences of different lengths run together, and cached keys keep their rotation.
+        ValueError: `wanted` is more than the model's limit; or the model's rotary angles depend on the length of the
+            longest sequence, and would change below `wanted`. Sequences of different lengths run together, and cached
+            keys keep their rotation.
     """
     longest = int(config.max_position_embeddings)
     rope_type = config.rope_parameters["rope_type"]
@@ -64,6 +65,12 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
         raise ValueError(
             f"max_sequence_length={wanted}, but with rope_type={rope_type!r} angles change beyond {longest} tokens, "
             f"for all texts of a batch: give at most {longest}, or use model.generate for longer ones."
+        )
+    if wanted > longest:
+        raise ValueError(
+            f"max_sequence_length={wanted}, but the model's max_position_embeddings is {longest}: give at most "
+            f"{longest}. For longer sequences give the model's configuration rope_parameters that scale its rotary "
+            "angles, and the new max_position_embeddings."
         )
     return wanted
 

@@ -21,6 +21,7 @@ from llama_te_core.compat.torch import (
     storage_reference,
     tensor_state,
 )
+from llama_te_core.compat.transformer_engine import held_tensors
 
 _watches: weakref.WeakSet[ModelWatch] = weakref.WeakSet()
 
@@ -58,6 +59,7 @@ class ModelWatch:
     def __init__(self, model: nn.Module) -> None:
         _note_steps()
         self._model = model
+        self._stepped = False  # whether an optimizer of one of the tensors has taken a step since `_record`
         self._record(*self._look())
         _watches.add(self)
 
@@ -85,7 +87,7 @@ class ModelWatch:
         self.has_adapters = any(map(_is_adapted, modules))
         self._modules = [weakref.ref(module) for module in modules]
         self._tensors = set(map(id, tensors))
-        self._stepped = False  # whether an optimizer of one of these tensors has taken a step since
+        self._stepped = False
         # While these exist, no other storage has the identity of one of these storages.
         self._storages = [storage_reference(tensor) for tensor in tensors]
 
@@ -108,7 +110,7 @@ class ModelWatch:
         for tensor in tensors:  # gets longer by the tensors that hold the values of quantized ones
             numbers += tensor_state(tensor)
             if type(tensor) is not nn.Parameter:
-                tensors += [part for part in vars(tensor).values() if isinstance(part, torch.Tensor)]
+                tensors += held_tensors(tensor)
         return _State(list(map(id, modules)), numbers, extras), modules, tensors
 
 
@@ -131,4 +133,9 @@ def _is_adapted(module: nn.Module) -> bool:
 
 @functools.cache
 def _note_steps() -> None:
-    after_each_optimizer_step(lambda optimizer: [watch.note_step(optimizer) for watch in list(_watches)])
+    after_each_optimizer_step(_note_step)
+
+
+def _note_step(optimizer: torch.optim.Optimizer) -> None:
+    for watch in list(_watches):
+        watch.note_step(optimizer)

@@ -9,6 +9,7 @@ from typing import Any
 from ..runner.beam_search import BeamHistory, Hypothesis
 from ..runner.sequence import Request, Sequence
 from ..runner.stopping import FinishReason
+from .beam_texts import StoppingTexts
 from .detokenizer import Detokenizer
 from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
 
@@ -30,10 +31,11 @@ class RequestState:
         self, request: Request, tokenizer: Any | None, on_token: Callable[[TokenEvent], None] | None = None
     ) -> None:
         self.request, self.on_token = request, on_token
+        self._tokenizer = tokenizer
         self.history: BeamHistory | None = None
         self.error: Exception | None = None
         count = len(request.sequences)
-        self._detokenizers = [Detokenizer(tokenizer, request.stop.stop_strings) for _ in range(count)]
+        self._detokenizers = [detokenizer_of(request, tokenizer) for _ in range(count)]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
         self._scores: list[float | None] = [None] * count
         self._prompt_logprobs: dict[int, float] = {}  # by position in the prompt
@@ -47,8 +49,13 @@ class RequestState:
         if logprobs is not None:
             self._logprobs[sequence.index].append(logprobs)
         written = len(sequence.tokens) - len(self.request.prompt)
-        if not stop.ends_with(token, written):  # the text does not include the token that ends it
+        if not stop.ends_with(token, written):
             detokenizer.add(token, stop.may_end(written))
+        elif self.request.params.include_stop_str_in_output:  # otherwise the text is without the token that ends it
+            if token in stop.special_strings:
+                detokenizer.add_end(stop.special_strings[token])
+            else:
+                detokenizer.add(token, may_stop=False)
         ending = stop.ending(token, written, detokenizer.stopped_by)
         if ending is not None:
             self.end(sequence, *ending)
@@ -65,7 +72,11 @@ class RequestState:
     def begin_search(self) -> None:
         """Begin a beam search, for the first time or again after the request was preempted."""
         params = self.request.params
-        self.history = BeamHistory(params.num_beams, self.request.stop, params.length_penalty, params.early_stopping)
+        stop = self.request.stop
+        self.history = BeamHistory(params.num_beams, stop, params.length_penalty, params.early_stopping)
+        if stop.stop_strings:
+            empty = detokenizer_of(self.request, self._tokenizer)
+            self.request.beam_texts = StoppingTexts(params.num_beams, stop, empty)
 
     def keep_best(self) -> list[tuple[Sequence, Hypothesis]]:
         """Keep `n` sequences for the best results of the beam search; return both."""
@@ -113,3 +124,11 @@ class RequestState:
         if not self.request.params.prompt_logprobs or len(self._prompt_logprobs) < len(prompt) - 1:
             return None
         return [None, *(self._prompt_logprobs[position] for position in range(1, len(prompt)))]
+
+
+def detokenizer_of(request: Request, tokenizer: Any | None) -> Detokenizer:
+    """Return an empty text of a request."""
+    params = request.params
+    return Detokenizer(
+        tokenizer, request.stop.stop_strings, params.skip_special_tokens, params.include_stop_str_in_output
+    )

@@ -3,15 +3,16 @@
 The device's part picks the next tokens and never waits for the host. The host's part reads the picked tokens at any
 later time, keeps the finished sequences and decides when the search is over. It ignores further steps of the device.
 
-Shapes: G groups (prompts), B beams of a group, V vocabulary, E end tokens, C candidates of a step.
+Shapes: G groups (prompts), B beams of a group, V vocabulary, E end tokens, C candidates of a step, K most likely tokens
+to report.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
@@ -31,6 +32,11 @@ class BeamStep(NamedTuple):
         candidate_token_GC: int64, the most likely continuations, with the end tokens among them.
         candidate_source_GC: int64.
         candidate_score_GC: float32, best first.
+        text_ends_GC: bool, candidates whose text ends with a stop string; `None` if no group has stop strings.
+        candidate_logprob_GC: float32, the model's log-probabilities of the candidates' tokens; `None` if no group
+            reports them, as the following ones.
+        top_logprob_GBK: float32, the highest log-probabilities after each beam, in descending order.
+        top_token_GBK: int64, their tokens.
     """
 
     token_GB: torch.Tensor
@@ -39,6 +45,26 @@ class BeamStep(NamedTuple):
     candidate_token_GC: torch.Tensor
     candidate_source_GC: torch.Tensor
     candidate_score_GC: torch.Tensor
+    text_ends_GC: torch.Tensor | None = None
+    candidate_logprob_GC: torch.Tensor | None = None
+    top_logprob_GBK: torch.Tensor | None = None
+    top_token_GBK: torch.Tensor | None = None
+
+
+class BeamTexts(Protocol):
+    """The texts of a search's beams, in which stop strings may appear. They are as far as the launched steps."""
+
+    def ends(self, tokens: Sequence[int], sources: Sequence[int]) -> list[bool]:
+        """Take one step: choose among candidates as `select_beams` does.
+
+        Args:
+            tokens: `candidate_token_GC` of this group, C numbers.
+            sources: `candidate_source_GC`.
+
+        Returns:
+            Whether each candidate's text ends with a stop string.
+        """
+        ...
 
 
 def first_scores(groups: int, num_beams: int, device: torch.device | str) -> torch.Tensor:
@@ -53,8 +79,10 @@ def select_beams(
     score_GB: torch.Tensor,
     ending_token_GE: torch.Tensor,
     may_not_end_G: torch.Tensor | None = None,
+    text_ends: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    top_logprobs: int | None = None,
 ) -> BeamStep:
-    """Pick the continuations of all beams. Can be captured in a CUDA graph; does not wait for the device.
+    """Pick the continuations of all beams. Does not wait for the device, and can be captured in a CUDA graph.
 
     Among equally good candidates the lower beam comes first, then the lower token id.
 
@@ -63,12 +91,16 @@ def select_beams(
         score_GB: float32, from `first_scores` or the last step.
         ending_token_GE: int64, the end tokens of each group, padded with -1.
         may_not_end_G: bool, whether the group's sequences are too short to end; by default none is.
+        text_ends: Returns `text_ends_GC`, given `candidate_token_GC` and `candidate_source_GC`. It may wait.
+        top_logprobs: The number of most likely tokens to report after each beam; `None` for no log-probabilities.
 
     Returns:
-        The step, with C = max(2, E + 1) * B candidates. At least B of these continue.
+        The step, with C = max(2, E + 1) * B candidates. At least B of these do not end with an end token. Where texts
+        of more candidates end, such candidates fill up the beams, with a score that keeps them behind all others.
     """
     num_beams, vocab_size = logits_GBV.shape[1:]
-    score_GBV = logits_GBV.float().log_softmax(dim=-1) + score_GB[:, :, None]
+    logprob_GBV = logits_GBV.float().log_softmax(dim=-1)
+    score_GBV = logprob_GBV + score_GB[:, :, None]
     if may_not_end_G is not None:
         token_V = torch.arange(vocab_size, device=logits_GBV.device)
         ends_GV = (token_V[:, None] == ending_token_GE[:, None, :]).any(dim=-1)
@@ -80,15 +112,33 @@ def select_beams(
     candidate_token_GC = place_GC - candidate_source_GC * vocab_size
 
     ends_GC = (candidate_token_GC[:, :, None] == ending_token_GE[:, None, :]).any(dim=-1)
+    text_ends_GC = None
+    running_score_GC = candidate_score_GC
+    if text_ends is not None:
+        text_ends_GC = text_ends(candidate_token_GC, candidate_source_GC)
+        ends_GC |= text_ends_GC
+        running_score_GC = candidate_score_GC + ends_GC * NO_BEAM
+    reported: list[torch.Tensor] = []
+    if top_logprobs is not None:
+        reported = [logprob_GBV.flatten(1).gather(1, place_GC), *largest(logprob_GBV, min(top_logprobs, vocab_size))]
     continuing_GB = ends_GC.byte().sort(dim=1, stable=True).indices[:, :num_beams]
     return BeamStep(
         candidate_token_GC.gather(1, continuing_GB),
         candidate_source_GC.gather(1, continuing_GB),
-        candidate_score_GC.gather(1, continuing_GB),
+        running_score_GC.gather(1, continuing_GB),
         candidate_token_GC,
         candidate_source_GC,
         candidate_score_GC,
+        text_ends_GC,
+        *reported,
     )
+
+
+class Position(NamedTuple):
+    """Log-probabilities at one position of a beam: of its token, and of the most likely tokens with their ids."""
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -98,10 +148,12 @@ class Hypothesis:
     Attributes:
         token_ids: The tokens after the prompt, with the end token if there is one.
         score: Its log-probability divided by length ** length_penalty.
+        positions: The log-probabilities of each token, if the search reports them.
     """
 
     token_ids: tuple[int, ...]
     score: float
+    positions: tuple[Position, ...] | None = None
 
 
 class _Finished(NamedTuple):
@@ -109,6 +161,7 @@ class _Finished(NamedTuple):
     length: int
     source: int  # the beam before its last token
     token: int
+    logprob: float | None
 
 
 class BeamHistory:
@@ -136,39 +189,59 @@ class BeamHistory:
         self.done = False
         self._token_SB: list[list[int]] = []  # for each step S: its beams' last tokens, and the beams before them
         self._source_SB: list[list[int]] = []
+        self._logprob_SB: list[list[float | None]] = []
+        self._top_SB: list[list[list[tuple[int, float]]]] = []  # after the beams before step S
         self._finished: list[_Finished] = []  # the best ones, at most B, best first
 
-    def add(self, tokens: Sequence[int], sources: Sequence[int], scores: Sequence[float]) -> None:
+    def add(
+        self,
+        tokens: Sequence[int],
+        sources: Sequence[int],
+        scores: Sequence[float],
+        text_ends: Sequence[bool] | None = None,
+        logprobs: Sequence[float] | None = None,
+        top: list[list[tuple[int, float]]] | None = None,
+    ) -> None:
         """Record a step. Does nothing once the search is over.
 
         Args:
             tokens: `candidate_token_GC` of this group, C numbers.
             sources: `candidate_source_GC`.
             scores: `candidate_score_GC`.
+            text_ends: `text_ends_GC`; by default no text ends.
+            logprobs: `candidate_logprob_GC`; by default the hypotheses get none.
+            top: For each beam before the step, the most likely tokens and their log-probabilities.
         """
         if self.done:
             return
         length = len(self._token_SB) + 1
         at_limit = self.stop.is_complete(length)
         # `select_beams` excludes end tokens in beams that are too short, so there is no length check here.
-        continuing = []
+        continuing: list[int] = []
+        ended: list[int] = []
         for i, (token, source, score) in enumerate(zip(tokens, sources, scores, strict=True)):
-            if not at_limit and token not in self.stop.end_tokens:
-                continuing.append(i)
-            elif i < self.num_beams:  # a less likely end does not count
-                self._finished.append(_Finished(self._normalized(score, length), length, source, token))
+            ends = at_limit or token in self.stop.end_tokens or (text_ends is not None and text_ends[i])
+            (ended if ends else continuing).append(i)
+            if ends and i < self.num_beams:  # a less likely end does not count
+                logprob = None if logprobs is None else logprobs[i]
+                self._finished.append(_Finished(self._normalized(score, length), length, source, token, logprob))
+        is_last, best_score = not continuing, scores[(continuing or ended)[0]]
+        continuing += ended  # they fill up the beams, as `select_beams` says
         self._finished.sort(key=lambda finished: -finished.score)
         del self._finished[self.num_beams :]
         self._token_SB.append([tokens[i] for i in continuing[: self.num_beams]])
         self._source_SB.append([sources[i] for i in continuing[: self.num_beams]])
-        self.done = at_limit or (
+        self._logprob_SB.append([None if logprobs is None else logprobs[i] for i in continuing[: self.num_beams]])
+        if top is not None:
+            self._top_SB.append(top)
+        self.done = is_last or (
             len(self._finished) == self.num_beams
-            and (self.early_stopping is True or not self._can_improve(scores[continuing[0]], length))
+            and (self.early_stopping is True or not self._can_improve(best_score, length))
         )
 
     def best(self, n: int) -> list[Hypothesis]:
         """Return the n best finished sequences, best first; fewer before the search is over."""
-        return [Hypothesis(self._tokens(finished), finished.score) for finished in self._finished[:n]]
+        return [self._hypothesis(finished) for finished in self._finished[:n]]
 
     def _can_improve(self, best_score: float, length: int) -> bool:
         """Return whether the best running beam might end with a better score than the worst finished sequence."""
@@ -180,12 +253,22 @@ class BeamHistory:
         """Divide the score by the length's power and round to float32; in float64 the search might end a step later."""
         return _float32(score / _float32(float(length) ** self.length_penalty))
 
-    def _tokens(self, finished: _Finished) -> tuple[int, ...]:
-        tokens, beam = [finished.token], finished.source
+    def _hypothesis(self, finished: _Finished) -> Hypothesis:
+        """Follow a sequence back to its first token."""
+        tokens, logprobs, sources = [finished.token], [finished.logprob], [finished.source]
         for step in reversed(range(finished.length - 1)):
+            beam = sources[-1]
             tokens.append(self._token_SB[step][beam])
-            beam = self._source_SB[step][beam]
-        return tuple(reversed(tokens))
+            logprobs.append(self._logprob_SB[step][beam])
+            sources.append(self._source_SB[step][beam])
+        positions = None
+        if self._top_SB:
+            positions = tuple(
+                Position(logprob, self._top_SB[step][source])
+                for step, (logprob, source) in enumerate(zip(reversed(logprobs), reversed(sources), strict=True))
+                if logprob is not None
+            )
+        return Hypothesis(tuple(reversed(tokens)), finished.score, positions)
 
 
 def _float32(value: float) -> float:

@@ -101,11 +101,22 @@ class ModelRunner:
         most = max(len(rule.end_tokens) for rule in rules)
         end_tokens = [[*rule.end_tokens, *[-1] * (most - len(rule.end_tokens))] for rule in rules]
         too_short = [not s.request.stop.may_end(s.length - len(s.request.prompt)) for s in searches]
+        texts = [search.request.beam_texts for search in searches]
+
+        def text_ends(token_GC: torch.Tensor, source_GC: torch.Tensor) -> torch.Tensor:
+            # The device waits for the host: only the host knows texts, and the beams depend on which of them end.
+            columns = zip(texts, token_GC.tolist(), source_GC.tolist(), strict=True)
+            ends = [[False] * len(t) if text is None else text.ends(t, s) for text, t, s in columns]
+            return to_device(ends, torch.bool, device)
+
+        wanted = [s.request.params.logprobs for s in searches if s.request.params.logprobs is not None]
         step = select_beams(
             logits_BV[row_GN],
             state.score_R[row_GN],
             to_device(end_tokens, torch.int64, device),
             to_device(too_short, torch.bool, device) if any(too_short) else None,
+            text_ends if any(text is not None for text in texts) else None,
+            max(wanted, default=None),
         )
         state.token_R[row_GN] = step.token_GB
         state.score_R[row_GN] = step.score_GB

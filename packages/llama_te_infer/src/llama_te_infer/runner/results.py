@@ -44,6 +44,9 @@ class BeamResult(NamedTuple):
         candidate_tokens: See `BeamHistory.add`.
         candidate_sources: See there.
         candidate_scores: See there.
+        text_ends: See there.
+        candidate_logprobs: See there.
+        top: See there.
     """
 
     request: Request
@@ -52,6 +55,9 @@ class BeamResult(NamedTuple):
     candidate_tokens: list[int]
     candidate_sources: list[int]
     candidate_scores: list[float]
+    text_ends: list[bool] | None = None
+    candidate_logprobs: list[float] | None = None
+    top: list[list[tuple[int, float]]] | None = None
 
 
 class StepResult(NamedTuple):
@@ -94,7 +100,10 @@ class Pending:
         for name in ("token_B", "logprob_B", "top_logprob_BK", "top_token_BK"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else to_host(tensor))
-        self.searches = [(searches, BeamStep(*map(to_host, step))) for searches, step in self.searches]
+        self.searches = [
+            (searches, BeamStep._make(None if tensor is None else to_host(tensor) for tensor in step))
+            for searches, step in self.searches
+        ]
         self.prompts = [(request, position, to_host(logprob_T)) for request, position, logprob_T in self.prompts]
         self.arrived = torch.cuda.Event()
         self.arrived.record()
@@ -120,8 +129,22 @@ class Pending:
 
 
 def _beam_results(searches: list[Search], step: BeamStep) -> list[BeamResult]:
-    lists = (step.source_GB, step.candidate_token_GC, step.candidate_source_GC, step.candidate_score_GC)
-    columns = zip(*(tensor.tolist() for tensor in lists), strict=True)
-    return [
+    lists = (
+        step.source_GB,
+        step.candidate_token_GC,
+        step.candidate_source_GC,
+        step.candidate_score_GC,
+        step.text_ends_GC,
+        step.candidate_logprob_GC,
+    )
+    columns = zip(*([None] * len(searches) if t is None else t.tolist() for t in lists), strict=True)
+    results = [
         BeamResult(search.request, search.length, *column) for search, column in zip(searches, columns, strict=True)
+    ]
+    if step.top_token_GBK is None or step.top_logprob_GBK is None:
+        return results
+    tops = zip(step.top_token_GBK.tolist(), step.top_logprob_GBK.tolist(), strict=True)
+    return [
+        result._replace(top=[list(zip(*beam, strict=True)) for beam in zip(*top, strict=True)])
+        for result, top in zip(results, tops, strict=True)
     ]

@@ -4,15 +4,17 @@ A drawn token depends only on its row's seed, its position in the sequence and i
 the seed, the position and the token's id, and the order of every sum is independent of the batch. So a request gets the
 same tokens in any row of any batch, and again after a preemption.
 
-Shapes: R rows, B rows of the batch, V vocabulary, K most likely tokens to report.
+Shapes: R rows, B rows of the batch, V vocabulary, K most likely tokens to report, N bad words, L tokens before the last
+one of the longest bad word.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from ..decode.greedy import GreedyWorkspace, take_likeliest
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
@@ -26,6 +28,9 @@ class SamplingNeeds(NamedTuple):
         random: At least one row draws its token.
         filtered: At least one row draws from a part of the vocabulary, which needs a sort.
         masked: At least one row has a repetition penalty, or may not end yet.
+        biased: At least one row has a bias on logits, allowed tokens, or a forbidden token.
+        counted: At least one row has a presence or frequency penalty.
+        bad_words: At least one row has a bad word of several tokens.
         top_logprobs: The number of most likely tokens to report: 0 or the limit, which keeps the combinations few.
             `None` if no log-probability is reported, not even the chosen token's.
     """
@@ -33,6 +38,9 @@ class SamplingNeeds(NamedTuple):
     random: bool = False
     filtered: bool = False
     masked: bool = False
+    biased: bool = False
+    counted: bool = False
+    bad_words: bool = False
     top_logprobs: int | None = None
 
 
@@ -52,6 +60,20 @@ class Sampled(NamedTuple):
     top_token_BK: torch.Tensor | None = None
 
 
+class BadWords(NamedTuple):
+    """Bad words of several tokens. The last token gets no probability where the others precede it.
+
+    Attributes:
+        row_N: int64, the row that may not write the word.
+        before_NL: int64, its tokens before the last one, behind as many -1 as are missing.
+        last_N: int64, its last token.
+    """
+
+    row_N: torch.Tensor
+    before_NL: torch.Tensor
+    last_N: torch.Tensor
+
+
 class RowSampling:
     """The rows' sampling parameters, as tensors on the device. A row without parameters is greedy.
 
@@ -66,17 +88,27 @@ class RowSampling:
         seen_RV: bool, the tokens of a row's prompt and output. Only rows with a repetition penalty or `min_tokens` have
             entries; `None` until the first such row is set.
         ending_RV: bool, the tokens that would end a row. The same rows have entries.
+        bias_RV: float32, numbers to add to the logits, -inf for tokens that a row may not write. `None` until a row
+            needs it, as the following ones.
+        count_RV: int32, how often each token is in a row's output.
+        recent_RL: int64, the last tokens of a row's output, -1 in front of the first one.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
         self.rows, self.vocab_size, self.device = rows, vocab_size, torch.device(device)
         # One table for each type: two copies then set a row.
-        self._number_RF = torch.zeros(rows, 4, dtype=torch.float32, device=device)
+        self._number_RF = torch.zeros(rows, 6, dtype=torch.float32, device=device)
         self._integer_RF = torch.zeros(rows, 3, dtype=torch.int64, device=device)
-        self.temperature_R, self.top_p_R, self.min_p_R, self.repetition_penalty_R = self._number_RF.unbind(1)
+        self.temperature_R, self.top_p_R, self.min_p_R, *penalties = self._number_RF.unbind(1)
+        self.repetition_penalty_R, self.presence_penalty_R, self.frequency_penalty_R = penalties
         self.seed_R, self.top_k_R, self.min_length_R = self._integer_RF.unbind(1)
         self.seen_RV: torch.Tensor | None = None
         self.ending_RV: torch.Tensor | None = None
+        self.bias_RV: torch.Tensor | None = None
+        self.count_RV: torch.Tensor | None = None
+        self.recent_RL: torch.Tensor | None = None
+        self._words: list[list[list[int]]] = [[] for _ in range(rows)]  # bad words of several tokens
+        self._word_table: BadWords | None = None  # of all rows; `None` after a change
         self.greedy_workspace = GreedyWorkspace(rows, device)
         self.token_hash_V = _hash_tokens(vocab_size, self.device)
         self._needs = [SamplingNeeds()] * rows
@@ -91,6 +123,7 @@ class RowSampling:
         token_ids: Sequence[int],
         stop: StopRule,
         prompt_length: int | None = None,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> None:
         """Give a row to a sequence.
 
@@ -101,12 +134,19 @@ class RowSampling:
             token_ids: The prompt and the tokens written so far.
             stop: The sequence's stop rule.
             prompt_length: Tokens of the prompt; by default all of `token_ids`.
+            bad_words: The tokens of each word of `params.bad_words`.
 
         Raises:
             ValueError: A token is not in the vocabulary.
         """
         ending = stop.end_tokens
-        for name, tokens in (("token_ids", token_ids), ("the tokens that end a sequence", ending)):
+        for name, tokens in (
+            ("token_ids", token_ids),
+            ("the tokens that end a sequence", ending),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+            ("bad_words", [token for word in bad_words for token in word]),
+        ):
             for token in (min(tokens, default=0), max(tokens, default=0)):
                 if not 0 <= token < self.vocab_size:
                     raise ValueError(
@@ -116,7 +156,14 @@ class RowSampling:
         prompt_length = len(token_ids) if prompt_length is None else prompt_length
         self._write(
             row,
-            [params.temperature, params.top_p, params.min_p, params.repetition_penalty],
+            [
+                params.temperature,
+                params.top_p,
+                params.min_p,
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+            ],
             [
                 seed,
                 min(params.top_k, self.vocab_size) or self.vocab_size,
@@ -124,29 +171,51 @@ class RowSampling:
             ],
         )
         random = params.temperature > 0
-        self._needs[row] = SamplingNeeds(
+        single = [word[0] for word in bad_words if len(word) == 1]
+        self._set_words(row, [list(word) for word in bad_words if len(word) > 1])
+        needs = SamplingNeeds(
             random=random,
             filtered=random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
             masked=stop.forbids_end_tokens or params.repetition_penalty != 1,
+            biased=bool(params.logit_bias or single) or params.allowed_token_ids is not None,
+            counted=params.presence_penalty != 0 or params.frequency_penalty != 0,
+            bad_words=bool(self._words[row]),
             top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
         )
+        self._set_needs(row, needs)
         if self._needs[row].masked:
             self._mark(row, token_ids, ending)
+        if self._needs[row].biased:
+            self._bias(row, params, single)
+        if self._needs[row].counted:
+            self._count(row, token_ids[prompt_length:])
+        if self._needs[row].bad_words:
+            self._keep_recent(row, token_ids[prompt_length:])
 
     def move(self, to: int, source: int) -> None:
         """Copy another row's parameters to a row."""
         self._number_RF[to].copy_(self._number_RF[source])
         self._integer_RF[to].copy_(self._integer_RF[source])
-        self._needs[to] = self._needs[source]
+        self._set_needs(to, self._needs[source])
         if self._needs[to].masked:
             assert self.seen_RV is not None and self.ending_RV is not None
             self.seen_RV[to].copy_(self.seen_RV[source])
             self.ending_RV[to].copy_(self.ending_RV[source])
+        for needed, table in (
+            (self._needs[to].biased, self.bias_RV),
+            (self._needs[to].counted, self.count_RV),
+            (self._needs[to].bad_words, self.recent_RL),
+        ):
+            if needed:
+                assert table is not None
+                table[to].copy_(table[source])
+        self._set_words(to, self._words[source])
 
     def clear(self, row: int) -> None:
         """Make a row greedy, the mode with the least work."""
-        self._write(row, [0.0, 1.0, 0.0, 1.0], [0, self.vocab_size, 0])
-        self._needs[row] = SamplingNeeds()
+        self._write(row, [0.0, 1.0, 0.0, 1.0, 0.0, 0.0], [0, self.vocab_size, 0])
+        self._set_words(row, [])
+        self._set_needs(row, SamplingNeeds())
 
     def needs(self, rows: Iterable[int]) -> SamplingNeeds:
         """Return the kinds of work that a batch of these rows needs."""
@@ -155,8 +224,70 @@ class RowSampling:
             random=any(kind.random for kind in kinds),
             filtered=any(kind.filtered for kind in kinds),
             masked=any(kind.masked for kind in kinds),
+            biased=any(kind.biased for kind in kinds),
+            counted=any(kind.counted for kind in kinds),
+            bad_words=any(kind.bad_words for kind in kinds),
             top_logprobs=max((kind.top_logprobs for kind in kinds if kind.top_logprobs is not None), default=None),
         )
+
+    def word_table(self) -> BadWords:
+        """Return the bad words of several tokens, of all rows."""
+        if self._word_table is None:
+            assert self.recent_RL is not None
+            width = self.recent_RL.shape[1]
+            rows = [row for row, words in enumerate(self._words) for _ in words]
+            words = [word for words in self._words for word in words]
+            before = [[-1] * (width - len(word) + 1) + word[:-1] for word in words]
+            self._word_table = BadWords(
+                *(
+                    self._on_host(values, torch.int64).to(self.device, non_blocking=True)
+                    for values in (rows, before, [word[-1] for word in words])
+                )
+            )
+        return self._word_table
+
+    def _set_needs(self, row: int, needs: SamplingNeeds) -> None:
+        if self._needs[row].biased and not needs.biased:
+            assert self.bias_RV is not None
+            self.bias_RV[row].zero_()  # parameters make the other tables' old entries harmless
+        self._needs[row] = needs
+
+    def _set_words(self, row: int, words: list[list[int]]) -> None:
+        if self._words[row] or words:
+            self._words[row], self._word_table = words, None
+
+    def _bias(self, row: int, params: SamplingParams, forbidden: Sequence[int]) -> None:
+        if self.bias_RV is None:
+            self.bias_RV = torch.zeros(self.rows, self.vocab_size, dtype=torch.float32, device=self.device)
+        bias_V = self.bias_RV[row].zero_()
+        if params.allowed_token_ids is not None:
+            bias_V.fill_(-torch.inf).index_fill_(0, self._indices(params.allowed_token_ids), 0.0)
+        if params.logit_bias:
+            value_T = self._on_host(list(params.logit_bias.values()), torch.float32)
+            bias_V.index_add_(0, self._indices(params.logit_bias), value_T.to(self.device, non_blocking=True))
+        if forbidden:
+            bias_V.index_fill_(0, self._indices(forbidden), -torch.inf)
+
+    def _count(self, row: int, written: Sequence[int]) -> None:
+        if self.count_RV is None:
+            self.count_RV = torch.zeros(self.rows, self.vocab_size, dtype=torch.int32, device=self.device)
+        token_T = self._indices(written)
+        self.count_RV[row].zero_().index_add_(0, token_T, torch.ones_like(token_T, dtype=torch.int32))
+
+    def _keep_recent(self, row: int, written: Sequence[int]) -> None:
+        width = max(len(word) for word in self._words[row]) - 1
+        if self.recent_RL is None:
+            self.recent_RL = torch.full((self.rows, width), -1, dtype=torch.int64, device=self.device)
+        elif width > self.recent_RL.shape[1]:
+            # The words of other rows are shorter, so nobody misses the earlier tokens.
+            self.recent_RL = F.pad(self.recent_RL, (width - self.recent_RL.shape[1], 0), value=-1)
+            self._word_table = None
+        width = self.recent_RL.shape[1]
+        last = [*[-1] * width, *written][-width:]
+        self.recent_RL[row].copy_(self._on_host(last, torch.int64), non_blocking=True)
+
+    def _indices(self, tokens: Iterable[int]) -> torch.Tensor:
+        return self._on_host(list(tokens), torch.int64).to(self.device, non_blocking=True)
 
     def _write(self, row: int, numbers: list[float], integers: list[int]) -> None:
         self._number_RF[row].copy_(self._on_host(numbers, torch.float32), non_blocking=True)
@@ -167,10 +298,9 @@ class RowSampling:
             self.seen_RV = torch.zeros(self.rows, self.vocab_size, dtype=torch.bool, device=self.device)
             self.ending_RV = torch.zeros_like(self.seen_RV)
         for marked_RV, tokens in ((self.seen_RV, token_ids), (self.ending_RV, ending)):
-            index = self._on_host(tokens, torch.int64).to(self.device, non_blocking=True)
-            marked_RV[row].zero_().index_fill_(0, index, True)
+            marked_RV[row].zero_().index_fill_(0, self._indices(tokens), True)
 
-    def _on_host(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    def _on_host(self, values: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
         # The GPU reads pinned memory by itself, and PyTorch reuses that memory only after the GPU has read it.
         return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
 
@@ -193,17 +323,35 @@ def sample(
     """
     rows = slice(len(logits_BV)) if row_B is None else row_B
     choice_BV = logits_BV
+    if needs.biased:
+        assert sampling.bias_RV is not None
+        choice_BV = choice_BV.float() + sampling.bias_RV[rows]
+    if needs.bad_words:
+        choice_BV = _forbid_words(choice_BV, sampling, row_B)
     if needs.masked:
         choice_BV = _mask(choice_BV, sampling, position_B, rows)
+    if needs.counted:
+        assert sampling.count_RV is not None
+        count_BV = sampling.count_RV[rows]
+        choice_BV = choice_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
+        choice_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
     if needs.random:
         choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
     take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
 
-    if needs.masked:
-        assert sampling.seen_RV is not None
-        row_B = torch.arange(len(token_B), device=token_B.device) if row_B is None else row_B
-        sampling.seen_RV.view(-1).index_fill_(0, row_B * sampling.vocab_size + token_B, True)
+    if needs.masked or needs.counted:
+        number_B = torch.arange(len(token_B), device=token_B.device) if row_B is None else row_B
+        place_B = number_B * sampling.vocab_size + token_B
+        if needs.masked:
+            assert sampling.seen_RV is not None
+            sampling.seen_RV.view(-1).index_fill_(0, place_B, True)
+        if needs.counted:
+            assert sampling.count_RV is not None
+            sampling.count_RV.view(-1).index_add_(0, place_B, torch.ones_like(place_B, dtype=torch.int32))
+    if needs.bad_words:
+        assert sampling.recent_RL is not None
+        sampling.recent_RL[rows] = torch.cat([sampling.recent_RL[rows][:, 1:], token_B[:, None]], dim=1)
     if needs.top_logprobs is None:
         return Sampled(token_B)
     logprob_BV = logits_BV.float().log_softmax(dim=-1)
@@ -228,6 +376,22 @@ def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     key_BK = ((order_BV.long() << 32) | last_first_V).topk(count, dim=-1).values
     index_BK = (2**32 - 1) - (key_BK & (2**32 - 1))
     return value_BV.gather(-1, index_BK), index_BK
+
+
+def _forbid_words(logits_BV: torch.Tensor, sampling: RowSampling, row_B: torch.Tensor | None) -> torch.Tensor:
+    """Return float32 logits in which a token that would complete a bad word has -inf."""
+    assert sampling.recent_RL is not None
+    row_N, before_NL, last_N = sampling.word_table()
+    matches_N = ((sampling.recent_RL[row_N] == before_NL) | (before_NL < 0)).all(dim=1)
+    place_N = row_N
+    if row_B is not None:
+        place_R = torch.full((sampling.rows,), -1, dtype=torch.int64, device=row_B.device)
+        place_R[row_B] = torch.arange(len(row_B), device=row_B.device)
+        place_N = place_R[row_N]
+        matches_N &= place_N >= 0
+        place_N = place_N.clamp(min=0)
+    added_N = torch.where(matches_N, -torch.inf, 0.0)
+    return logits_BV.float().index_put((place_N, last_N), added_N, accumulate=True)
 
 
 def _mask(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
+from .beam_search import BeamTexts
 from .stopping import FinishReason, StopRule
 
 
@@ -56,8 +57,11 @@ class Request:
         params: How to continue it.
         seed: Of the random choices.
         eos_token_ids: The model's EOS tokens.
+        special_stops: The stop strings that are special tokens, and their ids.
+        bad_words: The tokens of each word that must not be written.
         stop: When its sequences end.
         sequences: `n` of them, or one for each beam.
+        beam_texts: The texts of a search with stop strings.
     """
 
     id: int
@@ -65,11 +69,14 @@ class Request:
     params: SamplingParams
     seed: int = 0
     eos_token_ids: tuple[int, ...] = ()
+    special_stops: dict[str, int] = field(default_factory=dict)
+    bad_words: list[list[int]] = field(default_factory=list)
     stop: StopRule = field(init=False)
     sequences: list[Sequence] = field(init=False)
+    beam_texts: BeamTexts | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.stop = StopRule.of(self.params, self.eos_token_ids)
+        self.stop = StopRule.of(self.params, self.eos_token_ids, self.special_stops)
         count = max(self.params.n, self.params.num_beams)
         self.sequences = [Sequence(self, index, list(self.prompt)) for index in range(count)]
 

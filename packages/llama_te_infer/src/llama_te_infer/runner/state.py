@@ -100,6 +100,7 @@ class DecodeState(StepInputs):
                     sequence.tokens,
                     request.stop,
                     len(request.prompt),
+                    request.bad_words,
                 )
             elif sequence.index == 0:
                 beams = len(request.sequences)

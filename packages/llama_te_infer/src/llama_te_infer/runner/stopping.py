@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ..sampling_params import SamplingParams
@@ -32,27 +32,35 @@ class StopRule:
     count of tokens behind the prompt.
 
     Attributes:
-        end_tokens: EOS and stop tokens, each once.
-        stop_strings: Strings that end a text.
+        end_tokens: EOS and stop tokens, and stop strings that are special tokens; each once.
+        stop_strings: Strings that end a text where they appear in it.
         min_tokens: Tokens before the text may end.
         max_tokens: Most tokens.
+        special_strings: The stop strings that are special tokens, by token.
     """
 
     end_tokens: tuple[int, ...]
     stop_strings: tuple[str, ...]
     min_tokens: int
     max_tokens: int
+    special_strings: Mapping[int, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, params: SamplingParams, eos_token_ids: Sequence[int]) -> StopRule:
+    def of(
+        cls, params: SamplingParams, eos_token_ids: Sequence[int], special_stops: Mapping[str, int] | None = None
+    ) -> StopRule:
         """Return the rule of a request.
 
         Args:
-            params: The request's parameters.
+            params: The request's parameters; `max_tokens` is a number.
             eos_token_ids: The model's EOS tokens.
+            special_stops: The strings of `params.stop` that are special tokens, and their ids.
         """
-        tokens = dict.fromkeys([*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)])
-        return cls(tuple(tokens), tuple(params.stop), params.min_tokens, params.max_tokens)
+        assert params.max_tokens is not None
+        special = {token: string for string, token in (special_stops or {}).items()}
+        tokens = dict.fromkeys([*params.stop_token_ids, *special, *(() if params.ignore_eos else eos_token_ids)])
+        strings = tuple(string for string in params.stop if string not in special.values())
+        return cls(tuple(tokens), strings, params.min_tokens, params.max_tokens, special)
 
     @property
     def forbids_end_tokens(self) -> bool:
@@ -80,7 +88,7 @@ class StopRule:
             stop_string: The stop string that has appeared in it.
         """
         if self.ends_with(token, written):
-            return Ending("stop", token)
+            return Ending("stop", self.special_strings.get(token, token))
         if stop_string is not None:
             return Ending("stop", stop_string)
         return Ending("length") if self.is_complete(written) else None

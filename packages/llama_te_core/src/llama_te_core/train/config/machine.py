@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from ...layers import transformer_engine_problem
-from ..conversion import conversion
 from .model import config_json
 from .run import TrainConfig
 
@@ -47,6 +46,8 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
                 "examples/inspect.yaml."
             )
     if config.export.hf:
+        from ...models.conversion import conversion  # here, since it imports transformers
+
         conversion("export.hf=True")
     checkpoint = config.model.checkpoint
     if checkpoint is None:
@@ -55,6 +56,8 @@ def check_machine(config: TrainConfig, world_size: int) -> None:
     if not path.exists() and (path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1):
         raise FileNotFoundError(f"model.checkpoint={checkpoint!r} is no path that exists, and no hub id (owner/name).")
     if config.model.is_converted:
+        from ...models.conversion import conversion  # here, since it imports transformers
+
         converter = conversion(f"model.checkpoint={checkpoint!r} is not in the Transformer Engine layout, and this")
         if content := config_json(path):
             config.check_model(converter.te_config(content))  # before the conversion, which takes minutes

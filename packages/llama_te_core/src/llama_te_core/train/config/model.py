@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ...checkpoint_format import MODEL_TYPE
+from ...checkpoint_format import has_te_layout
 from ...compat.transformers import rope_parameter_names
 from .bounds import at_least
 
@@ -97,7 +97,7 @@ class ModelConfig:
     @property
     def is_converted(self) -> bool:
         """Whether the checkpoint is in Hugging Face's layout, so that the run must convert it."""
-        return self.checkpoint is not None and config_json(Path(self.checkpoint)).get("model_type") != MODEL_TYPE
+        return self.checkpoint is not None and not has_te_layout(config_json(Path(self.checkpoint)))
 
     @property
     def vocab_size(self) -> int | None:

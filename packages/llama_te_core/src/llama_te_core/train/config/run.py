@@ -73,12 +73,6 @@ class TrainConfig:
             )
         if self.log.inspect is not None:
             self._check_inspection()
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is more than steps={self.steps}: the learning "
-                f"rate would never be reached. Give --schedule.warmup_steps {self.steps} or less, or --steps "
-                f"{self.schedule.warmup_steps} or more."
-            )
         for name in ("trace_at", "memory_at"):
             first = getattr(self.profile, name)
             if first is not None and first > self.steps:

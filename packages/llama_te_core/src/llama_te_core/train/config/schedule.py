@@ -12,7 +12,7 @@ class ScheduleConfig:
 
     Attributes:
         kind: constant; or a fall from the largest rate to final_fraction of it at the last step, linear or cosine.
-        warmup_steps: The number of first steps over which the rate rises linearly.
+        warmup_steps: The number of first steps over which the rate rises linearly; a shorter run takes all its steps.
         final_fraction: The last rate as a fraction of the largest one.
     """
 

@@ -16,6 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from ...compat.torchdata import shut_down_workers
 from ...parallel.context import shard_context
 from ...parallel.mesh import data_rank
+from .documents import UnusableDocumentError
 from .text_data import TextBatches, TextData, merge_states
 
 
@@ -31,10 +32,6 @@ class Batch(NamedTuple):
     arguments: dict[str, Any]
     tokens: int
     squared_lengths: int
-
-
-class UnusableDocumentError(ValueError):
-    """The run reached a document that it cannot use."""
 
 
 class BatchStream:
@@ -74,10 +71,12 @@ class BatchStream:
             self._iterator = iter(self._loader)
         try:
             batch = next(self._iterator)
-        except ValueError as error:
+        except UnusableDocumentError as error:
             # A worker's error has a whole traceback as its message.
             *_, message = str(error).strip().splitlines()
-            raise UnusableDocumentError(message.removeprefix("ValueError: ")) from error
+            raise UnusableDocumentError(
+                message.partition(f"{UnusableDocumentError.__name__}: ")[2] or message
+            ) from error
         lengths = batch["cu_seq_lens_q"].diff()
         arguments = shard_context(batch, self.mesh)
         return Batch(
@@ -147,4 +146,5 @@ class BatchStream:
 def _leave_signals_to_the_process(worker: int) -> None:
     # All processes of a job may get the signal. A worker that ended at the signal would end this process too, before it
     # saves a checkpoint. Workers end together with this process.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -7,6 +7,7 @@ skipping a document costs little.
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import importlib.util
@@ -14,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -43,6 +45,10 @@ _NAMED = 5  # a message names this many files
 TextDocument = Literal["file", "paragraph"]
 
 
+class UnusableDocumentError(ValueError):
+    """A file or a document cannot be used; the message has its place."""
+
+
 class Document(NamedTuple):
     """One document, not yet parsed.
 
@@ -58,18 +64,18 @@ class Document(NamedTuple):
         """Return the document's fields by name.
 
         Raises:
-            ValueError: The line is not a JSON object.
+            UnusableDocumentError: The line is not a JSON object.
         """
         if isinstance(self.content, Mapping):
             return self.content
         try:
             fields = json.loads(self.content)
         except ValueError as error:
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{self.place} is no JSON ({error}); each line of the file must be one object in UTF-8."
             ) from error
         if not isinstance(fields, dict):
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{self.place} is JSON of type {type(fields).__name__}; each line of the file must be one object."
             )
         return fields
@@ -104,11 +110,11 @@ class Fields(NamedTuple):
             names: The names of all fields.
 
         Raises:
-            ValueError: The main field is missing, or a field has no effect.
+            UnusableDocumentError: The main field is missing, or a field has no effect.
         """
         names = list(names)
         if self.main not in names:
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{place} has no field {self.main!r}; its fields are {sorted(names)}. {self._advice(names)}"
             )
         unused = [
@@ -116,7 +122,7 @@ class Fields(NamedTuple):
         ]
         if unused:
             listed = json.dumps([*self.ignored, *unused])
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{place} has the field{'s' * (len(unused) > 1)} {', '.join(map(repr, unused))} without effect: "
                 f"training reads {', '.join((self.main, *self.optional))}. {self._advice(unused)} To ignore the field"
                 f"{'s' * (len(unused) > 1)}, set ignored_fields={listed} (in a configuration `data.ignored_fields: "
@@ -156,7 +162,7 @@ class Files:
 
     Raises:
         ImportError: A file needs pyarrow, which is not installed.
-        ValueError: The path has no file of documents, or one that is empty or cannot be read.
+        UnusableDocumentError: The path has no file of documents, or one that is empty or cannot be read.
     """
 
     def __init__(self, path: Path, fields: Fields, text_document: TextDocument, skip_empty: bool = False) -> None:
@@ -175,7 +181,7 @@ class Files:
                 self.skipped.append(name.as_posix())
         if not self.files:
             there = f" It has {_listed(self.skipped)}." if self.skipped and path.is_dir() else ""
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"source={str(path)!r} has no file of documents; it must be a file {_formats()}, or a folder with such "
                 f"files.{there}"
             )
@@ -222,14 +228,14 @@ class Files:
 
     def _check(self, file: Path) -> None:
         if not file.exists():
-            raise ValueError(f"{file} is a link to a file that does not exist. Repair or remove it.")
+            raise UnusableDocumentError(f"{file} is a link to a file that does not exist. Repair or remove it.")
         if not os.access(file, os.R_OK):
-            raise ValueError(f"{file} cannot be read by this user. Change its permissions, or remove it.")
+            raise UnusableDocumentError(f"{file} cannot be read by this user. Change its permissions, or remove it.")
         needs_pyarrow = _format(file) == ".parquet" or file.suffix.lower() == ".zst"
         if needs_pyarrow and importlib.util.find_spec("pyarrow") is None:
             raise ImportError(f"{file} needs pyarrow, which is not installed: pip install 'llama-te-core[train]'.")
         if file.stat().st_size == 0 and not self.skip_empty:
-            raise ValueError(_empty(file))
+            raise UnusableDocumentError(_empty(file))
 
     def _read(self, file: Path) -> Iterator[Document]:
         readers: dict[str | None, Callable[[Path], Iterator[Document]]] = {
@@ -247,11 +253,11 @@ class Files:
                 documents += 1
                 yield document
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 ({error}); files of text must be.") from error
+            raise UnusableDocumentError(f"{file} is not UTF-8 ({error}); files of text must be.") from error
         except (OSError, EOFError, csv.Error, zlib.error, lzma.LZMAError) as error:
-            raise ValueError(f"{file} cannot be read: {error}. Repair or remove it.") from error
+            raise UnusableDocumentError(f"{file} cannot be read: {error}. Repair or remove it.") from error
         if not documents and not self.skip_empty:
-            raise ValueError(_empty(file))
+            raise UnusableDocumentError(_empty(file))
 
     def _rows(self, file: Path) -> Iterator[Document]:
         from pyarrow import ArrowException
@@ -265,7 +271,7 @@ class Files:
                 for number, row in enumerate(rows, 1):
                     yield Document(f"{file}, row {number}", row)
         except ArrowException as error:
-            raise ValueError(f"{file} cannot be read: {error} Repair or remove it.") from error
+            raise UnusableDocumentError(f"{file} cannot be read: {error} Repair or remove it.") from error
 
     def _cells(self, file: Path) -> Iterator[Document]:
         csv.field_size_limit(_LONGEST_CSV_FIELD)
@@ -277,7 +283,7 @@ class Files:
             for cells in reader:
                 place, line = f"{file}, line {line}", reader.line_num + 1
                 if len(cells) not in (0, len(header)):  # a blank line has no cells
-                    raise ValueError(f"{place} has {len(cells)} cells, but the header has {len(header)}.")
+                    raise UnusableDocumentError(f"{place} has {len(cells)} cells, but the header has {len(header)}.")
                 if cells:
                     row = dict(zip(header, cells, strict=True))
                     yield Document(place, {name: row[name] for name in self.fields.used(header)})
@@ -302,7 +308,7 @@ class HubDataset:
         streaming: Read over the network instead of downloading the data set first.
 
     Raises:
-        ValueError: At the first document: the data set cannot be loaded, or has a column without effect.
+        UnusableDocumentError: At the first document: the data set cannot be loaded, or has a column without effect.
     """
 
     def __init__(self, name: str, fields: Fields, subset: str | None, split: str, streaming: bool) -> None:
@@ -325,15 +331,16 @@ class HubDataset:
     def documents(self, random: Random | None) -> Iterator[Document]:
         """Yield each row once, in order. `random` has no effect, since a download does not show its files' borders."""
         try:
-            from datasets import load_dataset
+            import datasets
         except ImportError as error:
             raise ImportError(
                 f"source={self.name!r} needs datasets, which is not installed: pip install 'llama-te-core[train]'."
             ) from error
         try:
-            dataset = load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
+            with _bars_on_terminals_only(datasets):
+                dataset = datasets.load_dataset(self.name, self.subset, split=self.split, streaming=self.streaming)
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"source={self.name!r} is no file or folder here, and cannot be loaded from the hub with "
                 f"subset={self.subset!r} and split={self.split!r}. Check the path, or the name, subset, split and the "
                 f"network; a private data set needs `hf auth login`. {' '.join(str(error).split())}"
@@ -406,6 +413,19 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
+@contextlib.contextmanager
+def _bars_on_terminals_only(datasets: Any) -> Iterator[None]:
+    """Keep the library's progress bars out of log files."""
+    if sys.stderr.isatty() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
 def _files(folder: Path) -> list[Path]:
     """Return all files of a folder and its subfolders by name, through links to folders too."""
 
@@ -476,14 +496,14 @@ def _json(file: Path) -> Iterator[Document]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise ValueError(
+        raise UnusableDocumentError(
             f"{file} is no JSON ({error}); it must be an array of objects, or have one object on each line, in UTF-8."
         ) from error
     objects = content if is_array else [content]
     for number, each in enumerate(objects, 1):
         place = f"{file}, element {number}" if is_array else str(file)
         if not isinstance(each, dict):
-            raise ValueError(f"{place} is JSON of type {type(each).__name__}; it must be an object.")
+            raise UnusableDocumentError(f"{place} is JSON of type {type(each).__name__}; it must be an object.")
         yield Document(place, each)
 
 

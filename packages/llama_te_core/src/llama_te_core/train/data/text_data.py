@@ -31,7 +31,16 @@ from ...compat.torchdata import batches_since_snapshot
 from ...data.collators import DataCollatorWithFlattening
 from ...data.labels import IGNORED_LABEL
 from ...data.packing import TokenPackingDataset
-from .documents import Document, Fields, Files, HubDataset, Source, in_order, is_file_of_documents
+from .documents import (
+    Document,
+    Fields,
+    Files,
+    HubDataset,
+    Source,
+    UnusableDocumentError,
+    in_order,
+    is_file_of_documents,
+)
 from .settings import TextSettings
 
 # Training uses these fields of a document of tokens, where it has them.
@@ -179,13 +188,13 @@ class TextData(TextSettings):
         )
         tokens = sequence.input_ids
         if not tokens and not self.skip_empty:
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{document.place} has no tokens: {main} is empty. Remove it, or set {_setting('skip_empty', True)}."
             )
         if tokens and self.vocab_size is not None:
             least, most = min(tokens), max(tokens)
             if least < 0 or most >= self.vocab_size:
-                raise ValueError(
+                raise UnusableDocumentError(
                     f"{document.place} has the token id {least if least < 0 else most}; ids must be from 0 to "
                     f"{self.vocab_size - 1}, for vocab_size={self.vocab_size}. Use the tokens of the model's own "
                     "tokenizer, or a model with a larger vocabulary."
@@ -195,14 +204,14 @@ class TextData(TextSettings):
     def _given(self, place: str, input_ids: Any, fields: Mapping[str, Any]) -> LabelledTokens:
         """Return the tokens and labels of a document of tokens."""
         if not _is_list_of_int(input_ids):
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{place}: input_ids is {_kind(input_ids)}; it must be a list of token ids. {_TOKENIZER} if it is text."
             )
         for name in _OPTIONAL:
             value = fields.get(name, input_ids)
             if not _is_list_of_int(value) or len(value) != len(input_ids):
                 length = f" of {len(value)}" if isinstance(value, list) else ""
-                raise ValueError(
+                raise UnusableDocumentError(
                     f"{place}: {name} is {_kind(value)}{length}; it must be a list of {len(input_ids)} integers, as "
                     "many as input_ids has."
                 )
@@ -210,7 +219,9 @@ class TextData(TextSettings):
         mask = fields.get("attention_mask")
         if mask is not None:
             if not set(mask) <= {0, 1}:
-                raise ValueError(f"{place}: attention_mask has {sorted(set(mask))}; it may have 0 (padding) and 1.")
+                raise UnusableDocumentError(
+                    f"{place}: attention_mask has {sorted(set(mask))}; it may have 0 (padding) and 1."
+                )
             input_ids, labels = (
                 [each for each, kept in zip(row, mask, strict=True) if kept] for row in (input_ids, labels)
             )
@@ -219,7 +230,7 @@ class TextData(TextSettings):
         if len(labels) > 1 and set(labels[1:]) <= {IGNORED_LABEL}:
             if self.skip_empty:
                 return LabelledTokens([], [])
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{place} has no labels to train on: they are {IGNORED_LABEL} from the second token on, and no token "
                 f"predicts the first. Remove it, or set {_setting('skip_empty', True)}."
             )
@@ -227,7 +238,7 @@ class TextData(TextSettings):
         for label in set(labels) - {IGNORED_LABEL}:
             if label < 0 or (vocab_size is not None and label >= vocab_size):
                 most = "" if vocab_size is None else f" to {vocab_size - 1}"
-                raise ValueError(
+                raise UnusableDocumentError(
                     f"{place} has the label {label}; labels must be {IGNORED_LABEL}, for a token that is not trained "
                     f"on, or token ids from 0{most}."
                 )
@@ -237,14 +248,14 @@ class TextData(TextSettings):
         """Return the tokens of a document of text, all of which are labels too."""
         assert self.tokenizer is not None
         if not isinstance(text, str):
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{document.place}: the field {self.text_field!r} is {_kind(text)}; text_field must name a field "
                 f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
             )
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise UnusableDocumentError(
                 f"{document.place}: the field {self.text_field!r} has the lone surrogate "
                 f"\\u{ord(text[error.start]):04x} at character {error.start}, which is half of a character. No "
                 "tokenizer can encode it: write the text anew, with errors='replace' where it was decoded."
@@ -393,12 +404,19 @@ class TextBatches(IterableDataset[dict[str, Any]]):
                 f"load_state_dict was given a dict of {sorted(map(str, state_dict))}; it must be what state_dict or "
                 "merge_states returned. A loader's state is for the loader, or for merge_states."
             )
-        for name, value in self._order.items():
-            saved = state_dict["order"][name]
-            if saved != value:
+        now, saved = self._order, state_dict["order"]
+        if now["source"] != saved["source"]:
+            raise ValueError(
+                f"source={os.fspath(self.data.source)!r} (in a configuration `data.source`) has other documents than "
+                f"the saved run has read: {now['source']}, not {saved['source']}. Documents would repeat or be "
+                "missed. Train on the same files (and with the same text_document, subset and split), or start anew."
+            )
+        options = {"seed": "seed", "shuffle_buffer": "data.shuffle_buffer"}
+        for name, option in options.items():
+            if now[name] != saved[name]:
                 raise ValueError(
-                    f"load_state_dict was given a state with {name}={saved!r}, but {name} is {value!r} now: documents "
-                    "would repeat or be missed. Train on the same files with the same settings, or start anew."
+                    f"{name} is {now[name]} (in a configuration `{option}`), but the saved run had {saved[name]}: "
+                    f"documents would come in another order, and repeat or be missed. Use {saved[name]}, or start anew."
                 )
         self._loaded = state_dict
 
@@ -507,7 +525,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
                     empty = False
                     yield {"epoch": epoch, "document": number, **piece}
             if empty and self._is_whole(epoch):
-                raise ValueError(
+                raise UnusableDocumentError(
                     f"source={os.fspath(self.data.source)!r} has no tokens for shard {self.shard} of {self.shards} "
                     f"(ranks x workers): it has fewer documents than shards, or empty ones. {_SHARES}"
                 )

@@ -1,0 +1,228 @@
+"""Everything that the engine asks a tokenizer: the tokens of prompts, chats, stop strings and bad words."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..sampling_params import SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, token ids, or a tokenizer's output for one text."""
+
+_WHAT_TO_PASS = "a text, a list of token ids, or the output of a tokenizer or of apply_chat_template"
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def tokens_of_prompts(prompts: Any, tokenizer: Any | None) -> list[list[int]]:
+    """Return the tokens of one prompt or several.
+
+    Args:
+        prompts: A text, token ids, a tensor or an array of token ids, a tokenizer's output for one text or several, or
+            a list of these.
+        tokenizer: A tokenizer of transformers, or `None`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(prompts, str) or _is_encoding(prompts) or _is_array(prompts):
+        return _rows(prompts, tokenizer)
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(_refusal("prompts", prompts))
+    each = list(prompts)
+    if each and all(_is_token(item) for item in each):
+        return _rows(each, tokenizer)
+    return [tokens_of_prompt(prompt, tokenizer, f"prompts[{index}]") for index, prompt in enumerate(each)]
+
+
+def tokens_of_prompt(prompt: Any, tokenizer: Any | None, name: str = "prompt") -> list[int]:
+    """Return the tokens of one prompt.
+
+    Args:
+        prompt: A text, token ids, a tensor or an array of token ids, or a tokenizer's output for one text.
+        tokenizer: A tokenizer of transformers, or `None`.
+        name: The argument's name, for messages.
+
+    Raises:
+        ValueError: It is something else, or several prompts.
+    """
+    rows = _rows(prompt, tokenizer, name)
+    if len(rows) != 1:
+        raise ValueError(f"{name} holds {len(rows)} prompts: give one, or pass all of them to generate.")
+    return rows[0]
+
+
+def _rows(prompt: Any, tokenizer: Any | None, name: str = "prompts") -> list[list[int]]:
+    if isinstance(prompt, str):
+        return [tokens_of_text(prompt, tokenizer, name)]
+    if _is_encoding(prompt):
+        rows = _nested(_as_lists(prompt["input_ids"]))
+        mask = prompt.get("attention_mask")
+        if mask is not None:
+            masks = _nested(_as_lists(mask))
+            rows = [
+                [token for token, is_real in zip(row, reals, strict=True) if is_real]
+                for row, reals in zip(rows, masks, strict=True)
+            ]
+    elif _is_array(prompt):
+        rows = _nested(prompt.tolist())
+        if len(rows) > 1:
+            raise ValueError(
+                f"{name} is a tensor or an array of {len(rows)} rows, in which padding looks like tokens: give the "
+                "tokenizer's whole output, with its attention_mask, or a list of lists of token ids."
+            )
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        rows = [list(prompt)]
+    else:
+        raise ValueError(_refusal(name, prompt))
+    for row in rows:
+        if set(map(type, row)) != {int} and not all(map(_is_token, row)):
+            raise ValueError(_refusal(name, prompt))
+    return [list(map(operator.index, row)) for row in rows]
+
+
+def tokens_of_text(text: str, tokenizer: Any | None, name: str = "prompt") -> list[int]:
+    """Return the tokens of a text, with the special tokens that the tokenizer adds.
+
+    A text that begins with BOS already, such as the text of a chat template, gets no second BOS.
+
+    Raises:
+        ValueError: There is no tokenizer.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{name} is a text, but the engine has no tokenizer: give it one, or give tokens.")
+    tokens = list(tokenizer(text)["input_ids"])
+    bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if bos and bos_id is not None:
+        in_text = 0
+        while text.startswith(bos, in_text * len(bos)):
+            in_text += 1
+        leading = next((index for index, token in enumerate(tokens) if token != bos_id), len(tokens))
+        if 0 < in_text < leading:
+            del tokens[: leading - in_text]
+    return tokens
+
+
+def tokens_of_chats(messages: Any, tokenizer: Any | None, **options: Any) -> list[list[int]]:
+    """Return the tokens of one conversation or several, as the tokenizer's chat template writes them.
+
+    Args:
+        messages: A list of messages, each a dict with "role" and "content"; or a list of such lists.
+        tokenizer: A tokenizer of transformers with a chat template.
+        options: Of `apply_chat_template`.
+
+    Raises:
+        ValueError: There is no tokenizer, or messages are something else.
+    """
+    if tokenizer is None:
+        raise ValueError("messages are texts, but the engine has no tokenizer: give it one with a chat template.")
+    is_list = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
+    chats = messages if is_list and not isinstance(messages[0], Mapping) else [messages]
+    for chat in chats:
+        if not is_list or isinstance(chat, str) or not all(isinstance(m, Mapping) and "role" in m for m in chat):
+            raise ValueError(
+                f"messages={_short(messages)} is no conversation: give a list of messages such as "
+                '[{"role": "user", "content": "Hello"}], or a list of such lists. Texts go to generate.'
+            )
+    texts = [tokenizer.apply_chat_template(list(chat), tokenize=False, **options) for chat in chats]
+    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _is_encoding(prompt: Any) -> bool:
+    return isinstance(prompt, Mapping) and "input_ids" in prompt
+
+
+def _is_array(prompt: Any) -> bool:
+    return hasattr(prompt, "tolist") and hasattr(prompt, "ndim")
+
+
+def _is_token(item: Any) -> bool:
+    if isinstance(item, bool) or (_is_array(item) and (item.ndim or "int" not in str(item.dtype))):
+        return False
+    return hasattr(item, "__index__")
+
+
+def _as_lists(values: Any) -> list[Any]:
+    return [_as_lists(v) if _is_array(v) and v.ndim else v for v in (values.tolist() if _is_array(values) else values)]
+
+
+def _nested(values: Any) -> list[list[Any]]:
+    """Return the rows of one list, or of a list of lists."""
+    if not isinstance(values, list):
+        return [[values]]
+    return values if values and all(isinstance(row, list) for row in values) else [values]
+
+
+def _refusal(name: str, prompt: Any) -> str:
+    messages = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
+    if any(isinstance(message, Mapping) and "role" in message for message in messages):
+        return f"{name} has chat messages: pass them to chat, or give {_WHAT_TO_PASS}."
+    return f"{name}={_short(prompt)} is no prompt: give {_WHAT_TO_PASS}."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+# --- stop strings -----------------------------------------------------------------------------------------------------
+
+
+def special_tokens_of(tokenizer: Any | None) -> dict[str, int]:
+    """Return the special tokens of a tokenizer, which texts decoded with `skip_special_tokens` do not show."""
+    special = {
+        str(token): token_id
+        for token_id, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+        if getattr(token, "special", False)
+    }
+    named = zip(getattr(tokenizer, "all_special_tokens", ()), getattr(tokenizer, "all_special_ids", ()), strict=False)
+    return special | dict(named)
+
+
+def special_stops_of(params: SamplingParams, special: Mapping[str, int]) -> dict[str, int]:
+    """Return the stop strings that are special tokens, and their ids.
+
+    Args:
+        params: A request's parameters.
+        special: From `special_tokens_of`.
+
+    Raises:
+        ValueError: A stop string can never appear, since the text does not show a special token in it.
+    """
+    stops = {}
+    for string in params.stop:
+        if string in special:
+            stops[string] = special[string]
+        elif params.skip_special_tokens:
+            for token in special:
+                if token and token in string:
+                    raise ValueError(
+                        f"stop={string!r} has the special token {token!r}, which the text does not show: use "
+                        f"stop={token!r} or stop_token_ids=[{special[token]}], or give skip_special_tokens=False."
+                    )
+    return stops
+
+
+# --- bad words --------------------------------------------------------------------------------------------------------
+
+
+def tokens_of_bad_words(bad_words: Iterable[str], tokenizer: Any) -> list[list[int]]:
+    """Return the tokens of words that must not appear, at the beginning of a text and behind a space.
+
+    Args:
+        bad_words: The words.
+        tokenizer: A tokenizer of transformers.
+    """
+    words: list[list[int]] = []
+    for word in bad_words:
+        stripped = word.lstrip()
+        alone = list(tokenizer(stripped, add_special_tokens=False)["input_ids"])
+        behind_space = list(tokenizer(f" {stripped}", add_special_tokens=False)["input_ids"])
+        words.append(alone)
+        # Other tokens for the space than for the word say nothing of the word itself.
+        if len(behind_space) == len(alone) and behind_space[:1] != alone[:1]:
+            words.append(behind_space)
+    return [word for word in words if word]
