@@ -93,7 +93,7 @@ def test_prompt_tuning(pair: Pair, tokenizer: Any) -> None:
         models.append(get_peft_model(model, config))
     hf, te = models
     assert train(te, tokenizer) == pytest.approx(train(hf, tokenizer), abs=BOUND)
-    # One row: PEFT puts virtual tokens before padding on the left. transformers' Llama counts that gap as positions.
+    # One row: PEFT puts virtual tokens before padding on the left, and transformers' Llama counts the gap as positions.
     inputs = tokenizer(PROMPTS[1], return_tensors="pt")
     for use_cache in (False, True):
         options = {"max_new_tokens": 12, "do_sample": False, "use_cache": use_cache}

@@ -144,6 +144,5 @@ def test_grpo_with_its_default_autocast(folders: tuple[Path, Path], tokenizer: A
     (expected, expected_texts), (ours, texts) = (
         reinforce(str(folder), tokenizer, bf16=True, gradient_checkpointing=True) for folder in folders
     )
-    print(expected, ours, texts, expected_texts)
     assert texts == expected_texts
     assert_same(ours, expected)

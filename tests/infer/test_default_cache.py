@@ -299,6 +299,17 @@ def test_autocast(hf: PreTrainedModel, te: PreTrainedModel) -> None:
     assert output.outputs[0].token_ids == hf.generate(PROMPTS, **GREEDY)[0, 9:].tolist(), "autocast has ended"
 
 
+def test_autocast_around_forward_alone(hf: PreTrainedModel, te: PreTrainedModel) -> None:
+    """Accelerate wraps `model.forward` in autocast, so `generate` makes the cache outside it."""
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with autocast:
+        beams = te.generate(PROMPTS, **GREEDY, num_beams=2)
+    for model in (hf, te):
+        model.forward = autocast(model.forward)
+    assert te.generate(PROMPTS, **GREEDY).tolist() == hf.generate(PROMPTS, **GREEDY).tolist()
+    assert te.generate(PROMPTS, **GREEDY, num_beams=2).tolist() == beams.tolist()
+
+
 def test_steps_of_the_kernels_under_autocast(te: PreTrainedModel) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cache = inference_params_for(te, batch_size=2, max_length=32, decode_implementation="fused")

@@ -62,7 +62,12 @@ class KVCache(Protocol):
     num_heads_kv: int
     head_dim_k: int
     dtype: torch.dtype
+    has_fixed_dtype: bool
     unread: UnreadColumns | None
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Convert all keys and values to another dtype."""
+        ...
 
     def begin_step(self, attention_mask: torch.Tensor | None, batch_size: int, width: int) -> list[int]:
         """Make room for the next `width` columns of a batch; return the number of new tokens of each row.
@@ -183,6 +188,8 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
             f"the cache has num_heads_kv={cache.num_heads_kv} and head_dim_k={cache.head_dim_k}, but the model has "
             f"{num_kv_heads} key/value heads of size {head_dim}: make the cache for this model."
         )
+    if cache.dtype != dtype and not cache.has_fixed_dtype:
+        cache.convert(dtype)
     if cache.dtype != dtype:
         raise ValueError(f"the cache has dtype={cache.dtype}, but the layers compute in {dtype}: use the same.")
     if batch_size > cache.max_batch_size:

@@ -17,6 +17,9 @@ from .inference_params import InferenceParams
 class GrowingCache(InferenceParams):
     """A contiguous cache whose memory grows with its rows.
 
+    It takes the dtype in which the layers compute: autocast may surround the forward passes and not the code that makes
+    the cache, since accelerate wraps `model.forward` alone.
+
     It allocates half as much again as the rows need, so that it grows seldom. A growth moves keys and values, so the
     kernels capture their graphs again.
 
@@ -27,6 +30,7 @@ class GrowingCache(InferenceParams):
     """
 
     cache_manager: NonPagedKVCacheManager
+    has_fixed_dtype = False
 
     def __init__(self, max_batch_size: int, max_sequence_length: int, **arguments: Any) -> None:
         super().__init__(max_batch_size, max_sequence_length, **arguments, max_ctx_len=max_sequence_length)

@@ -407,6 +407,15 @@ class InferenceParams(CacheStep, Cache):
         copied.__dict__.update(copy.deepcopy(state, memo))
         return copied
 
+    # Inference mode is off: code outside inference mode could not write to its tensors later.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def convert(self, dtype: torch.dtype) -> None:
+        """Convert all keys and values to another dtype. The kernels capture their graphs again."""
+        super().convert(dtype)
+        self._fused = self._inputs = None
+        self._backend_is_chosen = False
+
     def activate_past_recording(self) -> None:
         """Do nothing: tokens stay until new tokens overwrite them."""
 
@@ -559,7 +568,7 @@ def cache_for_generation(model: Any, *, batch_size: int, max_length: int | None)
         head_dim_k=config.head_dim,
         dtype=computing_dtype(model.get_input_embeddings().weight),
         qkv_format=config.attn_input_format,
-        device=model.device,
+        device=cache_device(model),
     )
 
 

@@ -67,12 +67,6 @@ class EngineCache(CacheStep):
     # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def convert(self, dtype: torch.dtype) -> None:
-        """Convert all keys and values to another dtype. Their addresses change."""
-        self.dtype = self.storage.dtype = dtype
-        for layer, (keys, values) in list(self.caches.items()):
-            self.caches[layer] = keys.to(dtype), values.to(dtype)
-
     def make_page_table(self) -> torch.Tensor:
         """Return the table of rows without pages, int32 [R, P]: all entries are the padding page."""
         return torch.full_like(self.storage.page_table, self.padding_page)

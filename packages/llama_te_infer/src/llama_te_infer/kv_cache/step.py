@@ -42,12 +42,14 @@ class CacheStep:
         cu_seqlens_q: int32 [max_batch_size + 1], running sums of the rows' new tokens.
         cu_seqlens_kv: int32 [max_batch_size + 1], running sums of the rows' tokens after the step.
         pre_step_seqlens: int32 [max_batch_size], tokens of each row before the step.
+        has_fixed_dtype: See `KVCache`.
         unread: See `KVCache`.
     """
 
     # Here too, since transformers' `Cache` has properties of such names, which could not be set.
     batch_size: int = 0
     max_batch_size: int = 0
+    has_fixed_dtype: bool = True
     unread: UnreadColumns | None = None
 
     def __init__(
@@ -87,6 +89,12 @@ class CacheStep:
     def caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of each allocated layer, by the layer's number."""
         return self.cache_manager.cache
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Convert all keys and values to another dtype. Their addresses change."""
+        self.dtype = self.cache_manager.dtype = dtype
+        for layer, (keys, values) in list(self.caches.items()):
+            self.caches[layer] = keys.to(dtype), values.to(dtype)
 
     # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)

@@ -18,10 +18,12 @@ class KVStorage(Protocol):
 
     Attributes:
         cache: Keys and values of each allocated layer, by the layer's number.
+        dtype: Of keys and values.
         page_table: int32 [rows, P]; `None` for contiguous storage.
     """
 
     cache: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    dtype: torch.dtype
 
     @property
     def page_table(self) -> torch.Tensor | None:
