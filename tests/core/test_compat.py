@@ -7,7 +7,7 @@ import inspect
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -188,6 +188,23 @@ class TestTorch:
         assert compat_torch.storage_reference(tensor) != reference, moved("torch", "StorageWeakRef")
         with torch.inference_mode():
             assert compat_torch.tensor_state(torch.zeros(3))[2] == -1
+
+    def test_a_tensor_that_wraps_others_has_one_state(self) -> None:
+        """As Transformer Engine's quantized tensors, it makes an empty storage for each call."""
+
+        class Wrapper(torch.Tensor):
+            made: ClassVar[list[torch.UntypedStorage]] = []
+
+            def untyped_storage(self) -> torch.UntypedStorage:
+                self.made.append(torch.UntypedStorage(0))
+                return self.made[-1]
+
+            @classmethod
+            def __torch_dispatch__(cls, *arguments: Any) -> None:
+                raise AssertionError("the state is read without an operation")
+
+        tensor = torch.Tensor._make_wrapper_subclass(Wrapper, (3,))
+        assert compat_torch.tensor_state(tensor) == compat_torch.tensor_state(tensor) == (0, 0, 0)
 
     def test_steps_of_all_optimizers_are_seen(self) -> None:
         seen: list[torch.optim.Optimizer] = []

@@ -105,11 +105,13 @@ def tensor_state(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Return the identity of a tensor's storage, the address of its data, and its version.
 
     The version counts the writes that autograd has seen. Tensors of inference mode count none: theirs is -1. A tensor
-    that only wraps others has no storage; its identity and address are 0.
+    that only wraps others has no storage of its own; its identity and address are 0.
     """
     version = -1 if tensor.is_inference() else tensor._version
     try:
-        return tensor.untyped_storage()._cdata, tensor.data_ptr(), version
+        address = tensor.data_ptr()
+        # Transformer Engine's quantized tensors make an empty storage for each call.
+        return tensor.untyped_storage()._cdata if address else 0, address, version
     except (NotImplementedError, RuntimeError):
         return 0, 0, version
 
