@@ -431,6 +431,15 @@ def test_special_tokens_are_added_as_asked(tmp_path):
         assert tokens_of(TextBatches(text_data(tmp_path, add_bos=add_bos, add_eos=add_eos))) == expected
 
 
+def test_a_chat_templates_text_keeps_its_one_bos_and_eos(tmp_path, smollm2_tokenizer):
+    """SmolLM2's BOS token begins each turn; the template has written it, and the EOS token, into the text."""
+    begin, end = smollm2_tokenizer.bos_token, smollm2_tokenizer.eos_token
+    expected = smollm2_tokenizer.encode(f"{begin}user\nHello{end}", add_special_tokens=False)
+    for text in (f"{begin}user\nHello{end}", f"{begin}user\nHello", f"user\nHello{end}", "user\nHello"):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+        assert tokens_of(TextBatches(TextData(tmp_path, smollm2_tokenizer, 64, shuffle_buffer=0))) == expected
+
+
 def test_smollm2s_tokenizer(tmp_path, smollm2_tokenizer, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # caplog needs this
     monkeypatch.setattr(smollm2_tokenizer, "model_max_length", 8192)

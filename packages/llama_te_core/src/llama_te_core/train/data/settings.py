@@ -25,8 +25,8 @@ class TextSettings:
         ignored_fields: Fields of documents that training ignores, besides `documents.METADATA` (such as id and url). A
             field that is neither used nor ignored is an error.
         text_document: One document of a .txt file: the whole file, or each paragraph, between blank lines.
-        add_bos: Begin each text with the tokenizer's BOS token.
-        add_eos: End each text with the tokenizer's EOS token.
+        add_bos: Begin each text with the tokenizer's BOS token, unless the text has it there already.
+        add_eos: End each text with the tokenizer's EOS token, unless the text has it there already.
         skip_empty: Skip documents without tokens or labels, and files without documents. Without it they are an error.
         shuffle_buffer: The number of documents in memory. The next document is drawn from them at random, and files
             come in random order. 0 keeps the order of the source.

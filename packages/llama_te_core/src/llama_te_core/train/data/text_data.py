@@ -264,7 +264,10 @@ class TextData(TextSettings):
         if tokens:
             before = self.tokenizer.bos_token_id if self.add_bos else None
             after = self.tokenizer.eos_token_id if self.add_eos else None
-            tokens = [*([] if before is None else [before]), *tokens, *([] if after is None else [after])]
+            # A chat template may have written both into the text.
+            begin = [] if before is None or tokens[0] == before else [before]
+            end = [] if after is None or tokens[-1] == after else [after]
+            tokens = [*begin, *tokens, *end]
         return LabelledTokens(tokens, tokens)
 
     def collator(self) -> DataCollatorWithFlattening:
