@@ -244,7 +244,9 @@ def test_token_classification_without_a_bias(tiny_llama):
 def test_an_adapters_tensor_is_named(tiny_llama):
     model_hf = tiny_llama()
     model_hf.model.layers[1].self_attn.lora_A = torch.nn.Linear(4, 2, bias=False)
-    with pytest.raises(ValueError, match=r"No rule for: model\.layers\.1\.self_attn\.lora_A\.weight"):
+    with pytest.raises(
+        ValueError, match=r"adapters of PEFT, such as model\.layers\.1\.self_attn\.lora_A\.weight: merge"
+    ):
         convert_llama_hf_to_te(model_hf)
 
 

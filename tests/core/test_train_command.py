@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from llama_te_core.train.config import (
 )
 from llama_te_core.train.data.batch_stream import BatchStream
 from llama_te_core.train.data.byte_tokenizer import byte_tokenizer
+from llama_te_core.train.interruption import Interruption
 from llama_te_core.train.schedule import learning_rate
 from llama_te_core.train.setup import build_model, random_weights
 
@@ -483,6 +485,15 @@ def test_a_run_shorter_than_its_warm_up_shortens_it_and_says_so(
     assert rates == pytest.approx([1e-3, 2e-3, 3e-3, *(3e-4 * step for step in range(4, 11)), 3e-3, 3e-3])
 
 
+@pytest.fixture
+def in_a_terminal() -> Iterator[None]:
+    """Ctrl-C as in a terminal, also where pytest itself is a background job of a script, for which it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 @pytest.mark.parametrize("signals", [1, 2])
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(
     signals: int, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -527,6 +538,21 @@ def test_ctrl_c_in_a_terminal_ends_no_worker(source: Path) -> None:
     stream.close()
 
 
+def test_ctrl_c_is_ignored_where_it_was_ignored_before() -> None:
+    """A script's shell starts background jobs so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.agreed() is None
+            signal.raise_signal(signal.SIGTERM)
+            assert interruption.agreed() == "SIGTERM"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_a_terminal")
 def test_ctrl_c_before_the_first_step_ends_in_one_line(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

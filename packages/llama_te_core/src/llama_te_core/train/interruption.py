@@ -30,7 +30,10 @@ class Interruption:
         self._asked: tuple[dist.Work, torch.Tensor] | None = None
 
     def __enter__(self) -> Interruption:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        for number in _SIGNALS:
+            # A script's shell starts background jobs with Ctrl-C ignored, since it is meant for others.
+            if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
