@@ -128,6 +128,14 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Damage files, kill processes and fill disks at random, 50 times as often as the tests do."""
+    install(session, "hypothesis", "pytest", "pytest-xdist")
+    env = OFFLINE | {"LLAMA_TE_FUZZ_ROUNDS": "50", "OMP_NUM_THREADS": "1"}
+    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "-m", "fuzz", *session.posargs, env=env)
+
+
+@nox.session
 def sanitize(session: nox.Session) -> None:
     """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
     install_torch(session)

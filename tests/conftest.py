@@ -39,6 +39,25 @@ def _transformer_engine_is_looked_for_anew() -> Iterator[None]:
 
 
 @pytest.fixture
+def counts(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Makes a line with the figures of a test, which the output of the whole run shows at its end."""
+
+    def add(line: str) -> None:
+        request.node.user_properties.append(("counts", line))
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for report in terminalreporter.stats.get("passed", []) if report.when == "call"]
+    lines = [line for report in reports for name, line in report.user_properties if name == "counts"]
+    if lines:
+        terminalreporter.section("counts")
+        for line in sorted(lines):
+            terminalreporter.line(line)
+
+
+@pytest.fixture
 def tiny_llama() -> Callable[..., PreTrainedModel]:
     """Makes a transformers Llama in float32, in evaluation mode, with the fields given changed."""
 
