@@ -325,6 +325,8 @@ def test_steps_of_an_optimizer_and_writes_to_fp8_weights_are_seen(make_llama: An
     prompt = prompts(6)[-1]
     before = greedy(engine, prompt)
     assert not watch.has_changed(), "a forward pass changes nothing"
+    # With pages of the first run, FP8 would scale fewer tokens together, and round them otherwise.
+    engine.reset_prefix_cache()
     assert greedy(engine, prompt) == before and not watch.has_changed()
     weight = model.model.layers[0].layernorm_mlp.fc1_weight
     with torch.no_grad():
