@@ -103,14 +103,14 @@ def coverage(session: nox.Session) -> None:
     run_tests(session, "--cov", "--cov-report=term", "--cov-report=xml")
 
 
-def run_tests(session: nox.Session, *options: str) -> None:
+def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
     tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *TRITON, *tools)
     install_model(session)
     arguments = session.posargs or ["--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
-    env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"} | variables
     others = ["--ignore=tests/gpu", "--ignore=tests/clients"]
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", *others, *options, *arguments, env=env)
 
@@ -129,10 +129,8 @@ def clients(session: nox.Session) -> None:
 
 @nox.session
 def fuzz(session: nox.Session) -> None:
-    """Damage files, kill processes and fill disks at random, 50 times as often as the tests do."""
-    install(session, "hypothesis", "pytest", "pytest-xdist")
-    env = OFFLINE | {"LLAMA_TE_FUZZ_ROUNDS": "50", "OMP_NUM_THREADS": "1"}
-    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "-m", "fuzz", *session.posargs, env=env)
+    """Run the tests that are marked `fuzz`, with 50 times as many random cases as in `tests`."""
+    run_tests(session, "-m", "fuzz", LLAMA_TE_FUZZ_ROUNDS="50")
 
 
 @nox.session

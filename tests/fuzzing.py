@@ -101,7 +101,9 @@ def fuzz(
         status = 1
         try:
             os.close(reading)
-            _limit_memory(megabytes)
+            resident = _size("VmRSS")
+            limit = _size("VmSize") + megabytes * 2**20
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             for number in range(total):
                 content = case(number)
                 answer, trace = b"+", ""
@@ -115,7 +117,7 @@ def fuzz(
                 os.write(writing, answer)
                 if trace:
                     break
-            _write_peak(folder / "peak")
+            (folder / "peak").write_text(str(max(0, _size("VmHWM") - resident) / 2**20))
             status = 0
         finally:
             os._exit(status)
@@ -149,21 +151,7 @@ def fuzz(
     return FuzzCounts(rest.count(b"+"), rest.count(b"-"), slowest, grown)
 
 
-def _status(field: str) -> int:
+def _size(field: str) -> int:
     """A size of this process in bytes, from /proc."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
-
-
-_resident = 0
-
-
-def _limit_memory(megabytes: int) -> None:
-    global _resident
-    _resident = _status("VmRSS")
-    limit = _status("VmSize") + megabytes * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _write_peak(path: Path) -> None:
-    path.write_text(str(max(0, _status("VmHWM") - _resident) / 2**20))

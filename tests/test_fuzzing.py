@@ -27,6 +27,7 @@ def test_files_are_damaged_in_many_ways_and_the_same_ones_each_time() -> None:
     assert len(set(files)) > 200 and len({len(file) for file in files}) > 20
 
 
+@pytest.mark.fuzz
 def test_it_counts(tmp_path: Path) -> None:
     found = fuzz(refuse_others, SEEDS, tmp_path, refusals=(ValueError,), cases=50)
     assert found.accepted + found.refused == 50 * ROUNDS and found.refused > 40 * ROUNDS
