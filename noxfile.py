@@ -345,10 +345,12 @@ def tests_blackwell(session: nox.Session) -> None:
 def tests_multi_gpu(session: nox.Session) -> None:
     """Run tests/distributed with NCCL and one process per GPU, on 2, 4 and 8 GPUs as far as the machine has them.
 
-    The session sets none of NCCL's variables, so the machine's settings decide its transport.
+    The session sets none of NCCL's variables, so the machine's settings decide its transport. With
+    `-- --processes-per-gpu 2` one GPU suffices for the tests of two processes; they then communicate through sockets.
     """
+    least = 1 if any(argument.startswith("--processes-per-gpu") for argument in session.posargs) else 2
     # Training does not need llama-te-infer, whose kernels take minutes to compile.
-    env = gpu_environment(session, "Hopper or Blackwell", {"9", "10", "12"}, least=2, packages=PACKAGES[:2])
+    env = gpu_environment(session, "Hopper or Blackwell", {"9", "10", "12"}, least=least, packages=PACKAGES[:2])
     session.run(sys.executable, "-c", "import hypothesis")
     session.run(sys.executable, "-m", "pytest", "tests/distributed", "--device=cuda", *session.posargs, env=env)
 

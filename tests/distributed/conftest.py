@@ -1,4 +1,4 @@
-"""Several processes: on CPUs with gloo, or with `--device=cuda` on one GPU each with NCCL."""
+"""Several processes: on CPUs with gloo, or with `--device=cuda` on GPUs with NCCL."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ MOST_ON_CPU = 4
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="what processes compute on")
+    parser.addoption(
+        "--processes-per-gpu", type=int, default=1, help="with more than 1, tests of many processes need fewer GPUs"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = _device(config)
-    most = torch.cuda.device_count() if device == "cuda" else MOST_ON_CPU
+    # The options are known where the command names this folder.
+    most = torch.cuda.device_count() * config.getoption("--processes-per-gpu", 1) if device == "cuda" else MOST_ON_CPU
     for_here, left_out = [], []
     for item in items:
         mark = item.get_closest_marker("processes")
@@ -41,5 +45,4 @@ def _no_gpu_unless_asked_for(device: str) -> Iterator[None]:
 
 
 def _device(config: pytest.Config) -> str:
-    # The option is known where the command names this folder.
     return str(config.getoption("--device", "cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -55,7 +56,7 @@ def join(rank: int, world_size: int, device: str, rendezvous: Path) -> torch.dev
         rendezvous: The path of a new file, where the processes meet.
     """
     torch.set_num_threads(1)
-    own = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    own = torch.device(device, local_rank(rank, world_size)) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(own)
     torch.set_default_device(own)
@@ -64,3 +65,16 @@ def join(rank: int, world_size: int, device: str, rendezvous: Path) -> torch.dev
     timeout = timedelta(minutes=3)
     dist.init_process_group(backend, init_method=rendezvous.as_uri(), rank=rank, world_size=world_size, timeout=timeout)
     return own
+
+
+def local_rank(rank: int, world_size: int) -> int:
+    """Return the number of a process's GPU; if there are fewer GPUs than processes, let NCCL share them.
+
+    NCCL refuses two ranks on one GPU of one host. So each rank then says that it is a host of its own, and NCCL sends
+    through sockets (the environment variables of NCCL's documentation). Each process calls this before its first
+    communication.
+    """
+    gpus = torch.cuda.device_count()
+    if world_size > gpus > 0:
+        os.environ |= {"NCCL_HOSTID": f"rank {rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    return rank % max(gpus, 1)

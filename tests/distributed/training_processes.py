@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from core.training_runs import options
+from distributed.processes import local_rank
 from llama_te_core.layers.collectives import local_part
 from llama_te_core.train.command import main
 from llama_te_core.train.data.batch_stream import Batch, BatchStream
@@ -29,7 +30,12 @@ def run(rank: int, world_size: int, ports: list[int], runs: list[tuple[Path, Pat
             "spoil" the step at which its loss is NaN, with finite gradients.
     """
     for port, (folder, source, changes) in zip(ports, runs, strict=True):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": local_rank(rank, world_size),
+            "WORLD_SIZE": world_size,
+            "MASTER_PORT": port,
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
         os.environ |= {name: str(value) for name, value in environment.items()}
         own = dict(changes)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformer_engine.common.recipe import Float8CurrentScaling
+from transformer_engine.common.recipe import DelayedScaling, Float8BlockScaling, Float8CurrentScaling
 from transformer_engine.pytorch.optimizers import FusedAdam
 
 from gpu.small_llama import MODEL
@@ -325,7 +325,7 @@ def test_steps_of_an_optimizer_and_writes_to_fp8_weights_are_seen(make_llama: An
     prompt = prompts(6)[-1]
     before = greedy(engine, prompt)
     assert not watch.has_changed(), "a forward pass changes nothing"
-    # With pages of the first run, FP8 would scale fewer tokens together, and round them otherwise.
+    # With pages of the first run, current scaling would scale fewer tokens together, and round them otherwise.
     engine.reset_prefix_cache()
     assert greedy(engine, prompt) == before and not watch.has_changed()
     weight = model.model.layers[0].layernorm_mlp.fc1_weight
@@ -340,6 +340,31 @@ def test_steps_of_an_optimizer_and_writes_to_fp8_weights_are_seen(make_llama: An
     assert watch.has_changed(), "a step of TE's FusedAdam"
     last = greedy(engine, prompt)
     assert last == greedy(Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16), prompt) != found
+
+
+@pytest.mark.parametrize("recipe", [None, DelayedScaling, Float8BlockScaling, Float8CurrentScaling])
+def test_a_cached_prefix_changes_nothing_that_the_model_itself_does_not_change(
+    recipe: Any, make_llama: Any, tmp_path: Path
+) -> None:
+    """Current scaling takes one scale from all tokens of a pass, so it rounds the rest of a prompt otherwise."""
+    convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).save_pretrained(tmp_path)
+    fp8 = {} if recipe is None else {"layer_precision": ["fp8"] * 6, "fp8_recipe": recipe()}
+    model = NVLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, device_map="cuda", **fp8).eval()
+    engine = Engine(model, max_batch_size=4, max_sequence_length=256, page_size=16)
+    prompt = prompts(6)[-1]
+    cached = (len(prompt) - 1) // 16 * 16
+    ids_1S = torch.tensor([prompt], device="cuda")
+    cache = inference_params_for(model, batch_size=1, max_length=256)
+    with torch.no_grad():
+        whole_V = model(input_ids=ids_1S, past_key_values=cache).logits[0, -1].float().log_softmax(-1)
+        cache.crop(cached - len(prompt))
+        rest_V = model(input_ids=ids_1S[:, cached:], past_key_values=cache).logits[0, -1].float().log_softmax(-1)
+    for expected_V in (whole_V, rest_V):
+        (output,) = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0, logprobs=1))
+        (completion,) = output.outputs
+        assert completion.token_ids == [int(expected_V.argmax())]
+        assert completion.logprobs[0].logprob == pytest.approx(float(expected_V.max()), abs=1e-5)
+    assert torch.equal(whole_V, rest_V) == (recipe is not Float8CurrentScaling)
 
 
 # --- models that have more than the kernels compute -------------------------------------------------------------------
