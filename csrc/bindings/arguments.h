@@ -25,6 +25,10 @@ Value *pointer(Address address) {
     return reinterpret_cast<Value *>(address);
 }
 
+// The integer of a Python argument; throws TypeError or ValueError with the argument's name if it is none from `least`
+// to `most`.
+std::int64_t integer(const char *name, py::handle value, std::int64_t least, std::int64_t most);
+
 inline CacheMemory memory_of(const Memory &memory) {
     const auto &[data, block_stride, place_stride, head_stride] = memory;
     return {pointer<char>(data), block_stride, place_stride, head_stride};

@@ -1,7 +1,10 @@
 // decode_attention. A build without CUDA has its checks and the size of its workspace alone: on a CPU, PyTorch attends.
 
+#include <limits>
+
 #include "arguments.h"
 #include "attention/decode_attention.h"
+#include "cache/append_rope.h"
 
 namespace llama_te::bindings {
 
@@ -39,8 +42,17 @@ void bind_attention(py::module_ &module) {
                "head_dim", "cos_sin", "cos_sin_stride", "positions", "start", "page_table", "capacity", "blocks",
                "block_places", "key", "value", "scale", "output", "workspace");
     };
-    define(module, "decode_attention_workspace", &decode_attention_workspace, "rows", "kv_heads", "group", "head_dim",
-           "capacity");
+    const auto workspace = [](py::handle rows, py::handle kv_heads, py::handle group, py::handle head_dim,
+                              py::handle capacity) {
+        const auto size = [](const char *name, py::handle value, std::int32_t most) {
+            return static_cast<std::int32_t>(integer(name, value, 0, most));
+        };
+        return decode_attention_workspace(
+            size("rows", rows, kMaxDecodeRows), size("kv_heads", kv_heads, kMaxDecodeKvHeads),
+            size("group", group, kMaxDecodeGroup), size("head_dim", head_dim, kMaxHeadDim),
+            size("capacity", capacity, std::numeric_limits<std::int32_t>::max()));
+    };
+    define(module, "decode_attention_workspace", workspace, "rows", "kv_heads", "group", "head_dim", "capacity");
     define_attention("decode_attention_check",
                      on_host<DecodeAttentionArguments>(decode_attention_arguments, check_layout));
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES

@@ -70,6 +70,29 @@ def test_workspace_grows_with_what_must_be_merged() -> None:
     assert [(size - sizes[0]) // part for size in sizes] == [0, 0, 1, 1, 15, 15, 47]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("rows", 257, ValueError, r"rows=257: allowed are 0 to 256"),
+        ("rows", -1, ValueError, r"rows=-1: allowed are 0 to 256"),
+        ("kv_heads", 2**31 - 1, ValueError, r"kv_heads=2147483647: allowed are 0 to 64"),
+        ("group", 2**63, ValueError, r"group=9223372036854775808: allowed are 0 to 16"),
+        ("head_dim", 2**40, ValueError, r"head_dim=1099511627776: allowed are 0 to 256"),
+        ("capacity", 2**31, ValueError, r"capacity=2147483648: allowed are 0 to 2147483647"),
+        ("capacity", -(2**70), ValueError, r"capacity=-1180591620717411303424: allowed are 0"),
+        ("rows", None, TypeError, r"rows=None: it must be an integer"),
+        ("rows", 1.0, TypeError, r"rows=1.0: it must be an integer"),
+        ("group", True, TypeError, r"group=True: it must be an integer"),
+        ("capacity", "4096", TypeError, r"capacity='4096': it must be an integer"),
+    ],
+)
+def test_sizes_without_a_workspace(name: str, value: Any, error: type[Exception], message: str) -> None:
+    sizes = {"rows": 256, "kv_heads": 64, "group": 16, "head_dim": 256, "capacity": 2**31 - 1}
+    assert workspace_size(**sizes) == 64 * 256 + 256 * 64 * 48 * 16 * 260
+    with pytest.raises(error, match=message):
+        workspace_size(**(sizes | {name: value}))
+
+
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 

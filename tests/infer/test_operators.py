@@ -297,6 +297,13 @@ def test_bad_reorders(make: Any, function: Any, change: Change, message: str) ->
     assert all(torch.equal(*pair) for pair in zip(arguments["caches"], before, strict=True))
 
 
+@pytest.mark.parametrize("function", [reorder_pages, torch.ops.llama_te.reorder_pages])
+def test_pages_without_a_table(function: Any) -> None:
+    arguments = make_pages(ReorderCase(source_rows=(1, 2, 0), lengths=(17, 20, 18)))
+    with pytest.raises(TypeError, match=r"page_table is None: it must be a tensor"):
+        function(**(arguments | {"page_table": None}))
+
+
 def test_torch_agrees_with_the_schemas() -> None:
     append = make_append(AppendCase(new=(2, 1), before=(3, 0), page_size=16))
     append["query"].zero_()

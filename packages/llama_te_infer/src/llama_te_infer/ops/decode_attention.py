@@ -98,13 +98,15 @@ def workspace_size(rows: int, kv_heads: int, group: int, head_dim: int, capacity
     """Return the size of the workspace of `decode_attention` on a GPU, in int32 numbers.
 
     Args:
-        rows: The largest B.
-        kv_heads: K.
-        group: G.
-        head_dim: D.
-        capacity: Places of a row: L, or pages per row times page size.
+        rows: The largest B, at most 256.
+        kv_heads: K, at most 64.
+        group: G, at most 16.
+        head_dim: D, at most 256.
+        capacity: Places of a row: L, or pages per row times page size; less than 2^31.
 
     Raises:
+        TypeError: An argument is not an integer.
+        ValueError: An argument is out of range.
         RuntimeError: The extension is missing.
     """
     size: int = extension().decode_attention_workspace(rows, kv_heads, group, head_dim, capacity)

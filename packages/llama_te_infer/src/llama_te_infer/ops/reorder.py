@@ -60,6 +60,7 @@ def reorder_pages(
             that may run at the same time need separate semaphores.
 
     Raises:
+        TypeError: `page_table` is None. The operator has written nothing.
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
@@ -149,6 +150,8 @@ def _check_pages(
     ticket: torch.Tensor,
 ) -> dict[str, Any] | None:
     """Return the kernel's arguments for paged caches, or None if there is nothing to move."""
+    if page_table is None:  # torch passes None on
+        raise TypeError("page_table is None: it must be a tensor. Contiguous caches have reorder_rows.")
     arguments = _check(caches, source_rows, lengths, page_table)
     check_tensor("ticket", ticket, torch.int32, caches[0].device, (1,), "[1]")
     if page_size != caches[0].shape[1]:
