@@ -14,12 +14,19 @@ constexpr int kThreads = 128;
 constexpr int kVectorElements = 8;
 
 // Maps a logit (its float32 bits) and its token to an integer, so that the greatest integer belongs to the greatest logit
-// and, of equal ones, to the lowest token. NaN is below all numbers.
+// and, of equal ones, to the lowest token. NaN is above all numbers.
 __device__ std::uint64_t rank(unsigned bits, unsigned token) {
     const float value = __uint_as_float(bits) + 0.0F;  // turns -0 into 0
     bits = __float_as_uint(value);
     const unsigned ordered = bits & 0x80000000U ? ~bits : bits | 0x80000000U;
-    return value == value ? static_cast<std::uint64_t>(ordered) << 32 | (0xffffffffU - token) : 0xffffffffU - token;
+    return static_cast<std::uint64_t>(value == value ? ordered : 0xffffffffU) << 32 | (0xffffffffU - token);
+}
+
+// The token of a row's greatest rank, unless the logit is NaN or infinite.
+__device__ std::int64_t token_of(std::uint64_t rank) {
+    const auto ordered = static_cast<unsigned>(rank >> 32);
+    const bool is_finite = ordered >= 0x00800000U && ordered < 0xff800000U;  // from the lowest to the greatest float32
+    return is_finite ? 0xffffffffU - static_cast<unsigned>(rank) : kNoToken;
 }
 
 __global__ void __launch_bounds__(kThreads) greedy_kernel(const __grid_constant__ GreedyArguments a) {
@@ -56,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) greedy_kernel(const __grid_constant_
             __threadfence();
             best = atomicExch(reinterpret_cast<unsigned long long *>(a.best + row), 0ULL);
             a.semaphores[row] = 0;  // for the next launch
-            a.tokens[row] = 0xffffffffU - static_cast<unsigned>(best);
+            a.tokens[row] = token_of(best);
             if (a.lengths != nullptr && a.lengths[row] > 0) {
                 a.lengths[row] += 1;
             }

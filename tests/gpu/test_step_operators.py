@@ -24,7 +24,7 @@ from infer.step_oracle import (
     run_linear,
 )
 from llama_te_infer.ops.embed import embed
-from llama_te_infer.ops.greedy import greedy
+from llama_te_infer.ops.greedy import NO_TOKEN, greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
@@ -570,7 +570,7 @@ class Greedy:
     """`greedy` with its workspace. Each call checks the workspace afterwards."""
 
     def __init__(self, rows: int) -> None:
-        self.tokens = torch.full((rows,), -1, device="cuda")
+        self.tokens = torch.full((rows,), 99, device="cuda")
         self.lengths = torch.arange(rows, dtype=torch.int32, device="cuda")
         self.best = torch.zeros(rows, dtype=torch.int64, device="cuda")
         self.tickets = torch.zeros(rows, dtype=torch.int32, device="cuda")
@@ -598,22 +598,33 @@ def test_greedy(vocabulary: int) -> None:
             assert take(logits, counted=False).tolist() == expected
             # Next time it is a token with the next lower logit.
             greatest = logits.gather(1, take.tokens[:, None])
-            logits.masked_fill_(logits == greatest, torch.nan)
+            logits.masked_fill_(logits == greatest, -torch.inf)
 
 
 def test_greedy_finds_every_token() -> None:
     vocabulary = 8192
-    for fill in (-torch.inf, torch.nan, -1.0):
+    for fill in (-torch.inf, -1.0):
         logits = torch.full((vocabulary, vocabulary), fill, device="cuda").bfloat16()
         logits.fill_diagonal_(-0.5)
         assert torch.equal(Greedy(vocabulary)(logits), torch.arange(vocabulary, device="cuda"))
 
 
+def test_greedy_finds_every_nan() -> None:
+    """One NaN, of either sign, wherever it is; the same for an infinite logit."""
+    vocabulary = 8192
+    for bad in (torch.nan, -torch.nan, torch.inf):
+        logits = torch.full((vocabulary, vocabulary), 1.0, device="cuda").bfloat16()
+        logits.fill_diagonal_(bad)
+        assert torch.equal(Greedy(vocabulary)(logits), torch.full((vocabulary,), NO_TOKEN, device="cuda"))
+
+
 def test_greedy_of_what_has_no_best() -> None:
-    nan, inf = torch.nan, torch.inf
-    rows = [[nan] * 8, [-inf] * 8, [inf] * 8, [nan, -inf] * 4, [nan, inf] * 4, [nan] * 7 + [-3.4e38], [-0.0, 0.0] * 4]
+    nan, inf, most = torch.nan, torch.inf, 3.38e38
+    rows = [[nan] * 8, [-inf] * 8, [inf] * 8, [nan, -inf] * 4, [nan, inf] * 4, [nan] * 7 + [-most]]
+    rows += [[-0.0, 0.0] * 4, [-inf] * 7 + [-most], [-inf, most] * 4]
     logits = torch.tensor(rows, device="cuda").bfloat16()
-    assert Greedy(len(rows))(logits).tolist() == [0, 0, 0, 1, 1, 7, 0] == expected_greedy(logits.cpu())
+    assert logits[-1, 1].isfinite()
+    assert Greedy(len(rows))(logits).tolist() == [*[NO_TOKEN] * 6, 0, 7, 1] == expected_greedy(logits.cpu())
     assert Greedy(0)(logits[:0]).tolist() == []
 
 

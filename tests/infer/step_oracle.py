@@ -191,9 +191,9 @@ def _elementwise_bound(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def expected_greedy(logits: torch.Tensor) -> list[int]:
-    """The lowest of the tokens with each row's greatest number; 0 where there is no number."""
+    """The lowest of the tokens with each row's greatest number; -1 where that is infinite, or the row has NaN."""
     vocabulary = logits.shape[1]
-    greatest = logits.double().nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1, keepdim=True)
+    greatest_B = logits.double().nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(1)
     token_V = torch.arange(vocabulary, device=logits.device)
-    lowest_B = torch.where(logits.double() == greatest, token_V, vocabulary).amin(1)
-    return (lowest_B % vocabulary).tolist()
+    lowest_B = torch.where(logits.double() == greatest_B[:, None], token_V, vocabulary).amin(1)
+    return lowest_B.masked_fill(logits.isnan().any(1) | greatest_B.isinf(), -1).tolist()

@@ -25,6 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from llama_te_infer.ops.greedy import NO_TOKEN
 from llama_te_infer.runner.sampler import (
     RowSampling,
     Sampled,
@@ -563,6 +564,39 @@ def test_only_possible_tokens_are_drawn(params: SamplingParams, seed: int, left:
         assert not bool(result.logprob_B.isnan().any())
     if result.top_logprob_BK is not None:
         assert not bool(result.top_logprob_BK.isnan().any())
+
+
+@SETTINGS
+@given(
+    params=PARAMS,
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    seed=st.integers(0, 2**20),
+    bad=st.sampled_from(["one NaN", "negative NaN", "all NaN", "all -inf", "one inf", "NaN and inf"]),
+)
+def test_a_row_without_finite_logits_gets_no_token(
+    params: SamplingParams, dtype: torch.dtype, seed: int, bad: str
+) -> None:
+    """The rows before and behind get the same as without it."""
+    logits_BV = random_logits(3, 64, seed=seed).to(dtype)
+    arguments = [params, params, params], [seed, seed + 1, seed + 2], [[1], [9], [3]]
+    alone = draw(logits_BV, *arguments)
+    place = 9 + seed % 55  # no token that ends a text
+    if bad.startswith("all"):
+        logits_BV[1] = float(bad.removeprefix("all "))
+    else:
+        logits_BV[1, place] = torch.inf if bad == "one inf" else -torch.nan if bad == "negative NaN" else torch.nan
+        if bad == "NaN and inf":
+            logits_BV[1, 8] = torch.inf
+    together = draw(logits_BV, *arguments)
+    assert together.token_B.tolist() == [int(alone.token_B[0]), NO_TOKEN, int(alone.token_B[2])]
+    for one, other in zip(alone[1:], together[1:], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or other is None or torch.equal(one[[0, 2]], other[[0, 2]])
+
+
+def test_parameters_that_forbid_every_token_give_no_token() -> None:
+    params = [SamplingParams(allowed_token_ids=[2], min_tokens=3, temperature=t) for t in (0, 1)]
+    assert draw(random_logits(2, 16, seed=1), params, [1, 2], [[1], [1]]).token_B.tolist() == [NO_TOKEN] * 2
 
 
 def test_logits_are_left_as_they_are() -> None:

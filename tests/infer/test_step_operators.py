@@ -180,7 +180,7 @@ def test_greedy(data: st.DataObject, dtype: torch.dtype) -> None:
     value = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, torch.nan])
     row = st.lists(value, min_size=vocabulary, max_size=vocabulary)
     logits = torch.tensor(data.draw(st.lists(row, min_size=rows, max_size=rows)), dtype=dtype).view(rows, vocabulary)
-    tokens, lengths = torch.full((rows,), -1), torch.arange(rows, dtype=torch.int32)
+    tokens, lengths = torch.full((rows,), 99), torch.arange(rows, dtype=torch.int32)
     best, tickets = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, dtype=torch.int32)
     counted = data.draw(st.booleans())
     greedy(logits, tokens, lengths if counted else None, best, tickets)

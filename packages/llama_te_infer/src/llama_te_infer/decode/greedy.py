@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ..ops import library
-from ..ops.greedy import greedy
+from ..ops.greedy import NO_TOKEN, greedy
 
 
 class GreedyWorkspace:
@@ -29,6 +29,8 @@ def take_likeliest(
 ) -> None:
     """Write the token of each row's largest element, the first of equal ones, and count the token.
 
+    A row with NaN, or whose largest element is infinite, gets `NO_TOKEN`. The host does not wait to find that out.
+
     Args:
         choice_BV: The rows' logits, or logits with noise.
         token_B: int64, the output.
@@ -40,6 +42,7 @@ def take_likeliest(
         rows = len(choice_BV)
         greedy(choice_BV, token_B, length_B, workspace.best_R[:rows], workspace.ticket_R[:rows])
         return
-    torch.argmax(choice_BV, dim=-1, out=token_B)
+    torch.argmax(choice_BV, dim=-1, out=token_B)  # the place of a NaN where a row has one
+    token_B.masked_fill_(~choice_BV.gather(1, token_B[:, None])[:, 0].isfinite(), NO_TOKEN)
     if length_B is not None:
         length_B.add_(length_B > 0)

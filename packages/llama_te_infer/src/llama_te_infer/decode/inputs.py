@@ -22,7 +22,8 @@ class StepInputs:
     engine, in `InferenceParams.pre_step` for `generate`. `lengths` is a copy of the owner's lengths.
 
     Attributes:
-        token_R: int64, the last token of each row, which is not in the cache.
+        token_R: int64, the last token of each row, which is not in the cache; `NO_TOKEN` of a row that could not choose
+            one. The row takes part in steps until the host has read that, and its results are worth nothing.
         length_R: int32, tokens of each row in the cache. Rows behind the batch have 0: a step may compute more rows
             than the batch has, and neither stores nor counts tokens for them.
         page_table_RP: int32; `None` for a contiguous cache.

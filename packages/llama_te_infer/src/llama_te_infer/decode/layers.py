@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..kv_cache.engine_cache import EngineCache
+from .greedy import GreedyWorkspace, take_likeliest
 from .inputs import StepInputs
 
 
@@ -23,6 +24,7 @@ class LayersDecode:
 
     def __init__(self, model: Any, cache: EngineCache) -> None:
         self.model, self.cache = model, cache
+        self.greedy_workspace = GreedyWorkspace(cache.max_batch_size, cache.device)
 
     def __call__(self, inputs: StepInputs, rows: int) -> torch.Tensor:
         """See `DecodeBackend`."""
@@ -32,13 +34,14 @@ class LayersDecode:
         filled = -(-rows // multiple) * multiple
         starts = inputs.lengths + [0] * (filled - rows)
         self.cache.open_rows(inputs.page_table_RP, starts, [1] * filled)
-        output = self.model.model(input_ids=inputs.token_R[:filled, None], past_key_values=self.cache)
+        token_B1 = inputs.token_R[:filled, None].clamp(min=0)  # a row with NO_TOKEN still takes part
+        output = self.model.model(input_ids=token_B1, past_key_values=self.cache)
         return self.model.lm_head(output.last_hidden_state[:rows, 0])
 
     def advance(self, inputs: StepInputs, rows: int) -> None:
         """See `DecodeBackend`."""
-        inputs.token_R[:rows] = self(inputs, rows).argmax(dim=-1)
-        inputs.count_step(rows)
+        logits_BV = self(inputs, rows)
+        take_likeliest(logits_BV, inputs.token_R[:rows], self.greedy_workspace, inputs.length_R[:rows])
 
 
 def padded_multiple(model: Any) -> int:

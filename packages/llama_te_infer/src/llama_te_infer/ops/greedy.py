@@ -10,11 +10,16 @@ import torch
 from .checks import address_of, check_aligned, check_tensor, name_of, shape_of, strides_of, vector_elements
 from .library import cuda_function, launch_arguments, register
 
+NO_TOKEN = -1
+"""In place of a token where a row has NaN, or its greatest logit is infinite: nothing can be chosen from it."""
+
 
 def greedy(
     logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
 ) -> None:
-    """Take each row's most likely token, the lowest id among equals, and count it. NaN is less likely than any number.
+    """Take each row's most likely token, the lowest id among equals, and count it.
+
+    A row with NaN, or whose greatest logit is infinite, gets `NO_TOKEN` and is counted too.
 
     Args:
         logits: [B, V]; on a GPU bfloat16, V and the rows' stride a multiple of 8.
@@ -62,9 +67,9 @@ def _greedy_cpu(
     logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor | None, best: torch.Tensor, tickets: torch.Tensor
 ) -> None:
     _check(logits, tokens, lengths, best, tickets)
-    # PyTorch's argmax treats NaN as the greatest number.
-    likeliest_B1 = logits.masked_fill(logits.isnan(), -torch.inf).amax(1, keepdim=True)
-    tokens.copy_((logits == likeliest_B1).byte().argmax(1))
+    greatest_B1 = logits.amax(1, keepdim=True)  # NaN where the row has NaN
+    token_B = (logits == greatest_B1).byte().argmax(1)
+    tokens.copy_(token_B.where(greatest_B1[:, 0].isfinite(), NO_TOKEN))
     if lengths is not None:
         lengths.add_(lengths > 0)
 

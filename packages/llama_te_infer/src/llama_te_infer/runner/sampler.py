@@ -48,7 +48,7 @@ class Sampled(NamedTuple):
     """The tokens that `sample` chose. Log-probabilities are the model's own, in float32; `None` if no row needs them.
 
     Attributes:
-        token_B: int64.
+        token_B: int64; `NO_TOKEN` of a row whose logits are not finite, or whose parameters forbid all tokens.
         logprob_B: The chosen tokens' log-probabilities.
         top_logprob_BK: The highest log-probabilities, in descending order; K is the limit, or V if V is less.
         top_token_BK: int64, their tokens; among equally likely tokens the lower id comes first.
@@ -340,9 +340,10 @@ def sample(
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
     take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
 
+    known_B = token_B.clamp(min=0)  # a row with NO_TOKEN ends, so its records may be wrong
     if needs.masked or needs.counted:
         number_B = torch.arange(len(token_B), device=token_B.device) if row_B is None else row_B
-        place_B = number_B * sampling.vocab_size + token_B
+        place_B = number_B * sampling.vocab_size + known_B
         if needs.masked:
             assert sampling.seen_RV is not None
             sampling.seen_RV.view(-1).index_fill_(0, place_B, True)
@@ -355,7 +356,7 @@ def sample(
     if needs.top_logprobs is None:
         return Sampled(token_B)
     logprob_BV = logits_BV.float().log_softmax(dim=-1)
-    logprob_B = logprob_BV.gather(1, token_B[:, None])[:, 0]
+    logprob_B = logprob_BV.gather(1, known_B[:, None])[:, 0]
     if needs.top_logprobs == 0:
         return Sampled(token_B, logprob_B)
     return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
@@ -446,6 +447,7 @@ def keep_likely(
     limit_B1 = (sum_BV[:, -1:] * top_p_B1.double()).ceil().long()
     keep_BV &= (sum_BV - share_BV < limit_B1) | (top_p_B1 >= 1)
     keep_BV &= weight_BV >= min_p_B1
+    keep_BV &= logit_BV[:, :1].isfinite()  # otherwise the weights mean nothing
     return torch.full_like(logits_BV, -torch.inf).scatter_(1, token_BV, logit_BV.masked_fill_(~keep_BV, -torch.inf))
 
 
