@@ -153,6 +153,45 @@ def loaded(source: Path, distribution: str, target: Path) -> dict[str, Any]:
     }
 
 
+def damaged(folder: Path) -> dict[str, Any]:
+    """Return what each process finds when the file that one process wrote to the newest checkpoint has changed."""
+    run, checkpoints = Run("fsdp"), Checkpoints(folder)
+    run.train(1)
+    checkpoints.save(1, run.module, run.optimizer)
+    before = run.state()
+    run.train(1)
+    checkpoints.save(2, run.module, run.optimizer)
+
+    def flip(step: int, file: str) -> None:
+        checkpoints.wait()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            path = checkpoints.path(step) / file
+            content = bytearray(path.read_bytes())
+            content[-100] ^= 1
+            path.write_bytes(content)
+        dist.barrier()
+
+    flip(2, "__3_0.distcp")
+    resumed, again = Run("fsdp"), Checkpoints(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step = again.latest()
+    again.load(1, resumed.module, resumed.optimizer)
+    found = {
+        "step": step,
+        "warnings": [str(each.message) for each in caught],
+        "before": before,
+        "loaded": resumed.state(),
+    }
+    flip(1, "__2_0.distcp")
+    try:
+        Checkpoints(folder).latest()
+    except TrainingCheckpointError as error:
+        found["error"] = str(error)
+    return found
+
+
 def killed_while_saving(rank: int, device: str, folder: Path) -> None:
     """Kill the second of two processes while it saves; the first one writes the error that it gets to `heard`."""
     join(rank, 2, device, folder / "rendezvous")
@@ -178,6 +217,7 @@ def run(rank: int, world_size: int, device: str, folder: Path) -> None:
     if world_size == 4:
         found = {name: trained_and_resumed(folder, name) for name in ("fsdp", "hsdp", "ddp", "tensor")}
         found["errors"] = errors(folder)
+        found["damaged"] = damaged(folder / "damaged")
     else:
         # Only tensor ranks, without FSDP; then continue with the weights in other parts.
         found = {"tensor": trained_and_resumed(folder / "two", "tensor")}

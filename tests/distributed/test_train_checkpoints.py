@@ -167,6 +167,18 @@ def test_all_processes_hear_of_an_error(folder, four):
         }
 
 
+@pytest.mark.processes(4)
+def test_all_processes_go_on_from_the_checkpoint_before_a_damaged_one(folder, four):
+    for rank, found in enumerate(each["damaged"] for each in four):
+        assert found["step"] == 1
+        assert_same(found["loaded"], found["before"])
+        assert len(found["warnings"]) == (rank == 0)
+        assert "has no undamaged checkpoint: step 1: __2_0.distcp has other bytes" in found["error"]
+    assert "step 2: __3_0.distcp has other bytes than checksums.json says" in four[0]["damaged"]["warnings"][0]
+    left = sorted(path.name for path in (folder / "damaged").iterdir())
+    assert left == ["step-00000001", "step-00000002.damaged"]
+
+
 @pytest.mark.processes(2)
 def test_one_process_that_is_killed_leaves_whole_checkpoints(device, tmp_path):
     """The other processes get an error."""

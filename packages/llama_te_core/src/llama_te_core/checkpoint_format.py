@@ -29,6 +29,7 @@ _NOT_A_PLAIN_LLAMA = (
 )
 _ACTIVATION = "silu"
 
+CHECKSUMS = "checksums.json"  # sizes and checksums of the other files: see llama_te_core.files.checksums
 LOADER = "llama_te"
 STANDALONE = "modeling_nvllama"  # imports every other module of the bundled code
 IS_INSTALLED = __package__ == "llama_te_core"  # else this code came with a checkpoint

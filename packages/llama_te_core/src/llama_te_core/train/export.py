@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..files.checksums import record_checksums
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.conversion import conversion
 from ..parallel.mesh import process_rank
@@ -44,6 +45,7 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(partial, state_dict=state)
     if tokenizer is not None:
         tokenizer.save_pretrained(partial)
+    record_checksums(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -2,7 +2,7 @@
 
     checkpoints = Checkpoints("run/checkpoints")
     extra = {"scheduler": scheduler, "data": loader}
-    step = checkpoints.latest() or 0
+    step = checkpoints.latest() or 0  # the newest one whose files are as they were written
     if step:
         checkpoints.load(step, model, optimizer, extra)
     ...
@@ -10,8 +10,9 @@
     ...
     checkpoints.wait()
 
-`run/checkpoints/step-00001200/` holds a checkpoint of torch.distributed.checkpoint and the model's `config.json`.
-`llama-te-convert` reads both. The checkpoint's state dict has these entries:
+`run/checkpoints/step-00001200/` holds a checkpoint of torch.distributed.checkpoint, the model's `config.json`, and
+`checksums.json` with the size and the checksum of each file. `llama-te-convert` reads them. The checkpoint's state dict
+has these entries:
 
 - `model` and `optimizer.state`: tensors by the names of the parameters, in parts, so that any number of processes can
   load them. For weights that layers hold in FP8 only, `model` has the optimizer's FP32 weights.
@@ -28,7 +29,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import set_model_state_dict
 from transformers import PreTrainedModel
 
+from ...checkpoint_format import CHECKSUMS
+from ...files.checksums import Checksum, DamagedChecksumsError, file_problem, read_checksums, record_checksums
 from ...parallel.shards import gather_halves, scatter_halves
 from .state import (
     TrainingCheckpointError,
@@ -62,6 +65,7 @@ __all__ = ["Checkpoints", "TrainingCheckpointError"]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _PARTIAL = ".partial"
+_DAMAGED = ".damaged"
 T = TypeVar("T")
 
 
@@ -102,6 +106,7 @@ class Checkpoints:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if asynchronous else None
         self._writing: Future[None] | None = None
+        self._accepted: set[int] = set()  # steps whose files need no further comparison with their checksums
 
     def save(
         self,
@@ -166,12 +171,30 @@ class Checkpoints:
         return self._on_rank_0(self._found)
 
     def latest(self) -> int | None:
-        """Return the step of the newest checkpoint, or `None` without a checkpoint.
+        """Return the step of the newest undamaged checkpoint, or `None` without a checkpoint.
+
+        The processes share the files of the checkpoint and compare them with their sizes and checksums. If a file has
+        changed or is missing, the folder of this checkpoint gets the name `step-00001200.damaged`, and a warning names
+        the file and the older checkpoint that takes its place.
 
         Raises:
-            TrainingCheckpointError: The last save has failed.
+            TrainingCheckpointError: The last save has failed, or all checkpoints are damaged, which then keep their
+                names.
         """
-        return max(self.steps(), default=None)
+        damaged: dict[int, list[str]] = {}
+        for step in reversed(self.steps()):
+            problems = self._problems(step)
+            if not problems:
+                if damaged:
+                    self._on_rank_0(lambda: self._set_aside(damaged, step))  # noqa: B023  (called at once)
+                return step
+            damaged[step] = problems
+        if not damaged:
+            return None
+        raise TrainingCheckpointError(
+            f"{self.folder} has no undamaged checkpoint: {_damages(damaged)}. Bring one back from a copy, or remove "
+            "them to begin again."
+        )
 
     def load(
         self,
@@ -209,6 +232,9 @@ class Checkpoints:
         if step not in steps:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
             raise TrainingCheckpointError(f"{self.folder} has no checkpoint of step {step}: {there}.")
+        problems = self._problems(step)
+        if problems:
+            raise self._not_loaded(step, steps, DamagedFileError("; ".join(problems)))
         model = unwrapped(model)
         weights = weights_of(model)
         reader = Reader(self.path(step))
@@ -286,15 +312,17 @@ class Checkpoints:
         writer = Writer(self._partial(step), per_thread_copy_ahead=0)
         try:
             state_dict_saver.save(state, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            self._on_rank_0(lambda: self._finish(step))
+            checksums = dict(self._on_all_ranks(lambda: list(writer.checksums.items())))
+            self._on_rank_0(lambda: self._finish(step, checksums))
         except (Exception, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             raise self._failed(step, error) from error
         self._on_rank_0(self._rotate)
 
-    def _finish(self, step: int) -> None:
+    def _finish(self, step: int, checksums: Mapping[str, Checksum]) -> None:
         partial = self._partial(step)
+        record_checksums(partial, checksums)
         for path in [*partial.iterdir(), partial]:
             sync(path)
         partial.rename(self.path(step))
@@ -308,6 +336,41 @@ class Checkpoints:
                 shutil.rmtree(self._partial(step))
             except OSError as error:
                 raise TrainingCheckpointError(f"{self.path(step)} cannot be removed: {reason(error)}.") from error
+
+    def _problems(self, step: int) -> list[str]:
+        """Compare a checkpoint's files with their sizes and checksums, and return what is wrong, in all processes."""
+        if step in self._accepted:
+            return []
+        folder = self.path(step)
+        try:
+            checksums = self._on_rank_0(lambda: read_checksums(folder))
+        except DamagedChecksumsError as error:
+            return [str(error)]
+        if checksums is None:
+            problems = self._on_rank_0(lambda: _problems_without_checksums(folder))
+        else:
+            own = sorted(checksums, key=lambda name: checksums[name].size)[self._rank :: self._ranks]
+            found = self._on_all_ranks(lambda: [file_problem(folder, name, checksums[name]) for name in own])
+            problems = [problem for problem in found if problem is not None]
+        if not problems:
+            self._accepted.add(step)
+        return problems
+
+    def _set_aside(self, damaged: Mapping[int, Sequence[str]], step: int) -> None:
+        for each in damaged:
+            target = self.path(each).with_suffix(_DAMAGED)
+            try:
+                if target.exists():
+                    shutil.rmtree(target)
+                self.path(each).rename(target)
+            except OSError as error:
+                raise TrainingCheckpointError(f"{self.path(each)} cannot be renamed: {reason(error)}.") from error
+        sync(self.folder)
+        warnings.warn(
+            f"{self.folder} has a damaged checkpoint: {_damages(damaged)}. The run goes on from step {step}, and keeps "
+            f"the damaged one as {', '.join(self.path(each).with_suffix(_DAMAGED).name for each in damaged)}.",
+            stacklevel=2,
+        )
 
     def _failed(self, step: int, error: BaseException) -> TrainingCheckpointError:
         newest = max(self._found(), default=None)
@@ -323,6 +386,21 @@ class Checkpoints:
             )
         return TrainingCheckpointError(message)
 
+    def _on_all_ranks(self, action: Callable[[], list[T]]) -> list[T]:
+        """Run an action in all processes, and return all results, or raise the first error, in each of them."""
+        outcomes: list[Any] = [None]
+        try:
+            outcomes = [action()]
+        except Exception as error:  # all processes must raise any error
+            outcomes = [error]
+        if self._group is not None:
+            own, outcomes = outcomes[0], [None] * self._ranks
+            dist.all_gather_object(outcomes, own, group=self._group)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return [each for outcome in outcomes for each in outcome]
+
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         """Run an action on rank 0, and return its result, or raise its error, in all processes."""
         outcome: list[Any] = [None]
@@ -336,3 +414,17 @@ class Checkpoints:
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+
+def _problems_without_checksums(folder: Path) -> list[str]:
+    missing = [name for name in (".metadata", "config.json") if not (folder / name).is_file()]
+    if not missing:
+        warnings.warn(
+            f"{folder} has no {CHECKSUMS}, as older versions saved it: nobody can tell whether its files have changed.",
+            stacklevel=2,
+        )
+    return [f"{name} is missing" for name in missing]
+
+
+def _damages(damaged: Mapping[int, Sequence[str]]) -> str:
+    return "; ".join(f"step {step}: {', '.join(problems)}" for step, problems in damaged.items())

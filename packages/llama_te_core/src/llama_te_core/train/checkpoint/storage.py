@@ -4,27 +4,59 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from ...compat.torch import file_of_item
+from ...files.checksums import Checksum, ChecksumWriter
+
+
+class _FileSystem(FileSystem):
+    """torch's file system, which computes the checksums of what it writes.
+
+    Attributes:
+        checksums: By the names under which the files were written.
+    """
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, Checksum] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with super().create_stream(path, mode) as file:
+            if mode != "wb":
+                yield file
+                return
+            writer = ChecksumWriter(cast(BinaryIO, file))
+            yield writer
+            self.checksums[Path(path).name] = writer.checksum
 
 
 class Writer(FileSystemWriter):
-    """torch's writer, which raises the disk's own error if it cannot write.
+    """torch's writer, which computes checksums and raises the disk's own error if it cannot write.
 
     If the disk refuses, torch.save raises its own error about positions, with the disk's error as its context.
     Processes lose this context when they exchange errors.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fs = self._files = _FileSystem()
+
+    @property
+    def checksums(self) -> dict[str, Checksum]:
+        """The checksums of the tensor files that this process has written, by their names."""
+        return {name: each for name, each in self._files.checksums.items() if name.endswith(".distcp")}
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         try:

@@ -1,0 +1,190 @@
+"""Damaged checkpoints of a training run: always noticed, and an older checkpoint takes their place."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import fuzzing
+from core.test_train_checkpoints import Run, assert_same, names
+from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path) -> None:
+    other = path.with_name("config.json" if path.name != "config.json" else ".metadata")
+    held = path.with_name("held")
+    path.rename(held)
+    other.rename(path)
+    held.rename(other)
+
+
+def flip_and_keep_the_time(path: Path) -> None:
+    status = path.stat()
+    flip(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+DAMAGES = {
+    "deleted": (delete, "is missing"),
+    "truncated": (truncate, "bytes in place of"),
+    "flipped": (flip, "has other bytes than checksums.json says (written after checksums.json)"),
+    "swapped": (swap, "bytes in place of"),
+    "flipped with its old time": (flip_and_keep_the_time, "says (older than checksums.json)"),
+}
+FILES = ("__0_0.distcp", ".metadata", "config.json")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with checkpoints of the steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    checkpoints, run = Checkpoints(folder), Run()
+    for step in (1, 2):
+        run.train(1)
+        checkpoints.save(step, run.model, run.optimizer, run.extra)
+    checkpoints.wait()
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def resumed(folder: Path) -> tuple[int, Run]:
+    run, checkpoints = Run(), Checkpoints(folder)
+    step = checkpoints.latest()
+    assert step is not None
+    checkpoints.load(step, run.model, run.optimizer, run.extra)
+    return step, run
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder: Path, damage: str, file: str) -> None:
+    change, problem = DAMAGES[damage]
+    shutil.copytree(folder, folder.with_name("older"))
+    shutil.rmtree(folder.with_name("older") / "step-00000002")
+    change(folder / "step-00000002" / file)
+    with pytest.warns(UserWarning, match="has a damaged checkpoint") as caught:
+        step, run = resumed(folder)
+    (warning,) = (str(each.message) for each in caught)
+    assert f"damaged checkpoint: step 2: {'' if damage == 'swapped' else file}" in warning and problem in warning
+    assert "goes on from step 1, and keeps the damaged one as step-00000002.damaged." in warning
+    assert step == 1
+    run.train(2)
+    _, older = resumed(folder.with_name("older"))
+    assert_same(run.state(), older.train(2).state())
+
+    checkpoints = Checkpoints(folder)  # the run saves the step again
+    checkpoints.save(2, run.model, run.optimizer, run.extra)
+    checkpoints.wait()
+    assert names(folder) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Checkpoints(folder).latest() == 2
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_not_loaded(folder: Path, damage: str, file: str) -> None:
+    change, _ = DAMAGES[damage]
+    change(folder / "step-00000002" / file)
+    run = Run()
+    with pytest.raises(TrainingCheckpointError, match=r"step-00000002 cannot be loaded: .*go on from step 1\.$"):
+        Checkpoints(folder).load(2, run.model, run.optimizer, run.extra)
+
+
+@pytest.mark.parametrize("damage", [delete, truncate, flip])
+def test_without_an_undamaged_checkpoint_the_run_does_not_begin_again(
+    folder: Path, damage: Callable[[Path], None]
+) -> None:
+    for step in ("step-00000001", "step-00000002"):
+        damage(folder / step / "__0_0.distcp")
+    before = names(folder)
+    with pytest.raises(TrainingCheckpointError, match=r"has no undamaged checkpoint: step 2: __0_0.* step 1: __0_0"):
+        Checkpoints(folder).latest()
+    assert names(folder) == before
+
+
+def test_damaged_checksums_are_damage_and_further_files_are_not(folder: Path) -> None:
+    (folder / "step-00000002" / "notes.txt").write_text("mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resumed(folder)[0] == 2
+    truncate(folder / "step-00000002" / "checksums.json")
+    with pytest.warns(UserWarning, match="step 2: checksums.json is damaged"):
+        assert resumed(folder)[0] == 1
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_with_one_warning(folder: Path) -> None:
+    for step in ("step-00000001", "step-00000002"):
+        (folder / step / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match=r"step-00000002 has no checksums\.json, as older versions") as caught:
+        assert resumed(folder)[0] == 2
+    assert len(caught) == 1
+    delete(folder / "step-00000002" / ".metadata")
+    with pytest.warns(UserWarning, match=r"step 2: \.metadata is missing\. The run goes on from step 1"):
+        assert resumed(folder)[0] == 1
+
+
+def test_a_lost_write_is_an_error_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network disk that loses the end of a file without an error."""
+    run, checkpoints = Run(), Checkpoints(tmp_path)
+    finish = Checkpoints._finish
+
+    def lose(self, step, checksums):
+        truncate(self._partial(step) / "__0_0.distcp")
+        finish(self, step, checksums)
+
+    monkeypatch.setattr(Checkpoints, "_finish", lose)
+    checkpoints.save(1, run.model, run.optimizer)
+    with pytest.raises(TrainingCheckpointError, match=r"step 1 cannot be saved .* bytes after \d+ were written"):
+        checkpoints.wait()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.fuzz
+def test_flipped_bits_are_always_noticed(folder: Path, counts: Callable[[str], None]) -> None:
+    """In any file of a checkpoint, at a place that is random among all its bytes."""
+    source, step = random.Random(0), folder / "step-00000002"
+    contents = {path: path.read_bytes() for path in step.iterdir()}
+    tries = 300 * fuzzing.ROUNDS
+    for _ in range(tries):
+        (path,) = source.sample(list(contents), 1, counts=[len(each) for each in contents.values()])
+        bit = source.randrange(8 * len(contents[path]))
+        damaged = bytearray(contents[path])
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        run = Run.__new__(Run)
+        with pytest.raises(TrainingCheckpointError, match="step-00000002 cannot be loaded"):
+            Checkpoints(folder).load(2, run, None)  # refused before the model is looked at
+        path.write_bytes(contents[path])
+    for bit in range(8 * len(contents[step / "checksums.json"])):
+        damaged = bytearray(contents[step / "checksums.json"])
+        damaged[bit // 8] ^= 1 << bit % 8
+        (step / "checksums.json").write_bytes(damaged)
+        with pytest.raises(TrainingCheckpointError, match="checksums.json is damaged"):
+            Checkpoints(folder, asynchronous=False).load(2, run, None)
+    counts(f"a training checkpoint: {tries} flipped bits, all noticed; {bit + 1} in checksums.json, all noticed")
