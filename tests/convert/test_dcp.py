@@ -1,5 +1,6 @@
 """Checkpoints of torch.distributed.checkpoint: the reader returns their bits and runs no code in them."""
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -12,7 +13,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+import hostile_pickles
 from convert.malicious import Malicious
+from fuzzing import fuzz
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_convert.errors import CheckpointError
 from llama_te_convert.layout.mapping import map_names
@@ -228,7 +231,7 @@ def test_classes_are_not_changed_by_a_pickle(tmp_path):
     module, name = (b"\x8c" + bytes([len(each)]) + each for each in (Metadata.__module__.encode(), b"Metadata"))
     attributes = b"}\x8c\x07planted\x88s"
     (tmp_path / DCP_METADATA).write_bytes(b"\x80\x04" + module + name + b"\x93N" + attributes + b"\x86b.")
-    with pytest.raises(CheckpointError, match="is not metadata of torch.distributed.checkpoint"):
+    with pytest.raises(CheckpointError, match="sets the state of a Constructor, which is not allowed"):
         DCPSource(tmp_path)
     assert not hasattr(Metadata, "planted")
     assert DCPSource(save(tmp_path / "a", {EMBEDDING: torch.zeros(2, 2)})).tensors
@@ -278,10 +281,18 @@ def test_missing_metadata(tmp_path):
         DCPSource(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04N.", b"\x80\x04]\x94."])
-def test_metadata_that_is_none(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is damaged: it has no end"),
+        (b"text", "is damaged: the stack is empty"),
+        (b"\x80\x04N.", "is not valid metadata of torch.distributed.checkpoint: it has a NoneType where a Metadata"),
+        (b"\x80\x04]\x94.", "is not valid metadata of torch.distributed.checkpoint: it has a list where a Metadata"),
+    ],
+)
+def test_metadata_that_is_none(tmp_path, content, message):
     (tmp_path / DCP_METADATA).write_bytes(content)
-    with pytest.raises(CheckpointError, match=".metadata is not metadata of torch.distributed.checkpoint"):
+    with pytest.raises(CheckpointError, match=f".metadata {message}"):
         DCPSource(tmp_path)
 
 
@@ -312,17 +323,17 @@ def change_place(**values):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_chunk(sizes=torch.Size((3, 2))), "has 8 elements, and its parts 6"),
-        (change_chunk(offsets=torch.Size((1, 0))), r"has the shape \[4, 2\], but a part that ends at \[5, 2\]"),
+        (change_chunk(sizes=torch.Size((3, 2))), "has 8 elements, and its parts have 6"),
+        (change_chunk(offsets=torch.Size((1, 0))), r"has the shape \[4, 2\], but a part of \[4, 2\] at \[1, 0\]"),
         (change_chunk(sizes=(-4, 2)), r"\(-4, 2\) are not whole numbers from 0"),
         (change_chunk(sizes="ab"), "'ab' are not whole numbers from 0"),
         (change_place(relative_path="../outside"), "is in '../outside', but files must lie in the folder itself"),
         (change_place(relative_path=Path("/etc/passwd")), "but files must lie in the folder itself"),
         (change_place(offset=-1), "are not whole numbers from 0"),
         (change_place(transform_descriptors=["zstd"]), r"is transformed by \['zstd'\], .* save without extensions"),
-        (lambda metadata: metadata.storage_data.clear(), "KeyError"),
-        (lambda metadata: vars(metadata).update(storage_data=None), "AttributeError"),
-        (lambda metadata: vars(metadata).pop("state_dict_metadata"), "KeyError: 'state_dict_metadata'"),
+        (lambda metadata: metadata.storage_data.clear(), "has a part that is stored nowhere"),
+        (lambda metadata: vars(metadata).update(storage_data=None), "it has no storage_data"),
+        (lambda metadata: vars(metadata).pop("state_dict_metadata"), "it has no state_dict_metadata"),
     ],
 )
 def test_metadata_that_is_not_valid(tmp_path, change, message):
@@ -335,5 +346,59 @@ def test_dtype_that_is_none(tmp_path):
     def change(metadata):
         metadata.state_dict_metadata[EMBEDDING].properties.dtype = "float32"
 
-    with pytest.raises(CheckpointError, match="TypeError: 'float32' is not a dtype"):
+    with pytest.raises(CheckpointError, match="model.embed_tokens.weight has no dtype"):
         DCPSource(changed(save(tmp_path, {EMBEDDING: torch.randn(4, 2)}), change))
+
+
+@pytest.mark.parametrize("attack", hostile_pickles.attacks(Path("/nonexistent")))
+def test_hostile_metadata(tmp_path, attack):
+    trace = tmp_path / "was_run"
+    whole = (save(tmp_path, {EMBEDDING: torch.zeros(2, 2)}) / DCP_METADATA).read_bytes()
+
+    def read(content):
+        (tmp_path / DCP_METADATA).write_bytes(content)
+        DCPSource(tmp_path)
+
+    hostile = hostile_pickles.attacks(trace)[attack]
+    hostile_pickles.assert_harmless(read, whole, hostile, tmp_path, CheckpointError)
+    assert not trace.exists()
+
+
+def test_parts_that_overlap_and_leave_a_gap(tmp_path):
+    """Else the gap would hold what was in the memory before."""
+    state = {EMBEDDING: torch.zeros(4, 2)}
+
+    def change(metadata):
+        (part,) = metadata.state_dict_metadata[EMBEDDING].chunks
+        metadata.state_dict_metadata[EMBEDDING].chunks = [
+            type(part)(torch.Size((0, 0)), torch.Size((2, 2))),
+            type(part)(torch.Size((1, 0)), torch.Size((2, 2))),
+        ]
+        (place,) = metadata.storage_data.values()
+        (index,) = metadata.storage_data
+        for first in (0, 1):
+            metadata.storage_data[type(index)(EMBEDDING, torch.Size((first, 0)))] = place
+
+    with pytest.raises(CheckpointError, match="embed_tokens.weight has parts that overlap"):
+        DCPSource(changed(save(tmp_path, state), change))
+
+
+@pytest.mark.fuzz
+def test_damaged_metadata(tmp_path, counts):
+    folders = [
+        save(tmp_path / "a", {EMBEDDING: torch.zeros(6, 2), "model.norm.weight": torch.ones(2), "step": 3}),
+        save(tmp_path / "b", {"app": {"model": {EMBEDDING: torch.zeros(6, 2)}}}),
+    ]
+    seeds = [(folder / DCP_METADATA).read_bytes() for folder in folders]
+
+    def read(content):
+        for folder in folders:  # the places of either
+            (folder / DCP_METADATA).write_bytes(content)
+            source = DCPSource(folder)
+        for name, info in source.tensors.items():
+            if info.nbytes < 2**20:
+                with contextlib.suppress(CheckpointError):
+                    read_tensor(source, name, 0, info.rows)
+
+    found = fuzz(read, seeds, tmp_path, refusals=(CheckpointError,), cases=1500)
+    counts(f"metadata of torch.distributed.checkpoint: {found}")

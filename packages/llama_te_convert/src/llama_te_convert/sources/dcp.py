@@ -1,6 +1,6 @@
 """Checkpoints of `torch.distributed.checkpoint`: a folder with `.metadata` and files of sharded tensors.
 
-`torch.save` wrote each chunk of a tensor, at a position that `.metadata` gives. This reader loads one chunk at a time,
+`torch.save` wrote each part of a tensor, at a position that `.metadata` gives. This reader loads one part at a time,
 and needs no process group.
 """
 
@@ -14,11 +14,13 @@ from typing import IO, Any, cast
 
 import torch
 
+from llama_te_core.files.dcp_metadata import DCPMetadata, Part
+from llama_te_core.files.pickles import PickleFileError
+
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
-from .dcp_metadata import DCPChunk, DCPMetadata
 from .file_names import DCP_METADATA
-from .torch_tensors import as_bytes, info_of, torch_dtype
+from .torch_tensors import as_bytes, dtype_name, info_of, torch_dtype
 
 # At most this many tensors make one tensor of the other layout: query, key and value rows are read in turns.
 _HELD_TENSORS = 3
@@ -41,67 +43,71 @@ class DCPSource:
             is not complete.
     """
 
-    concurrent = False  # the next read uses the chunks that the last one loaded
+    concurrent = False  # the next read uses the parts that the last one loaded
 
     def __init__(self, folder: Path) -> None:
         path = folder / DCP_METADATA
         try:
             metadata = DCPMetadata(path)
             names = _model_names(metadata, folder)
-            self._chunks = {short: list(metadata.chunks(name)) for name, short in names.items()}
-            self.tensors = {short: metadata.infos[name] for name, short in names.items()}
-        except CheckpointError:
-            raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            self._parts = {short: metadata.parts(name) for name, short in names.items()}
+        except OSError as error:
             raise CheckpointError(
-                f"{path} is not valid metadata of torch.distributed.checkpoint: {type(error).__name__}: {error}."
+                f"{path} cannot be read: {error.strerror or error}. torch.distributed.checkpoint writes this file into "
+                "the folder of every checkpoint."
             ) from error
+        except PickleFileError as error:
+            raise CheckpointError(f"{path} {error}.") from error
+        self.tensors = {
+            short: TensorInfo(dtype_name(metadata.tensors[name].dtype), tuple(metadata.tensors[name].shape))
+            for name, short in names.items()
+        }
         self._folder = folder
-        self._held: dict[str, dict[DCPChunk, torch.Tensor]] = {}
+        self._held: dict[str, dict[Part, torch.Tensor]] = {}
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read rows of a tensor: see `TensorSource`."""
         info = self.tensors[name]
         rows = torch.empty((stop - start, *info.shape[1:]), dtype=torch_dtype(info.dtype))
         held = self._held.pop(name, {})
-        used: dict[DCPChunk, torch.Tensor] = {}
-        for chunk in self._chunks[name]:
-            (offset, *columns), (size, *widths) = chunk.offsets or (0,), chunk.sizes or (1,)
+        used: dict[Part, torch.Tensor] = {}
+        for part in self._parts[name]:
+            (offset, *columns), (size, *widths) = part.offsets or (0,), part.sizes or (1,)
             first, last = max(start, offset), min(stop, offset + size)
             if first >= last or 0 in widths:
                 continue
-            tensor = used[chunk] = held[chunk] if chunk in held else self._load(name, chunk)
+            tensor = used[part] = held[part] if part in held else self._load(name, part)
             target = rows[first - start : last - start]
             for dimension, (column, width) in enumerate(zip(columns, widths, strict=True), start=1):
                 target = target.narrow(dimension, column, width)
-            target.copy_((tensor if chunk.sizes else tensor[None])[first - offset : last - offset])
-        self._held[name] = used  # rows are mostly read in order, so the next ones begin in these chunks
+            target.copy_((tensor if part.sizes else tensor[None])[first - offset : last - offset])
+        self._held[name] = used  # rows are mostly read in order, so the next ones begin in these parts
         if len(self._held) > _HELD_TENSORS:
             del self._held[next(iter(self._held))]
         return as_bytes(rows)
 
-    def _load(self, name: str, chunk: DCPChunk) -> torch.Tensor:
-        path = self._folder / chunk.file
+    def _load(self, name: str, part: Part) -> torch.Tensor:
+        path = self._folder / part.place.file
         try:
             with path.open("rb") as file:
-                part = cast(IO[bytes], _Slice(file, chunk.begin, chunk.length))
-                loaded = torch.load(part, map_location="cpu", weights_only=True)
+                stored = cast(IO[bytes], _Slice(file, part.place.begin, part.place.length))
+                loaded = torch.load(stored, map_location="cpu", weights_only=True)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
         except Exception as error:  # torch does not document its errors for damaged files
             raise CheckpointError(
-                f"{path}: the part of {name} at byte {chunk.begin} cannot be read ({type(error).__name__}): the file "
-                "is damaged, not complete, or holds something other than tensors."
+                f"{path}: the part of {name} at byte {part.place.begin} cannot be read ({type(error).__name__}): the "
+                "file is damaged, not complete, or holds something other than tensors."
             ) from error
-        expected = TensorInfo(self.tensors[name].dtype, chunk.sizes)
+        expected = TensorInfo(self.tensors[name].dtype, tuple(part.sizes))
         if not isinstance(loaded, torch.Tensor) or info_of(loaded) != expected:
             raise CheckpointError(
-                f"{path}: the part of {name} at byte {chunk.begin} is not the tensor that the metadata describe."
+                f"{path}: the part of {name} at byte {part.place.begin} is not the tensor that the metadata describe."
             )
         return loaded.detach()
 
     def close(self) -> None:
-        """Free the chunks that the last reads loaded."""
+        """Free the parts that the last reads loaded."""
         self._held.clear()
 
 
@@ -139,24 +145,24 @@ def _model_names(metadata: DCPMetadata, folder: Path) -> dict[str, str]:
     The embedding shows where the model is: in which nested state dict, and with which prefix before its keys.
     """
     models = {}
-    for name in metadata.infos:
-        parents, key = metadata.path(name)
+    for name in metadata.tensors:
+        *parents, key = map(str, metadata.path(name))
         match = _EMBEDDING.fullmatch(key)
         if match is not None:
             prefix = match["before"] if match["before_decoder"] is None else match["before_decoder"]
-            models[parents, prefix] = ".".join((*parents, prefix))
+            models[tuple(parents), prefix] = ".".join((*parents, prefix))
     if len(models) != 1:
         what = (
             f"more than one model, in {', '.join(map(repr, models.values()))}. Save only the one to convert."
             if models
-            else f"no Llama: no tensor has the name embed_tokens.weight. It holds {_some(metadata.infos)}."
+            else f"no Llama: no tensor has the name embed_tokens.weight. It holds {_some(metadata.tensors)}."
         )
         raise CheckpointError(f"{folder} holds {what}")
     ((model_parents, prefix),) = models
     names = {}
-    for name in metadata.infos:
-        parents, key = metadata.path(name)
-        if parents == model_parents and key.startswith(prefix) and not key.endswith("_extra_state"):
+    for name in metadata.tensors:
+        *parents, key = map(str, metadata.path(name))
+        if tuple(parents) == model_parents and key.startswith(prefix) and not key.endswith("_extra_state"):
             names[name] = key[len(prefix) :]
     return names
 
