@@ -85,7 +85,7 @@ def assert_same(a, b, where="") -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 # --- going on ---------------------------------------------------------------------------------------------------------

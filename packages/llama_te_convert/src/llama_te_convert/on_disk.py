@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_te_core.files.folder_lock import is_lock
+
 from .configs.architectures import architecture_of
 from .configs.config_file import head_sizes
 from .configs.model_config import hf_config, refuse_quantized, te_config
@@ -21,6 +23,7 @@ from .errors import CheckpointError
 from .layout.row_ranges import converted_tensors
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, refuse_adapter
 from .sources.own_head import has_own_head
+from .targets.new_folder import check_apart, kept_whole, target_folder, writing
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
 from .verify.inspection import inspect
@@ -107,18 +110,20 @@ def convert_checkpoint(
         CheckpointError: The source, the target or an option is not valid, or a file cannot be read or written.
     """
     begin = time.perf_counter()
-    path, folder = (
-        find_checkpoint(source, revision=revision, subfolder=subfolder, allow_pickle=allow_pickle),
-        Path(folder),
-    )
+    target = target_folder(Path(folder))
+    path = find_checkpoint(source, revision=revision, subfolder=subfolder, allow_pickle=allow_pickle)
+    check_apart(path, target)
     if not to_te and path.is_file():  # before the file is read, which takes long
         raise CheckpointError(
             f"{path} is a {'GGUF ' if path.suffix == '.gguf' else ''}file, which has no Transformer Engine layout: "
             "to-hf converts the folder of a checkpoint of that layout. llama-te-convert to-te reads GGUF files."
         )
     refuse_adapter(path)
-    checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
-    with contextlib.closing(checkpoint.source), ThreadPoolExecutor(1) as background:
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(kept_whole(path))
+        checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
+        until_the_end.enter_context(contextlib.closing(checkpoint.source))
+        background = until_the_end.enter_context(ThreadPoolExecutor(1))
         if checkpoint.is_te == to_te:
             layout = "Transformer Engine" if to_te else "Hugging Face"
             raise CheckpointError(f"{path} has the {layout} layout already.")
@@ -167,20 +172,22 @@ def convert_checkpoint(
             done += written
             progress(done, total)
 
-        def write_rest(target: Path) -> None:
-            _copy_other_files(path, target)
-            write_config.result()(target)
+        def write_rest(unfinished: Path) -> None:
+            _copy_other_files(path, unfinished)
+            write_config.result()(unfinished)
 
         kept = total
-        if not is_finished(folder, record):
-            kept = write_checkpoint(
-                shards(streams, max_shard_bytes),
-                folder,
-                record,
-                write_rest=write_rest,
-                workers=_WORKERS if checkpoint.source.concurrent else 1,
-                progress=count,
-            )
+        if not is_finished(target, record):
+            with writing(target):
+                if not is_finished(target, record):  # another process may have made it in between
+                    kept = write_checkpoint(
+                        shards(streams, max_shard_bytes),
+                        target,
+                        record,
+                        write_rest=write_rest,
+                        workers=_WORKERS if checkpoint.source.concurrent else 1,
+                        progress=count,
+                    )
     return Report(str(folder), len(streams), total, kept, time.perf_counter() - begin)
 
 
@@ -228,4 +235,8 @@ def _copy_other_files(source: Path, target: Path) -> None:
 def _files(path: Path) -> list[list[Any]]:
     """Name, size and modification time of a checkpoint's files, by which a later run recognises the same source."""
     paths = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
-    return [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in paths if each.name != RECORD]
+    return [
+        [each.name, each.stat().st_size, each.stat().st_mtime_ns]
+        for each in paths
+        if each.name != RECORD and not is_lock(each.name)
+    ]

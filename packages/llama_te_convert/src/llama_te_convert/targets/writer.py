@@ -7,14 +7,12 @@ records the source and the options: a run with other ones does not continue the 
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,6 @@ from ..sources.safetensors import header_bytes
 from .stream import TensorStream
 
 RECORD = "conversion.json"
-_LOCK = ".lock"
 _UNFINISHED = ".tmp"
 
 
@@ -105,7 +102,7 @@ def write_checkpoint(
 
     Args:
         planned: Its files.
-        folder: The target folder, which must be missing or empty.
+        folder: The target folder, which must be missing or empty, and which this process has locked.
         record: The source and the options of the conversion, as JSON types. An unfinished folder belongs to this
             conversion if its entry `tensors` is the same; other entries may differ.
         write_rest: Writes the configuration, the tokenizer and other files into the folder that it is given.
@@ -123,21 +120,19 @@ def write_checkpoint(
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
-        with _locked(partial):
-            _claim(partial, record)
-            missing = [shard for shard in planned if not _is_complete(partial / shard.name, shard)]
-            _check_space(partial, sum(len(shard.header) + shard.tensor_bytes for shard in missing))
-            kept = sum(shard.tensor_bytes for shard in planned if shard not in missing)
-            progress(kept)
-            _write_shards(partial, missing, workers, progress)
-            if len(planned) > 1:
-                _write_index(partial / SAFETENSORS.index_file, planned)
-            write_rest(partial)
-            for path in partial.iterdir():
-                _sync(path)
-            (partial / _LOCK).unlink()
-            partial.rename(folder)
-            _sync(folder.parent)
+        _claim(partial, record)
+        missing = [shard for shard in planned if not _is_complete(partial / shard.name, shard)]
+        _check_space(partial, sum(len(shard.header) + shard.tensor_bytes for shard in missing))
+        kept = sum(shard.tensor_bytes for shard in planned if shard not in missing)
+        progress(kept)
+        _write_shards(partial, missing, workers, progress)
+        if len(planned) > 1:
+            _write_index(partial / SAFETENSORS.index_file, planned)
+        write_rest(partial)
+        for path in partial.iterdir():
+            _sync(path)
+        partial.rename(folder)
+        _sync(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
@@ -210,7 +205,7 @@ def _claim(partial: Path, record: Mapping[str, Any]) -> None:
     """Record this conversion in the unfinished folder, unless another conversion began it."""
     found = _read_record(partial)
     ours = isinstance(found, dict) and found.get("tensors") == record["tensors"]
-    if not ours and any(path.name not in (_LOCK, RECORD + _UNFINISHED) for path in partial.iterdir()):
+    if not ours and any(path.name != RECORD + _UNFINISHED for path in partial.iterdir()):
         raise CheckpointError(
             f"{partial} is the unfinished result of another conversion: finish that one, or remove the folder."
         )
@@ -225,17 +220,6 @@ def _read_record(folder: Path) -> Any:
         return json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-
-
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Keep other processes out of the folder."""
-    with (partial / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(f"another process is writing to {partial}: wait for it.") from error
-        yield
 
 
 def _check_space(folder: Path, needed: int) -> None:

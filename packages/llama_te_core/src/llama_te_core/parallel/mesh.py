@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple, fields
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .sizes import ParallelSizes
 
+T = TypeVar("T")
+
 
 def process_rank() -> int:
     """Return this process's number; 0 where there is no process group."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def on_rank_0(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run an action on rank 0, and return its result, or raise its error, in all processes.
+
+    Args:
+        action: Its result and its error must be picklable.
+        group: The processes, all of them by default.
+    """
+    outcome: list[Any] = [None]
+    if process_rank() == 0:
+        try:
+            outcome = [action()]
+        except Exception as error:  # all processes must raise any error
+            outcome = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0, group=group)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
 
 
 def make_mesh(sizes: ParallelSizes, device_type: str) -> DeviceMesh:

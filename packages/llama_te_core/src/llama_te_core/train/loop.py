@@ -21,11 +21,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
+from ..files.folder_lock import FolderLock
 from ..models.causal_lm import NVLlamaForCausalLM
-from ..parallel.mesh import make_mesh, process_rank
+from ..parallel.mesh import make_mesh, on_rank_0, process_rank
 from ..parallel.parallelize import clip_gradients
 from .checkpoint.checkpoints import Checkpoints
-from .checkpoint.run_folder import check_same_model, check_same_run
+from .checkpoint.run_folder import check_folder, check_same_model, check_same_run
 from .config import TrainConfig
 from .config.machine import check_machine
 from .data.batch_stream import BatchStream
@@ -69,6 +70,7 @@ def train(config: TrainConfig) -> int:
         check_machine(config, int(os.environ.get("WORLD_SIZE", "1")))
     with _processes(config) as (mesh, device), contextlib.ExitStack() as until_the_end:
         with _refusals():
+            until_the_end.enter_context(_locked(folder))
             checkpoints = Checkpoints(
                 folder / "checkpoints", keep=config.checkpoint.keep, asynchronous=config.checkpoint.asynchronous
             )
@@ -233,6 +235,24 @@ def _is_refusal(error: BaseException) -> bool:
         return False
     is_ours = trace.tb_frame.f_globals.get("__name__", "").startswith("llama_te_")
     return is_ours and trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder. Rank 0 has the lock.
+
+    Raises:
+        FolderInUseError: Another run has it.
+        OSError: The folder cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            check_folder(folder)
+            held.enter_context(FolderLock(folder))
+
+        on_rank_0(take)
+        yield
 
 
 @contextlib.contextmanager

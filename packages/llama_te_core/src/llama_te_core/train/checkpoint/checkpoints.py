@@ -33,6 +33,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ from transformers import PreTrainedModel
 
 from ...checkpoint_format import CHECKSUMS
 from ...files.checksums import Checksum, DamagedChecksumsError, file_problem, read_checksums, record_checksums
+from ...files.folder_lock import FolderInUseError, FolderLock, removing
+from ...parallel.mesh import on_rank_0
 from ...parallel.shards import gather_halves, scatter_halves
 from .state import (
     TrainingCheckpointError,
@@ -68,6 +71,9 @@ _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
 T = TypeVar("T")
 
+# The locks of this process, by folder: several objects of one process may save to a folder in turns.
+_LOCKS: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()
+
 
 class Checkpoints:
     """The checkpoints of one training run, in a folder that all its processes see.
@@ -76,12 +82,14 @@ class Checkpoints:
     on the disk. So every other folder is a complete checkpoint, whenever the processes end. The next `save` removes
     unfinished checkpoints.
 
-    All processes make the object and call its methods in the same order, since they communicate. Only one run may write
-    to a folder at a time.
+    All processes make the object and call its methods in the same order, since they communicate. From the first `save`
+    on, the folder is locked for this run as long as the object exists: another run that saves there gets an error that
+    names this one.
 
     Args:
         folder: The folder of the checkpoints. The first `save` makes it.
-        keep: The number of checkpoints to keep. `save` removes older ones when the new one is complete.
+        keep: The number of checkpoints to keep. `save` removes older ones when the new one is complete. One that
+            `llama-te-convert` is reading stays until a later save.
         asynchronous: `save` returns when the state is copied to the host's memory, and a thread writes it. The other
             methods wait for this thread, and raise its errors.
 
@@ -107,6 +115,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints") if asynchronous else None
         self._writing: Future[None] | None = None
         self._accepted: set[int] = set()  # steps whose files need no further comparison with their checksums
+        self._lock: FolderLock | None = None
 
     def save(
         self,
@@ -129,8 +138,8 @@ class Checkpoints:
                 be small.
 
         Raises:
-            TrainingCheckpointError: This save or the previous one has failed, for example on a full disk. Existing
-                checkpoints stay.
+            TrainingCheckpointError: This save or the previous one has failed, for example on a full disk, or another
+                run saves to the folder. Existing checkpoints stay.
             TypeError: The model is of another kind.
             ValueError: `step` is not larger than every step in the folder, or weights exist in a quantized format only.
                 `optimizers.make_optimizer` keeps them in FP32 too.
@@ -291,13 +300,30 @@ class Checkpoints:
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _STEP.fullmatch(path.name)))
 
-    def _begin(self, step: int, model: PreTrainedModel) -> None:
+    def _claim(self, step: int) -> None:
+        folder = self.folder.resolve()
+        lock = _LOCKS.get(folder)
+        try:
+            if lock is None or not lock.is_held:
+                lock = _LOCKS[folder] = FolderLock(folder)
+        except FolderInUseError as error:
+            raise TrainingCheckpointError(f"step {step} cannot be saved: {error}") from error
+        except OSError as error:
+            raise self._failed(step, error) from error
+        self._lock = lock
+
+    def _refuse_step(self, step: int) -> None:
         newest = max(self._found(), default=-1)
         if isinstance(step, bool) or not isinstance(step, int) or step <= newest:
             raise ValueError(
                 f"step={step!r}: it must be an integer larger than {newest}"
                 + (f", since {self.path(newest)} exists. Remove it to go back behind it." if newest >= 0 else ".")
             )
+
+    def _begin(self, step: int, model: PreTrainedModel) -> None:
+        self._refuse_step(step)  # before the lock makes the folder
+        self._claim(step)
+        self._refuse_step(step)  # another run may just have ended there
         try:
             for leftover in self.folder.glob(f"step-*{_PARTIAL}"):
                 shutil.rmtree(leftover)
@@ -331,9 +357,12 @@ class Checkpoints:
     def _rotate(self) -> None:
         for step in self._found()[: -self.keep]:
             try:
-                # A half-removed checkpoint must not look complete.
-                self.path(step).rename(self._partial(step))
-                shutil.rmtree(self._partial(step))
+                with removing(self.path(step)):
+                    # A half-removed checkpoint must not look complete.
+                    self.path(step).rename(self._partial(step))
+                    shutil.rmtree(self._partial(step))
+            except FolderInUseError:
+                continue  # a later save removes it
             except OSError as error:
                 raise TrainingCheckpointError(f"{self.path(step)} cannot be removed: {reason(error)}.") from error
 
@@ -402,18 +431,7 @@ class Checkpoints:
         return [each for outcome in outcomes for each in outcome]
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
-        """Run an action on rank 0, and return its result, or raise its error, in all processes."""
-        outcome: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                outcome = [action()]
-            except Exception as error:  # all processes must raise any error
-                outcome = [error]
-        if self._group is not None:
-            dist.broadcast_object_list(outcome, src=0, group=self._group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+        return on_rank_0(action, self._group)
 
 
 def _problems_without_checksums(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,21 @@ def check_same_model(checkpoint: Path, config: NVLlamaConfig) -> None:
         )
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a run's folder that can neither be made nor be written.
+
+    Raises:
+        OSError: The message says why.
+    """
+    if folder.is_symlink() and not folder.exists():
+        raise FileNotFoundError(f"folder={str(folder)!r} is a link to nothing: make its target, or give a folder.")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder={str(folder)!r} is a file: give a folder, there or not.")
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"folder={str(folder)!r} cannot be written: give another folder, or the right to write.")
+
+
 def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to begin in a folder that holds another run without checkpoints.
 
@@ -44,10 +60,7 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Raises:
         FileExistsError: The folder holds another run.
-        NotADirectoryError: The folder is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder={str(folder)!r} is a file: give a folder, there or not.")
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return
     before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
