@@ -184,8 +184,9 @@ def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
 
     windows, tokens = ids_WS.shape
     engine = Engine(model, max_batch_size=windows, max_sequence_length=tokens + PAGE_SIZE, page_size=PAGE_SIZE)
-    outputs = engine.generate(ids_WS.tolist(), SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=True))
-    return torch.tensor([output.prompt_logprobs[1:] for output in outputs], device=ids_WS.device)
+    outputs = engine.generate(ids_WS.tolist(), SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
+    logprobs = [[step.logprob for step in output.prompt_logprobs[1:]] for output in outputs]
+    return torch.tensor(logprobs, device=ids_WS.device)
 
 
 def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:

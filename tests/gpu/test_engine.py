@@ -44,7 +44,7 @@ def written(outputs: list[Any]) -> tuple[list[list[int]], Logprobs]:
     for output in outputs:
         (completion,) = output.outputs
         texts.append(output.prompt_token_ids + completion.token_ids)
-        logprobs.append(torch.tensor(output.prompt_logprobs[1:] + [step.logprob for step in completion.logprobs]))
+        logprobs.append(torch.tensor([step.logprob for step in output.prompt_logprobs[1:] + completion.logprobs]))
     return texts, logprobs
 
 
@@ -84,7 +84,7 @@ def test_log_probabilities_are_those_of_training(
     model = convert_llama_hf_to_te(hf.bfloat16(), attn_input_format=attn_input_format).eval()
     engine = Engine(model, max_batch_size=rows, max_sequence_length=256, page_size=16, prefill_budget=128)
     assert isinstance(engine._runner.decode, FusedDecode)
-    params = SamplingParams(max_tokens=NEW, temperature=0.8, seed=1, logprobs=0, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=NEW, temperature=0.8, seed=1, logprobs=0, prompt_logprobs=0)
     texts, found = written(engine.generate(prompts(rows), params))
     trained, exact = scored(model, texts), scored(exact_model, texts)
     lengths = [len(prompt) - 1 for prompt in prompts(rows)]
@@ -115,7 +115,7 @@ def test_fp8_weights(make_llama: Any, measured: Any, tmp_path: Path) -> None:
         engine = Engine(model, max_batch_size=rows, max_sequence_length=256, page_size=16)
         assert isinstance(engine._runner.decode, FusedDecode)
         assert engine._runner.decode.layers[0].fc1_FE.values.dtype == torch.float8_e4m3fn
-        params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, prompt_logprobs=True)
+        params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=0, prompt_logprobs=0)
         texts, found = written(engine.generate(prompts(rows), params))
         check_near(measured, f"{rows} rows", found, scored(model, texts), scored(exact_model, texts))
 

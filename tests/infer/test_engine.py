@@ -164,7 +164,7 @@ def test_all_kinds_of_requests_run_together(te: PreTrainedModel) -> None:
         SamplingParams(max_tokens=9, num_beams=3, n=2),
         SamplingParams(max_tokens=12, seed=2, top_k=20, top_p=0.9, repetition_penalty=1.4, logprobs=2),
         SamplingParams(max_tokens=5, num_beams=2),
-        SamplingParams(max_tokens=12, seed=3, temperature=0.7, min_p=0.05, prompt_logprobs=True),
+        SamplingParams(max_tokens=12, seed=3, temperature=0.7, min_p=0.05, prompt_logprobs=0),
     ]
     together = Engine(te, page_size=4, prefill_budget=12, max_batch_size=8)
     outputs = together.generate(texts, params)
@@ -321,7 +321,7 @@ def test_logprobs_are_those_of_the_model(te: PreTrainedModel, prefill_budget: in
     text = prompts(9)[0]
     engine = Engine(te, page_size=4, prefill_budget=prefill_budget)
     engine.generate([text], GREEDY)  # so that prefix caching would leave some of the prompt's out
-    params = SamplingParams(max_tokens=5, seed=1, temperature=1.5, logprobs=3, prompt_logprobs=True)
+    params = SamplingParams(max_tokens=5, seed=1, temperature=1.5, logprobs=3, prompt_logprobs=2)
     output = engine.generate([text], params)[0]
     written = output.outputs[0].token_ids
     with torch.no_grad():
@@ -329,7 +329,11 @@ def test_logprobs_are_those_of_the_model(te: PreTrainedModel, prefill_budget: in
     assert output.prompt_logprobs is not None and output.outputs[0].logprobs is not None
     assert output.prompt_logprobs[0] is None
     expected = [logprob_SV[position - 1, text[position]].item() for position in range(1, len(text))]
-    assert output.prompt_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert [found.logprob for found in output.prompt_logprobs[1:]] == pytest.approx(expected, abs=1e-4)
+    for position, found in enumerate(output.prompt_logprobs[1:], 1):
+        best = logprob_SV[position - 1].topk(2)
+        assert [token for token, _ in found.top] == best.indices.tolist()
+        assert [logprob for _, logprob in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert len(output.outputs[0].logprobs) == 5
     for position, (token, found) in enumerate(zip(written, output.outputs[0].logprobs, strict=True), len(text)):
         assert found.logprob == pytest.approx(logprob_SV[position - 1, token].item(), abs=1e-4)

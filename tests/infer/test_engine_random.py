@@ -55,7 +55,7 @@ def random_request(choose: random.Random, kinds: list[str], least: int) -> tuple
         params["stop_token_ids"] = [choose.randrange(VOCABULARY)]
     if choose.random() < 0.2:
         params["min_tokens"] = choose.randint(0, params["max_tokens"])
-    params["prompt_logprobs"] = choose.random() < 0.15
+    params["prompt_logprobs"] = choose.choice([0, 3]) if choose.random() < 0.15 else None
     kind = choose.choice(kinds)
     if kind == "beams":
         params["num_beams"] = choose.randint(2, 4)
@@ -98,7 +98,10 @@ def check_equal(found: RequestOutput, expected: RequestOutput) -> None:
             assert [logprob for _, logprob in here.top] == close([logprob for _, logprob in there.top])
     assert (found.prompt_logprobs is None) == (expected.prompt_logprobs is None)
     if found.prompt_logprobs is not None and expected.prompt_logprobs is not None:
-        assert found.prompt_logprobs[1:] == close(expected.prompt_logprobs[1:])
+        for here, there in zip(found.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+            assert here is not None and there is not None
+            assert here.logprob == close(there.logprob)
+            assert [logprob for _, logprob in here.top] == close([logprob for _, logprob in there.top])
 
 
 # In float64 the order of summation decides nothing; the compiled kernels take float32.

@@ -135,7 +135,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         alike = [1, 2, 1, 1, 2, 1, 2, 2, 1]
         prompt = alike[: choose.randint(0, 9)] + [choose.randint(1, 2) for _ in range(choose.randint(0, 4))] or [3]
         kind = choose.choice([{}, {}, {"n": choose.randint(2, 3)}, {"num_beams": choose.randint(2, 3)}])
-        params = SamplingParams(max_tokens=choose.randint(1, 14), prompt_logprobs=choose.random() < 0.1, **kind)
+        scores = 0 if choose.random() < 0.1 else None
+        params = SamplingParams(max_tokens=choose.randint(1, 14), prompt_logprobs=scores, **kind)
         request = Request(self.number, prompt, params)
         pool, size = self.scheduler.blocks.pool, self.device.size
         count = len(request.sequences)
@@ -289,7 +290,7 @@ def test_full_pages_of_an_earlier_prompt_are_not_read_again_but_its_last_token_i
     read(scheduler.plan())
     scheduler.submit(request(1, 12))
     scheduler.submit(request(2, 14))
-    scheduler.submit(request(3, 14, prompt_logprobs=True))
+    scheduler.submit(request(3, 14, prompt_logprobs=0))
     plan = scheduler.plan()
     assert [(chunk.start, len(chunk.tokens)) for chunk in plan.chunks] == [(8, 4), (12, 2), (0, 14)]
     first = plan.running[0]

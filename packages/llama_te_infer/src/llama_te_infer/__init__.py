@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engine.async_engine import AsyncEngine
     from .engine.engine import Engine
     from .engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
     from .generate.inference_params import InferenceParams, inference_params_for
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # used from a source folder
     __version__ = "0+unknown"
 
 __all__ = [
+    "AsyncEngine",
     "Completion",
     "Engine",
     "HFInferenceParams",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AsyncEngine": "engine.async_engine",
     "Completion": "engine.outputs",
     "Engine": "engine.engine",
     "HFInferenceParams": "generate.te_inference_params",

@@ -50,7 +50,7 @@ class SamplingParams:
         logprobs: The number of most likely tokens to report at each position, with their log-probabilities; at most 20.
             With 0 the engine reports the written token's log-probability alone; `None` reports nothing. Values are the
             model's own, before the parameters above change them.
-        prompt_logprobs: Report the log-probability of each token of the prompt except the first.
+        prompt_logprobs: As `logprobs`, for each token of the prompt except the first.
         n: Continuations to return: independent draws, or the n best ones of beam search.
         num_beams: Width of beam search; 1 for none.
         length_penalty: Beam search divides a sequence's log-probability by its new tokens to this power. From -5 to 5.
@@ -81,7 +81,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
-    prompt_logprobs: bool = False
+    prompt_logprobs: int | None = None
     n: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -168,12 +168,12 @@ class SamplingParams:
             self.seed is None or _is_integer(self.seed, 0, 2**63 - 1),
             "give an integer from 0 to 2**63 - 1, or None for a new one each time",
         )
-        self._need(
-            "logprobs",
-            self.logprobs is None or _is_integer(self.logprobs, 0, MAX_LOGPROBS),
-            f"give a number of tokens from 0 to {MAX_LOGPROBS}, or None to report nothing",
-        )
-        self._need("prompt_logprobs", isinstance(self.prompt_logprobs, bool), "give True or False")
+        for name in ("logprobs", "prompt_logprobs"):
+            self._need(
+                name,
+                getattr(self, name) is None or _is_integer(getattr(self, name), 0, MAX_LOGPROBS),
+                f"give a number of tokens from 0 to {MAX_LOGPROBS}, or None to report nothing",
+            )
         self._need("n", _is_integer(self.n, 1), "give an integer of at least 1")
         self._need("num_beams", _is_integer(self.num_beams, 1), "give an integer of at least 1, 1 for no beam search")
         self._need(

@@ -74,7 +74,7 @@ class BlockManager:
         """
         first, size = sequences[0], self.pool.page_size
         shared: list[int] = []
-        if self.prefix_caching and not first.request.params.prompt_logprobs:
+        if self.prefix_caching and first.request.params.prompt_logprobs is None:
             # The last token is computed in any case: the step needs its logits.
             shared = self.prefixes.match(first.tokens[:-1])
         self.prefixes.share(shared)

@@ -533,9 +533,9 @@ class Engine:
             self._pending = None  # no request needs its results
 
     def _read(self, result: StepResult) -> None:
-        for request, position, logprobs in result.prompt_logprobs:
+        for request, position, logprobs, top in result.prompt_logprobs:
             if request.id in self._requests:
-                self._requests[request.id].add_prompt_logprobs(position, logprobs)
+                self._requests[request.id].add_prompt_logprobs(position, logprobs, top)
         for i, (sequence, token) in enumerate(result.tokens):
             wanted = sequence.request.params.logprobs
             here = None

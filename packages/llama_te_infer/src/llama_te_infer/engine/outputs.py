@@ -52,15 +52,15 @@ class RequestOutput:
         request_id: The id that `submit` returned.
         prompt_token_ids: The prompt.
         outputs: `n` completions.
-        prompt_logprobs: The log-probability of each token of the prompt given the tokens before it, `None` for the
-            first one, if `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
+        prompt_logprobs: For each token of the prompt given the tokens before it, `None` for the first one, if
+            `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
         error: The exception that the request's callback raised.
     """
 
     request_id: int
     prompt_token_ids: list[int]
     outputs: list[Completion]
-    prompt_logprobs: list[float | None] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: Exception | None = None
 
 

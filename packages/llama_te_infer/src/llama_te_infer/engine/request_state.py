@@ -38,7 +38,7 @@ class RequestState:
         self._detokenizers = [detokenizer_of(request, tokenizer) for _ in range(count)]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
         self._scores: list[float | None] = [None] * count
-        self._prompt_logprobs: dict[int, float] = {}  # by position in the prompt
+        self._prompt_logprobs: dict[int, TokenLogprobs] = {}  # by position in the prompt
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
@@ -65,9 +65,18 @@ class RequestState:
         sequence.finish_reason, sequence.stop_reason = finish_reason, stop_reason
         self._detokenizers[sequence.index].end()
 
-    def add_prompt_logprobs(self, position: int, logprobs: Items[float]) -> None:
-        """Record log-probabilities of the prompt's tokens from a position on."""
-        self._prompt_logprobs.update(enumerate(logprobs, position))
+    def add_prompt_logprobs(
+        self, position: int, logprobs: Items[float], top: Items[Items[tuple[int, float]]] | None
+    ) -> None:
+        """Record log-probabilities of the prompt's tokens from a position on.
+
+        Args:
+            position: Of the first token in the prompt.
+            logprobs: Of the tokens.
+            top: Of the most likely tokens at these positions, if the request asks for them.
+        """
+        tops = [()] * len(logprobs) if top is None else map(tuple, top)
+        self._prompt_logprobs.update(enumerate(map(TokenLogprobs, logprobs, tops), position))
 
     def begin_search(self) -> None:
         """Begin a beam search, for the first time or again after the request was preempted."""
@@ -119,9 +128,9 @@ class RequestState:
             self._scores[sequence.index],
         )
 
-    def _all_prompt_logprobs(self) -> list[float | None] | None:
+    def _all_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
         prompt = self.request.prompt
-        if not self.request.params.prompt_logprobs or len(self._prompt_logprobs) < len(prompt) - 1:
+        if self.request.params.prompt_logprobs is None or len(self._prompt_logprobs) < len(prompt) - 1:
             return None
         return [None, *(self._prompt_logprobs[position] for position in range(1, len(prompt)))]
 

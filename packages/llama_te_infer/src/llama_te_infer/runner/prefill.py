@@ -16,6 +16,7 @@ from ..kv_cache.engine_cache import EngineCache
 from ..transfers import to_device
 from .plan import Chunk
 from .results import PromptLogprobs
+from .sampler import largest
 
 LOGITS_AT_ONCE = 256  # most tokens of a prompt whose logits are in memory together
 
@@ -44,7 +45,7 @@ class Prefill:
             for chunk, hidden_SE in zip(group, self._forward(group), strict=True):
                 if chunk.beginning:
                     last[id(chunk)] = hidden_SE[-1]
-                if chunk.sequence.request.params.prompt_logprobs:
+                if chunk.sequence.request.params.prompt_logprobs is not None:
                     scores += self._score(chunk, hidden_SE)
         beginning = [chunk for chunk in chunks if chunk.beginning]
         if not beginning:
@@ -91,12 +92,16 @@ class Prefill:
         if not following:
             return []
         token_S = to_device(following, torch.int64, self.cache.device)
-        pieces = []
+        pieces, tops, wanted = [], [], request.params.prompt_logprobs
         for start in range(0, len(following), LOGITS_AT_ONCE):
             piece_S = token_S[start : start + LOGITS_AT_ONCE]
             logits_SV = self.model.lm_head(hidden_SE[start : start + len(piece_S)])
-            pieces.append(logits_SV.float().log_softmax(dim=-1).gather(1, piece_S[:, None])[:, 0])
-        return [(request, chunk.start + 1, torch.cat(pieces))]
+            logprob_SV = logits_SV.float().log_softmax(dim=-1)
+            pieces.append(logprob_SV.gather(1, piece_S[:, None])[:, 0])
+            if wanted:
+                tops.append(largest(logprob_SV, min(wanted, logprob_SV.shape[1])))
+        top = [torch.cat(each) for each in zip(*tops, strict=True)]
+        return [PromptLogprobs(request, chunk.start + 1, torch.cat(pieces), *top)]
 
 
 def similar_lengths(chunks: Items[Chunk]) -> list[list[Chunk]]:

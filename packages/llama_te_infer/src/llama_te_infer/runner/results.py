@@ -14,8 +14,23 @@ from ..transfers import to_host
 from .beam_search import BeamStep
 from .sequence import Request, Sequence
 
-PromptLogprobs = tuple[Request, int, torch.Tensor]
-"""A request, a position in its prompt, and float32 [T]: the log-probabilities of the tokens from there on."""
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities of a part of a prompt.
+
+    Attributes:
+        request: The prompt's request.
+        position: Of the part's first token in the prompt.
+        logprob_T: float32, the log-probability of each token.
+        top_logprob_TK: float32, the highest log-probabilities at its position, if the request asks for them.
+        top_token_TK: int64, their tokens.
+    """
+
+    request: Request
+    position: int
+    logprob_T: torch.Tensor
+    top_logprob_TK: torch.Tensor | None = None
+    top_token_TK: torch.Tensor | None = None
 
 
 class Search(NamedTuple):
@@ -68,14 +83,15 @@ class StepResult(NamedTuple):
         logprobs: Of these tokens; `None` if no row asked for log-probabilities.
         top: Of the most likely tokens at these positions, pairs of a token and its log-probability.
         beams: The result for each search.
-        prompt_logprobs: A request, a position in its prompt, and the log-probabilities of the tokens from there on.
+        prompt_logprobs: A request, a position in its prompt, the log-probabilities of the tokens from there on, and the
+            most likely tokens as in `top`.
     """
 
     tokens: list[tuple[Sequence, int]]
     logprobs: list[float] | None
     top: list[list[tuple[int, float]]] | None
     beams: list[BeamResult]
-    prompt_logprobs: list[tuple[Request, int, list[float]]]
+    prompt_logprobs: list[tuple[Request, int, list[float], list[list[tuple[int, float]]] | None]]
 
 
 @dataclass
@@ -99,12 +115,12 @@ class Pending:
         """Start the copies to a GPU's host."""
         for name in ("token_B", "logprob_B", "top_logprob_BK", "top_token_BK"):
             tensor = getattr(self, name)
-            setattr(self, name, None if tensor is None else to_host(tensor))
-        self.searches = [
-            (searches, BeamStep._make(None if tensor is None else to_host(tensor) for tensor in step))
-            for searches, step in self.searches
+            setattr(self, name, _to_host(tensor))
+        self.searches = [(searches, BeamStep._make(map(_to_host, step))) for searches, step in self.searches]
+        self.prompts = [
+            PromptLogprobs(part.request, part.position, to_host(part.logprob_T), *map(_to_host, part[3:]))
+            for part in self.prompts
         ]
-        self.prompts = [(request, position, to_host(logprob_T)) for request, position, logprob_T in self.prompts]
         self.arrived = torch.cuda.Event()
         self.arrived.record()
 
@@ -115,17 +131,28 @@ class Pending:
         rows = [row for row, _ in self.sequences]
         tokens = [] if self.token_B is None else self.token_B.tolist()
         logprobs = None if self.logprob_B is None else self.logprob_B.tolist()
-        top = None
-        if self.top_token_BK is not None and self.top_logprob_BK is not None:
-            pairs = zip(self.top_token_BK.tolist(), self.top_logprob_BK.tolist(), strict=True)
-            top = [list(zip(*pair, strict=True)) for pair in pairs]
+        top = _pairs(self.top_token_BK, self.top_logprob_BK)
         return StepResult(
             tokens=[(sequence, tokens[row]) for row, sequence in self.sequences],
             logprobs=None if logprobs is None else [logprobs[row] for row in rows],
             top=None if top is None else [top[row] for row in rows],
             beams=[result for searches, step in self.searches for result in _beam_results(searches, step)],
-            prompt_logprobs=[(request, position, logprob_T.tolist()) for request, position, logprob_T in self.prompts],
+            prompt_logprobs=[
+                (part.request, part.position, part.logprob_T.tolist(), _pairs(part.top_token_TK, part.top_logprob_TK))
+                for part in self.prompts
+            ],
         )
+
+
+def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else to_host(tensor)
+
+
+def _pairs(token_BK: torch.Tensor | None, logprob_BK: torch.Tensor | None) -> list[list[tuple[int, float]]] | None:
+    """Return pairs of a token and its log-probability for each row."""
+    if token_BK is None or logprob_BK is None:
+        return None
+    return [list(zip(*pair, strict=True)) for pair in zip(token_BK.tolist(), logprob_BK.tolist(), strict=True)]
 
 
 def _beam_results(searches: list[Search], step: BeamStep) -> list[BeamResult]:
