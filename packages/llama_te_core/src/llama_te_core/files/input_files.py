@@ -112,7 +112,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     try:
         value = json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_keys,
             parse_int=_integer,
             parse_float=_float,
             parse_constant=_refuse_constant,
@@ -145,7 +145,15 @@ def _check_limits(content: bytes) -> None:
             raise ValueError(f"it has more than {MAX_JSON_DEPTH} levels of lists and objects")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object of its keys and values; an `object_pairs_hook` of the module json.
+
+    Args:
+        pairs: The keys and values.
+
+    Raises:
+        ValueError: A key occurs twice.
+    """
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()

@@ -15,13 +15,16 @@ import io
 import json
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
+from typing import IO, Any, AnyStr, BinaryIO, Generic, Literal, NamedTuple, TypeAlias
+
+from ...files.input_files import open_file, unique_keys
 
 FORMATS = (".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv", ".txt")
 COMPRESSIONS = (".bz2", ".gz", ".xz", ".zst")
@@ -37,10 +40,17 @@ _CONVERSATIONS = frozenset({
     "question", "answer", "response", "chosen", "rejected",
 })
 # fmt: on
-_ROWS = 1000  # rows of a table to convert to Python objects at a time
+_ROWS = 1000  # rows of a table to read at a time, if they are small
+_ROW_BYTES = 64 * 2**20  # of these rows together
+_CHUNK = 2**16  # characters of JSON to read at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _LONGEST_CSV_FIELD = 2**31 - 1
-_NAMED = 5  # a message names this many files
+_NAMED = 5  # a message names this many files or fields
+_LONGEST_NAME, _LONGEST_REASON = 80, 300  # characters in a message
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")  # of JSON
+_LONGEST_LITERAL = 16  # characters of -Infinity, and more
+# NaN is accepted: Python's json writes it, and training reads no field with it.
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 TextDocument = Literal["file", "paragraph"]
 
@@ -69,10 +79,10 @@ class Document(NamedTuple):
         if isinstance(self.content, Mapping):
             return self.content
         try:
-            fields = json.loads(self.content)
-        except ValueError as error:
+            fields = _DECODER.decode(self.content.decode())
+        except (ValueError, RecursionError) as error:
             raise UnusableDocumentError(
-                f"{self.place} is no JSON ({error}); each line of the file must be one object in UTF-8."
+                f"{self.place} is no JSON ({_reason(error)}); each line of the file must be one object in UTF-8."
             ) from error
         if not isinstance(fields, dict):
             raise UnusableDocumentError(
@@ -115,15 +125,16 @@ class Fields(NamedTuple):
         names = list(names)
         if self.main not in names:
             raise UnusableDocumentError(
-                f"{place} has no field {self.main!r}; its fields are {sorted(names)}. {self._advice(names)}"
+                f"{place} has no field {self.main!r}; its fields are [{_listed(sorted(map(repr, names)))}]. "
+                f"{self._advice(names)}"
             )
         unused = [
             name for name in names if name not in METADATA and name not in (self.main, *self.optional, *self.ignored)
         ]
         if unused:
-            listed = json.dumps([*self.ignored, *unused])
+            listed = json.dumps([*self.ignored, *map(_short, unused[:_NAMED])])
             raise UnusableDocumentError(
-                f"{place} has the field{'s' * (len(unused) > 1)} {', '.join(map(repr, unused))} without effect: "
+                f"{place} has the field{'s' * (len(unused) > 1)} {_listed(list(map(repr, unused)))} without effect: "
                 f"training reads {', '.join((self.main, *self.optional))}. {self._advice(unused)} To ignore the field"
                 f"{'s' * (len(unused) > 1)}, set ignored_fields={listed} (in a configuration `data.ignored_fields: "
                 f"{listed}`)."
@@ -154,6 +165,7 @@ class Files:
         path: The folder or file.
         fields: The fields that callers read.
         text_document: One document of a .txt file: the whole file, or a paragraph between blank lines.
+        max_document_bytes: The most bytes of one document.
         skip_empty: Accept files without documents.
 
     Attributes:
@@ -165,10 +177,18 @@ class Files:
         UnusableDocumentError: The path has no file of documents, or one that is empty or cannot be read.
     """
 
-    def __init__(self, path: Path, fields: Fields, text_document: TextDocument, skip_empty: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        fields: Fields,
+        text_document: TextDocument,
+        max_document_bytes: int,
+        skip_empty: bool = False,
+    ) -> None:
         self.path = path
         self.fields = fields
         self.text_document = text_document
+        self.max_document_bytes = max_document_bytes
         self.skip_empty = skip_empty
         self.files: list[Path] = []
         self.skipped: list[str] = []
@@ -185,14 +205,13 @@ class Files:
                 f"source={str(path)!r} has no file of documents; it must be a file {_formats()}, or a folder with such "
                 f"files.{there}"
             )
-        for file in self.files:
-            self._check(file)
+        self._sizes = {file: self._checked(file) for file in self.files}
 
     @property
     def identity(self) -> str:
         """A text that is equal for two sources with the same documents in the same order."""
         root = self.path if self.path.is_dir() else self.path.parent
-        listing = [(file.relative_to(root).as_posix(), file.stat().st_size) for file in self.files]
+        listing = [(file.relative_to(root).as_posix(), self._sizes[file]) for file in self.files]
         return f"{len(listing)} files, {zlib.crc32(repr((listing, self.text_document)).encode()):08x}"
 
     @property
@@ -216,7 +235,7 @@ class Files:
         found = 0
         for file in self.files:
             if _format(file) == ".parquet":
-                with _table(file) as table:
+                with _readable(file), open_file(file) as stream, _table(file, stream) as table:
                     found += table.metadata.num_rows
             elif _format(file) == ".txt" and self.text_document == "file":
                 found += 1
@@ -226,7 +245,8 @@ class Files:
                 return most
         return found
 
-    def _check(self, file: Path) -> None:
+    def _checked(self, file: Path) -> int:
+        """Refuse a file that cannot be read or is empty; return its size in bytes."""
         if not file.exists():
             raise UnusableDocumentError(f"{file} is a link to a file that does not exist. Repair or remove it.")
         if not os.access(file, os.R_OK):
@@ -234,67 +254,263 @@ class Files:
         needs_pyarrow = _format(file) == ".parquet" or file.suffix.lower() == ".zst"
         if needs_pyarrow and importlib.util.find_spec("pyarrow") is None:
             raise ImportError(f"{file} needs pyarrow, which is not installed: pip install 'llama-te-core[train]'.")
-        if file.stat().st_size == 0 and not self.skip_empty:
+        with _readable(file), open_file(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
+        if size == 0 and not self.skip_empty:
             raise UnusableDocumentError(_empty(file))
+        return size
 
     def _read(self, file: Path) -> Iterator[Document]:
-        readers: dict[str | None, Callable[[Path], Iterator[Document]]] = {
+        readers: dict[str | None, Callable[[Path, BinaryIO], Iterator[Document]]] = {
             ".csv": self._cells,
-            ".json": _json,
-            ".jsonl": _lines,
-            ".ndjson": _lines,
+            ".json": self._json,
+            ".jsonl": self._lines,
+            ".ndjson": self._lines,
             ".parquet": self._rows,
             ".tsv": self._cells,
             ".txt": self._texts,
         }
         documents = 0
-        try:
-            for document in readers[_format(file)](file) if file.stat().st_size else ():
+        with _readable(file), open_file(file) as stream:
+            self._check_size(file, stream)
+            for document in readers[_format(file)](file, stream) if self._sizes[file] else ():
                 documents += 1
                 yield document
-        except UnicodeDecodeError as error:
-            raise UnusableDocumentError(f"{file} is not UTF-8 ({error}); files of text must be.") from error
-        except (OSError, EOFError, csv.Error, zlib.error, lzma.LZMAError) as error:
-            raise UnusableDocumentError(f"{file} cannot be read: {error}. Repair or remove it.") from error
+            self._check_size(file, stream)
         if not documents and not self.skip_empty:
             raise UnusableDocumentError(_empty(file))
 
-    def _rows(self, file: Path) -> Iterator[Document]:
-        from pyarrow import ArrowException
+    def _check_size(self, file: Path, stream: BinaryIO) -> None:
+        """Refuse a file that grows or shrinks during the run, since processes would read different documents."""
+        before, now = self._sizes[file], os.fstat(stream.fileno()).st_size
+        if now != before:
+            raise UnusableDocumentError(
+                f"{file} had {before:,} bytes when the run began and has {now:,} now, so documents would repeat or be "
+                "missed. Begin again with files that do not change."
+            )
 
-        try:
-            with _table(file) as table:
-                names = table.schema_arrow.names
-                self.fields.check(str(file), names)
-                batches = table.iter_batches(_ROWS, columns=self.fields.used(names))
-                rows = (row for batch in batches for row in batch.to_pylist())
-                for number, row in enumerate(rows, 1):
-                    yield Document(f"{file}, row {number}", row)
-        except ArrowException as error:
-            raise UnusableDocumentError(f"{file} cannot be read: {error} Repair or remove it.") from error
+    def _rows(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
+        with _table(file, stream) as table:
+            names = table.schema_arrow.names
+            self.fields.check(str(file), names)
+            _check_unique(str(file), names)
+            used = self.fields.used(names)
+            number = 0
+            for group in range(table.num_row_groups):
+                metadata = table.metadata.row_group(group)
+                row_bytes = metadata.total_byte_size // max(1, metadata.num_rows)
+                rows = max(1, min(_ROWS, _ROW_BYTES // max(1, row_bytes)))
+                for batch in table.iter_batches(rows, row_groups=[group], columns=used):
+                    columns = {name: batch.column(name) for name in used}
+                    # One row at a time: all rows of a dictionary may have one long text.
+                    for row in range(batch.num_rows):
+                        number += 1
+                        yield Document(f"{file}, row {number}", {name: columns[name][row].as_py() for name in used})
 
-    def _cells(self, file: Path) -> Iterator[Document]:
-        csv.field_size_limit(_LONGEST_CSV_FIELD)
-        with io.TextIOWrapper(_opened(file), encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, delimiter="\t" if _format(file) == ".tsv" else ",", strict=True)
+    def _cells(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
+        csv.field_size_limit(_LONGEST_CSV_FIELD)  # `_Lines` has the limit
+        with _decompressed(file, stream) as content, _text(content, newline="") as text:
+            lines = _Lines(text, file, self.max_document_bytes)
+            reader = csv.reader(lines, delimiter="\t" if _format(file) == ".tsv" else ",", strict=True)
             header = next(reader, [])
             self.fields.check(f"{file}, line 1,", header)
-            line = reader.line_num + 1
+            _check_unique(f"{file}, line 1,", header)
+            lines.end_document()
             for cells in reader:
-                place, line = f"{file}, line {line}", reader.line_num + 1
-                if len(cells) not in (0, len(header)):  # a blank line has no cells
+                if not cells:  # a blank line
+                    lines.skip_line()
+                    continue
+                place = lines.place
+                lines.end_document()
+                if len(cells) != len(header):
                     raise UnusableDocumentError(f"{place} has {len(cells)} cells, but the header has {len(header)}.")
-                if cells:
-                    row = dict(zip(header, cells, strict=True))
-                    yield Document(place, {name: row[name] for name in self.fields.used(header)})
+                row = dict(zip(header, cells, strict=True))
+                yield Document(place, {name: row[name] for name in self.fields.used(header)})
 
-    def _texts(self, file: Path) -> Iterator[Document]:
-        with io.TextIOWrapper(_opened(file), encoding="utf-8-sig") as lines:
+    def _texts(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
+        with _decompressed(file, stream) as content, _text(content) as text:
             if self.text_document == "file":
-                yield Document(str(file), {self.fields.main: lines.read()})
+                yield Document(str(file), {self.fields.main: self._whole(file, text)})
             else:
+                lines = _Lines(text, file, self.max_document_bytes)
                 for number, paragraph in enumerate(_paragraphs(lines), 1):
+                    lines.end_document()
                     yield Document(f"{file}, paragraph {number}", {self.fields.main: paragraph})
+
+    def _lines(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
+        with _decompressed(file, stream) as content:
+            lines = _Lines(content, file, self.max_document_bytes)
+            for line in lines:
+                if lines.number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line and not line.isspace():
+                    place = lines.place
+                    lines.end_document()
+                    yield Document(place, line)
+                else:
+                    lines.skip_line()
+
+    def _json(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
+        """Yield the objects of a .json file: of an array, one on each line, or a single one on several lines."""
+        with _decompressed(file, stream) as content, _text(content, newline="") as text:
+            array = _JsonArray(text, file, self.max_document_bytes)
+            if array.begins():
+                yield from array
+                return
+        stream.seek(0)
+        lines = self._lines(file, stream)
+        first = next(lines, None)
+        if first is None:
+            return
+        try:
+            first.fields()
+        except UnusableDocumentError:
+            stream.seek(0)
+        else:
+            yield first
+            yield from lines
+            return
+        with _decompressed(file, stream) as content, _text(content, newline="") as text:
+            whole = self._whole(file, text)
+        try:
+            fields = _DECODER.decode(whole)
+        except (ValueError, RecursionError) as error:
+            raise UnusableDocumentError(_no_json(str(file), error)) from error
+        if not isinstance(fields, dict):
+            raise UnusableDocumentError(_no_object(str(file), fields))
+        yield Document(str(file), fields)
+
+    def _whole(self, file: Path, text: IO[str]) -> str:
+        content = text.read(self.max_document_bytes + 1)
+        if len(content) > self.max_document_bytes:
+            raise UnusableDocumentError(too_long(str(file), self.max_document_bytes))
+        return content
+
+
+class _Lines(Generic[AnyStr]):
+    """The lines of a file, in which a document has a limited length, with the blank lines before it.
+
+    Args:
+        stream: The file, as bytes or as text.
+        file: Its name, for messages.
+        most: The most bytes or characters of a document.
+
+    Attributes:
+        number: The number of the last line, from 1.
+    """
+
+    def __init__(self, stream: IO[AnyStr], file: Path, most: int) -> None:
+        self.number = 0
+        self._stream: IO[AnyStr] = stream
+        self._file = file
+        self._most = most
+        self.end_document()
+
+    def __iter__(self) -> Iterator[AnyStr]:
+        return self
+
+    def __next__(self) -> AnyStr:
+        line = self._stream.readline(self._left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if self._left < 0:
+            raise UnusableDocumentError(too_long(self.place, self._most))
+        return line
+
+    @property
+    def place(self) -> str:
+        """The file, and the first line of the present document."""
+        return f"{self._file}, line {self._first}"
+
+    def end_document(self) -> None:
+        """Begin a document with the next line."""
+        self._left = self._most
+        self._first = self.number + 1
+
+    def skip_line(self) -> None:
+        """Begin the present document with the next line."""
+        self._first = self.number + 1
+
+
+class _JsonArray:
+    """The objects of a JSON array, of which memory holds one at a time.
+
+    Args:
+        stream: The file.
+        file: Its name, for messages.
+        most: The most characters of an object, and of white space between two.
+    """
+
+    def __init__(self, stream: IO[str], file: Path, most: int) -> None:
+        self._stream = stream
+        self._file = file
+        self._most = most
+        self._text = ""  # what is read
+        self._at = 0  # the place in it
+
+    def begins(self) -> bool:
+        """Whether the file begins as an array does."""
+        return self._next(str(self._file)) == "["
+
+    def __iter__(self) -> Iterator[Document]:
+        number, place = 0, str(self._file)
+        sign = self._next(place)
+        while sign in ("[", ","):
+            self._at += 1
+            if sign == "[" and self._next(place) == "]":
+                break
+            number += 1
+            place = f"{self._file}, element {number}"
+            yield Document(place, self._object(place))
+            sign = self._next(place)
+        if self._next(place) != "]":
+            raise UnusableDocumentError(_no_json(place, "no , or ] follows it"))
+        self._at += 1
+        if self._next(place):
+            raise UnusableDocumentError(_no_json(str(self._file), "more text follows the array"))
+
+    def _object(self, place: str) -> dict[str, Any]:
+        self._next(place)
+        value = None
+        while value is None:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                is_cut = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_LITERAL
+                if not is_cut or not self._more(place):
+                    raise UnusableDocumentError(_no_json(place, error.msg)) from error
+            except (ValueError, RecursionError) as error:
+                raise UnusableDocumentError(_no_json(place, error)) from error
+            else:
+                if not isinstance(value, dict):
+                    raise UnusableDocumentError(_no_object(place, value))
+                if end - self._at > self._most:
+                    raise UnusableDocumentError(too_long(place, self._most))
+                self._at = end
+        return value
+
+    def _next(self, place: str) -> str:
+        """Return the next character that is no white space; nothing at the end of the file."""
+        skipped = 0
+        while skipped <= self._most:
+            match = _WHITE_SPACE.match(self._text, self._at)
+            assert match is not None  # it may be empty
+            self._at = match.end()
+            skipped += len(match[0])
+            if self._at < len(self._text) or not self._more(place):
+                return self._text[self._at : self._at + 1]
+        raise UnusableDocumentError(too_long(place, self._most))
+
+    def _more(self, place: str) -> bool:
+        """Read more of the file, and drop what is used; tell whether there was more."""
+        rest = self._text[self._at :]
+        if len(rest) > self._most:
+            raise UnusableDocumentError(too_long(place, self._most))
+        more = self._stream.read(max(_CHUNK, len(rest)))
+        self._text, self._at = rest + more, 0
+        return bool(more)
 
 
 class HubDataset:
@@ -410,7 +626,7 @@ def _formats() -> str:
 
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(_short, names[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
 
 @contextlib.contextmanager
@@ -446,72 +662,103 @@ def _empty(file: Path) -> str:
     return f"{file} has no documents. Remove it, or set skip_empty=True (in a configuration `data.skip_empty: true`)."
 
 
-def _opened(file: Path) -> BinaryIO:
-    """Open a file, and decompress it where its name says that it is compressed."""
-    openers: Mapping[str, Callable[[Path], Any]] = {
+def too_long(place: str, most: int) -> str:
+    """Return the message about a document with more bytes than `max_document_bytes`."""
+    return (
+        f"{place} has more than {most:,} bytes, the most of one document. If it is not damaged, make several documents "
+        "of it (a .txt file is one, or each of its paragraphs with text_document='paragraph'), or raise "
+        f"max_document_bytes={most} (in a configuration `data.max_document_bytes: {most}`)."
+    )
+
+
+def _no_json(place: str, reason: str | Exception) -> str:
+    return (
+        f"{place} is no JSON ({_reason(reason)}); a .json file must be an array of objects, or have one object on each "
+        "line, in UTF-8."
+    )
+
+
+def _no_object(place: str, value: Any) -> str:
+    return f"{place} is JSON of type {type(value).__name__}; it must be an object."
+
+
+def _check_unique(place: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UnusableDocumentError(f"{place} has the field {_short(repr(twice))} twice. Rename one.")
+
+
+def _reason(error: str | BaseException) -> str:
+    """Return an error's message on one line."""
+    return _short(" ".join(str(error).split()) or type(error).__name__, _LONGEST_REASON)
+
+
+def _short(text: str, most: int = _LONGEST_NAME) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into `UnusableDocumentError`."""
+    try:
+        yield
+    except UnusableDocumentError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UnusableDocumentError(f"{file} is not UTF-8 ({_reason(error)}); files of text must be.") from error
+    except OSError as error:
+        raise UnusableDocumentError(
+            f"{file} cannot be read: {_reason(error.strerror or error)}. Repair or remove it."
+        ) from error
+    except (EOFError, MemoryError, csv.Error, zlib.error, lzma.LZMAError) as error:
+        raise UnusableDocumentError(f"{file} cannot be read: {_reason(error)}. Repair or remove it.") from error
+
+
+@contextlib.contextmanager
+def _decompressed(file: Path, stream: BinaryIO) -> Iterator[BinaryIO]:
+    """Decompress a stream where the file's name says that it is compressed. The stream stays open."""
+    openers: Mapping[str, Callable[[BinaryIO], Any]] = {
         ".bz2": bz2.open,
         ".gz": gzip.open,
         ".xz": lzma.open,
         ".zst": _zstandard,
     }
     opener = openers.get(file.suffix.lower())
-    stream: BinaryIO = file.open("rb") if opener is None else opener(file)
-    return stream
+    if opener is None:
+        yield stream
+        return
+    with opener(stream) as content:
+        yield content
 
 
-def _zstandard(file: Path) -> Any:
+def _zstandard(stream: BinaryIO) -> Any:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd"))
+    own = os.fdopen(os.dup(stream.fileno()), "rb")  # pyarrow closes it
+    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(own), "zstd"))
 
 
-def _lines(file: Path) -> Iterator[Document]:
-    with _opened(file) as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(_BYTE_ORDER_MARK)
-            if line and not line.isspace():
-                yield Document(f"{file}, line {number}", line)
-
-
-def _json(file: Path) -> Iterator[Document]:
-    """Yield the objects of a .json file: of an array, one on each line, or a single one on several lines."""
-    lines = _lines(file)
-    first = next(lines, None)
-    if first is None:
-        return
-    assert isinstance(first.content, bytes)
-    is_array = first.content.lstrip().startswith(b"[")
+@contextlib.contextmanager
+def _text(content: BinaryIO, newline: str | None = None) -> Iterator[IO[str]]:
+    """Decode UTF-8, without a byte order mark. The stream of bytes stays open."""
+    text = io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline)
     try:
-        json.loads(first.content)
-        is_whole = is_array
-    except ValueError:
-        is_whole = True
-    if not is_whole:
-        yield first
-        yield from lines
-        return
-    with _opened(file) as stream:
-        text = stream.read().removeprefix(_BYTE_ORDER_MARK)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UnusableDocumentError(
-            f"{file} is no JSON ({error}); it must be an array of objects, or have one object on each line, in UTF-8."
-        ) from error
-    objects = content if is_array else [content]
-    for number, each in enumerate(objects, 1):
-        place = f"{file}, element {number}" if is_array else str(file)
-        if not isinstance(each, dict):
-            raise UnusableDocumentError(f"{place} is JSON of type {type(each).__name__}; it must be an object.")
-        yield Document(place, each)
+        yield text
+    finally:
+        text.detach()
 
 
-def _table(file: Path) -> Any:
-    """Open a `pyarrow.parquet.ParquetFile`."""
+@contextlib.contextmanager
+def _table(file: Path, stream: BinaryIO) -> Iterator[Any]:
+    """Open a `pyarrow.parquet.ParquetFile`, and turn pyarrow's errors into `UnusableDocumentError`."""
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(file)
+    try:
+        with ParquetFile(stream, page_checksum_verification=True) as table:
+            yield table
+    except ArrowException as error:
+        raise UnusableDocumentError(f"{file} cannot be read: {_reason(error)} Repair or remove it.") from error
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

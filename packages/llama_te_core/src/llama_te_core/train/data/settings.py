@@ -33,6 +33,8 @@ class TextSettings:
         subset: The name of a data set's configuration on the hub (`load_dataset`'s `name`).
         split: The split of a hub data set.
         streaming: Read a hub data set over the network instead of downloading it first.
+        max_document_bytes: The most bytes of one document, uncompressed; a token id counts as 4. A longer document is
+            an error: in a damaged file it may have no end, and would take all memory.
     """
 
     source: str | os.PathLike[str]
@@ -50,3 +52,4 @@ class TextSettings:
     subset: str | None = None
     split: str = "train"
     streaming: bool = False
+    max_document_bytes: int = 16 * 2**20

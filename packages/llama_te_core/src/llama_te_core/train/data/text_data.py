@@ -17,7 +17,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ...compat.torchdata import batches_since_snapshot
 from ...data.collators import DataCollatorWithFlattening
 from ...data.labels import IGNORED_LABEL
+from ...data.long_texts import encode_in_pieces
 from ...data.packing import TokenPackingDataset
 from .documents import (
     Document,
@@ -40,11 +42,13 @@ from .documents import (
     UnusableDocumentError,
     in_order,
     is_file_of_documents,
+    too_long,
 )
 from .settings import TextSettings
 
 # Training uses these fields of a document of tokens, where it has them.
 _OPTIONAL = ("labels", "attention_mask")
+_TOKEN_BYTES = 4  # a token id counts as this many bytes of a document
 # Advice for error messages about documents that do not fit the settings.
 _TOKENIZER = "Give a tokenizer (in a configuration `data.tokenizer`)"
 _SHARES = (
@@ -80,8 +84,8 @@ class LabelledTokens(NamedTuple):
         labels: As many labels: the token itself, or -100 for a token that the model is not trained to predict.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ class TextData(TextSettings):
         name = os.fspath(self.source)
         path = Path(name).expanduser()
         if path.exists():
-            return Files(path, self.fields, self.text_document, self.skip_empty)
+            return Files(path, self.fields, self.text_document, self.max_document_bytes, self.skip_empty)
         if _HUB_ID.fullmatch(name) is None or is_file_of_documents(path):
             raise FileNotFoundError(
                 f"source={name!r} is no file or folder here, and no hub id (owner/name) either. Check the path."
@@ -207,6 +211,7 @@ class TextData(TextSettings):
             raise UnusableDocumentError(
                 f"{place}: input_ids is {_kind(input_ids)}; it must be a list of token ids. {_TOKENIZER} if it is text."
             )
+        self._check_size(place, len(input_ids) * _TOKEN_BYTES)
         for name in _OPTIONAL:
             value = fields.get(name, input_ids)
             if not _is_list_of_int(value) or len(value) != len(input_ids):
@@ -253,22 +258,29 @@ class TextData(TextSettings):
                 f"of text. Set {_setting('tokenizer', None)} for token ids in a field input_ids."
             )
         try:
-            text.encode()
+            self._check_size(document.place, len(text.encode()))
         except UnicodeEncodeError as error:
             raise UnusableDocumentError(
                 f"{document.place}: the field {self.text_field!r} has the lone surrogate "
                 f"\\u{ord(text[error.start]):04x} at character {error.start}, which is half of a character. No "
                 "tokenizer can encode it: write the text anew, with errors='replace' where it was decoded."
             ) from error
-        tokens = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        tokens = array("q")  # a list needs five times the memory
+        for piece in encode_in_pieces(text, self.tokenizer):
+            tokens.extend(piece)
         if tokens:
             before = self.tokenizer.bos_token_id if self.add_bos else None
             after = self.tokenizer.eos_token_id if self.add_eos else None
             # A chat template may have written both into the text.
-            begin = [] if before is None or tokens[0] == before else [before]
-            end = [] if after is None or tokens[-1] == after else [after]
-            tokens = [*begin, *tokens, *end]
+            if before is not None and tokens[0] != before:
+                tokens.insert(0, before)
+            if after is not None and tokens[-1] != after:
+                tokens.append(after)
         return LabelledTokens(tokens, tokens)
+
+    def _check_size(self, place: str, size: int) -> None:
+        if size > self.max_document_bytes:
+            raise UnusableDocumentError(too_long(place, self.max_document_bytes))
 
     def collator(self) -> DataCollatorWithFlattening:
         """Return the collator that packs sequences into one batch."""
@@ -281,7 +293,7 @@ class TextData(TextSettings):
         )
 
     def _check_numbers(self) -> None:
-        least = {"tokens_per_batch": 1, "sequence_length": 1, "vocab_size": 1, "epochs": 1}
+        least = {"tokens_per_batch": 1, "sequence_length": 1, "vocab_size": 1, "epochs": 1, "max_document_bytes": 1}
         least |= {"seed": 0, "shuffle_buffer": 0}
         for name, at_least in least.items():
             value = getattr(self, name)
@@ -549,7 +561,7 @@ class _Sequences(IterableDataset[dict[str, Any]]):
         # Pieces end at multiples of `longest` from the document's beginning, also where this shard begins inside it.
         while used < len(tokens):
             end = min((used // longest + 1) * longest, len(tokens))
-            yield {"input_ids": tokens[used:end], "labels": labels[used:end], "end": end}
+            yield {"input_ids": list(tokens[used:end]), "labels": list(labels[used:end]), "end": end}
             used = end
 
     def _is_whole(self, epoch: int) -> bool:
