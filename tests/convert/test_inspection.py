@@ -255,10 +255,13 @@ def test_layers_that_the_configuration_does_not_agree_with(hf, te):
         assert inspect(changed(checkpoint, num_hidden_layers=2)).problems == (
             "the checkpoint has layers 2, but the configuration has 2 layers.",
         )
-        # No loop could go through this many layers.
-        assert inspect(changed(checkpoint, num_hidden_layers=10**15)).problems == (
-            f"the configuration has {10**15} layers, but layers 3..{10**15 - 1} are missing.",
+        assert inspect(changed(checkpoint, num_hidden_layers=1024)).problems == (
+            "the configuration has 1024 layers, but layers 3..1023 are missing.",
         )
+        # No loop could go through this many layers.
+        problems = inspect(changed(checkpoint, num_hidden_layers=10**15)).problems
+        assert f"num_hidden_layers={10**15} must be a whole number from 1 to 1,024." in " ".join(problems)
+        assert f"the configuration has {10**15} layers, but layers 3..{10**15 - 1} are missing." in problems
         without = [name for name in checkpoint.source.tensors if name.startswith("model.layers.1.")]
         assert inspect(changed(checkpoint, without=without)).problems == (
             "the configuration has 3 layers, but layers 1 are missing.",

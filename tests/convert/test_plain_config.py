@@ -77,7 +77,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "both dtypes": {**TINY, "dtype": "float16", "torch_dtype": "float32"},
     "no dtype": {**TINY, "dtype": None, "torch_dtype": None},
     "where it was": {**TINY, "_name_or_path": "/tmp/llama", "_commit_hash": None},
-    "a large number": {**TINY, "attention_dropout": 10**400, "hidden_size": 4 * 10**30},
+    "large numbers": {**TINY, "hidden_size": 2**24, "head_dim": 2**16, "max_position_embeddings": 2**40},
     "other numbers": {**TINY, "attention_dropout": 0, "rms_norm_eps": 1e-12, "pretraining_tp": 4},
     "classes of others": {**TINY, "architectures": ["Another", "LlamaModel"]},
     "no classes": {**TINY, "architectures": []},

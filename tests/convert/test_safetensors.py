@@ -80,7 +80,7 @@ def test_parts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(row_chunks(info, 1, 10)) == [(1, 4), (4, 7), (7, 10)]
     monkeypatch.setattr("llama_te_convert.sources.tensor_source.CHUNK_BYTES", 1)
     assert list(row_chunks(info, 8, 10)) == [(8, 9), (9, 10)]
-    assert list(row_chunks(TensorInfo("float32", (3, 0)), 0, 3)) == [(0, 1), (1, 2), (2, 3)]
+    assert list(row_chunks(TensorInfo("float32", (2**62, 0)), 0, 2**62)) == [(0, 2**62)]
 
 
 # --- broken files -----------------------------------------------------------------------------------------------------
@@ -102,12 +102,12 @@ def entry(shape: object = (2,), offsets: object = (0, 8), dtype: object = "F32")
         (b"", None, r"not a safetensors file: it has 16 bytes, and a header of 0"),
         (b"{}", 10**12, r"not a safetensors file"),
         (b"{}", 2**64 - 1, r"not a safetensors file"),
-        (b"{x}", None, r"its header is not JSON"),
-        (b"\xff\xff", None, r"its header is not JSON"),
-        (b"[" * 100_000, None, r"its header is not JSON"),
-        (b"[1]", None, r"its header is not a JSON object"),
+        (b"{x}", None, r"the header of .*model.safetensors cannot be used: it is not valid JSON"),
+        (b"\xff\xff", None, r"cannot be used: it is not UTF-8"),
+        (b"[" * 100_000, None, r"cannot be used: it has more than 64 levels"),
+        (b"[1]", None, r"cannot be used: it does not hold a JSON object"),
         ({"x": 1}, None, r"entry of tensor 'x' is not valid"),
-        ({"x": entry(dtype="F7")}, None, r"entry of tensor 'x' is not valid"),
+        ({"x": entry(dtype="F7")}, None, r"entry of tensor 'x' is not valid: its dtype 'F7' is not one of F64, F32"),
         ({"x": entry(dtype=["F32"])}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(shape=(2, -1))}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(shape=(True, 2))}, None, r"entry of tensor 'x' is not valid"),
@@ -118,6 +118,15 @@ def entry(shape: object = (2,), offsets: object = (0, 8), dtype: object = "F32")
         ({"x": entry(offsets=(0, 8, 9))}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(offsets=(0.0, 8.0))}, None, r"entry of tensor 'x' is not valid"),
         ({"x": entry(), "y": entry((1,), (4, 8))}, None, r"the tensors 'x' and 'y' overlap"),
+        ({"x": entry(), "y": entry()}, None, r"the tensors 'x' and 'y' overlap"),
+        ({"x": entry((1,), (4, 8))}, None, r"has 4 bytes before 'x' that belong to no tensor"),
+        ({"x": entry((1,), (0, 4))}, None, r"has 4 bytes at its end that belong to no tensor"),
+        ({}, None, r"has 8 bytes at its end that belong to no tensor"),
+        ({"x": entry((0, 2**63), (0, 0)), "y": entry()}, None, r"not all whole numbers from 0 that fit in 64 bits"),
+        ({"x": entry((1,) * 65 + (2,))}, None, r"it has 66 dimensions, but at most 64 are known"),
+        ({"x": entry((2**62,) * 64)}, None, r"entry of tensor 'x' is not valid: F32"),
+        ({"x": entry((10**90, 2))}, None, r"not all whole numbers from 0 that fit in 64 bits"),
+        (json.dumps({"x": entry(), "y": 0}).replace("y", "x").encode(), None, r"it has the key 'x' twice"),
     ],
 )
 def test_a_broken_header_is_refused(tmp_path: Path, header: object, length: int | None, message: str) -> None:

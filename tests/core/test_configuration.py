@@ -1,6 +1,7 @@
 """NVLlamaConfig's defaults, checks, writing and reading."""
 
 import json
+import re
 
 import pytest
 from transformers import AutoConfig, LlamaConfig, MistralConfig
@@ -202,3 +203,66 @@ def test_angles_of_an_unknown_type_are_refused() -> None:
     config.rope_parameters = spiral
     with pytest.raises(ValueError, match="rope_type='spiral': it must be one of default, linear, "):
         NVLlamaModel(config)
+
+
+NUMBERS = [
+    *(("num_hidden_layers", value, "a whole number from 1 to 1,024") for value in (-1, 0, 1025, 10**9)),
+    *(("num_attention_heads", value, "a whole number from 1 to 1,024") for value in (-4, 0, 2**20)),
+    *(("num_key_value_heads", value, "a whole number from 1 to 1,024") for value in (-2, 0)),
+    *(("hidden_size", value, "a whole number from 1 to 16,777,216") for value in (-64, 0, 10**15)),
+    *(("intermediate_size", value, "a whole number from 1 to 67,108,864") for value in (-1, 0, 10**30)),
+    *(("vocab_size", value, "a whole number from 1 to 2,147,483,647") for value in (-1, 0, 2**31)),
+    *(("max_position_embeddings", value, "a whole number from 1 to 1,099,511,627,776") for value in (-1, 0, 2**63)),
+    *(("head_dim", value, "a whole number from 1 to 65,536") for value in (-2, 0)),
+    ("head_dim", 15, "even"),
+    *(("rms_norm_eps", value, "a finite number from 0") for value in (float("nan"), float("inf"), -1e-6)),
+    *(("attention_dropout", value, "a finite number from 0 up to 1") for value in (float("nan"), -0.5, 1.5)),
+    *(("rope_theta", value, "a finite number above 0") for value in (float("nan"), float("inf"), 0, -1e4, "1e4", True)),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), NUMBERS, ids=lambda value: str(value)[:20])
+def test_numbers_that_no_model_has_are_refused(name, value, allowed, tmp_path):
+    message = rf"{name}={re.escape(repr(value))} .*must be {allowed}"
+    with pytest.raises(ValueError, match=message):
+        make(**{name: value})
+    config = make()
+    if name != "rope_theta":
+        setattr(config, name, value)
+    else:
+        config.rope_parameters = {"rope_type": "default", "rope_theta": value}
+    with pytest.raises(ValueError, match=message):
+        NVLlamaModel(config)
+    make().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content.pop("rope_parameters")
+    (tmp_path / "config.json").write_text(json.dumps({**content, name: value}))
+    with pytest.raises(ValueError, match=message):
+        NVLlamaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        ({"rope_type": "linear", "factor": float("nan")}, r"factor=nan .* must be a finite number above 0"),
+        ({"rope_type": "linear", "factor": 0.0}, r"factor=0.0 .* must be a finite number above 0"),
+        ({"rope_type": "linear", "factor": "2"}, r"factor='2' .* must be a finite number above 0"),
+        ({"rope_type": "linear", "factor": -(10**400)}, r"factor=-10+ .* must be a finite number above 0"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": float("inf")}, r"beta_fast=inf .* must be a finite number"),
+        ({"rope_type": "longrope", "short_factor": [1.0, 0.0]}, r"short_factor=\[1.0, 0.0\] .* list of finite numbers"),
+        ({"rope_type": "longrope", "long_factor": 3}, r"long_factor=3 .* must be a list of finite numbers above 0"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            r"low_freq_factor=4.0 .* must be less than high_freq_factor=4.0",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_numbers_of_rotary_embeddings_that_no_model_has_are_refused(rope, message, name):
+    with pytest.raises(ValueError, match=message):
+        make(**{name: {"rope_theta": 1e4, **rope}})
+
+
+def test_the_largest_sizes_are_accepted():
+    make(num_hidden_layers=1024, max_position_embeddings=2**40, vocab_size=2**31 - 1, attention_dropout=None)

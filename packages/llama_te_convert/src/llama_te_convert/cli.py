@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, CheckpointWarning
+from .errors import CheckpointError, CheckpointWarning, one_line
 from .option_types import assignment, layer_precision, size
 from .progress import Progress
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _printed_warnings():
             return int(options.run(options))
     except CheckpointError as error:
-        print(f"llama-te-convert: {error}", file=sys.stderr)
+        print(f"llama-te-convert: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("llama-te-convert: interrupted; run the same command again to continue.", file=sys.stderr)
@@ -64,7 +64,7 @@ def _printed_warnings() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *arguments: Any, **rest: Any) -> None:
             if issubclass(category, CheckpointWarning):
-                print(f"llama-te-convert: warning: {message}", file=sys.stderr)
+                print(f"llama-te-convert: warning: {one_line(message)}", file=sys.stderr)
             else:
                 others(message, category, *arguments, **rest)
 
@@ -259,7 +259,7 @@ def _verify(options: argparse.Namespace) -> int:
         logits = compare_logits(paths[0], paths[1], options.logits)
         result["logits"] = logits.to_dict()
         lines += logits.lines()
-    print(json.dumps(result) if options.json else "\n".join(lines))
+    print(json.dumps(result) if options.json else "\n".join(map(one_line, lines)))
     return 0 if equal else 1
 
 
@@ -282,7 +282,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
     with contextlib.closing(checkpoint.source), Progress("read") as bar:
         inspection = inspect(checkpoint, values=True, progress=read)
-    print(json.dumps(inspection.to_dict()) if options.json else "\n".join(inspection.lines()))
+    print(json.dumps(inspection.to_dict()) if options.json else "\n".join(map(one_line, inspection.lines())))
     return 1 if inspection.problems else 0
 
 

@@ -147,7 +147,10 @@ def convert_checkpoint(
             streams = fp8_streams(converted, checkpoint.source)
         else:
             streams = [stream(tensor, checkpoint.source) for tensor in converted]
-        if plain_fields(checkpoint.config) is None or changes.keys() - {"dtype"}:
+        fields = plain_fields(checkpoint.config)
+        if fields is not None:
+            _refuse(checkpoint, tensor_problems(checkpoint, fields))
+        if fields is None or changes.keys() - {"dtype"}:
             write_config.result()  # raises before anything is written if the configuration cannot be converted
         record = {
             "made_by": f"llama-te-convert {VERSION}",
@@ -192,10 +195,12 @@ def convert_checkpoint(
 
 
 def _config_writer(checkpoint: Checkpoint, changes: dict[str, Any], fp8: bool) -> Callable[[Path], None]:
-    """Convert the configuration, check the tensors against it, and return the function that writes it to a folder."""
+    """Convert the configuration and return the function that writes it to a folder.
+
+    If it is not plain, the tensors are checked against it too: `convert_checkpoint` checks those of a plain one itself.
+    """
     fields = None if changes or fp8 else plain_fields(checkpoint.config)
     if fields is not None:
-        _refuse(checkpoint, tensor_problems(checkpoint, fields))
         return functools.partial(write_plain_config, fields, to_te=not checkpoint.is_te)
 
     try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from llama_te_core.checkpoint_format import has_te_layout
+from llama_te_core.checkpoint_format import check_values, has_te_layout
+from llama_te_core.files.input_files import read_json
 
 from ..errors import CheckpointError
 from ..layout.row_order import HeadSizes
@@ -25,18 +25,15 @@ def read_config(folder: Path, name: str = CONFIG_NAME) -> dict[str, Any]:
         name: The file.
 
     Raises:
-        CheckpointError: The file is missing, or does not hold a JSON object.
+        CheckpointError: The file is missing or is no regular file, or `read_json` refuses its content.
     """
     path = folder / name
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object.")
-    return config
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be used: {error}.") from error
 
 
 def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
@@ -47,8 +44,12 @@ def head_sizes(config: Mapping[str, Any], path: str) -> HeadSizes:
         path: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: A size is missing, or they are not the sizes of a Llama.
+        CheckpointError: A size is missing, they are not the sizes of a Llama, or another value is not valid.
     """
+    try:
+        check_values(config)
+    except ValueError as error:
+        raise CheckpointError(f"the configuration of {path} is not valid: {error}") from error
     heads: Any = config.get("num_attention_heads")
     groups: Any = config.get("num_key_value_heads") or heads
     size: Any = config.get("head_dim")

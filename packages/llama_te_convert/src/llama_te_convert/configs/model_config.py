@@ -111,8 +111,16 @@ def refuse_quantized(config: Mapping[str, Any]) -> None:
 
 
 def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's fields as constructor arguments, copied because transformers completes rope's in place."""
+    """A configuration's fields as constructor arguments, copied because transformers completes rope's in place.
+
+    Raises:
+        CheckpointError: The model is quantized, or a number is not valid.
+    """
     refuse_quantized(config)
+    try:
+        checkpoint_format.check_values(config)  # transformers accepts most of these numbers, or divides by them
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     left = ("model_type", "transformers_version", "quantization_config")
     return {name: copy.deepcopy(value) for name, value in config.items() if name not in left}
 

@@ -165,7 +165,7 @@ def plain_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // heads
     rope_parameters = _rope_parameters(rope, fields["max_position_embeddings"])
-    if rope_parameters is None or not _is_consistent(fields):
+    if rope_parameters is None or not _is_consistent({**fields, "rope_parameters": rope_parameters}):
         return None
     try:
         transformers_version = version("transformers")
@@ -181,6 +181,10 @@ def plain_fields(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_consistent(fields: Mapping[str, Any]) -> bool:
+    try:
+        checkpoint_format.check_values(fields)
+    except ValueError:
+        return False
     eos = fields["eos_token_id"]
     tokens = [fields["bos_token_id"], fields["pad_token_id"], *(eos if isinstance(eos, list) else [eos])]
     return (

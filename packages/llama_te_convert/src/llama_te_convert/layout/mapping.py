@@ -15,7 +15,9 @@ from .rules import LAYER, LLAMA, Prefixes, Rule
 if TYPE_CHECKING:
     import torch
 
-_NAME = re.compile(r"(?P<prefix>(?:model\.|transformer\.)?)(?:layers\.(?P<layer>[0-9]+)\.)?(?P<rest>.*)", re.DOTALL)
+_NAME = re.compile(
+    r"(?P<prefix>(?:model\.|transformer\.)?)(?:layers\.(?P<layer>0|[1-9][0-9]{0,8})\.)?(?P<rest>.*)", re.DOTALL
+)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,9 @@ def open_checkpoint(path: Path, *, variant: str | None = None, allow_pickle: boo
     Raises:
         CheckpointError: The path is not a checkpoint, or the checkpoint is not valid.
     """
-    if path.is_file():
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.")
+    if not path.is_dir():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file, but not a GGUF file: give the folder of the checkpoint.")
         if variant:
@@ -227,8 +229,6 @@ def open_checkpoint(path: Path, *, variant: str | None = None, allow_pickle: boo
         from .gguf import GGUFSource, gguf_config
 
         return Checkpoint(str(path), gguf_config(path), GGUFSource(path))
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist.")
     if any(DISTRIBUTED_SHARD.fullmatch(each.name) for each in path.iterdir()):
         raise CheckpointError(
             f"{path} has the shards of save_pretrained(distributed_checkpoint=True), which transformers reads before "

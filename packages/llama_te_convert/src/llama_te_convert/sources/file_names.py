@@ -29,7 +29,7 @@ class WeightFiles(NamedTuple):
 
     def find(self, folder: Path) -> str | None:
         """The file that transformers reads first: the single file, else the index. `None` if neither is there."""
-        return next((name for name in self if (folder / name).is_file()), None)
+        return next((name for name in self if (folder / name).exists()), None)
 
 
 SAFETENSORS = WeightFiles("model.safetensors", "model.safetensors.index.json")
@@ -85,5 +85,5 @@ def weights_named_by_config(config: Mapping[str, Any], folder: Path) -> str | No
 
 
 def is_plain_name(file: object) -> bool:
-    """Whether a value names a file of a folder itself, and of no other folder."""
-    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\\0")
+    """Whether a value names a file of a folder itself, and of no other folder, by characters that can be printed."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not set(file) & set("/\\") and file.isprintable()

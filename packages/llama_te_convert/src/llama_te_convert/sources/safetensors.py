@@ -11,9 +11,10 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from llama_te_core.files.input_files import MAX_JSON_BYTES, json_object, open_file
 
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
@@ -36,7 +37,8 @@ DTYPES: dict[str, str] = {
     "BOOL": "bool",
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors package
+_MAX_DIMENSIONS = 64  # torch's limit
+_MAX_SIZE = 2**63
 _ALIGNMENT = 8
 
 
@@ -55,7 +57,7 @@ class SafetensorsFile:
         self.path = path
         self._buffers = threading.local() if buffers is None else buffers
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_file(path, buffering=0)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
         try:
@@ -86,36 +88,58 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
     """The dtype and shape of each tensor, and the position of its first byte."""
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
-        raise CheckpointError(f"{path} is not a safetensors file: it has {size} bytes, and a header of {length}.")
+    if size < 8 or not 2 <= length <= min(size - 8, MAX_JSON_BYTES):
+        raise CheckpointError(
+            f"{path} is not a safetensors file: it has {size} bytes, and a header of {length}. A header has at most "
+            f"{MAX_JSON_BYTES:,} bytes."
+        )
     try:
-        header = json.loads(os.pread(file, length, 8).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON ({error}).") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object.")
+        header = json_object(os.pread(file, length, 8))
+    except ValueError as error:
+        raise CheckpointError(f"the header of {path} cannot be used: {error}.") from error
     header.pop("__metadata__", None)
     tensors: dict[str, TensorInfo] = {}
     offsets: dict[str, int] = {}
     data_bytes = size - 8 - length
     for name, entry in header.items():
         try:
-            dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if dtype not in DTYPES:
+                raise ValueError(f"its dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+            if len(shape) > _MAX_DIMENSIONS:
+                raise ValueError(f"it has {len(shape)} dimensions, but at most {_MAX_DIMENSIONS} are known")
             numbers = [begin, end, *shape]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError(f"{numbers} are not all whole numbers from 0")
-            info = TensorInfo(dtype, tuple(shape))
+            if not all(type(number) is int and 0 <= number < _MAX_SIZE for number in numbers):
+                raise ValueError(f"{numbers} are not all whole numbers from 0 that fit in 64 bits")
+            info = TensorInfo(DTYPES[dtype], tuple(shape))
             if end > data_bytes or info.nbytes != end - begin:
                 raise ValueError(f"{entry['dtype']} {shape} at [{begin}, {end}) of {data_bytes} bytes")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the entry of tensor {name!r} is not valid: {error}.") from error
         tensors[name] = info
         offsets[name] = 8 + length + begin
-    ends = sorted((offsets[name], offsets[name] + info.nbytes, name) for name, info in tensors.items() if info.nbytes)
-    for (_, end, name), (begin, _, other) in pairwise(ends):
-        if begin < end:
-            raise CheckpointError(f"{path}: the tensors {name!r} and {other!r} overlap.")
+    _check_places(tensors, offsets, 8 + length, size, path)
     return tensors, offsets
+
+
+def _check_places(
+    tensors: Mapping[str, TensorInfo], offsets: Mapping[str, int], start: int, stop: int, path: Path
+) -> None:
+    """Refuse tensors that do not fill the bytes [start, stop) of the file, one after the other.
+
+    The format allows neither overlaps nor other bytes: they can hold another file.
+    """
+    place, before = start, "the header"
+    for begin, end, name in sorted(
+        (offsets[name], offsets[name] + info.nbytes, name) for name, info in tensors.items()
+    ):
+        if begin < place:
+            raise CheckpointError(f"{path}: the tensors {before!r} and {name!r} overlap.")
+        if begin > place:
+            raise CheckpointError(f"{path} has {begin - place} bytes before {name!r} that belong to no tensor.")
+        place, before = end, name
+    if place != stop:
+        raise CheckpointError(f"{path} has {stop - place} bytes at its end that belong to no tensor.")
 
 
 def header_bytes(tensors: Mapping[str, TensorInfo]) -> bytes:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..configs.config_file import read_config
 from ..errors import CheckpointError
 from .file_names import is_index, is_plain_name
 
@@ -27,9 +27,11 @@ def shard_files(folder: Path, entry: str) -> Iterator[tuple[Path, list[str]]]:
     if not is_index(entry):
         yield folder / entry, []
         return
-    file_of = read_index(folder / entry)
-    for file_name in sorted(set(file_of.values())):
-        yield folder / file_name, [name for name, file in file_of.items() if file == file_name]
+    names: dict[str, list[str]] = {}
+    for name, file in read_index(folder / entry).items():
+        names.setdefault(file, []).append(name)
+    for file in sorted(names):
+        yield folder / file, names[file]
 
 
 def check_shard(path: Path, expected: Iterable[str], found: Collection[str], earlier: Mapping[str, Any]) -> None:
@@ -61,13 +63,9 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The file is not an index, or it names a file outside of its own folder.
     """
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        file_of = dict(index["weight_map"].items())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint's index: it has no valid weight_map ({error}).") from error
+    file_of: Any = read_config(path.parent, path.name).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise CheckpointError(f"{path} is not a checkpoint's index: it has no weight_map that names files.")
     for name, file in file_of.items():
         if not is_plain_name(file):
             raise CheckpointError(f"{path} says that {name!r} is in {file!r}: shards must lie in the folder itself.")

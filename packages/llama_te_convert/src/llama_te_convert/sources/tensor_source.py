@@ -66,7 +66,10 @@ def read_exactly(file: int, view: memoryview, offset: int, path: Path, name: str
 
 
 def row_chunks(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut rows [start, stop) of a tensor into ranges of at most `CHUNK_BYTES`, or of one row."""
-    rows = max(1, CHUNK_BYTES // max(1, info.row_bytes))
+    """Cut rows [start, stop) of a tensor into ranges of at most `CHUNK_BYTES`, or of one row.
+
+    Rows without bytes, of which a file may claim any number, are one range.
+    """
+    rows = max(1, CHUNK_BYTES // info.row_bytes if info.row_bytes else stop - start)
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)

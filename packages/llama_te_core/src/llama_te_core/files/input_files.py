@@ -124,7 +124,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     except RecursionError as error:  # the caller itself was deep in recursion
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
+        raise ValueError("it does not hold a JSON object")
     if rb"\u" in content:
         _refuse_surrogates(value)
     return value

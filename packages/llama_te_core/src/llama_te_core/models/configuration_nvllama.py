@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 
-from ..checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, config_fields, config_text
+from ..checkpoint_format import AUTO_MAP, FIELDS, MODEL_TYPE, check_values, config_fields, config_text
 from ..layers.rope import check_rope_type
 from ..precision.plan import check_layer_precision
 from .remote_code import write_remote_code
@@ -54,6 +54,7 @@ class NVLlamaConfig(LlamaConfig):
     source_model_type: str = FIELDS["source_model_type"]
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_values(vars(self))  # before one size divides another
         super().__post_init__(**kwargs)
         self.check()
         self.auto_map = dict(AUTO_MAP)
@@ -66,6 +67,7 @@ class NVLlamaConfig(LlamaConfig):
         Raises:
             ValueError: A field has a wrong value. The message names the field, its value and the allowed values.
         """
+        check_values(vars(self))
         _check_choice("attn_input_format", self.attn_input_format, ATTENTION_FORMATS)
         _check_choice("self_attn_mask_type", self.self_attn_mask_type, MASK_TYPES)
         _check_choice("layer_implementation", self.layer_implementation, LAYER_IMPLEMENTATIONS)
