@@ -201,6 +201,56 @@ def test_two_engines_at_once(make_llama: Any) -> None:
     assert found == expected
 
 
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+@pytest.mark.parametrize("decode_implementation", ["fused", "layers"])
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"seed": 3, "top_p": 0.9}, {"num_beams": 2}], ids=["greedy", "drawn", "beams"]
+)
+def test_a_row_of_nan_ends_its_own_request(
+    make_llama: Any, attn_input_format: str, decode_implementation: str, fields: dict[str, Any]
+) -> None:
+    """Token 5 has NaN as its embedding. Later requests get the pages that had NaN, behind their last tokens too."""
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16(), attn_input_format=attn_input_format).eval()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.nan
+        model.lm_head.weight[5] = 0  # no text has it by itself
+    engine = Engine(
+        model,
+        max_batch_size=12,
+        max_sequence_length=256,
+        page_size=16,
+        total_num_pages=60,
+        decode_implementation=decode_implementation,
+    )
+    params = SamplingParams(max_tokens=NEW, **fields)
+    good = [[token for token in prompt if token != 5] for prompt in prompts(6)]
+    for position in (0, 20, 33):
+        bad = [*good[4][:position], 5, *good[4][position : position + 7]]
+        outputs = engine.generate([good[0], bad, good[1], bad, good[2], good[3]], params)
+        for output in (outputs[1], outputs[3]):
+            assert isinstance(output.error, FloatingPointError) and "logits are not finite" in str(output.error)
+            assert output.outputs[0].finish_reason == "error" and output.outputs[0].token_ids == []
+        for output in (outputs[0], outputs[2], outputs[4], outputs[5]):
+            assert output.error is None and len(output.outputs[0].token_ids) == NEW
+        for tensors in engine._cache.caches.values():
+            assert all(bool(tensor.isfinite().all()) for tensor in tensors)
+    if fields == {"temperature": 0}:
+        # It writes the poison itself in the middle of its text, on the path without logits on the host.
+        chosen = SamplingParams(max_tokens=NEW, temperature=0, logit_bias={5: 100.0})
+        outputs = engine.generate([good[0], good[1], good[2]], [params, chosen, params])
+        assert outputs[1].outputs[0].token_ids == [5] and isinstance(outputs[1].error, FloatingPointError)
+        worst = 0.0
+        with torch.no_grad():
+            for output in (outputs[0], outputs[2]):
+                text = torch.tensor([output.prompt_token_ids + output.outputs[0].token_ids], device="cuda")
+                logits_SV = model(input_ids=text, use_cache=False).logits[0, -NEW - 1 : -1].float()
+                chosen_S = logits_SV.gather(1, text[0, -NEW:, None])[:, 0]
+                worst = max(worst, float(((logits_SV.amax(-1) - chosen_S) / logits_SV.std(-1)).max()))
+        assert worst < 0.1  # as in test_greedy_is_the_best_token
+    blocks = engine.scheduler.blocks
+    assert not engine.has_unfinished and blocks.pool.used == len(blocks.prefixes.remembered)
+
+
 def test_a_model_that_the_kernels_do_not_take(make_llama: Any) -> None:
     """Float16 uses the model's layers."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).half()).eval()

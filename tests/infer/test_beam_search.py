@@ -70,7 +70,7 @@ class Search:
 
 
 def stop_rule(search: Search) -> StopRule:
-    return StopRule(tuple(search.eos), (), search.min_tokens, search.max_tokens)
+    return StopRule(frozenset(search.eos), (), search.min_tokens, search.max_tokens)
 
 
 def transformers_finds(model: PreTrainedModel, search: Search, **options: Any) -> list[Hypothesis]:
@@ -144,7 +144,10 @@ def table_searches(draw: st.DrawFn) -> tuple[TableModel, list[Search], int]:
     search = st.builds(
         Search,
         prompt=st.lists(token, min_size=2, max_size=5),
-        eos=st.lists(token, max_size=3, unique=True),
+        eos=st.one_of(
+            st.lists(token, max_size=3, unique=True),
+            st.integers(1, vocab_size - 1).map(lambda count: list(range(count))),  # almost all of the vocabulary
+        ),
         num_beams=st.just(num_beams),
         max_tokens=st.integers(1, 14),
         length_penalty=st.sampled_from([1.0, 0.0, 0.5, 2.0, -1.0]),
@@ -161,6 +164,52 @@ def test_any_search_finds_what_transformers_finds(case: tuple[TableModel, list[S
     model, searches, late = case
     expected = [transformers_finds(model, search, use_cache=False) for search in searches]
     assert we_find(table_logits(model), searches, late) == expected
+
+
+@pytest.mark.parametrize(("ends", "min_tokens"), [(15, 0), (15, 1), (16, 0)])
+def test_beams_that_nearly_every_token_ends(ends: int, min_tokens: int) -> None:
+    """Transformers refuses a search in which every token ends. Its result is the best tokens."""
+    for seed in range(5):
+        model = TableModel(16, seed, 2.0)
+        search = Search([3, 4], list(range(ends)), 4, 6, min_tokens, n=4)
+        small = Search([5, 6], [1], 4, 6, n=4)  # has candidates as many as the other one needs
+        found, other = we_find(table_logits(model), [search, small], late=1)
+        assert other == transformers_finds(model, small, use_cache=False)
+        if ends < 16:
+            assert found == transformers_finds(model, search, use_cache=False)
+        else:
+            logprobs, tokens = model.logits_VVV[3, 4].log_softmax(0).sort(descending=True)
+            assert found == [Hypothesis((int(t),), float(p)) for t, p in zip(tokens[:4], logprobs[:4], strict=True)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
+def test_a_beam_without_finite_logits_ends_its_search_alone(bad: float) -> None:
+    """One NaN in the last beam of the first group. -inf is everywhere in it."""
+    torch.manual_seed(4)
+    logits_GBV = torch.randn(2, 3, 11)
+    score_GB = torch.randn(2, 3)
+    no_end_GE = torch.empty(2, 0, dtype=torch.int64)
+    alone = select_beams(logits_GBV, score_GB, no_end_GE)
+    logits_GBV[0, 2] = torch.where(torch.arange(11) == 5, bad, -torch.inf if bad == -math.inf else 1.0)
+    step = select_beams(logits_GBV, score_GB, no_end_GE)
+    assert bool(step.candidate_score_GC[0].isnan().all())
+    for name in ("token_GB", "candidate_token_GC"):
+        assert 0 <= int(getattr(step, name).min()) <= int(getattr(step, name).max()) < 11, "the next step reads them"
+    for one, other in zip(alone[:6], step[:6], strict=True):
+        assert isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and torch.equal(one[1], other[1])
+    histories = [BeamHistory(3, StopRule(frozenset(), (), 0, 5)) for _ in range(2)]
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        record(step, histories)
+    again = select_beams(logits_GBV.nan_to_num(), step.score_GB, no_end_GE)
+    assert bool(again.candidate_score_GC[0].isnan().all()), "the device may be one step ahead"
+
+
+def test_many_end_tokens_need_little_memory() -> None:
+    """A comparison of each candidate with each end token would need 16 GB."""
+    vocab_size = 2**16
+    ending_GE = torch.arange(vocab_size - 1)[None]
+    step = select_beams(torch.randn(1, 4, vocab_size), first_scores(1, 4, "cpu"), ending_GE, torch.tensor([True]))
+    assert step.token_GB[0, 0] == vocab_size - 1 and step.candidate_token_GC.shape == (1, 4 * vocab_size)
 
 
 @pytest.mark.parametrize("early_stopping", EARLY_STOPPING)
@@ -266,7 +315,7 @@ def test_nothing_depends_on_what_is_in_the_tensors() -> None:
 
 
 def test_a_history_by_hand() -> None:
-    history = BeamHistory(2, StopRule((9,), (), 0, 3))
+    history = BeamHistory(2, StopRule(frozenset({9}), (), 0, 3))
     history.add([1, 9, 2, 3], [0, 0, 0, 0], [-1.0, -2.0, -3.0, -4.0])
     assert history.best(2) == [Hypothesis((9,), -2.0)] and not history.done
     # An end behind the first two candidates does not count.
@@ -288,7 +337,7 @@ def test_when_a_history_is_done(
     early_stopping: bool | Literal["never"], length_penalty: float, done_after: int
 ) -> None:
     """Two ends of score -1 and -1.5; the best beam then has -1.25, -3.5 (-1.75 a token) and -200 over 100 tokens."""
-    history = BeamHistory(2, StopRule((9,), (), 0, 100), length_penalty, early_stopping)
+    history = BeamHistory(2, StopRule(frozenset({9}), (), 0, 100), length_penalty, early_stopping)
     steps = [([9, 9, 1, 2], [-1.0, -1.5, -1.25, -4.0]), ([1, 2, 3, 4], [-3.5, -5.0, -6.0, -7.0])]
     steps.append(([1, 2, 3, 4], [-200.0, -201.0, -202.0, -203.0]))
     after = 0
@@ -301,7 +350,7 @@ def test_when_a_history_is_done(
 
 
 def test_scores_are_rounded_as_in_float32() -> None:
-    history = BeamHistory(1, StopRule((9,), (), 0, 10), length_penalty=0.3)
+    history = BeamHistory(1, StopRule(frozenset({9}), (), 0, 10), length_penalty=0.3)
     history.add([1, 2], [0, 0], [-1.0, -2.0])
     history.add([9, 1], [0, 0], [-1.1, -2.0])
     score = history.best(1)[0].score

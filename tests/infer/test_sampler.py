@@ -98,7 +98,7 @@ def processed(logits_V: torch.Tensor, params: SamplingParams, tokens: list[int],
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
     if params.min_tokens:
-        ending = torch.tensor(StopRule.of(params, EOS).end_tokens)
+        ending = torch.tensor(sorted(StopRule.of(params, EOS).end_tokens))
         processors.append(MinNewTokensLengthLogitsProcessor(prompt_length, params.min_tokens, ending))
     if params.temperature > 0:
         processors.append(TemperatureLogitsWarper(float(params.temperature)))

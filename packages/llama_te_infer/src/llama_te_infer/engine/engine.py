@@ -27,11 +27,11 @@ from ..decode.backend import DecodeBackend, check_implementation, has_own_forwar
 from ..decode.fused import FusedDecode
 from ..decode.layers import LayersDecode, padded_multiple
 from ..kv_cache.engine_cache import EngineCache
+from ..ops.greedy import NO_TOKEN
 from ..runner.model_runner import ModelRunner
 from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
-from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
 from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
@@ -158,6 +158,7 @@ class Engine:
         self._abandoned: deque[int] = deque()  # requests of dropped streams
         self._special_tokens = special_tokens_of(tokenizer)
         self._submitted = 0
+        self._failure: Exception | None = None  # why the engine cannot be used any more
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._layers = LayersDecode(model, self._cache)
         self._fused: FusedDecode | None = None
@@ -183,7 +184,8 @@ class Engine:
             prompt: Text, or tokens.
             params: How to continue it.
             on_token: Called, during `step`, with each token of each completion; with the tokens of beams at the end.
-                If it raises, the request ends with the tokens it has; its output has the exception.
+                If it raises, the request ends with the tokens it has; its output has the exception. It is not called
+                again.
 
         Returns:
             The request's id.
@@ -225,8 +227,12 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Compute one step, and return the requests that have finished.
 
-        An error in the step itself, such as too little memory, ends all requests without outputs. The engine is empty
-        then and can be used again.
+        An exception that concerns one request ends this request alone: its output has the finish reason "error", and
+        the exception as `error`. An error in the step itself, such as too little memory, is raised, and ends all
+        requests without outputs. The engine is empty then and can be used again.
+
+        Raises:
+            RuntimeError: A step failed, and the engine could not start over: it cannot be used any more.
         """
         with self._use():
             self._advance()
@@ -309,17 +315,22 @@ class Engine:
 
         Raises:
             ValueError: A request does not fit; none has been started then.
+            RuntimeError: Raised by the iterator: another call's step has failed, and the requests were lost in it.
         """
         events: deque[TokenEvent] = deque()
         with self._use():
             ids = self._submit_all(tokens_of_prompts(prompts, self.tokenizer), params, events.append)
+            states = [self._requests[request_id] for request_id in ids]
 
         def advance() -> bool:
             with self._use():
-                is_running = any(request_id in self._requests for request_id in ids)
-                if is_running:
+                if any(request_id in self._requests for request_id in ids):
                     self._advance()
-                return is_running
+                    return True
+                for state in states:
+                    if state.lost_in is not None:
+                        raise RuntimeError(f"the request was lost in a step that failed ({state.lost_in}).")
+                return False
 
         def close() -> None:
             with self._use():
@@ -380,6 +391,7 @@ class Engine:
         return ids
 
     def _submit(self, tokens: list[int], params: SamplingParams, on_token: Callable[[TokenEvent], None] | None) -> int:
+        self._check_usable()
         special_stops = special_stops_of(params, self._special_tokens)
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
         # From torch's generator, so that torch.manual_seed makes all requests repeatable.
@@ -387,9 +399,10 @@ class Engine:
         self._check(tokens, params, special_stops, bad_words)
         params = self._with_length(tokens, params)
         request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)
+        state = RequestState(request, self.tokenizer, on_token)
         self.scheduler.submit(request)
         self._submitted += 1
-        self._requests[request.id] = RequestState(request, self.tokenizer, on_token)
+        self._requests[request.id] = state
         self._backend_is_current = False
         return request.id
 
@@ -458,6 +471,14 @@ class Engine:
                     f"{params.min_tokens} and bad_words={params.bad_words!r} do not forbid: allow more tokens."
                 )
 
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                "the engine cannot be used any more: a step failed, and starting over failed with "
+                f"{type(self._failure).__name__}: {self._failure}. Make a new engine; after a CUDA error, in a new "
+                "process."
+            ) from self._failure
+
     def _forget(self, ids: Sequence[int] | set[int]) -> None:
         """Cancel requests, and drop their outputs."""
         for request_id in ids:
@@ -469,11 +490,21 @@ class Engine:
 
     def _start_over(self) -> None:
         """Forget all requests, and the content of the cache."""
-        self.scheduler = self._make_scheduler()
-        self._runner = ModelRunner(self.model, self._cache, self._decode)
         self._requests: dict[int, RequestState] = {}  # in progress
         self._pending: Pending | None = None
         self._is_stepping = False
+        self.scheduler = self._make_scheduler()
+        self._runner = ModelRunner(self.model, self._cache, self._decode)
+
+    def _recover(self, error: BaseException) -> None:
+        """Start over after a step that failed. If that fails too, further requests are refused."""
+        for state in self._requests.values():
+            state.lost_in = f"{type(error).__name__}: {error}"
+        self._fused, self._backend_is_current = None, False
+        try:
+            self._start_over()
+        except Exception as failure:  # such as a CUDA error, which stays until the process ends
+            self._failure = failure
 
     def _select_backend(self) -> DecodeBackend:
         if has_own_forward(self.model, self.model):
@@ -505,6 +536,7 @@ class Engine:
     @torch.inference_mode()
     def _advance(self) -> None:
         """Launch a step, and read the results of the step before."""
+        self._check_usable()
         if self._is_stepping:
             raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
         previous = self._decode  # its graph may still run: it stays until the step before has been read
@@ -517,15 +549,17 @@ class Engine:
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
                 self._requests[request.id].begin_search()
             launched = None if plan.is_empty else self._runner.launch(plan)
+            for request, error in launched.failed if launched is not None else ():
+                if (state := self._requests.get(request.id)) is not None:
+                    self._end(state, error=error)
             if self._watch is not None and self._watch.has_adapters:
                 self._watch.accept()
             pending, self._pending = self._pending, launched
             if pending is not None:
                 self._read(pending.result())
-        except BaseException:
+        except BaseException as error:
             # Interrupted, or out of memory: the state of the step is unknown, so no request can continue.
-            self._fused, self._backend_is_current = None, False
-            self._start_over()
+            self._recover(error)
             raise
         del previous
         self._is_stepping = False
@@ -550,8 +584,14 @@ class Engine:
         """Append a token to a sequence; it may be the last one."""
         state = self._requests.get(sequence.request.id)
         if state is None or sequence.finish_reason is not None:
+            if token == NO_TOKEN:
+                self._clean()
             return  # it ended while this step was running, or a callback has just ended it
-        state.add_token(sequence, token, logprobs)
+        try:
+            state.add_token(sequence, token, logprobs)
+        except Exception as error:  # of any kind: it concerns this request alone, and the others continue
+            self._end(state, error=error)
+            return
         if sequence.finish_reason is not None:
             self.scheduler.remove([sequence])
         self._call_back(state, sequence, token, logprobs)
@@ -564,14 +604,18 @@ class Engine:
         if state is None:
             return  # it ended while this step was running
         assert state.history is not None
-        state.history.add(
-            beams.candidate_tokens,
-            beams.candidate_sources,
-            beams.candidate_scores,
-            beams.text_ends,
-            beams.candidate_logprobs,
-            beams.top,
-        )
+        try:
+            state.history.add(
+                beams.candidate_tokens,
+                beams.candidate_sources,
+                beams.candidate_scores,
+                beams.text_ends,
+                beams.candidate_logprobs,
+                beams.top,
+            )
+        except Exception as error:  # as in `_append`
+            self._end(state, error=error)
+            return
         if not state.history.done:
             self.scheduler.blocks.reorder(request.sequences, beams.sources, beams.length)
             return
@@ -588,24 +632,31 @@ class Engine:
         self, state: RequestState, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None
     ) -> None:
         """Call the request's callback; end the request if it raises."""
-        if state.on_token is None or state.error is not None:
+        if state.on_token is None:
             return
         try:
             state.on_token(state.event(sequence, token, logprobs))
-        except Exception as error:  # of any kind: it concerns this request alone, and the others continue
-            state.error = error
-            self._end(state, "error")
+        except Exception as error:  # as in `_append`
+            state.on_token = None
+            state.error = state.error or error
+            self._end(state, error=error)
 
-    def _end(self, state: RequestState, reason: FinishReason = "cancelled") -> None:
-        """Make the output of a request. Its unfinished sequences end for the given reason."""
+    def _end(self, state: RequestState, error: Exception | None = None) -> None:
+        """Make the output of a request. Its unfinished sequences end as "cancelled", or with the error."""
         request = state.request
         if self._requests.pop(request.id, None) is None:
             return  # a callback has ended it
         self.scheduler.remove(request.sequences)
-        state.drop_beams()
-        unfinished = [sequence for sequence in request.sequences if sequence.finish_reason is None]
-        for sequence in unfinished:
-            state.end(sequence, reason)
-        for sequence in unfinished:
+        if isinstance(error, FloatingPointError):
+            self._clean()
+        for sequence in state.end(error):
             self._call_back(state, sequence, None)
         self._outputs[request.id] = state.output()
+
+    def _clean(self) -> None:
+        """Clear the pages that no running request needs: they may have NaN, which would spoil their next texts.
+
+        Attention multiplies what is behind a text's last token in its last page by 0, and 0 times NaN is NaN.
+        """
+        self.scheduler.blocks.forget_prefixes()
+        self._cache.clear_pages(self.scheduler.blocks.pool.free)

@@ -29,7 +29,7 @@ class Completion:
         token_ids: The tokens, with the token that ended the text.
         text: The decoded tokens, without special and stop tokens, up to a stop string; empty without a tokenizer.
         finish_reason: "stop" (an EOS or stop token, or a stop string), "length" (`max_tokens`), "cancelled", or "error"
-            (the request's callback raised).
+            (see `RequestOutput.error`).
         stop_reason: The stop string or the token that ended the text.
         logprobs: For each token, if `SamplingParams.logprobs` asks for them.
         score: Of a beam: the sum of its log-probabilities over its length to the power of the length penalty.
@@ -54,7 +54,8 @@ class RequestOutput:
         outputs: `n` completions.
         prompt_logprobs: For each token of the prompt given the tokens before it, `None` for the first one, if
             `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
-        error: The exception that the request's callback raised.
+        error: The exception that ended the request: of its callback or of the tokenizer, or a FloatingPointError if the
+            model's logits for it are not finite. `None` if all is well.
     """
 
     request_id: int
@@ -77,6 +78,7 @@ class TokenEvent:
         logprobs: Of this token, if the request asks for them.
         finish_reason: Set on the last event of a completion.
         stop_reason: See `Completion`.
+        error: See `RequestOutput`; set with the finish reason "error".
     """
 
     request_id: int
@@ -86,3 +88,4 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    error: Exception | None = None

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any
 
+from ..ops.greedy import NO_TOKEN
 from ..runner.beam_search import BeamHistory, Hypothesis
 from ..runner.sequence import Request, Sequence
-from ..runner.stopping import FinishReason
+from ..runner.stopping import NOT_FINITE
 from .beam_texts import StoppingTexts
 from .detokenizer import Detokenizer
 from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
@@ -20,11 +21,12 @@ class RequestState:
     Args:
         request: The request.
         tokenizer: A tokenizer of transformers; with `None` all texts are empty.
-        on_token: Called with each event.
+        on_token: Called with each event, until it raises.
 
     Attributes:
         history: Of beam search; `begin_search` starts it anew. The engine has read all results of the old one by then.
-        error: The exception that `on_token` raised.
+        error: The exception that ended the request: see `RequestOutput`.
+        lost_in: The error of the step in which the request was lost, in words. It gets no output then.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class RequestState:
         self._tokenizer = tokenizer
         self.history: BeamHistory | None = None
         self.error: Exception | None = None
+        self.lost_in: str | None = None
         count = len(request.sequences)
         self._detokenizers = [detokenizer_of(request, tokenizer) for _ in range(count)]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
@@ -43,7 +46,14 @@ class RequestState:
     # --- what comes in ------------------------------------------------------------------------------------------------
 
     def add_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Append a token to a sequence, and end the sequence if the stop rule says so."""
+        """Append a token to a sequence, and end the sequence if the stop rule says so.
+
+        Raises:
+            FloatingPointError: It is `NO_TOKEN`.
+            Exception: The tokenizer's.
+        """
+        if token == NO_TOKEN:
+            raise FloatingPointError(NOT_FINITE)
         stop, detokenizer = self.request.stop, self._detokenizers[sequence.index]
         sequence.tokens.append(token)
         if logprobs is not None:
@@ -58,12 +68,28 @@ class RequestState:
                 detokenizer.add(token, may_stop=False)
         ending = stop.ending(token, written, detokenizer.stopped_by)
         if ending is not None:
-            self.end(sequence, *ending)
+            detokenizer.end()
+            sequence.finish_reason, sequence.stop_reason = ending
 
-    def end(self, sequence: Sequence, finish_reason: FinishReason, stop_reason: str | int | None = None) -> None:
-        """End a sequence."""
-        sequence.finish_reason, sequence.stop_reason = finish_reason, stop_reason
-        self._detokenizers[sequence.index].end()
+    def end(self, error: Exception | None = None) -> list[Sequence]:
+        """End all unfinished sequences as "cancelled", or with "error" for an error, and return them.
+
+        Where the tokenizer raises, the text stays as far as it is, and the exception becomes the request's `error`.
+
+        Args:
+            error: The exception that ends the request.
+        """
+        self.drop_beams()
+        unfinished = [sequence for sequence in self.request.sequences if sequence.finish_reason is None]
+        for sequence in unfinished:
+            try:
+                self._detokenizers[sequence.index].end()
+            except Exception as failure:  # of any kind; the request ends in any case
+                error = error or failure
+        self.error = self.error or error
+        for sequence in unfinished:
+            sequence.finish_reason = "cancelled" if self.error is None else "error"
+        return unfinished
 
     def add_prompt_logprobs(
         self, position: int, logprobs: Items[float], top: Items[Items[tuple[int, float]]] | None
@@ -107,7 +133,14 @@ class RequestState:
         """Return the event of a sequence's new token, with the text since the last event."""
         text = self._detokenizers[sequence.index].take(sequence.finish_reason is not None)
         return TokenEvent(
-            self.request.id, sequence.index, token, text, logprobs, sequence.finish_reason, sequence.stop_reason
+            self.request.id,
+            sequence.index,
+            token,
+            text,
+            logprobs,
+            sequence.finish_reason,
+            sequence.stop_reason,
+            self.error if sequence.finish_reason == "error" else None,
         )
 
     def output(self) -> RequestOutput:

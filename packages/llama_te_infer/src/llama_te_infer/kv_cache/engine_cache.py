@@ -115,6 +115,12 @@ class EngineCache(CacheStep):
         from_P, to_P = to_device(copies, torch.int64, self.device).unbind(1)
         self.storage.copy_pages(from_P, to_P)
 
+    def clear_pages(self, pages: Sequence[int]) -> None:
+        """Write zeros to pages, in all layers."""
+        page_P = to_device(pages, torch.int64, self.device)
+        for tensor in tensors_of(self.caches):
+            tensor.index_fill_(0, page_P, 0)
+
     def reorder(self, page_table_BP: torch.Tensor, source_B: torch.Tensor, lengths: Sequence[int]) -> None:
         """Let rows continue other rows; the host does not know which.
 

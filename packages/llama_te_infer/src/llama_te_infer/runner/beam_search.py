@@ -10,6 +10,7 @@ to report.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -17,7 +18,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from .sampler import largest
-from .stopping import StopRule
+from .stopping import NOT_FINITE, StopRule
 
 NO_BEAM = -1e9  # the score of beams that do not exist yet
 
@@ -31,7 +32,7 @@ class BeamStep(NamedTuple):
         score_GB: float32, best first.
         candidate_token_GC: int64, the most likely continuations, with the end tokens among them.
         candidate_source_GC: int64.
-        candidate_score_GC: float32, best first.
+        candidate_score_GC: float32, best first; NaN for a group with a beam whose logits are not finite.
         text_ends_GC: bool, candidates whose text ends with a stop string; `None` if no group has stop strings.
         candidate_logprob_GC: float32, the model's log-probabilities of the candidates' tokens; `None` if no group
             reports them, as the following ones.
@@ -87,7 +88,7 @@ def select_beams(
     Among equally good candidates the lower beam comes first, then the lower token id.
 
     Args:
-        logits_GBV: Logits of each beam's next token, in any floating type; V is at least E + 1.
+        logits_GBV: Logits of each beam's next token, in any floating type.
         score_GB: float32, from `first_scores` or the last step.
         ending_token_GE: int64, the end tokens of each group, padded with -1.
         may_not_end_G: bool, whether the group's sequences are too short to end; by default none is.
@@ -95,23 +96,27 @@ def select_beams(
         top_logprobs: The number of most likely tokens to report after each beam; `None` for no log-probabilities.
 
     Returns:
-        The step, with C = max(2, E + 1) * B candidates. At least B of these do not end with an end token. Where texts
-        of more candidates end, such candidates fill up the beams, with a score that keeps them behind all others.
+        The step, with C = min(max(2, E + 1), V) * B candidates. At least B of these do not end with an end token,
+        unless all tokens of the vocabulary are end tokens. Where fewer candidates continue, since tokens or texts end
+        them, ended ones fill up the beams. Those with ended texts have a score that keeps them behind all others.
     """
-    num_beams, vocab_size = logits_GBV.shape[1:]
+    groups, num_beams, vocab_size = logits_GBV.shape
     logprob_GBV = logits_GBV.float().log_softmax(dim=-1)
     score_GBV = logprob_GBV + score_GB[:, :, None]
+    # A table, since a comparison of each token with each end token would need V * E bytes.
+    ends_GV = torch.zeros(groups, vocab_size + 1, dtype=torch.bool, device=logits_GBV.device)
+    ends_GV = ends_GV.scatter_(1, ending_token_GE.where(ending_token_GE >= 0, vocab_size), True)[:, :vocab_size]
     if may_not_end_G is not None:
-        token_V = torch.arange(vocab_size, device=logits_GBV.device)
-        ends_GV = (token_V[:, None] == ending_token_GE[:, None, :]).any(dim=-1)
         score_GBV.masked_fill_((ends_GV & may_not_end_G[:, None])[:, None, :], -torch.inf)
 
-    candidates = max(2, ending_token_GE.shape[1] + 1) * num_beams
+    candidates = min(max(2, ending_token_GE.shape[1] + 1), vocab_size) * num_beams
     candidate_score_GC, place_GC = largest(score_GBV.flatten(1), candidates)
     candidate_source_GC = place_GC.div(vocab_size, rounding_mode="floor")
     candidate_token_GC = place_GC - candidate_source_GC * vocab_size
+    # Logits that are not finite make all log-probabilities of their beam NaN, so the first one shows it.
+    candidate_score_GC.masked_fill_(logprob_GBV[:, :, 0].isnan().any(dim=1, keepdim=True), torch.nan)
 
-    ends_GC = (candidate_token_GC[:, :, None] == ending_token_GE[:, None, :]).any(dim=-1)
+    ends_GC = ends_GV.gather(1, candidate_token_GC)
     text_ends_GC = None
     running_score_GC = candidate_score_GC
     if text_ends is not None:
@@ -211,9 +216,14 @@ class BeamHistory:
             text_ends: `text_ends_GC`; by default no text ends.
             logprobs: `candidate_logprob_GC`; by default the hypotheses get none.
             top: For each beam before the step, the most likely tokens and their log-probabilities.
+
+        Raises:
+            FloatingPointError: A beam's logits are not finite, or no token has a probability.
         """
         if self.done:
             return
+        if not math.isfinite(scores[0]):
+            raise FloatingPointError(NOT_FINITE)
         length = len(self._token_SB) + 1
         at_limit = self.stop.is_complete(length)
         # `select_beams` excludes end tokens in beams that are too short, so there is no length check here.

@@ -17,7 +17,7 @@ from .plan import Plan
 from .prefill import Prefill
 from .results import Pending, Search
 from .sampler import SamplingNeeds, sample
-from .sequence import Sequence
+from .sequence import Request, Sequence
 from .state import DecodeState
 
 
@@ -91,9 +91,9 @@ class ModelRunner:
                 search = Search(request, beam_rows, plan.lengths[beam_rows[0]], is_new)
                 by_beams.setdefault(len(beam_rows), []).append(search)
         for searches in by_beams.values():
-            pending.searches.append((searches, self._search(logits_BV, searches)))
+            pending.searches.append((searches, self._search(logits_BV, searches, pending)))
 
-    def _search(self, logits_BV: torch.Tensor, searches: list[Search]) -> BeamStep:
+    def _search(self, logits_BV: torch.Tensor, searches: list[Search], pending: Pending) -> BeamStep:
         """Take one step of searches with the same number of beams."""
         state, device = self.state, logits_BV.device
         row_GN = to_device([search.rows for search in searches], torch.int64, device)
@@ -101,12 +101,11 @@ class ModelRunner:
         most = max(len(rule.end_tokens) for rule in rules)
         end_tokens = [[*rule.end_tokens, *[-1] * (most - len(rule.end_tokens))] for rule in rules]
         too_short = [not s.request.stop.may_end(s.length - len(s.request.prompt)) for s in searches]
-        texts = [search.request.beam_texts for search in searches]
 
         def text_ends(token_GC: torch.Tensor, source_GC: torch.Tensor) -> torch.Tensor:
             # The device waits for the host: only the host knows texts, and the beams depend on which of them end.
-            columns = zip(texts, token_GC.tolist(), source_GC.tolist(), strict=True)
-            ends = [[False] * len(t) if text is None else text.ends(t, s) for text, t, s in columns]
+            columns = zip(searches, token_GC.tolist(), source_GC.tolist(), strict=True)
+            ends = [_text_ends(search.request, tokens, sources, pending) for search, tokens, sources in columns]
             return to_device(ends, torch.bool, device)
 
         wanted = [s.request.params.logprobs for s in searches if s.request.params.logprobs is not None]
@@ -115,7 +114,7 @@ class ModelRunner:
             state.score_R[row_GN],
             to_device(end_tokens, torch.int64, device),
             to_device(too_short, torch.bool, device) if any(too_short) else None,
-            text_ends if any(text is not None for text in texts) else None,
+            text_ends if any(search.request.beam_texts is not None for search in searches) else None,
             max(wanted, default=None),
         )
         state.token_R[row_GN] = step.token_GB
@@ -131,6 +130,16 @@ class ModelRunner:
             self.cache.reorder(table_BP, (step.source_GB[search_G] + first_G1).flatten(), lengths)
             state.page_table_RP[row_B] = table_BP
         return step
+
+
+def _text_ends(request: Request, tokens: list[int], sources: list[int], pending: Pending) -> list[bool]:
+    """Return which candidates' texts end. An exception, such as the tokenizer's, concerns this request alone."""
+    if request.beam_texts is not None:
+        try:
+            return request.beam_texts.ends(tokens, sources)
+        except Exception as error:  # of any kind
+            pending.failed.append((request, error))
+    return [False] * len(tokens)
 
 
 def _row(sequence: Sequence) -> int:

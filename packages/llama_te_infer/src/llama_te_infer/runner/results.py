@@ -100,6 +100,7 @@ class Pending:
 
     Attributes:
         sequences: The sequences that are not beams, with their rows.
+        failed: Requests whose beams' texts could not be read, and the exceptions.
     """
 
     sequences: list[tuple[int, Sequence]]
@@ -109,6 +110,7 @@ class Pending:
     top_token_BK: torch.Tensor | None = None
     searches: list[tuple[list[Search], BeamStep]] = field(default_factory=list)
     prompts: list[PromptLogprobs] = field(default_factory=list)
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)
     arrived: torch.cuda.Event | None = None
 
     def send_back(self) -> None:

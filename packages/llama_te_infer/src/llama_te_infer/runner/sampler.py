@@ -10,7 +10,7 @@ one of the longest bad word.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -293,7 +293,7 @@ class RowSampling:
         self._number_RF[row].copy_(self._on_host(numbers, torch.float32), non_blocking=True)
         self._integer_RF[row].copy_(self._on_host(integers, torch.int64), non_blocking=True)
 
-    def _mark(self, row: int, token_ids: Sequence[int], ending: Sequence[int]) -> None:
+    def _mark(self, row: int, token_ids: Sequence[int], ending: Collection[int]) -> None:
         if self.seen_RV is None or self.ending_RV is None:
             self.seen_RV = torch.zeros(self.rows, self.vocab_size, dtype=torch.bool, device=self.device)
             self.ending_RV = torch.zeros_like(self.seen_RV)

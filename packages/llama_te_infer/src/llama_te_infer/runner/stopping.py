@@ -11,6 +11,13 @@ from ..sampling_params import SamplingParams
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+NOT_FINITE = (
+    "logits are not finite: the model computed NaN or infinity for this text, or the request's parameters forbid every "
+    "token"
+)
+"""Why a request without a next token ends."""
+
+
 class Ending(NamedTuple):
     """Why a text has ended.
 
@@ -39,7 +46,7 @@ class StopRule:
         special_strings: The stop strings that are special tokens, by token.
     """
 
-    end_tokens: tuple[int, ...]
+    end_tokens: frozenset[int]
     stop_strings: tuple[str, ...]
     min_tokens: int
     max_tokens: int
@@ -58,9 +65,9 @@ class StopRule:
         """
         assert params.max_tokens is not None
         special = {token: string for string, token in (special_stops or {}).items()}
-        tokens = dict.fromkeys([*params.stop_token_ids, *special, *(() if params.ignore_eos else eos_token_ids)])
+        tokens = frozenset([*params.stop_token_ids, *special, *(() if params.ignore_eos else eos_token_ids)])
         strings = tuple(string for string in params.stop if string not in special.values())
-        return cls(tuple(tokens), strings, params.min_tokens, params.max_tokens, special)
+        return cls(tokens, strings, params.min_tokens, params.max_tokens, special)
 
     @property
     def forbids_end_tokens(self) -> bool:
