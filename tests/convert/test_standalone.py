@@ -185,12 +185,12 @@ class TestErrors:
         export_te_checkpoint(model, tmp_path / "out")
         with pytest.raises(CheckpointError, match=r"out exists already: name a new folder, or an empty one"):
             export_te_checkpoint(model, tmp_path / "out")
-        with pytest.raises(CheckpointError, match=r"config.json exists already"):
+        with pytest.raises(CheckpointError, match=r"config.json is a file: name a new folder"):
             export_te_checkpoint(model, tmp_path / "out" / "config.json")
         assert type(NVLlamaForCausalLM.from_pretrained(tmp_path / "out")) is NVLlamaForCausalLM
 
     def test_a_target_that_cannot_be_written(self, tiny_llama, tmp_path):
         convert_llama_hf_to_te(tiny_llama()).save_pretrained(tmp_path / "te")
         (tmp_path / "file").write_text("")
-        with pytest.raises(CheckpointError, match=r"the export to .*out failed: .*Not a directory"):
+        with pytest.raises(CheckpointError, match=r"out cannot be (made|used): .*(is a file|Not a directory)"):
             export_te_checkpoint(tmp_path / "te", tmp_path / "file" / "out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -394,9 +395,10 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     checkpoints = Checkpoints(tmp_path, asynchronous=False)
     with full_disk(), pytest.raises(TrainingCheckpointError) as caught:
         checkpoints.save(5, run.model, run.optimizer)
-    assert str(caught.value) == (
-        f"step 5 cannot be saved to {tmp_path}: the disk is full (rank 0): make room, or keep fewer checkpoints. "
-        "There is no checkpoint yet."
+    assert re.fullmatch(
+        rf"step 5 cannot be saved to {tmp_path}: the disk is full \(rank 0\): make room, or keep fewer checkpoints "
+        r"\(a checkpoint has 0\.00 GB, and [\d.]+ GB are free\)\. There is no checkpoint yet\.",
+        str(caught.value),
     )
     assert names(tmp_path) == []  # the failed save leaves no files
     checkpoints.save(5, run.model, run.optimizer)

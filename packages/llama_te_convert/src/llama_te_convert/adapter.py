@@ -28,7 +28,7 @@ from .layout.mapping import TensorMapping, convert_tensors, map_known_names, map
 from .layout.row_order import HeadSizes
 from .layout.rules import Rule
 from .sources.checkpoint import check_hub_id, not_on_the_hub
-from .targets.new_folder import check_new_folder
+from .targets.new_folder import new_target, written_whole
 
 # Importing torch takes seconds, and refusing a configuration does without it.
 if TYPE_CHECKING:
@@ -84,9 +84,9 @@ def convert_adapter(
         CheckpointError: The adapter, the model or the folder is not valid.
     """
     source, folder = Path(source), Path(folder)
+    new_target(folder)
     config = read_config(source, CONFIG)
     _check(config, source)
-    check_new_folder(folder)
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(
@@ -127,12 +127,10 @@ def convert_adapter(
         config["lora_dropout"] = 0.0
     from safetensors.torch import save_file
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    with written_whole(folder) as unfinished:
+        unfinished.mkdir()
+        save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return adapted
 
 

@@ -15,6 +15,7 @@ from .errors import CheckpointError, CheckpointWarning, one_line
 from .option_types import assignment, layer_precision, size
 from .progress import Progress
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from .targets.new_folder import kept_whole
 from .version import VERSION
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -245,6 +246,7 @@ def _verify(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         opened = []
         for path in paths:
+            stack.enter_context(kept_whole(path))
             opened.append(open_checkpoint(path, allow_pickle=options.allow_pickle))
             stack.callback(opened[-1].source.close)
         a, b = opened
@@ -272,15 +274,19 @@ def _inspect(options: argparse.Namespace) -> int:
         subfolder=options.subfolder,
         allow_pickle=options.allow_pickle,
     )
-    checkpoint = open_checkpoint(path, variant=options.variant, allow_pickle=options.allow_pickle)
-    total, done = sum(info.nbytes for info in checkpoint.source.tensors.values()), 0
+    total = done = 0
 
     def read(count: int) -> None:
         nonlocal done
         done += count
         bar.update(done, total)
 
-    with contextlib.closing(checkpoint.source), Progress("read") as bar:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(kept_whole(path))
+        checkpoint = open_checkpoint(path, variant=options.variant, allow_pickle=options.allow_pickle)
+        stack.enter_context(contextlib.closing(checkpoint.source))
+        total = sum(info.nbytes for info in checkpoint.source.tensors.values())
+        bar = stack.enter_context(Progress("read"))
         inspection = inspect(checkpoint, values=True, progress=read)
     print(json.dumps(inspection.to_dict()) if options.json else "\n".join(map(one_line, inspection.lines())))
     return 1 if inspection.problems else 0

@@ -18,6 +18,7 @@ from .layout.tensor_info import TensorInfo
 from .sources.checkpoint import find_checkpoint, find_gguf, open_checkpoint, refuse_adapter
 from .sources.own_head import has_own_head
 from .sources.torch_tensors import as_bytes, torch_dtype
+from .targets.new_folder import kept_whole
 from .targets.stream import TensorStream, stream
 
 _TE_TENSOR = "self_attention.layernorm_qkv.weight"
@@ -56,8 +57,10 @@ def load_converted(
     else:
         path = find_checkpoint(source, allow_pickle=allow_pickle, **find)
     refuse_adapter(path)
-    checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
-    with contextlib.closing(checkpoint.source):
+    with contextlib.ExitStack() as until_the_end:
+        until_the_end.enter_context(kept_whole(path))
+        checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
+        until_the_end.enter_context(contextlib.closing(checkpoint.source))
         if checkpoint.is_te or any(name.endswith(_TE_TENSOR) for name in checkpoint.source.tensors):
             return None
         refuse_quantized(checkpoint.config)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_te_core.files.disk import DiskError, new_folder, writing_to
 from llama_te_core.files.folder_lock import FolderInUseError, lock_beside, reading
 
 from ..errors import CheckpointError
@@ -54,14 +55,36 @@ def check_apart(source: Path, folder: Path) -> None:
         raise CheckpointError(f"{folder} {place} the source, {source}: name a new folder.")
 
 
-def check_new_folder(folder: Path) -> None:
-    """Refuse a target that exists and is not an empty folder.
+def new_target(folder: Path) -> Path:
+    """Return the real path of a target folder that holds nothing yet; see `target_folder`.
 
     Raises:
         CheckpointError: The message names the folder.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    real = target_folder(folder)
+    if real.is_dir() and any(real.iterdir()):
         raise CheckpointError(f"{folder} exists already: name a new folder, or an empty one.")
+    return real
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Write a new folder, which is there as a whole or not at all.
+
+    Yields:
+        The path to write to, which does not exist yet.
+
+    Raises:
+        CheckpointError: The folder is not new, another process is writing it, or it cannot be written.
+    """
+    real = new_target(folder)
+    with writing(real):
+        new_target(folder)  # another process may have made it in between
+        try:
+            with writing_to(folder), new_folder(real) as unfinished:
+                yield unfinished
+        except DiskError as error:
+            raise CheckpointError(str(error)) from error
 
 
 @contextlib.contextmanager

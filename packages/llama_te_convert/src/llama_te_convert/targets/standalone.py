@@ -14,7 +14,7 @@ from llama_te_core.models.remote_code import write_standalone_code
 
 from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config
 from ..errors import CheckpointError
-from .new_folder import check_new_folder
+from .new_folder import kept_whole, new_target, written_whole
 
 
 def export_te_checkpoint(
@@ -36,28 +36,41 @@ def export_te_checkpoint(
         TypeError: `model_or_folder` is another model.
     """
     folder = Path(folder)
+    new_target(folder)
+    if isinstance(model_or_folder, NVLlamaPreTrainedModel):
+        with written_whole(folder) as unfinished:
+            model_or_folder.save_pretrained(unfinished)
+            (unfinished / f"{LOADER}.py").unlink()
+            _add_code(unfinished)
+    elif isinstance(model_or_folder, str | os.PathLike):
+        source = Path(model_or_folder)
+        _read_te_config(source)
+        with kept_whole(source), written_whole(folder) as unfinished:
+            _copy(source, unfinished)
+            _add_code(unfinished)
+    else:
+        raise TypeError(
+            f"model_or_folder is a {type(model_or_folder).__name__}: give an NVLlama model of llama_te_core or the "
+            "folder of one. Convert a Hugging Face model with convert_llama_hf_to_te first, and merge a PeftModel "
+            "(merge_and_unload)."
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    ignored = shutil.ignore_patterns(f"{LOADER}.py", "__pycache__", ".*")
     try:
-        check_new_folder(folder)
-        if isinstance(model_or_folder, NVLlamaPreTrainedModel):
-            model_or_folder.save_pretrained(folder)
-            (folder / f"{LOADER}.py").unlink()
-            config = _read_te_config(folder)
-        elif isinstance(model_or_folder, str | os.PathLike):
-            config = _read_te_config(Path(model_or_folder))
-            ignored = shutil.ignore_patterns(f"{LOADER}.py", "__pycache__", ".*")
-            shutil.copytree(model_or_folder, folder, ignore=ignored, dirs_exist_ok=True)
-        else:
-            raise TypeError(
-                f"model_or_folder is a {type(model_or_folder).__name__}: give an NVLlama model of llama_te_core or the "
-                "folder of one. Convert a Hugging Face model with convert_llama_hf_to_te first, and merge a PeftModel "
-                "(merge_and_unload)."
-            )
-        write_standalone_code(folder)
-        config["auto_map"] = auto_map(STANDALONE)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-    except (OSError, shutil.Error) as error:
-        raise CheckpointError(f"the export to {folder} failed: {error}") from error
+        shutil.copytree(source, target, ignore=ignored)
+    except shutil.Error as error:  # it lists what it could not copy, and copies the rest
+        path, _, problem = error.args[0][0]
+        raise CheckpointError(f"{path} cannot be copied: {problem}") from error
+
+
+def _add_code(folder: Path) -> None:
+    write_standalone_code(folder)
+    config = _read_te_config(folder)
+    config["auto_map"] = auto_map(STANDALONE)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def _read_te_config(folder: Path) -> dict[str, Any]:

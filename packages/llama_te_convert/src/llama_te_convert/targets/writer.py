@@ -7,7 +7,7 @@ records the source and the options: a run with other ones does not continue the 
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from llama_te_core.files.disk import disk_error, free_gigabytes, is_full, sync, sync_all
 
 from ..errors import CheckpointError
 from ..sources.file_names import SAFETENSORS
@@ -117,28 +119,38 @@ def write_checkpoint(
             Or the unfinished folder belongs to another conversion.
     """
     partial = folder.with_name(folder.name + ".partial")
+
+    def missing_bytes() -> int:
+        missing = [shard for shard in planned if not _is_complete(partial / shard.name, shard)]
+        return sum(len(shard.header) + shard.tensor_bytes for shard in missing)
+
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)
         _claim(partial, record)
+        _check_space(partial, missing_bytes())
         missing = [shard for shard in planned if not _is_complete(partial / shard.name, shard)]
-        _check_space(partial, sum(len(shard.header) + shard.tensor_bytes for shard in missing))
         kept = sum(shard.tensor_bytes for shard in planned if shard not in missing)
         progress(kept)
         _write_shards(partial, missing, workers, progress)
         if len(planned) > 1:
             _write_index(partial / SAFETENSORS.index_file, planned)
         write_rest(partial)
-        for path in partial.iterdir():
-            _sync(path)
+        sync_all(partial)
         partial.rename(folder)
-        _sync(folder.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sync(folder.parent)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        found = disk_error(error)
+        if found is None:
+            raise
+        if is_full(found):
             raise CheckpointError(
-                f"the disk of {partial} is full: make room and run the same command again, which continues from there."
+                f"the disk of {partial} is full: make room and run the same command again, which continues from there. "
+                f"Tensors need {missing_bytes() / 1e9:.2f} GB more, and {free_gigabytes(partial)} are free."
             ) from error
-        raise CheckpointError(f"{error.filename or partial} cannot be written: {error.strerror or error}.") from error
+        raise CheckpointError(f"{found.filename or partial} cannot be written: {found.strerror or found}.") from error
     return kept
 
 
@@ -177,8 +189,10 @@ def _write_shard(path: Path, shard: Shard, progress: Callable[[int], None]) -> N
                     progress(chunk.nbytes)
                 assert written == tensor.info.nbytes, tensor.name
             os.fsync(file.fileno())
-    except OSError:
-        unfinished.unlink(missing_ok=True)  # leaves its room to the next run
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)  # leaves its room to the next run
         raise
     unfinished.rename(path)
 
@@ -211,7 +225,7 @@ def _claim(partial: Path, record: Mapping[str, Any]) -> None:
         )
     unfinished = partial / (RECORD + _UNFINISHED)
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    _sync(unfinished)
+    sync(unfinished)
     unfinished.rename(partial / RECORD)
 
 
@@ -226,11 +240,3 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(f"{folder} needs {needed / 1e9:.2f} GB more, but its disk has {free / 1e9:.2f} GB free.")
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         config = read_config(sys.argv[1:] if arguments is None else arguments)
+        from ..files.disk import DiskError
         from .checkpoint.checkpoints import TrainingCheckpointError
         from .data.documents import UnusableDocumentError
         from .loop import RefusedRunError, train
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         train(config)
-    except (TrainingCheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError) as error:
+    except (TrainingCheckpointError, NonFiniteLossError, RefusedRunError, UnusableDocumentError, DiskError) as error:
         print(f"llama-te-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

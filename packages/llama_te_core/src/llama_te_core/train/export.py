@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ..files.checksums import record_checksums
+from ..files.disk import new_folder, writing_to
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.conversion import conversion
-from ..parallel.mesh import process_rank
+from ..parallel.mesh import on_rank_0
 from ..parallel.parallelize import whole_state_dict
 
 
@@ -22,10 +20,11 @@ def converted(checkpoint: str, folder: Path) -> Path:
         checkpoint: A folder, hub id or GGUF file.
         folder: The folder of the result; all processes see it.
     """
-    if process_rank() == 0:
+
+    def convert() -> None:
         conversion(f"model.checkpoint={checkpoint!r}").convert_checkpoint(checkpoint, folder, to_te=True)
-    if dist.is_initialized():
-        dist.barrier()
+
+    on_rank_0(convert)
     return folder
 
 
@@ -35,28 +34,39 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
     Args:
         model: Split or not.
         tokenizer: Written beside the model; None for none.
-        folder: Replaced if it exists.
+        folder: Replaced if it exists, when the new one is complete.
+
+    Raises:
+        DiskError: The folder cannot be written; an earlier one stays.
+        FolderInUseError: Another process is reading an earlier folder, which stays.
     """
     state = whole_state_dict(model)
-    if process_rank() != 0:
-        return
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, state_dict=state)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(partial)
-    record_checksums(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+
+    def write() -> None:
+        with writing_to(folder), new_folder(folder) as unfinished:
+            model.save_pretrained(unfinished, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(unfinished)
+            record_checksums(unfinished)
+
+    on_rank_0(write)
 
 
 def export_hf(folder_te: Path, folder_hf: Path) -> None:
-    """Convert an exported folder to Hugging Face's layout, on rank 0.
+    """Convert an exported folder to Hugging Face's layout, on rank 0; all processes call this.
 
     Args:
         folder_te: The folder that `export_te` wrote.
-        folder_hf: Replaced if it exists.
+        folder_hf: Replaced if it exists, when the new one is complete.
+
+    Raises:
+        CheckpointError: The conversion has failed, for example on a full disk; an earlier folder stays.
+        DiskError: The folder cannot be written; an earlier one stays.
+        FolderInUseError: Another process is reading an earlier folder, which stays.
     """
-    if process_rank() == 0:
-        shutil.rmtree(folder_hf, ignore_errors=True)
-        conversion("export.hf=True").convert_checkpoint(str(folder_te), folder_hf, to_te=False)
+
+    def convert() -> None:
+        with writing_to(folder_hf), new_folder(folder_hf) as unfinished:
+            conversion("export.hf=True").convert_checkpoint(str(folder_te), unfinished, to_te=False)
+
+    on_rank_0(convert)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
+from ..files.disk import replace_text, writing_to
 from ..files.folder_lock import FolderLock
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..parallel.mesh import make_mesh, on_rank_0, process_rank
@@ -43,7 +44,7 @@ from .tensor_statistics import TensorStatistics
 
 
 class RefusedRunError(RuntimeError):
-    """The configuration, the data, the checkpoint or the machine does not let a run begin."""
+    """The configuration, the data, the checkpoint or the machine does not let a run begin or export its result."""
 
 
 def train(config: TrainConfig) -> int:
@@ -59,8 +60,10 @@ def train(config: TrainConfig) -> int:
         The last step.
 
     Raises:
-        RefusedRunError: The run cannot begin. Most checks come before the model is built.
+        RefusedRunError: The run cannot begin, or its result cannot be exported. Most checks come before the model is
+            built.
         TrainingCheckpointError: A checkpoint could not be saved.
+        DiskError: The metrics or the configuration could not be written.
         NonFiniteLossError: The loss is infinite or NaN.
         UnusableDocumentError: A document cannot be used.
         KeyboardInterrupt: At a second Ctrl-C, or at one before the first step.
@@ -115,7 +118,8 @@ def train(config: TrainConfig) -> int:
             with _refusals():
                 checkpoints.load(step, called, optimizer, {"data": stream})
         if rank == 0:
-            (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+            with writing_to(folder / "config.yaml"):
+                replace_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
             _announce(config, model, mesh, device, step)
         if statistics is not None:
             statistics.begin(model, step)
@@ -150,10 +154,11 @@ def train(config: TrainConfig) -> int:
             checkpoints.wait()
         if stopped is not None and rank == 0:
             print(f"stopped by {stopped}: {_how_to_go_on(config, step)}", file=sys.stderr, flush=True)
-        if step == config.steps and config.export.te:
-            export_te(model, tokenizer, folder / "te")
-        if step == config.steps and config.export.hf:
-            export_hf(folder / "te", folder / "hf")
+        with _refusals():
+            if step == config.steps and config.export.te:
+                export_te(model, tokenizer, folder / "te")
+            if step == config.steps and config.export.hf:
+                export_hf(folder / "te", folder / "hf")
     return step
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..files.disk import replace_text, writing_to
 from ..models.configuration_nvllama import NVLlamaConfig
 from ..parallel.mesh import process_rank
 from .config import LogConfig
@@ -134,6 +135,9 @@ class Metrics:
         step: The last step before this start. Lines of later steps are dropped, since the run repeats them.
         steps: The last step of the run.
         settings: The run's configuration, for W&B.
+
+    Raises:
+        DiskError: A file cannot be written. `report` and `close` raise it too.
     """
 
     def __init__(
@@ -167,11 +171,12 @@ class Metrics:
         if process_rank() != 0:
             return
         self._file = folder / "metrics.jsonl"
-        drop_lines_after(self._file, step)
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing_to(folder):
+            drop_lines_after(self._file, step)
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
+                self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         if config.wandb_project is not None:
             self._wandb = importlib.import_module("wandb").init(
                 project=config.wandb_project, dir=folder, config=settings, id=_wandb_id(folder, step), resume="allow"
@@ -228,7 +233,8 @@ class Metrics:
         if failed is not None:  # no step after it has updated anything
             self._rows, losses, norms = self._rows[: failed + 1], losses[: failed + 1], norms[: failed + 1]
         if self._file is not None:
-            self._write(losses, norms, speed, seconds)
+            with writing_to(self._file):
+                self._write(losses, norms, speed, seconds)
         last = self._rows[-1][0]
         self._rows = []
         self._tokens = self._squared_lengths = 0
@@ -244,7 +250,8 @@ class Metrics:
     def close(self) -> None:
         """Finish writing."""
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with writing_to(Path(self._tensorboard.log_dir)):
+                self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -288,7 +295,7 @@ def _wandb_id(folder: Path, step: int) -> str:
     """Return W&B's id of the run: a new id at the beginning, and the same id when the run is resumed."""
     file = folder / "wandb-id"
     if step == 0 or not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="utf-8")
+        replace_text(file, secrets.token_hex(8))
     return file.read_text(encoding="utf-8")
 
 
@@ -296,8 +303,7 @@ def drop_lines_after(file: Path, step: int) -> None:
     """Keep the lines of a file up to a step, and drop an unfinished last line."""
     if not file.exists():
         return
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    file.write_text("".join(kept), encoding="utf-8")
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        replace_text(file, "".join(kept))

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from ..compat.transformer_engine import debug_features
+from ..files.disk import writing_to
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..parallel.mesh import process_rank
 from .metrics import drop_lines_after
@@ -56,7 +57,8 @@ class TensorStatistics:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with writing_to(self.folder / "tensorboard"):
+                self._tensorboard.close()
         self._api.end_debug()
 
     def begin(self, model: NVLlamaForCausalLM, step: int) -> None:
@@ -72,11 +74,12 @@ class TensorStatistics:
         if process_rank() != 0:
             return
         self._file = self.folder / "inspect" / "statistics.jsonl"
-        drop_lines_after(self._file, step)
-        if importlib.util.find_spec("tensorboard") is not None:
-            from torch.utils.tensorboard import SummaryWriter
+        with writing_to(self._file):
+            drop_lines_after(self._file, step)
+            if importlib.util.find_spec("tensorboard") is not None:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(self.folder / "tensorboard" / "inspect", purge_step=step + 1)
+                self._tensorboard = SummaryWriter(self.folder / "tensorboard" / "inspect", purge_step=step + 1)
 
     def end_step(self) -> None:
         """Write the step's statistics, if any; all processes call this together."""
@@ -84,10 +87,10 @@ class TensorStatistics:
         if self._file is None:
             return
         if self._values:
-            with self._file.open("a", encoding="utf-8") as file:
+            with writing_to(self._file), self._file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self._step, **self._values}) + "\n")
-            for name, value in self._values.items() if self._tensorboard is not None else ():
-                self._tensorboard.add_scalar(name, value, self._step)
+                for name, value in self._values.items() if self._tensorboard is not None else ():
+                    self._tensorboard.add_scalar(name, value, self._step)
         self._values = {}
         self._step += 1
 

@@ -45,6 +45,7 @@ from transformers import PreTrainedModel
 
 from ...checkpoint_format import CHECKSUMS
 from ...files.checksums import Checksum, DamagedChecksumsError, file_problem, read_checksums, record_checksums
+from ...files.disk import free_gigabytes, is_full, sync
 from ...files.folder_lock import FolderInUseError, FolderLock, removing
 from ...parallel.mesh import on_rank_0
 from ...parallel.shards import gather_halves, scatter_halves
@@ -62,7 +63,7 @@ from .state import (
     unwrapped,
     weights_of,
 )
-from .storage import DamagedFileError, Reader, Writer, first_error, reason, sync
+from .storage import DamagedFileError, Reader, Writer, first_error, reason
 
 __all__ = ["Checkpoints", "TrainingCheckpointError"]
 
@@ -343,7 +344,7 @@ class Checkpoints:
         except (Exception, CheckpointException) as error:
             if self._rank == 0:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
-            raise self._failed(step, error) from error
+            raise self._failed(step, error, _size(state)) from error
         self._on_rank_0(self._rotate)
 
     def _finish(self, step: int, checksums: Mapping[str, Checksum]) -> None:
@@ -401,10 +402,13 @@ class Checkpoints:
             stacklevel=2,
         )
 
-    def _failed(self, step: int, error: BaseException) -> TrainingCheckpointError:
+    def _failed(self, step: int, error: BaseException, size: int | None = None) -> TrainingCheckpointError:
         newest = max(self._found(), default=None)
         stays = "There is no checkpoint yet." if newest is None else f"The last checkpoint is of step {newest}."
-        return TrainingCheckpointError(f"step {step} cannot be saved to {self.folder}: {reason(error)}. {stays}")
+        cause, room = first_error(error)[0], ""
+        if size is not None and isinstance(cause, OSError) and is_full(cause):
+            room = f" (a checkpoint has {size / 1e9:.2f} GB, and {free_gigabytes(self.folder)} are free)"
+        return TrainingCheckpointError(f"step {step} cannot be saved to {self.folder}: {reason(error)}{room}. {stays}")
 
     def _not_loaded(self, step: int, steps: list[int], error: BaseException) -> TrainingCheckpointError:
         message = f"{self.path(step)} cannot be loaded: {reason(error)}."
@@ -432,6 +436,13 @@ class Checkpoints:
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         return on_rank_0(action, self._group)
+
+
+def _size(state: Any) -> int:
+    """Return the bytes of the tensors of a state, of all processes for distributed tensors."""
+    if isinstance(state, Mapping):
+        return sum(map(_size, state.values()))
+    return state.numel() * state.element_size() if isinstance(state, torch.Tensor) else 0
 
 
 def _problems_without_checksums(folder: Path) -> list[str]:

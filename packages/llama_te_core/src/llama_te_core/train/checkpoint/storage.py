@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from ...compat.torch import file_of_item
 from ...files.checksums import Checksum, ChecksumWriter
+from ...files.disk import disk_error, is_full
 
 
 class _FileSystem(FileSystem):
@@ -62,10 +62,7 @@ class Writer(FileSystemWriter):
         try:
             return super().write_data(*args, **kwargs)
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
+            raise disk_error(error) or error from None
 
 
 class DamagedFileError(RuntimeError):
@@ -101,15 +98,6 @@ def _reading(name: str) -> Iterator[None]:
         raise DamagedFileError(f"{name} is damaged ({reason(error)})") from error
 
 
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def first_error(error: BaseException) -> tuple[BaseException, str]:
     """Return the first failed process's error and its rank in words; for one process, the error itself."""
     if not isinstance(error, CheckpointException):
@@ -121,7 +109,7 @@ def first_error(error: BaseException) -> tuple[BaseException, str]:
 def reason(error: BaseException) -> str:
     """Return the reason of an error in one line. Of several processes' errors, the first one counts."""
     error, rank = first_error(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and is_full(error):
         return f"the disk is full{rank}: make room, or keep fewer checkpoints"
     if isinstance(error, DamagedFileError):
         return f"{error}{rank}"
