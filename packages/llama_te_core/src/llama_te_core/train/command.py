@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import TrainConfig
+from .config.yaml_file import read_yaml
 
 _DESCRIPTION = """Trains a Llama from a configuration. --config takes a YAML file or the name of a preset ({presets}); a
 second --config changes the first one. Each value has an option, as in --optimizer.learning_rate 1e-4 or
@@ -114,8 +115,13 @@ def _words(arguments: Sequence[str]) -> list[str]:
 
 
 def _file(name: str) -> str:
-    """Return the file of a preset for its name; the parser reads any other file."""
+    """Return the file of a preset for its name; check any other file, which the parser then reads."""
     known = presets()
     if name not in known and re.fullmatch(r"[\w./-]*\w", name) and not Path(name).exists():
         raise ValueError(f"--config {name}: there is no such file, and presets are {', '.join(known)}.")
+    if name not in known and os.path.lexists(name):
+        try:
+            read_yaml(name)
+        except ValueError as error:
+            raise ValueError(f"--config {error}") from error
     return known.get(name, name)

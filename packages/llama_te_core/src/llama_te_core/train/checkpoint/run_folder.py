@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ...models.configuration_nvllama import NVLlamaConfig
+from ..config.yaml_file import read_yaml
 
 # Fields that change a model's results, but not the shapes of its weights.
 _MEANING = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps")
@@ -60,10 +61,11 @@ def check_same_run(folder: Path, settings: Mapping[str, Any]) -> None:
 
     Raises:
         FileExistsError: The folder holds another run.
+        ValueError: The earlier run's configuration cannot be read.
     """
     if not (folder / "metrics.jsonl").is_file() or not (folder / "config.yaml").is_file():
         return
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    before = read_yaml(folder / "config.yaml")
     own = yaml.safe_load(yaml.safe_dump(dict(settings)))  # YAML turns tuples into lists
     names = sorted(name for name in own if not isinstance(before, dict) or before.get(name) != own[name])
     if names:

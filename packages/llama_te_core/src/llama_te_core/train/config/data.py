@@ -32,6 +32,9 @@ class DataConfig(TextSettings):
 
     def __post_init__(self) -> None:
         at_least("data.workers", self.workers, 0)
+        at_least("data.tokens_per_batch", self.tokens_per_batch, 1)
+        at_least("data.max_document_bytes", self.max_document_bytes, 1)
+        at_least("data.shuffle_buffer", self.shuffle_buffer, 0)
         at_least("data.batches_per_step", self.batches_per_step, 1)
 
     def text_data(

@@ -1,13 +1,13 @@
 """The section `model` of a configuration."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ...checkpoint_format import has_te_layout
 from ...compat.transformers import rope_parameter_names
-from .bounds import at_least
+from ...files.input_files import read_json
+from .bounds import at_least, finite
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ class ShapeConfig:
         positive = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in (*positive, "num_key_value_heads", "max_position_embeddings"):
             at_least(f"model.shape.{name}", getattr(self, name), 1)
+        if self.head_dim is not None:
+            at_least("model.shape.head_dim", self.head_dim, 1)
+        finite("model.shape.rms_norm_eps", self.rms_norm_eps)
+        if not 0 <= self.initializer_range <= 1:
+            raise ValueError(f"model.shape.initializer_range={self.initializer_range!r}: it must be from 0 to 1.")
+        for name, value in self.rope_parameters.items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float):
+                    finite(f"model.shape.rope_parameters.{name}", number)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.shape.hidden_size={self.hidden_size} is no multiple of "
@@ -110,7 +119,6 @@ class ModelConfig:
 def config_json(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's `config.json`; nothing where there is none."""
     try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -62,7 +62,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_least("steps", self.steps, 1)
-        at_least("seed", self.seed, 0)
+        at_least("seed", self.seed, 0, 2**32 - 1)
         at_least("activation_offload_layers", self.activation_offload_layers, 0)
         if self.activation_offload_layers and self.activation_checkpointing != "none":
             raise ValueError(
