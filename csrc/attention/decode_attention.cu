@@ -150,7 +150,6 @@ void launch(const Arguments &a, int device, cudaStream_t stream) {
 }  // namespace attention
 
 void decode_attention_cuda(const DecodeAttentionArguments &arguments, int device, std::uintptr_t stream) {
-    check_layout(arguments);
     const DeviceGuard guard(device);
     const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
     const auto launch = [&](auto element, auto head_dim) {

@@ -46,10 +46,14 @@ struct DecodeAttentionArguments {
     }
 };
 
-// Checks alignment and overlap, for which it reads no array. Throws std::invalid_argument.
-void check_layout(const DecodeAttentionArguments &arguments);
+// Checks the values in `start` and the page table, which must be in host memory; the caches need not be. Throws
+// std::invalid_argument.
+void check_values(const DecodeAttentionArguments &arguments);
 
-// Checks the layout, and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error where
+// Rotates the new tokens, with `output` for the queries, and appends them. Checks the values before it writes anything.
+void decode_attention_append_cpu(const DecodeAttentionArguments &arguments);
+
+// Checks nothing and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error where
 // the launch fails. A build without CUDA does not have it.
 void decode_attention_cuda(const DecodeAttentionArguments &arguments, int device, std::uintptr_t stream);
 

@@ -1,60 +1,69 @@
-// How Python passes arguments: addresses as integers, strides in bytes.
+// What the bindings share: the conversion of numbers, and functions of Python from those that make and run arguments.
 
 #pragma once
 
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstdint>
-#include <tuple>
+#include <optional>
 
-#include "include/cache.h"
+#include "tensor.h"
 
 namespace llama_te::bindings {
 
-namespace py = pybind11;
+// Where an operator runs, which decides what its arguments must be.
+enum class Where {
+    kCpu,     // the CPU's implementation, here or in PyTorch
+    kCuda,    // the kernel
+    kChecks,  // nowhere: the kernel's arguments on any device, but row numbers, lengths and pages in host memory
+};
 
-using Address = std::uintptr_t;
-// A cache: its address and the strides of blocks, places and heads.
-using Memory = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
-// A page table: its address, 0 for none, and its stride.
-using Table = std::tuple<Address, std::int64_t>;
+// Arguments that are safe to run, the GPU and the stream of a kernel, and the tensors that only a list holds: another
+// thread may change the list while an operator runs without Python's lock.
+template <typename Arguments>
+struct Call {
+    Arguments arguments;
+    Launch launch;
+    py::object held;
+};
 
-template <typename Value>
-Value *pointer(Address address) {
-    return reinterpret_cast<Value *>(address);
+// Refuses tensors of another device than `where` allows, of which `tensor` is the first. Returns the kernel's launch.
+Launch launch_for(Where where, const Tensor &tensor);
+
+// The device where row numbers, lengths and pages must be.
+inline const py::object &device_of_values(Where where, const Tensor &tensor) {
+    return where == Where::kChecks ? cpu() : tensor.device;
 }
 
-// The integer of a Python argument; throws TypeError or ValueError with the argument's name if it is none from `least`
-// to `most`.
-std::int64_t integer(const char *name, py::handle value, std::int64_t least, std::int64_t most);
+// An integer from `least` to `most`, and a number. They throw TypeError or ValueError.
+std::int64_t integer(const Name &name, py::handle value, std::int64_t least, std::int64_t most);
+float real(const Name &name, py::handle value);
+bool boolean(const Name &name, py::handle value);
 
-inline CacheMemory memory_of(const Memory &memory) {
-    const auto &[data, block_stride, place_stride, head_stride] = memory;
-    return {pointer<char>(data), block_stride, place_stride, head_stride};
-}
-
-inline CacheIndex index_of(const Table &page_table, std::int32_t capacity, std::int32_t blocks,
-                           std::int32_t block_places) {
-    return {pointer<const std::int32_t>(std::get<0>(page_table)), std::get<1>(page_table), capacity, blocks,
-            block_places};
-}
-
-// From a function that takes arguments as a structure to one that takes them one by one: a function that runs or checks
-// an operator on the host, and one that launches it on a GPU, which also takes a device and a stream.
+// From a function that makes arguments of Python's, or nothing if there is nothing to do, to a function for Python that
+// checks them, runs them on the host, or launches them on a GPU.
 template <typename Arguments, typename... Parameters>
-auto on_host(Arguments (*make)(Parameters...), void (*run)(const Arguments &)) {
+auto checked(std::optional<Call<Arguments>> (*make)(Parameters...)) {
+    return [make](Parameters... parameters) { make(parameters...); };
+}
+
+template <typename Arguments, typename... Parameters>
+auto on_host(std::optional<Call<Arguments>> (*make)(Parameters...), void (*run)(const Arguments &)) {
     return [make, run](Parameters... parameters) {
-        const Arguments arguments = make(parameters...);
-        const py::gil_scoped_release released;  // loops on the CPU can take long
-        run(arguments);
+        if (const auto call = make(parameters...)) {
+            const py::gil_scoped_release released;  // loops on the CPU can take long
+            run(call->arguments);
+        }
     };
 }
 
 template <typename Arguments, typename... Parameters>
-auto on_gpu(Arguments (*make)(Parameters...), void (*run)(const Arguments &, int, Address)) {
-    return [make, run](int device, Address stream, Parameters... parameters) {
-        run(make(parameters...), device, stream);
+auto on_gpu(std::optional<Call<Arguments>> (*make)(Parameters...),
+            void (*run)(const Arguments &, int, std::uintptr_t)) {
+    return [make, run](Parameters... parameters) {
+        if (const auto call = make(parameters...)) {
+            run(call->arguments, call->launch.device, call->launch.stream);
+        }
     };
 }
 

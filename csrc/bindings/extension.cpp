@@ -55,14 +55,6 @@ const char *name_of(WeightType weight) {
     return weight == WeightType::kBFloat16 ? "bfloat16" : "float8_e4m3fn";
 }
 
-// Dtypes by name, with their codes.
-template <auto... kTypes>
-py::dict codes_of(Values<kTypes...>) {
-    py::dict codes;
-    ((codes[name_of(kTypes)] = static_cast<int>(kTypes)), ...);
-    return codes;
-}
-
 template <auto... kTypes>
 py::tuple names_of(Values<kTypes...>) {
     return py::make_tuple(name_of(kTypes)...);
@@ -77,8 +69,8 @@ py::tuple tuple_of(Values<kValues...>) {
 py::dict limits() {
     py::dict limits;
     limits["vector_bytes"] = kVectorBytes;
-    limits["element_types"] = codes_of(Elements{});
-    limits["weight_types"] = codes_of(WeightTypes{});
+    limits["element_types"] = names_of(Elements{});
+    limits["weight_types"] = names_of(WeightTypes{});
     limits["head_dim_multiple"] = kHeadDimMultiple;
     limits["max_head_dim"] = kMaxHeadDim;
     limits["max_reorder_rows"] = kMaxReorderRows;

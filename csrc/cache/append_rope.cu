@@ -213,7 +213,6 @@ void choose_heads(const AppendArguments &a, int device, cudaStream_t stream) {
 }  // namespace
 
 void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream) {
-    check_layout(arguments);
     const DeviceGuard guard(device);
     dispatch("append_rope", Elements{}, arguments.element, [&](auto element) {
         choose_heads<element.value>(arguments, device, reinterpret_cast<cudaStream_t>(stream));

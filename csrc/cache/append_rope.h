@@ -44,16 +44,14 @@ struct AppendArguments {
     }
 };
 
-// Checks alignment and overlap, for which it reads no array. Throws std::invalid_argument.
-void check_layout(const AppendArguments &arguments);
-
 // Checks the values in `cu_new`, `start` and the page table, which must be in host memory; the caches need not be.
+// Throws std::invalid_argument.
 void check_values(const AppendArguments &arguments);
 
-// Checks layout and values before it writes anything.
+// Checks the values before it writes anything.
 void append_rope_cpu(const AppendArguments &arguments);
 
-// Checks the layout, and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error
+// Checks nothing and does not wait for the GPU. `stream` is a cudaStream_t of `device`. Throws std::runtime_error
 // where the launch fails. A build without CUDA does not have it.
 void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream);
 

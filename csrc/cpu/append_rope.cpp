@@ -124,14 +124,15 @@ void append(const AppendArguments &a) {
             exists = row < a.rows;
             place_in_row = exists ? token - a.cu_new[row] : 0;
         }
-        if (!exists) {
+        // check_values has run, but another thread may have written these numbers since then: never leave the cache.
+        const std::int64_t position = exists ? a.start[row] + place_in_row : 0;
+        exists = exists && position >= 0 && position < a.positions;
+        std::int32_t block;
+        std::int32_t block_place;
+        if (!exists || !a.index.find(row, static_cast<std::int32_t>(position), block, block_place)) {
             std::memset(a.query_head(token, 0, 0), 0, static_cast<std::size_t>(a.kv_heads) * a.group * head_bytes);
             continue;
         }
-        const std::int32_t position = a.start[row] + static_cast<std::int32_t>(place_in_row);
-        std::int32_t block;
-        std::int32_t block_place;
-        a.index.find(row, position, block, block_place);  // it is found: check_values has run
         const float *cos_sin = reinterpret_cast<const float *>(a.cos_sin + position * a.cos_sin_stride);
         const char *from = a.qkv + token * a.qkv_token_stride;
         for (int kv_head = 0; kv_head < a.kv_heads; ++kv_head) {
@@ -149,7 +150,6 @@ void append(const AppendArguments &a) {
 }  // namespace
 
 void append_rope_cpu(const AppendArguments &arguments) {
-    check_layout(arguments);
     check_values(arguments);
     dispatch("append_rope", Elements{}, arguments.element,
              [&](auto element) { append<typename Number<element.value>::Type>(arguments); });

@@ -300,7 +300,7 @@ def test_bad_reorders(make: Any, function: Any, change: Change, message: str) ->
 @pytest.mark.parametrize("function", [reorder_pages, torch.ops.llama_te.reorder_pages])
 def test_pages_without_a_table(function: Any) -> None:
     arguments = make_pages(ReorderCase(source_rows=(1, 2, 0), lengths=(17, 20, 18)))
-    with pytest.raises(TypeError, match=r"page_table is None: it must be a tensor"):
+    with pytest.raises(TypeError, match=r"page_table is None: it must be a torch.Tensor"):
         function(**(arguments | {"page_table": None}))
 
 

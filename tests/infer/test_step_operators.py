@@ -229,7 +229,7 @@ BAD_LINEARS: list[tuple[Change, str]] = [
     (replace(swiglu=True, residual=None), r"output has the shape \[3, 32\]; it must be \[3, 16\], which is \[B, N / 2"),
     (replace(swiglu=True, residual=None, weight=lambda x: x[:31]), r"weight has N=31 rows: with swiglu half of"),
     (lambda x: {"input": x["output"].view(3, 32), "weight": x["weight"][:, :32].contiguous(), "norm_weight": None},
-     r"input and output share memory: input must be apart from it"),
+     r"input and output share memory: pass tensors that do not overlap"),
     (lambda x: {"output": (both := torch.zeros(4, 32).bfloat16())[:3], "residual": both[1:]},
      r"residual and output share memory: residual must be output itself or apart from it"),
 ]  # fmt: skip
@@ -280,10 +280,10 @@ BAD_RMS_NORMS: list[tuple[Change, str]] = [
     (replace(addend=lambda x: x[:2]), r"addend has the shape \[2, 8\]; it must be \[3, 8\], which is \[B, K\]"),
     (replace(addend=lambda x: x.float()), r"addend is float32; it must be bfloat16"),
     (replace(addend=gapped), r"addend has the strides \(16, 1\): it must be contiguous"),
-    (lambda x: {"output": x["hidden"]}, r"hidden and output share memory: they must be apart from each other"),
-    (lambda x: {"addend": x["hidden"]}, r"hidden and addend share memory: they must be apart"),
+    (lambda x: {"output": x["hidden"]}, r"hidden and output share memory: pass tensors that do not"),
+    (lambda x: {"addend": x["hidden"]}, r"hidden and addend share memory: pass tensors that do not"),
     (lambda x: {"addend": (both := torch.zeros(4, 8).bfloat16())[:3], "output": both[1:]},
-     r"output and addend share memory: they must be apart"),
+     r"output and addend share memory: pass tensors that do not"),
 ]  # fmt: skip
 BAD_SWIGLUS: list[tuple[Change, str]] = [
     (replace(input=lambda x: x[0]), r"input has the shape \[16\]; it must be \[any, any\], which is \[B, 2 F\]"),
@@ -292,7 +292,10 @@ BAD_SWIGLUS: list[tuple[Change, str]] = [
     (replace(output=lambda x: x[:, :7]), r"output has the shape \[3, 7\]; it must be \[3, 8\], which is \[B, F\]"),
     (replace(output=lambda x: x.half()), r"output is float16; it must be bfloat16"),
     (replace(output=gapped), r"output has the strides \(16, 1\): it must be contiguous"),
-    (lambda x: {"output": x["input"].flatten()[24:].view(3, 8)}, r"input and output share memory: they must be apart"),
+    (
+        lambda x: {"output": x["input"].flatten()[24:].view(3, 8)},
+        r"input and output share memory: pass tensors that do not",
+    ),
 ]
 
 

@@ -12,7 +12,7 @@ from llama_te_core.compat.torch import forward_hooks
 
 from ..kv_cache.step import CacheStep
 from ..ops import library
-from ..ops.checks import name_of
+from ..ops.library import name_of
 from .fused import FusedDecode, takes_fused_decode
 from .inputs import StepInputs
 from .weights import LAYER_PARAMETERS, LayerWeights, layer_weights

@@ -8,7 +8,7 @@ import torch
 
 from llama_te_core.layers.kv_cache import computing_dtype
 
-from ..ops.checks import name_of
+from ..ops.library import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
 HOST_BYTES = 2 << 30  # memory for pages on a CPU

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from .cache_arguments import cache_arguments, check_cache, check_heads, check_rows, check_tokens_contiguous
-from .checks import check_contiguous, check_tensor, name_of, strides_of
-from .library import check_on_host, checks_values, cuda_function, extension, launch_arguments, limits, register
+from .library import checks_values, cuda_function, extension, limits, on_host, register
 
 
 def append_rope(
@@ -47,6 +45,7 @@ def append_rope(
         value_cache: The same shape; receives the values.
 
     Raises:
+        TypeError: An argument is no dense tensor or no number. The operator has written nothing.
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
@@ -63,20 +62,16 @@ def takes_heads(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in most.element_types and head_dim % most.head_dim_multiple == 0 and 0 < head_dim <= most.max_head_dim
 
 
-def _append_rope_cpu(*tensors: Any) -> None:
-    arguments = _check(*tensors)
-    if arguments is not None:
-        extension().append_rope_cpu(**arguments)
+def _append_rope_cpu(*arguments: Any) -> None:
+    extension().append_rope_cpu(*arguments)
 
 
-def _append_rope_cuda(*tensors: Any) -> None:
-    arguments = _check(*tensors)
-    if arguments is None:
-        return
-    qkv, _, cu_new, start, page_table = tensors[:5]
+def _append_rope_cuda(*arguments: Any) -> None:
     if checks_values():
-        check_on_host(extension().append_rope_check, arguments, page_table, cu_new=cu_new, start=start)
-    cuda_function("append_rope_cuda")(**launch_arguments(qkv), **arguments)
+        qkv, cos_sin, cu_new, start, page_table, *others = arguments
+        values = map(on_host, (cu_new, start, page_table))
+        extension().append_rope_check(qkv, cos_sin, *values, *others)
+    cuda_function("append_rope_cuda")(*arguments)
 
 
 register(
@@ -85,60 +80,3 @@ register(
     cpu=_append_rope_cpu,
     cuda=_append_rope_cuda,
 )
-
-
-def _check(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    cu_new: torch.Tensor,
-    start: torch.Tensor,
-    page_table: torch.Tensor | None,
-    width: int,
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-) -> dict[str, Any] | None:
-    """Return the kernel's arguments, or None if there is no token. The extension checks alignment and overlap."""
-    most = limits()
-    if qkv.dtype not in most.element_types:
-        raise ValueError(f"qkv is {name_of(qkv.dtype)}: allowed are {', '.join(map(name_of, most.element_types))}.")
-    check_heads("append_rope", qkv, "N")
-    tokens, kv_heads, heads_of_group, head_dim = qkv.shape
-    if not takes_heads(qkv.dtype, head_dim):
-        raise ValueError(
-            f"qkv has heads of size D={head_dim}: allowed are multiples of {most.head_dim_multiple} up to "
-            f"{most.max_head_dim}."
-        )
-    if tokens >= 2**31:
-        raise ValueError(f"qkv has N={tokens} tokens: allowed are less than 2**31.")
-    check_cache(qkv, cos_sin, start, page_table, key_cache, value_cache)
-    check_tensor("cu_new", cu_new, torch.int32, qkv.device, (None,), "[B + 1]")
-    heads = kv_heads * (heads_of_group - 2)
-    check_tensor("query", query, qkv.dtype, qkv.device, (tokens, heads, head_dim), "[N, K * G, D]")
-    check_contiguous(query=query)
-    if width < 0 or (width > 0 and tokens % width != 0):
-        raise ValueError(
-            f"width={width} does not fit the N={tokens} tokens of qkv: give 0 for packed tokens, or the columns of a "
-            "padded batch, which divide N."
-        )
-    if cu_new.shape[0] == 0:
-        raise ValueError("cu_new is empty: it must be [B + 1], beginning with 0.")
-    rows = cu_new.shape[0] - 1
-    if width > 0:
-        if tokens // width > rows:
-            raise ValueError(
-                f"width={width} makes {tokens // width} rows of the N={tokens} tokens of qkv, but cu_new has {rows}."
-            )
-        rows = tokens // width
-    check_rows(rows, start, page_table, key_cache)
-    if tokens == 0:
-        return None
-    check_tokens_contiguous(qkv)
-    return cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
-        "qkv_token_stride": strides_of(qkv)[0] * qkv.itemsize,
-        "tokens": tokens,
-        "width": width,
-        "cu_new": cu_new.data_ptr(),
-        "rows": rows,
-        "query": query.data_ptr(),
-    }

@@ -12,17 +12,7 @@ from typing import Any
 
 import torch
 
-from .append_rope import append_rope
-from .cache_arguments import (
-    cache_arguments,
-    check_cache,
-    check_heads,
-    check_rows,
-    check_tokens_contiguous,
-    rows_and_places,
-)
-from .checks import check_contiguous, check_tensor, name_of, strides_of
-from .library import check_on_host, checks_values, cuda_function, extension, launch_arguments, limits, register
+from .library import checks_values, cuda_function, extension, limits, on_host, register
 
 
 def decode_attention(
@@ -68,6 +58,7 @@ def decode_attention(
             different shapes. Calls that may run at the same time need separate workspaces. A CPU does not use it.
 
     Raises:
+        TypeError: An argument is no dense tensor or no number. The operator has written nothing.
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
@@ -113,33 +104,11 @@ def workspace_size(rows: int, kv_heads: int, group: int, head_dim: int, capacity
     return size
 
 
-def _decode_attention_cuda(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    start: torch.Tensor,
-    page_table: torch.Tensor | None,
-    scale: float,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    workspace: torch.Tensor,
-) -> None:
-    _check(qkv, cos_sin, start, page_table, key_cache, value_cache, output)
-    arguments = _kernel_arguments(qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace)
-    rows = len(qkv)
-    if rows == 0:
-        return
+def _decode_attention_cuda(*arguments: Any) -> None:
     if checks_values():
-        appended = cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
-            "qkv_token_stride": arguments["qkv_row_stride"],
-            "tokens": rows,
-            "width": 1,
-            "rows": rows,
-            "query": output.data_ptr(),
-        }
-        cu_new = torch.arange(rows + 1, dtype=torch.int32)
-        check_on_host(extension().append_rope_check, appended, page_table, cu_new=cu_new, start=start)
-    cuda_function("decode_attention_cuda")(**launch_arguments(qkv), **arguments)
+        qkv, cos_sin, start, page_table, *others = arguments
+        extension().decode_attention_check(qkv, cos_sin, on_host(start), on_host(page_table), *others)
+    cuda_function("decode_attention_cuda")(*arguments)
 
 
 def _decode_attention_cpu(
@@ -153,10 +122,10 @@ def _decode_attention_cpu(
     output: torch.Tensor,
     workspace: torch.Tensor,
 ) -> None:
-    _check(qkv, cos_sin, start, page_table, key_cache, value_cache, output)
+    extension().decode_attention_append_cpu(
+        qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace
+    )
     rows, kv_heads, heads_of_group, head_dim = qkv.shape
-    one_token_each = torch.arange(rows + 1, dtype=torch.int32)
-    append_rope(qkv, cos_sin, one_token_each, start, page_table, 1, output, key_cache, value_cache)
     query_BKGD = output.view(rows, kv_heads, heads_of_group - 2, head_dim)
     for row, before in enumerate(start[:rows].tolist()):
         if page_table is None:
@@ -175,70 +144,3 @@ register(
     cpu=_decode_attention_cpu,
     cuda=_decode_attention_cuda,
 )
-
-
-def _check(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    start: torch.Tensor,
-    page_table: torch.Tensor | None,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-) -> None:
-    """Refuse arguments whose dtypes, devices or shapes do not fit each other."""
-    check_heads("decode_attention", qkv, "B")
-    check_cache(qkv, cos_sin, start, page_table, key_cache, value_cache)
-    rows, kv_heads, heads_of_group, head_dim = qkv.shape
-    heads = kv_heads * (heads_of_group - 2)
-    check_tensor("output", output, qkv.dtype, qkv.device, (rows, heads, head_dim), "[B, K * G, D]")
-    check_contiguous(output=output)
-    check_tokens_contiguous(qkv)
-    check_rows(rows, start, page_table, key_cache)
-
-
-def _kernel_arguments(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    start: torch.Tensor,
-    page_table: torch.Tensor | None,
-    scale: float,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    output: torch.Tensor,
-    workspace: torch.Tensor,
-) -> dict[str, Any]:
-    """Refuse sizes that the GPU's kernel does not take, and return its arguments.
-
-    The extension checks alignment and overlap.
-    """
-    most = limits()
-    rows, kv_heads, heads_of_group, head_dim = qkv.shape
-    group = heads_of_group - 2
-    page_size = None if page_table is None else key_cache.shape[1]
-    if not takes_decode_attention(qkv.dtype, group, head_dim, page_size):
-        pages = "" if page_size is None else f" and pages of {page_size}"
-        dtypes = " and ".join(map(name_of, most.decode_element_types))
-        raise ValueError(
-            f"qkv is {name_of(qkv.dtype)} with G={group} and D={head_dim}{pages}: on a GPU allowed are "
-            f"{dtypes}, G up to {most.max_decode_group}, D of {', '.join(map(str, most.decode_head_dims))} and "
-            f"pages of a multiple of {most.decode_tile_keys}. Call append_rope and attend with PyTorch instead."
-        )
-    for letter, size, allowed in (("B", rows, most.max_decode_rows), ("K", kv_heads, most.max_decode_kv_heads)):
-        if size > allowed:
-            raise ValueError(f"qkv has {letter}={size}: on a GPU allowed are up to {allowed}.")
-    check_tensor("workspace", workspace, torch.int32, qkv.device, (None,), "[at least workspace_size(...)]")
-    capacity = rows_and_places(key_cache, page_table)[1]
-    needed = workspace_size(rows, kv_heads, group, head_dim, capacity)
-    if workspace.shape[0] < needed:
-        raise ValueError(
-            f"workspace has {workspace.shape[0]} numbers, but {needed} are needed: make one of "
-            f"workspace_size({rows}, {kv_heads}, {group}, {head_dim}, {capacity}) zeros."
-        )
-    return cache_arguments(qkv, cos_sin, start, page_table, key_cache, value_cache) | {
-        "rows": rows,
-        "qkv_row_stride": strides_of(qkv)[0] * qkv.itemsize,
-        "scale": scale,
-        "output": output.data_ptr(),
-        "workspace": workspace.data_ptr(),
-    }

@@ -3,9 +3,11 @@
 The operators `torch.ops.llama_te.*` take CPU and CUDA tensors. On a GPU they allocate no memory, do not wait for the
 GPU, and read all values that change between steps from device memory, so CUDA graphs can capture them.
 
-Before a launch an operator checks shapes, dtypes, strides and addresses. It checks values in device memory (positions,
-page tables, row numbers) for CPU tensors, and for CUDA tensors only with LLAMA_TE_CHECK=1 in the environment, because
-that copies them to the host.
+The extension checks all arguments: whatever Python passes, a kernel stays inside the memory of its tensors. It reads
+pointers, dtypes, devices, shapes and strides from the tensors themselves, and takes no addresses. It checks values in
+device memory (positions, page tables, row numbers) for CPU tensors, and for CUDA tensors only with LLAMA_TE_CHECK=1 in
+the environment, because that copies them to the host. Without this check the kernels skip rows whose values are out of
+range.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class Limits(NamedTuple):
 
     Attributes:
         vector_bytes: Addresses and strides are multiples of this number of bytes.
-        element_types: The codes of the cache's dtypes.
-        weight_types: The codes of the dtypes of `linear`'s weights.
+        element_types: The cache's dtypes.
+        weight_types: The dtypes of `linear`'s weights.
         head_dim_multiple: Head sizes of `append_rope` are multiples of this number.
         max_head_dim: The largest head size of `append_rope`.
         max_reorder_rows: Most rows of one reorder.
@@ -46,8 +48,8 @@ class Limits(NamedTuple):
     """
 
     vector_bytes: int
-    element_types: dict[torch.dtype, int]
-    weight_types: dict[torch.dtype, int]
+    element_types: tuple[torch.dtype, ...]
+    weight_types: tuple[torch.dtype, ...]
     head_dim_multiple: int
     max_head_dim: int
     max_reorder_rows: int
@@ -98,10 +100,8 @@ def limits() -> Limits:
             f"another version of llama-te-infer built the compiled extension {compiled.__file__} (its limits differ in "
             f"{differing}): reinstall llama-te-infer, which builds the extension of its own version."
         )
-    for name in ("element_types", "weight_types"):
-        values[name] = {getattr(torch, dtype): code for dtype, code in values[name].items()}
-    values["decode_element_types"] = tuple(getattr(torch, dtype) for dtype in values["decode_element_types"])
-    values["decode_head_dims"] = tuple(values["decode_head_dims"])
+    for name in ("element_types", "weight_types", "decode_element_types"):
+        values[name] = tuple(getattr(torch, dtype) for dtype in values[name])
     return Limits(**values)
 
 
@@ -142,6 +142,15 @@ def cuda_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def kernel(name: str) -> Callable[..., None]:
+    """Return an operator's implementation for CUDA tensors: a function of the extension."""
+
+    def launch(*arguments: Any) -> None:
+        cuda_function(name)(*arguments)
+
+    return launch
+
+
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
@@ -162,12 +171,15 @@ def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None]
 
 
 def _fake(*arguments: Any) -> None:
-    """Return nothing, like the operators. The tensors that an operator writes keep their shapes."""
+    """Do nothing, like the operators on tensors without data: the tensors that they write keep their shapes.
 
-
-def launch_arguments(tensor: torch.Tensor) -> dict[str, int]:
-    """Return the device and the stream of a kernel for this tensor."""
-    return {"device": tensor.device.index, "stream": torch.cuda.current_stream(tensor.device).cuda_stream}
+    Raises:
+        ValueError: Only some of the tensors have no data.
+    """
+    tensors = [item for argument in arguments for item in (argument if isinstance(argument, list) else [argument])]
+    devices = {str(tensor.device) for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"The tensors are on {' and '.join(sorted(devices))}: pass tensors of one device.")
 
 
 # --- LLAMA_TE_CHECK --------------------------------------------------------------------------------------------------
@@ -183,20 +195,11 @@ def checks_values() -> bool:
     return True
 
 
-def check_on_host(
-    check: Callable[..., None], arguments: dict[str, Any], page_table: torch.Tensor | None, **arrays: torch.Tensor
-) -> None:
-    """Run the CPU's check on host copies of device arrays. This function waits for the GPU.
+def on_host(value: Any) -> Any:
+    """Return a copy of a tensor in host memory, and any other value as it is. This function waits for the GPU."""
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
-    Args:
-        check: A function of the extension that raises `ValueError`.
-        arguments: The kernel's arguments.
-        page_table: The page table; the function copies it and `arrays` to the host.
-        arrays: Tensors whose addresses are in `arguments` under the same names.
-    """
-    copies = {name: array.cpu() for name, array in arrays.items()}
-    replaced: dict[str, Any] = {name: copy.data_ptr() for name, copy in copies.items()}
-    if page_table is not None:
-        table = page_table.cpu().contiguous()
-        replaced["page_table"] = (table.data_ptr(), table.stride(0) * table.itemsize)
-    check(**(arguments | replaced))
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its module."""
+    return str(dtype).removeprefix("torch.")

@@ -9,15 +9,14 @@ Shapes: B rows, K input features, N output features, F features of the activatio
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from .checks import address_of, check_aligned, check_contiguous, check_tensor, name_of, overlap, shape_of
-from .library import cuda_function, launch_arguments, limits, register
+from .library import cuda_function, extension, limits, register
 
 
 class LinearWorkspace:
@@ -76,8 +75,8 @@ def linear(
     kernel may write every other argument, but only earlier kernels may write the weight.
 
     Args:
-        input: bfloat16 [B, K], contiguous. On a GPU at most `limits().max_linear_rows` rows; on a CPU any dtype that
-            the other tensors share.
+        input: bfloat16 [B, K], contiguous. On a GPU at most `limits().max_linear_rows` rows; on a CPU float16,
+            float32 and float64 also work.
         weight: [N, K], contiguous: bfloat16, or float8_e4m3fn without NaN and with a `scale`. On a GPU `takes_linear`
             checks dtype and sizes.
         output: bfloat16 [B, N], with `swiglu` [B, N / 2]; contiguous, without overlap with `input`.
@@ -89,15 +88,25 @@ def linear(
         swiglu: Whether the product's halves are a gate and an up projection.
 
     Raises:
+        TypeError: An argument is no dense tensor or no number.
         ValueError: An argument does not fit.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.linear(
-        input, weight, scale, norm_weight, epsilon, residual, swiglu, output, workspace.partials, workspace.semaphores
+        input, weight, scale, norm_weight, epsilon, residual, swiglu, output, *_tensors_of(workspace)
     )
 
 
-def linear_chain(products: Sequence[Product], workspace: LinearWorkspace) -> None:
+def _tensors_of(workspace: LinearWorkspace) -> tuple[torch.Tensor, torch.Tensor]:
+    if not isinstance(workspace, LinearWorkspace):
+        raise TypeError(f"workspace is a {type(workspace).__name__}: it must be a LinearWorkspace.")
+    tensors = workspace.partials, workspace.semaphores
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        raise TypeError("workspace has no tensors: make a new LinearWorkspace.")
+    return tensors
+
+
+def linear_chain(products: list[Product] | tuple[Product, ...], workspace: LinearWorkspace) -> None:
     """Compute products in order. On a GPU this is one launch, which streams the weights without a pause.
 
     A product may read outputs of earlier products. It may overwrite memory that only earlier products read.
@@ -111,28 +120,21 @@ def linear_chain(products: Sequence[Product], workspace: LinearWorkspace) -> Non
         workspace: A workspace on the tensors' device.
 
     Raises:
+        TypeError: An argument is no dense tensor or no number.
         ValueError: An argument does not fit.
         RuntimeError: The extension is missing, or the tensors are on a GPU and it was built without CUDA, or the launch
             failed.
     """
-    most = limits().max_linear_products
-    if not 1 <= len(products) <= most:
-        raise ValueError(f"products has {len(products)} entries: allowed are 1 to {most}. Split them over more calls.")
-    first = products[0]
-    for number, product in enumerate(products):
-        if (len(product.input), product.weight.dtype) != (len(first.input), first.weight.dtype):
-            raise ValueError(
-                f"products[{number}] has {len(product.input)} rows and a weight of {name_of(product.weight.dtype)}, "
-                f"products[0] {len(first.input)} and {name_of(first.weight.dtype)}: pass products that agree in both."
-            )
-    if first.input.device.type != "cuda":
+    partials, semaphores = _tensors_of(workspace)
+    if partials.device.type != "cuda":
+        extension().linear_cpu_check(products, partials, semaphores)
         for product in products:
             linear(workspace=workspace, **product._asdict())
     elif torch.cuda.is_current_stream_capturing():
-        _launch(products, workspace.partials, workspace.semaphores)
+        cuda_function("linear_cuda")(products, partials, semaphores)
     else:
-        with one_at_a_time(first.input.device):
-            _launch(products, workspace.partials, workspace.semaphores)
+        with one_at_a_time(partials.device):
+            cuda_function("linear_cuda")(products, partials, semaphores)
 
 
 @contextmanager
@@ -182,10 +184,10 @@ def _linear_cuda(
     swiglu: bool,
     output: torch.Tensor,
     partials: torch.Tensor,
-    tickets: torch.Tensor,
+    semaphores: torch.Tensor,
 ) -> None:
     product = Product(input, weight, output, scale, norm_weight, epsilon, residual, swiglu)
-    _launch([product], partials, tickets)
+    cuda_function("linear_cuda")([product], partials, semaphores)
 
 
 def _linear_cpu(
@@ -198,9 +200,10 @@ def _linear_cpu(
     swiglu: bool,
     output: torch.Tensor,
     partials: torch.Tensor,
-    tickets: torch.Tensor,
+    semaphores: torch.Tensor,
 ) -> None:
-    _check(Product(input, weight, output, scale, norm_weight, epsilon, residual, swiglu))
+    product = Product(input, weight, output, scale, norm_weight, epsilon, residual, swiglu)
+    extension().linear_cpu_check([product], partials, semaphores)
     input_BK, dtype = input.float(), input.dtype
     factor_B1 = torch.ones(len(input), 1) if scale is None else scale.expand(len(input), 1)
     if norm_weight is not None:
@@ -216,99 +219,7 @@ def _linear_cpu(
 
 register(
     "linear(Tensor input, Tensor weight, Tensor? scale, Tensor? norm_weight, float epsilon, Tensor? residual, "
-    "bool swiglu, Tensor(a!) output, Tensor(b!) partials, Tensor(c!) tickets) -> ()",
+    "bool swiglu, Tensor(a!) output, Tensor(b!) partials, Tensor(c!) semaphores) -> ()",
     cpu=_linear_cpu,
     cuda=_linear_cuda,
 )
-
-
-def _launch(products: Sequence[Product], partials: torch.Tensor, semaphores: torch.Tensor) -> None:
-    for product in products:
-        _check_for_kernel(product)
-    input, weight = products[0].input, products[0].weight
-    for name, tensor in (("partials", partials), ("semaphores", semaphores)):
-        if tensor.device != input.device:
-            raise ValueError(f"workspace.{name} is on {tensor.device}: make a LinearWorkspace({input.device}).")
-    if len(input) == 0:
-        return
-    cuda_function("linear_cuda")(
-        **launch_arguments(input),
-        rows=len(input),
-        weight_type=limits().weight_types[weight.dtype],
-        partials=partials.data_ptr(),
-        tickets=semaphores.data_ptr(),
-        products=[
-            (
-                product.input.data_ptr(),
-                product.weight.data_ptr(),
-                product.output.data_ptr(),
-                address_of(product.scale),
-                address_of(product.norm_weight),
-                product.epsilon,
-                address_of(product.residual),
-                product.swiglu,
-                product.input.shape[1],
-                product.weight.shape[0],
-            )
-            for product in products
-        ],
-    )
-
-
-def _check(product: Product) -> None:
-    """Refuse a product whose dtypes, devices, shapes or memory ranges do not fit each other."""
-    input, weight, output, scale, norm_weight, _, residual, swiglu = product
-    dtype, device = input.dtype, input.device
-    check_tensor("input", input, dtype, device, (None, None), "[B, K]")
-    rows, in_features = input.shape
-    is_fp8 = weight.dtype == torch.float8_e4m3fn
-    if not is_fp8 and weight.dtype != dtype:
-        raise ValueError(
-            f"weight is {name_of(weight.dtype)}; it must be {name_of(dtype)}, as input is, or float8_e4m3fn with a "
-            "scale."
-        )
-    if is_fp8 and scale is None:
-        raise ValueError("weight is float8_e4m3fn and scale None: pass the factor of the weight's values.")
-    if scale is not None and not is_fp8:
-        raise ValueError(f"weight is {name_of(weight.dtype)}: scale belongs to float8_e4m3fn, pass None.")
-    check_tensor("weight", weight, weight.dtype, device, (None, in_features), "[N, K]")
-    out_features = weight.shape[0]
-    if swiglu and out_features % 2:
-        raise ValueError(f"weight has N={out_features} rows: with swiglu half of them are the gate's, so pass even N.")
-    if swiglu and residual is not None:
-        raise ValueError("residual is given with swiglu=True: add it to the product behind the activation instead.")
-    shape, meaning = ((rows, out_features // 2), "[B, N / 2]") if swiglu else ((rows, out_features), "[B, N]")
-    check_tensor("output", output, dtype, device, shape, meaning)
-    if scale is not None:
-        check_tensor("scale", scale, torch.float32, device, (1,), "[1]")
-    if norm_weight is not None:
-        check_tensor("norm_weight", norm_weight, dtype, device, (in_features,), "[K]")
-    if residual is not None:
-        check_tensor("residual", residual, dtype, device, shape, meaning)
-    check_contiguous(input=input, weight=weight, residual=residual, output=output)
-    if overlap(input, output):
-        raise ValueError("input and output share memory: input must be apart from it.")
-    if residual is not None and residual.data_ptr() != output.data_ptr() and overlap(residual, output):
-        raise ValueError("residual and output share memory: residual must be output itself or apart from it.")
-
-
-def _check_for_kernel(product: Product) -> None:
-    """Refuse a product that the GPU's kernel cannot compute."""
-    _check(product)
-    input, weight, output, _, norm_weight, _, residual, _ = product
-    most = limits()
-    if input.dtype != torch.bfloat16:
-        raise ValueError(f"input is {name_of(input.dtype)}: on a GPU it must be bfloat16.")
-    if len(input) > most.max_linear_rows:
-        raise ValueError(
-            f"input has B={len(input)} rows: on a GPU allowed are up to {most.max_linear_rows}. Split them over more "
-            "calls."
-        )
-    if not takes_linear(weight):
-        raise ValueError(
-            f"weight is {name_of(weight.dtype)} {shape_of(weight)}: on a GPU allowed are "
-            f"{' and '.join(map(name_of, most.weight_types))}, rows of a multiple of "
-            f"{most.linear_row_bytes_multiple} bytes and N a multiple of {most.linear_out_features_multiple}. Use "
-            "torch.nn.functional.linear."
-        )
-    check_aligned(input=input, weight=weight, norm_weight=norm_weight, residual=residual, output=output)
