@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from fuzzing import ROUNDS, damaged, fuzz
 from llama_te_convert.cli import main
-from llama_te_convert.errors import one_line
+from llama_te_convert.errors import CheckpointError, one_line
+from llama_te_convert.sources.gguf import GGUFSource, gguf_config, save_gguf_tokenizer
+from llama_te_convert.sources.tensor_source import row_chunks
 
 
 @pytest.fixture(autouse=True)
@@ -199,3 +206,153 @@ def test_a_conversion_reads_weights_and_configuration_through_links(folder: Path
         (folder / name).symlink_to(folder.parent / name)
     assert main(["to-te", str(folder), str(folder.parent / "target")]) == 0
     assert not (folder.parent / "target" / "model.safetensors").is_symlink()
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(path: Path) -> int:
+    """A Llama with fields of every kind and a tokenizer, and the bytes of its header."""
+    vocabulary = [*map(chr, range(65, 123)), "<s>", "</s>", "ab", "bc", "abc", "{{"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(5e5)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(64)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * 64)
+    writer.add_token_merges(["a b", "b c", "a bc"])
+    writer.add_bos_token_id(58)
+    writer.add_eos_token_id(59)
+    writer.add_add_bos_token(True)
+    writer.add_chat_template("{{ bos_token }}{% for each in messages %}{{ each['content'] }}{% endfor %}")
+    generator = np.random.default_rng(0)
+    shapes = {"token_embd": (64, 64), "output_norm": (64,), "output": (64, 64), "rope_freqs": (8,)}
+    layer = {"attn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64), "attn_output": (64, 64)}
+    layer |= {"ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}
+    for name, shape in {**shapes, **{f"blk.0.{name}": shape for name, shape in layer.items()}}.items():
+        values = generator.standard_normal(shape).astype(np.float32)
+        kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        data = np.ones(shape, np.float32) if name == "rope_freqs" else gguf.quants.quantize(values, kind)
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind if len(shape) == 2 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return int(gguf.GGUFReader(path).data_offset)
+
+
+def read_gguf(path: Path) -> None:
+    gguf_config(path)
+    with closing(GGUFSource(path)) as source:
+        for name, info in source.tensors.items():
+            for start, stop in row_chunks(info, 0, info.rows):
+                source.read(name, start, stop)
+
+
+def field_type(content: bytes, key: str) -> int:
+    """The place of the type of a field."""
+    return content.index(struct.pack("<Q", len(key)) + key.encode()) + 8 + len(key)
+
+
+def test_a_text_that_a_changed_byte_makes_an_array(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    read_gguf(path)
+    content = path.read_bytes()
+    for key in ("general.architecture", "tokenizer.chat_template", "tokenizer.ggml.model"):
+        place = field_type(content, key)
+        path.write_bytes(content[:place] + b"\x09" + content[place + 1 :])
+        message = refused(path, capsys, commands=("to-te", "inspect"))
+        assert f"{path} is not a GGUF file, or it is damaged or not complete: the field '{key}' " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "skip", "new", "message"),
+    [
+        ("tokenizer.ggml.tokens", 4 + 4, struct.pack("<Q", 2**62), "has 4,611,686,018,427,387,904 elements"),
+        ("tokenizer.ggml.tokens", 4 + 4 + 8, struct.pack("<Q", 2**40), "has a text of 1,099,511,627,776 bytes"),
+        ("tokenizer.ggml.tokens", 4, struct.pack("<I", 9), "is an array of the type 9"),
+        ("tokenizer.ggml.tokens", 4, struct.pack("<I", 77), "is an array of the type 77"),
+        ("tokenizer.ggml.model", 0, struct.pack("<I", 77), "has the unknown type 77"),
+        ("tokenizer.ggml.model", 4, struct.pack("<Q", 2**63), "has 9,223,372,036,854,775,808 bytes"),
+        ("tokenizer.ggml.model", 4, struct.pack("<Q", 2**20), "it ends within its header"),
+        ("tokenizer.ggml.add_bos_token", 4, b"\x02", "is neither true nor false"),
+        ("llama.rope.freq_base", 4, struct.pack("<f", float("nan")), "is nan, which is not finite"),
+        ("llama.block_count", 4, struct.pack("<I", 2**32 - 1), "num_hidden_layers=4294967295 must be a whole number"),
+        ("llama.block_count", 4, struct.pack("<I", 0), "num_hidden_layers=0 must be a whole number"),
+        ("llama.embedding_length", 4, struct.pack("<I", 2**31), "hidden_size=2147483648 must be a whole number"),
+        ("llama.attention.head_count", 4, struct.pack("<I", 0), "transformers cannot make a configuration from it"),
+        ("general.architecture", -20, b"llama.context_length", "it has the field 'llama.context_length' twice"),
+        ("output_norm.weight", 4, struct.pack("<Q", 2**60), "has the sizes [1152921504606846976]"),
+        ("output_norm.weight", 4, struct.pack("<Q", 0), "has the sizes [0], which no tensor can have"),
+        ("output_norm.weight", 0, struct.pack("<I", 2**31), "has 2147483648 dimensions"),
+        ("output_norm.weight", 4 + 8, struct.pack("<I", 99), "has the unknown type 99"),
+        ("output_norm.weight", 4 + 8 + 4, struct.pack("<Q", 2**50), "but the file has"),
+        ("output_norm.weight", 4 + 8 + 4, struct.pack("<Q", 8), "is no multiple of 32"),
+        ("output_norm.weight", 4 + 8 + 4, struct.pack("<Q", 64), "overlap"),
+        ("output.weight", 4, struct.pack("<Q", 63), "has rows of 63 elements, which is no multiple of 32"),
+        ("blk.0.attn_norm.weight", -22, b"blk.9.attn_norm.weight", "model.layers.0.input_layernorm.weight is needed"),
+        ("blk.0.attn_norm.weight", -22, b"blk.00attn_norm.weight", "a Llama does not have: blk.00attn_norm.weight"),
+        ("blk.0.ffn_norm.weight", -21, b"blk.0.ffn_norm.weigh\xff", "the name of a tensor is not UTF-8"),
+    ],
+    ids=str,
+)
+def test_headers_that_lie_are_refused(tmp_path: Path, key: str, skip: int, new: bytes, message: str, capsys) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    content = path.read_bytes()
+    place = field_type(content, key) + skip
+    path.write_bytes(content[:place] + new + content[place + len(new) :])
+    assert message in refused(path, capsys)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "zero"])
+def test_special_files_that_are_named_as_gguf_are_refused(tmp_path: Path, make: Any, capsys) -> None:
+    make(tmp_path / "tiny.gguf")
+    assert "tiny.gguf cannot be read: it is a " in refused(
+        tmp_path / "tiny.gguf", capsys, commands=("to-te", "inspect")
+    )
+
+
+@pytest.mark.fuzz
+def test_damaged_gguf_files(tmp_path: Path, counts: Callable[[str], None]) -> None:
+    path = tmp_path / "tiny.gguf"
+    header = write_gguf(path)
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        read_gguf(path)
+
+    def damaged_header(seed: bytes, source: random.Random) -> bytes:
+        return damaged(seed[:header], source) + seed[header:] if source.random() < 0.9 else damaged(seed, source)
+
+    seed = path.read_bytes()
+    found = fuzz(read, [seed], tmp_path, refusals=(CheckpointError,), cases=1000, damage=damaged_header)
+    counts(f"GGUF: {found}")
+    assert found.accepted > 10 * ROUNDS and found.refused > 100 * ROUNDS
+
+
+@pytest.mark.fuzz
+def test_damaged_gguf_tokenizers(tmp_path: Path, counts: Callable[[str], None]) -> None:
+    path = tmp_path / "tiny.gguf"
+    header = write_gguf(path)
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        save_gguf_tokenizer(path, tmp_path / "tokenizer")
+
+    def damaged_header(seed: bytes, source: random.Random) -> bytes:
+        return damaged(seed[:header], source) + seed[header:]
+
+    seed = path.read_bytes()
+    found = fuzz(read, [seed], tmp_path, refusals=(CheckpointError,), cases=200, damage=damaged_header)
+    counts(f"tokenizers of GGUF files: {found}")
+    assert found.refused > 20 * ROUNDS

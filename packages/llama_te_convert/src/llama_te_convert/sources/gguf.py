@@ -9,14 +9,20 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from llama_te_core.checkpoint_format import check_values
+from llama_te_core.files.input_files import open_file
+
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
+from .gguf_header import GGUFHeader, GGUFTensor, OtherByteOrderError, read_gguf_header
 from .tensor_source import read_exactly
 
 _MODEL_NAMES = {
@@ -35,10 +41,10 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYER = re.compile(r"blk\.(?P<layer>\d+)\.(?P<rest>\w+)\.weight")
+_LAYER = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,8})\.(?P<rest>\w+)\.weight")
 _ROPE_FACTORS = "rope_freqs.weight"
 # transformers computes the rotary frequencies from the configuration.
-_COMPUTED = re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_COMPUTED = re.compile(r"rope_freqs\.weight|blk\.[0-9]+\.attn_rot_embd\.weight")
 # llama.cpp uses these values for Llama 3.1 and later. The file stores only the factors that result.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -78,42 +84,47 @@ class GGUFSource:
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, _Stored] = {}
         self._gguf = _import_gguf(path)
-        # The package's reader maps the whole file, so only the header is read with it.
-        reader = _read_header(self._gguf, path)
+        self._file = _open(path)
+        try:
+            self._add_all(_read_header(self._gguf, self._file, path))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _add_all(self, header: GGUFHeader) -> None:
         unknown = []
-        for tensor in reader.tensors:
+        for tensor in header.tensors:
             name = _hf_name(tensor.name)
             if name is not None:
-                self._add(name, tensor, reader)
+                self._add(name, tensor, header)
             elif not _COMPUTED.fullmatch(tensor.name):
                 unknown.append(tensor.name)
         if unknown:
             more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
             raise CheckpointError(
-                f"{path} has tensors that a Llama does not have: {', '.join(unknown[:8])}{more}. Mixtures of experts "
-                "and biases are not supported."
+                f"{self.path} has tensors that a Llama does not have: {', '.join(unknown[:8])}{more}. Mixtures of "
+                "experts and biases are not supported."
             )
-        self._file = path.open("rb", buffering=0)
 
-    def _add(self, name: str, tensor: Any, reader: Any) -> None:
-        shape = tuple(int(size) for size in reversed(tensor.shape))
+    def _add(self, name: str, tensor: GGUFTensor, header: GGUFHeader) -> None:
+        shape, quantization = tensor.shape, self._gguf.GGMLQuantizationType(tensor.quantization)
         try:
-            _, block_bytes = self._gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-            self._gguf.dequantize(np.zeros((1, block_bytes), np.uint8), tensor.tensor_type)
+            _, block_bytes = self._gguf.GGML_QUANT_SIZES[quantization]
+            self._gguf.dequantize(np.zeros((1, block_bytes), np.uint8), quantization)
         except NotImplementedError as error:
             raise CheckpointError(
-                f"{self.path}: {tensor.name} has the type {tensor.tensor_type.name}, which the package gguf cannot "
+                f"{self.path}: {tensor.name} has the type {quantization.name}, which the package gguf cannot "
                 "dequantize. Take a file of another type, such as F16, BF16 or Q8_0."
             ) from error
         heads = 0
         if ".q_proj." in name or ".k_proj." in name:
-            heads = _heads(reader, self.path, key=".k_proj." in name)
+            heads = _heads(header, self.path, key=".k_proj." in name)
             if len(shape) != 2 or shape[0] % (2 * heads):
                 raise CheckpointError(
                     f"{self.path}: {tensor.name} {list(shape)} does not have the rows of {heads} heads."
                 )
         self.tensors[name] = TensorInfo("float32", shape)
-        self._stored[name] = _Stored(int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, heads)
+        self._stored[name] = _Stored(tensor.offset, tensor.nbytes, quantization, heads)
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read rows of a tensor: see `TensorSource`."""
@@ -158,20 +169,24 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    reader = _read_header(_import_gguf(path), path)
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).to_dict()
-    except Exception as error:  # transformers does not document its errors for unusable files
-        raise CheckpointError(f"{path}: transformers cannot make a configuration from it: {error}.") from error
-    if config["model_type"] != "llama":
-        raise CheckpointError(
-            f"{path}: transformers reads it as a {config['model_type']!r} model, but only a Llama can be converted."
-        )
-    # The last two are the file's path.
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        config.pop(name, None)
-    config["architectures"] = ["LlamaForCausalLM"]
-    config["rope_parameters"] = _rope_parameters(reader, config, path)
+    gguf = _import_gguf(path)
+    with _open(path) as file:
+        header = _read_header(gguf, file, path)
+        with _errors_of_transformers(path, "configuration"):
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True).to_dict()
+        if config["model_type"] != "llama":
+            raise CheckpointError(
+                f"{path}: transformers reads it as a {config['model_type']!r} model, but only a Llama can be converted."
+            )
+        # The last two are the file's path.
+        for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+            config.pop(name, None)
+        config["architectures"] = ["LlamaForCausalLM"]
+        try:
+            check_values(config)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        config["rope_parameters"] = _rope_parameters(header, config, file, path)
     return dict(config)
 
 
@@ -187,12 +202,24 @@ def save_gguf_tokenizer(path: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer
 
-    _import_gguf(path)
-    try:
+    gguf = _import_gguf(path)
+    with _open(path) as file:
+        _read_header(gguf, file, path)  # transformers trusts the numbers in it
+    with _errors_of_transformers(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    except Exception as error:  # see gguf_config
-        raise CheckpointError(f"{path}: transformers cannot make a tokenizer from it: {error}.") from error
-    tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _errors_of_transformers(path: Path, what: str) -> Iterator[None]:
+    """Turn every error into a `CheckpointError`. transformers does not document its errors for unusable files."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust code is not an Exception
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(f"{path}: transformers cannot make a {what} from it: {problem}.") from error
 
 
 def _import_gguf(path: Path) -> Any:
@@ -204,38 +231,39 @@ def _import_gguf(path: Path) -> Any:
         ) from error
 
 
-def _read_header(gguf: Any, path: Path) -> Any:
-    """Open a Llama's file with the reader of the package."""
+def _open(path: Path) -> BinaryIO:
     try:
-        reader = gguf.GGUFReader(path)
-        architecture, files = _field(reader, "general.architecture"), _field(reader, "split.count")
+        return open_file(path, buffering=0)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # the reader can raise anything for a damaged file
+
+
+def _read_header(gguf: Any, file: BinaryIO, path: Path) -> GGUFHeader:
+    """Read the header of a Llama's open file."""
+    try:
+        header = read_gguf_header(file, {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()})
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except OtherByteOrderError as error:
         raise CheckpointError(
-            f"{path} is not a GGUF file, or it is damaged or not complete: {type(error).__name__}: {error}."
+            f"{path} has another byte order than this machine: convert it with llama.cpp first."
         ) from error
-    if reader.byte_order == "S":
-        raise CheckpointError(f"{path} has another byte order than this machine: convert it with llama.cpp first.")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a GGUF file, or it is damaged or not complete: {error}.") from error
+    architecture, files = header.fields.get("general.architecture"), header.fields.get("split.count")
     if files not in (None, 0, 1):
         raise CheckpointError(f"{path} is one of {files} files: merge them first, with llama-gguf-split --merge.")
     if architecture != "llama":
         raise CheckpointError(f"{path} has the architecture {architecture!r}: only 'llama' can be converted.")
-    return reader
+    return header
 
 
-def _field(reader: Any, name: str) -> Any:
-    field = reader.get_field(name)
-    return None if field is None else field.contents()
-
-
-def _heads(reader: Any, path: Path, *, key: bool) -> int:
+def _heads(header: GGUFHeader, path: Path, *, key: bool) -> int:
     """Number of query or key heads."""
     name = "llama.attention.head_count"
-    heads = _field(reader, name)
+    heads = header.fields.get(name)
     if key:
-        grouped = _field(reader, name + "_kv")
-        heads = heads if grouped is None else grouped
+        heads = header.fields.get(name + "_kv", heads)
     if type(heads) is not int or heads < 1:
         raise CheckpointError(f"{path}: its {name + '_kv' * key} is {heads!r}, but must be one number for all layers.")
     return heads
@@ -257,22 +285,25 @@ def _rows_in_file(rows: Any, head_size: int) -> Any:
     return head * head_size + 2 * place + half
 
 
-def _rope_parameters(reader: Any, config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _rope_parameters(header: GGUFHeader, config: dict[str, Any], file: BinaryIO, path: Path) -> dict[str, Any]:
     """The `rope_parameters` of the configuration, with the scaling that the file stores."""
-    scaling = _field(reader, "llama.rope.scaling.type")
+    scaling = header.fields.get("llama.rope.scaling.type")
     if scaling not in (None, "none"):
         raise CheckpointError(
             f"{path} scales rotary frequencies by the method {scaling!r}, which is not supported: convert the model "
             "that the file was made from."
         )
     rope = dict(config["rope_parameters"])
-    factors = next((tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FACTORS), None)
-    if factors is None:
+    stored = next((tensor for tensor in header.tensors if tensor.name == _ROPE_FACTORS), None)
+    if stored is None:
         return rope
-    factors = np.array(factors, np.float64)
+    raw = bytearray(config["head_dim"] // 2 * 4)  # float32
+    if stored.nbytes == len(raw):
+        read_exactly(file.fileno(), memoryview(raw), stored.offset, path, _ROPE_FACTORS)
+    factors = np.frombuffer(raw, np.float32).astype(np.float64)
     llama3 = {**rope, "rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3_ROPE}
     expected = _llama3_factors(llama3, config["head_dim"])
-    # The file stores float32. Factors of another scaling differ by some percent.
+    # The file stores float32. Factors of another scaling differ by some percent, and those of another size are 0 here.
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise CheckpointError(
             f"{path}: its {_ROPE_FACTORS} scales rotary frequencies in another way than Llama 3, which is not "
