@@ -104,13 +104,13 @@ def test_what_is_carried_along_and_what_is_not(source: Path, tmp_path: Path) -> 
     convert_checkpoint(str(source), tmp_path / "te", to_te=True, max_shard_bytes=SHARD)
     names = {name for name in contents(tmp_path / "te") if not name.endswith(".safetensors")}
     assert names == {
-        "config.json", "generation_config.json", "llama_te.py", "conversion.json", "model.safetensors.index.json",
-        "tokenizer.json", "LICENSE", "additional_chat_templates/tools.jinja",
+        "config.json", "generation_config.json", "llama_te.py", "conversion.json", "checksums.json",
+        "model.safetensors.index.json", "tokenizer.json", "LICENSE", "additional_chat_templates/tools.jinja",
     }  # fmt: skip
     convert_checkpoint(str(tmp_path / "te"), tmp_path / "hf", to_te=False)
     names = {name for name in contents(tmp_path / "hf") if not name.endswith(".safetensors")}
     assert names == {
-        "config.json", "generation_config.json", "conversion.json", "tokenizer.json", "LICENSE",
+        "config.json", "generation_config.json", "conversion.json", "checksums.json", "tokenizer.json", "LICENSE",
         "additional_chat_templates/tools.jinja",
     }  # fmt: skip
     assert len(list((tmp_path / "te").glob("*.safetensors"))) > 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import warnings
@@ -13,43 +12,16 @@ import pytest
 
 import fuzzing
 from core.test_train_checkpoints import Run, assert_same, names
+from damages import DAMAGES, delete, flip, truncate
+from llama_te_convert.cli import main
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
-
-def delete(path: Path) -> None:
-    path.unlink()
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def swap(path: Path) -> None:
-    other = path.with_name("config.json" if path.name != "config.json" else ".metadata")
-    held = path.with_name("held")
-    path.rename(held)
-    other.rename(path)
-    held.rename(other)
-
-
-def flip_and_keep_the_time(path: Path) -> None:
-    status = path.stat()
-    flip(path)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-DAMAGES = {
-    "deleted": (delete, "is missing"),
-    "truncated": (truncate, "bytes in place of"),
-    "flipped": (flip, "has other bytes than checksums.json says (written after checksums.json)"),
-    "swapped": (swap, "bytes in place of"),
-    "flipped with its old time": (flip_and_keep_the_time, "says (older than checksums.json)"),
+PROBLEMS = {
+    "deleted": "is missing",
+    "truncated": "bytes in place of",
+    "flipped": "has other bytes than checksums.json says (written after checksums.json)",
+    "swapped": "bytes in place of",
+    "flipped with its old time": "says (older than checksums.json)",
 }
 FILES = ("__0_0.distcp", ".metadata", "config.json")
 
@@ -83,14 +55,15 @@ def resumed(folder: Path) -> tuple[int, Run]:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder: Path, damage: str, file: str) -> None:
-    change, problem = DAMAGES[damage]
     shutil.copytree(folder, folder.with_name("older"))
     shutil.rmtree(folder.with_name("older") / "step-00000002")
-    change(folder / "step-00000002" / file)
+    DAMAGES[damage](folder / "step-00000002" / file)
     with pytest.warns(UserWarning, match="has a damaged checkpoint") as caught:
         step, run = resumed(folder)
     (warning,) = (str(each.message) for each in caught)
-    assert f"damaged checkpoint: step 2: {'' if damage == 'swapped' else file}" in warning and problem in warning
+    assert (
+        f"damaged checkpoint: step 2: {'' if damage == 'swapped' else file}" in warning and PROBLEMS[damage] in warning
+    )
     assert "goes on from step 1, and keeps the damaged one as step-00000002.damaged." in warning
     assert step == 1
     run.train(2)
@@ -109,11 +82,39 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(folder: Path, da
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_not_loaded(folder: Path, damage: str, file: str) -> None:
-    change, _ = DAMAGES[damage]
-    change(folder / "step-00000002" / file)
+    DAMAGES[damage](folder / "step-00000002" / file)
     run = Run()
     with pytest.raises(TrainingCheckpointError, match=r"step-00000002 cannot be loaded: .*go on from step 1\.$"):
         Checkpoints(folder).load(2, run.model, run.optimizer, run.extra)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_not_converted(folder: Path, capsys, damage: str, file: str) -> None:
+    step, converted = folder / "step-00000002", folder.with_name("hf")
+    DAMAGES[damage](step / file)
+    assert main(["to-hf", str(step), str(converted)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{step} has changed since checksums.json was written: " in error
+    assert file in error
+    assert not converted.exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_verify_names_the_damaged_files_of_a_run(folder: Path, capsys, damage: str) -> None:
+    assert main(["verify", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "8 files: 8 OK."
+    assert lines[0] == "OK: step-00000001/.metadata"
+    DAMAGES[damage](folder / "step-00000002" / "__0_0.distcp")
+    assert main(["verify", str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    state = "missing" if damage == "deleted" else "damaged"
+    assert any(line.startswith(f"{state}: step-00000002/__0_0.distcp ") for line in lines)
+    assert lines[-1] == f"8 files: {6 if damage == 'swapped' else 7} OK, {2 if damage == 'swapped' else 1} {state}."
+    with pytest.warns(UserWarning, match="step 2"):
+        Checkpoints(folder).latest()
+    assert main(["verify", str(folder)]) == 0  # the run goes on without the damaged checkpoint
 
 
 @pytest.mark.parametrize("damage", [delete, truncate, flip])

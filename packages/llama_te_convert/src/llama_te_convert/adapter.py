@@ -28,6 +28,7 @@ from .layout.mapping import TensorMapping, convert_tensors, map_known_names, map
 from .layout.row_order import HeadSizes
 from .layout.rules import Rule
 from .sources.checkpoint import check_hub_id, not_on_the_hub
+from .sources.recorded_checksums import refuse_changed
 from .targets.new_folder import new_target, written_whole
 
 # Importing torch takes seconds, and refusing a configuration does without it.
@@ -85,6 +86,7 @@ def convert_adapter(
     """
     source, folder = Path(source), Path(folder)
     new_target(folder)
+    refuse_changed(source)
     config = read_config(source, CONFIG)
     _check(config, source)
     base = base or config.get("base_model_name_or_path")

@@ -28,6 +28,7 @@ examples:
   llama-te-convert to-hf ./llama-te ./llama-fp8 --fp8
   llama-te-convert adapter-to-hf ./adapter ./adapter-hf --base ./Llama-3.1-8B
   llama-te-convert adapter-to-te ./adapter ./adapter-te --base ./llama-te
+  llama-te-convert verify ./llama-te
   llama-te-convert verify ./Llama-3.2-1B ./llama-te
   llama-te-convert inspect ./llama-te
 
@@ -150,10 +151,17 @@ def _add_adapter(commands: Any, name: str, text: str, *, to_te: bool) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    text = "compare two checkpoints, of either layout, tensor by tensor"
-    command = commands.add_parser("verify", help=text, description=_sentence(text + "; status 1 if they differ"))
-    command.add_argument("a", metavar="A", help="a folder, an id on the hub or a GGUF file")
-    command.add_argument("b", metavar="B", help="the other one")
+    command = commands.add_parser(
+        "verify",
+        help="compare two checkpoints tensor by tensor, or the files of a folder with their recorded checksums",
+        description="With A and B: compare two checkpoints, of either layout, tensor by tensor; status 1 if they "
+        "differ. With A alone: compare the files of a folder with the sizes and checksums that were recorded when they "
+        "were written. The folder is one that llama-te-convert or llama-te-train wrote, or a training run with several "
+        "of them. It prints OK, damaged, missing or extra (not recorded) for each file; status 1 if a file is damaged "
+        "or missing, or a folder of the run has no checksums.",
+    )
+    command.add_argument("a", metavar="A", help="a folder, an id on the hub or a GGUF file; without B, a folder")
+    command.add_argument("b", metavar="B", nargs="?", help="the other checkpoint")
     command.add_argument(
         "--tolerance", action="store_true",
         help="allow one rounding to the coarser of the two dtypes (default: compare bits)",
@@ -199,7 +207,7 @@ def _convert(options: argparse.Namespace) -> int:
         from .sources.torch_tensors import torch_dtype
 
         dtype = torch_dtype(options.dtype)
-    with Progress(options.folder.name) as bar:
+    with Progress(options.folder.name) as bar, Progress("checksums", after=2) as checking:
         report = convert_checkpoint(
             options.source,
             options.folder,
@@ -213,6 +221,7 @@ def _convert(options: argparse.Namespace) -> int:
             fp8=options.fp8,
             allow_pickle=options.allow_pickle,
             progress=bar.update,
+            checking=checking.update,
         )
     if options.json:
         print(json.dumps({**vars(report), "megabytes_per_second": report.megabytes_per_second}))
@@ -239,6 +248,8 @@ def _convert_adapter(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    if options.b is None:
+        return _verify_files(options)
     from .verify.compare import TOLERANCES, compare
     from .verify.logits import compare_logits
 
@@ -263,6 +274,18 @@ def _verify(options: argparse.Namespace) -> int:
         lines += logits.lines()
     print(json.dumps(result) if options.json else "\n".join(map(one_line, lines)))
     return 0 if equal else 1
+
+
+def _verify_files(options: argparse.Namespace) -> int:
+    from .verify.recorded_files import is_whole, lines, to_dict, verify_files
+
+    for name in ("tolerance", "logits", "allow_pickle"):
+        if getattr(options, name):
+            raise CheckpointError(f"--{name.replace('_', '-')} has no effect on one folder: name two checkpoints.")
+    with Progress("checksums", after=2) as bar:
+        files = verify_files(Path(options.a).expanduser(), bar.update)
+    print(json.dumps(to_dict(files)) if options.json else "\n".join(lines(files)))
+    return 0 if is_whole(files) else 1
 
 
 def _inspect(options: argparse.Namespace) -> int:

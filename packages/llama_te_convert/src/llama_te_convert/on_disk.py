@@ -23,6 +23,7 @@ from .errors import CheckpointError
 from .layout.row_ranges import converted_tensors
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, refuse_adapter
 from .sources.own_head import has_own_head
+from .sources.recorded_checksums import refuse_changed
 from .targets.new_folder import check_apart, kept_whole, target_folder, writing
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
@@ -39,7 +40,7 @@ _WORKERS = 2  # the kernel copies into its page cache, and one core of that does
 
 # Files that are not copied: weights in any format, and code that belongs to the source's layout.
 _NOT_COPIED = re.compile(
-    r"\..*|config\.json|conversion\.json|.*\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ot|py|distcp)"
+    r"\..*|config\.json|conversion\.json|checksums\.json|.*\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ot|py|distcp)"
     r"|.*\.(safetensors|bin)\.index(\..*)?\.json"
 )
 
@@ -82,6 +83,7 @@ def convert_checkpoint(
     fp8: bool = False,
     allow_pickle: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    checking: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Convert a checkpoint between the Hugging Face and the Transformer Engine layout.
 
@@ -102,12 +104,15 @@ def convert_checkpoint(
         fp8: Whether to write the decoder's linear weights in FP8 with a scale for each, as serving engines read them.
         allow_pickle: Whether to read `pytorch_model.bin` files.
         progress: Called with the bytes that are written and the bytes in total.
+        checking: Called with the bytes whose checksum is compared with a recorded one, and the bytes in total. These
+            are the files of a local source with `checksums.json`, or of a target that is there already.
 
     Returns:
         The report of the conversion.
 
     Raises:
-        CheckpointError: The source, the target or an option is not valid, or a file cannot be read or written.
+        CheckpointError: The source, the target or an option is not valid; a file cannot be read or written; or a file
+            of the source, or of a result that is there already, differs from its recorded checksum.
     """
     begin = time.perf_counter()
     target = target_folder(Path(folder))
@@ -121,6 +126,10 @@ def convert_checkpoint(
     refuse_adapter(path)
     with contextlib.ExitStack() as until_the_end:
         until_the_end.enter_context(kept_whole(path))
+        is_there = target.is_dir() and any(target.iterdir())  # the finished result, whose checksums count
+        # huggingface_hub takes care of its own files. It may not have downloaded all of a repository's.
+        if Path(source).expanduser().exists() and not is_there:
+            refuse_changed(path, checking)
         checkpoint = open_checkpoint(path, variant=variant, allow_pickle=allow_pickle)
         until_the_end.enter_context(contextlib.closing(checkpoint.source))
         background = until_the_end.enter_context(ThreadPoolExecutor(1))
@@ -179,12 +188,12 @@ def convert_checkpoint(
             _copy_other_files(path, unfinished)
             write_config.result()(unfinished)
 
-        kept = total
-        if not is_finished(target, record):
+        kept, planned = total, shards(streams, max_shard_bytes)
+        if not is_finished(planned, target, record, checking):
             with writing(target):
-                if not is_finished(target, record):  # another process may have made it in between
+                if not is_finished(planned, target, record, checking):  # another process may have made it in between
                     kept = write_checkpoint(
-                        shards(streams, max_shard_bytes),
+                        planned,
                         target,
                         record,
                         write_rest=write_rest,

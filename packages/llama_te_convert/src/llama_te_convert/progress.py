@@ -20,10 +20,12 @@ class Progress:
 
     Args:
         title: Text before the numbers.
+        after: Seconds without a bar at the beginning.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, after: float = 0) -> None:
         self.title = title
+        self._bar_from = time.monotonic() + after
         self._bar: _Bar | None = None
         self._last = time.monotonic()
 
@@ -41,6 +43,8 @@ class Progress:
             if now - self._last >= 10:
                 self._last = now
                 print(f"{self.title}: {done / 1e9:.2f} of {total / 1e9:.2f} GB", file=sys.stderr, flush=True)
+            return
+        if now < self._bar_from:
             return
         if self._bar is None:
             from tqdm import tqdm  # type: ignore[import-untyped]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llama_te_core.files.checksums import record_checksums
 from llama_te_core.files.disk import DiskError, new_folder, writing_to
 from llama_te_core.files.folder_lock import FolderInUseError, lock_beside, reading
 
@@ -69,7 +70,7 @@ def new_target(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Write a new folder, which is there as a whole or not at all.
+    """Write a new folder, which is there as a whole or not at all, with the checksums of its files.
 
     Yields:
         The path to write to, which does not exist yet.
@@ -83,6 +84,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
         try:
             with writing_to(folder), new_folder(real) as unfinished:
                 yield unfinished
+                record_checksums(unfinished)
         except DiskError as error:
             raise CheckpointError(str(error)) from error
 

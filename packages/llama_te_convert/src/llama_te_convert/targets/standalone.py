@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from llama_te_core import NVLlamaConfig, NVLlamaPreTrainedModel
-from llama_te_core.checkpoint_format import LOADER, STANDALONE, auto_map
+from llama_te_core.checkpoint_format import CHECKSUMS, LOADER, STANDALONE, auto_map
 from llama_te_core.models.remote_code import write_standalone_code
 
 from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config
 from ..errors import CheckpointError
+from ..sources.recorded_checksums import refuse_changed
 from .new_folder import kept_whole, new_target, written_whole
+from .writer import RECORD
 
 
 def export_te_checkpoint(
@@ -28,7 +30,8 @@ def export_te_checkpoint(
     again.
 
     Args:
-        model_or_folder: A model of `llama_te_core`, or the folder of a saved one. All files of the folder are copied.
+        model_or_folder: A model of `llama_te_core`, or the folder of a saved one. All files of the folder are copied,
+            after a comparison with their recorded checksums if it has some.
         folder: The target folder, which must be missing or empty.
 
     Raises:
@@ -44,8 +47,9 @@ def export_te_checkpoint(
             _add_code(unfinished)
     elif isinstance(model_or_folder, str | os.PathLike):
         source = Path(model_or_folder)
-        _read_te_config(source)
         with kept_whole(source), written_whole(folder) as unfinished:
+            refuse_changed(source)
+            _read_te_config(source)
             _copy(source, unfinished)
             _add_code(unfinished)
     else:
@@ -57,7 +61,7 @@ def export_te_checkpoint(
 
 
 def _copy(source: Path, target: Path) -> None:
-    ignored = shutil.ignore_patterns(f"{LOADER}.py", "__pycache__", ".*")
+    ignored = shutil.ignore_patterns(f"{LOADER}.py", "__pycache__", ".*", CHECKSUMS, RECORD)
     try:
         shutil.copytree(source, target, ignore=ignored)
     except shutil.Error as error:  # it lists what it could not copy, and copies the rest

@@ -23,17 +23,19 @@ import errno
 import io
 import json
 import re
-import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import xxhash
 
 from ..checkpoint_format import CHECKSUMS
+from .disk import is_unfinished, replace_text
+from .folder_lock import is_lock
+from .input_files import MAX_JSON_BYTES, json_object, open_file, read_bytes
 
 _CHUNK_BYTES = 2**20
-_MAX_BYTES = 2**26  # of checksums.json: half a million files
+_DAMAGES = (errno.EINVAL, errno.EFBIG, errno.EIO)  # a file of another kind, one that is too large, a bad sector
 _HEX = re.compile("[0-9a-f]{32}")
 
 
@@ -106,33 +108,22 @@ class ChecksumWriter(io.RawIOBase):
 
 
 def write_checksums(folder: Path, checksums: Mapping[str, Checksum]) -> None:
-    """Write `checksums.json`. It replaces an earlier one at once, and may reach the disk later."""
-    temporary = folder / f"{CHECKSUMS}.tmp"
-    try:
-        temporary.write_text(_text(checksums), encoding="utf-8")
-        temporary.rename(folder / CHECKSUMS)
-    except OSError:
-        temporary.unlink(missing_ok=True)  # leaves its room
-        raise
+    """Write `checksums.json`: see `replace_text`."""
+    replace_text(folder / CHECKSUMS, _text(checksums))
 
 
-def record_checksums(
-    folder: Path, known: Mapping[str, Checksum] | None = None, *, without: Collection[str] = ()
-) -> None:
+def record_checksums(folder: Path, known: Mapping[str, Checksum] | None = None) -> None:
     """Write `checksums.json` for all files in a folder and its subfolders.
 
     Args:
         folder: The folder.
         known: Checksums that were computed while the files were written. Other files are read.
-        without: Names of files that are left out.
 
     Raises:
         OSError: A file cannot be read, or has another size than the known one.
     """
     known, checksums = known or {}, {}
     for name in file_names(folder):
-        if name in without:
-            continue
         checksums[name] = known[name] if name in known else file_checksum(folder / name)
         size = (folder / name).stat().st_size
         if size != checksums[name].size:
@@ -150,22 +141,22 @@ def read_checksums(folder: Path) -> dict[str, Checksum] | None:
         DamagedChecksumsError: The file is damaged, or does not have the form of such a file.
         OSError: The file cannot be read.
     """
-    path = folder / CHECKSUMS
     try:
-        status = path.stat()
+        content = read_bytes(folder / CHECKSUMS, MAX_JSON_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_BYTES:
-        raise DamagedChecksumsError(f"{CHECKSUMS} is damaged")
-    content = path.read_bytes()
+    except OSError as error:
+        if error.errno in _DAMAGES:
+            raise DamagedChecksumsError(f"{CHECKSUMS} is damaged: {error.strerror}") from error
+        raise
     try:
-        files = json.loads(content)["files"]
+        files = json_object(content)["files"]
         checksums = {name: Checksum(**each) for name, each in files.items()}
         if not all(_is_inside(name) and _is_valid(each) for name, each in checksums.items()):
             raise ValueError
         if _text(checksums).encode() != content:
             raise ValueError
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedChecksumsError(f"{CHECKSUMS} is damaged") from error
     return checksums
 
@@ -178,8 +169,8 @@ def file_checksum(path: Path, progress: Callable[[int], None] = lambda count: No
         progress: Called with the number of bytes of each part that is read.
     """
     running, buffer = RunningChecksum(), memoryview(bytearray(_CHUNK_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with open_file(path, buffering=0) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             running.update(buffer[:count])
             progress(count)
     return running.checksum
@@ -204,18 +195,16 @@ def file_problem(
     """
     path = folder / name
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            return f"{name} is not a regular file"
+        size = path.stat().st_size
         changed = f" ({_when(path, folder / CHECKSUMS)})"
-        if status.st_size != recorded.size:
-            return f"{name} has {status.st_size} bytes in place of {recorded.size}{changed}"
+        if size != recorded.size and path.is_file():
+            return f"{name} has {size} bytes in place of {recorded.size}{changed}"
         if file_checksum(path, progress) != recorded:
             return f"{name} has other bytes than {CHECKSUMS} says{changed}"
     except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
     except OSError as error:
-        if error.errno == errno.EIO:  # a bad sector
+        if error.errno in _DAMAGES:
             return f"{name} cannot be read ({error.strerror})"
         raise
     return None
@@ -252,10 +241,10 @@ def problems(folder: Path, progress: Callable[[int, int], None] = lambda done, t
 
 
 def file_names(folder: Path) -> Iterator[str]:
-    """The names of the files in a folder and its subfolders, as in `checksums.json`, which is left out itself."""
+    """The names of a folder's files, also in subfolders, without `checksums.json`, locks and unfinished files."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (CHECKSUMS, f"{CHECKSUMS}.tmp"):
+        if path.is_file() and name != CHECKSUMS and not is_lock(path.name) and not is_unfinished(path.name):
             yield name
 
 

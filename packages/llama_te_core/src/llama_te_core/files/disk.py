@@ -14,6 +14,7 @@ from .folder_lock import removing
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OF_A_DISK = (*_FULL, errno.EIO, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG)
+_UNFINISHED = ".unfinished"
 _RUST = re.compile(r"\(os error (\d+)\)")
 
 
@@ -88,7 +89,7 @@ def sync_all(folder: Path) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Give a file a new content, at once: whenever the process ends, the file has the old content or the new one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
         unfinished.write_text(text, encoding="utf-8")
         sync(unfinished)
@@ -97,6 +98,11 @@ def replace_text(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)  # leaves its room
         raise
+
+
+def is_unfinished(name: str) -> bool:
+    """Tell by its name whether a file or folder is one that `replace_text` or `new_folder` is writing."""
+    return name.startswith(".") and name.endswith(_UNFINISHED)
 
 
 @contextlib.contextmanager
@@ -115,7 +121,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         FolderInUseError: Another process is reading the earlier folder, which stays.
         OSError: The disk refuses. The earlier folder stays.
     """
-    aside = folder.with_name(f".{folder.name}.unfinished")
+    aside = folder.with_name(f".{folder.name}{_UNFINISHED}")
     if aside.exists():
         shutil.rmtree(aside)  # of a process that was killed
     aside.mkdir(parents=True)

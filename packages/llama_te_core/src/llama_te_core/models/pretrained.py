@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from ..checkpoint_format import CHECKSUMS
 from ..compat.torch import local_range
 from ..compat.transformers import progress_bars_on_terminals_only
 from ..layers.quantizers import QUANTIZE_OTHERWISE
@@ -143,9 +146,14 @@ class NVLlamaPreTrainedModel(PreTrainedModel):
         self.layer_backend.quantize_loaded_weights(self)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype."""
+        """Save a checkpoint, with transformers' arguments. Quantized weights become weights in the model's dtype.
+
+        Checksums of other files that a conversion has left in the folder are removed.
+        """
         if kwargs.get("state_dict") is None:
             kwargs["state_dict"] = self.layer_backend.dense_state_dict(self)
+        if os.path.isdir(save_directory):
+            Path(save_directory, CHECKSUMS).unlink(missing_ok=True)
         with progress_bars_on_terminals_only():
             super().save_pretrained(save_directory, *args, **kwargs)
 
