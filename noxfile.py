@@ -39,6 +39,10 @@ TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 
 IMPORT_LINTER = "import-linter==2.16"
 
+# The requirements of llama-te-infer's extra `serve`, and what its tests need.
+SERVER = ["fastapi", "llguidance", "prometheus-client", "uvicorn"]
+CLIENTS_OF_SERVER = ["jsonschema", "openai"]
+
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.
 CLIENTS = ["accelerate", "llguidance", "lm-eval", "outlines", "peft", "sentence-transformers", "transformers", "trl"]
 
@@ -105,8 +109,9 @@ def coverage(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
+    serving = [*SERVER, *CLIENTS_OF_SERVER]
     tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
-    install(session, *MODEL_READERS, *training, *TRITON, *tools)
+    install(session, *MODEL_READERS, *training, *serving, *TRITON, *tools)
     install_model(session)
     arguments = session.posargs or ["--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
@@ -173,7 +178,7 @@ def typecheck(session: nox.Session) -> None:
     install_torch(session)
     # mypy reads the sources. These two packages have all dependencies, and the third one would have to compile.
     say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
-    session.install("--no-compile", *PACKAGES[:2], "mypy==2.4.1")
+    session.install("--no-compile", *PACKAGES[:2], *SERVER, "mypy==2.4.1")
     session.run("mypy")
 
 

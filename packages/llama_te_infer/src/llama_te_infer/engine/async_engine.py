@@ -205,19 +205,34 @@ class AsyncEngine:
         return self._accepted
 
     @property
+    def is_alive(self) -> bool:
+        """Whether requests can run: not after `close`, and not after the GPU has failed."""
+        return not self._has_ended
+
+    @property
     def is_draining(self) -> bool:
         """Whether new requests are refused."""
         return self._is_draining
 
-    async def tokenize(self, prompt: Prompt) -> list[int]:
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a prompt, without stopping the event loop meanwhile.
+
+        Args:
+            prompt: As in `Engine.submit`.
+            add_special_tokens: Whether a text gets the special tokens that the tokenizer adds.
 
         Raises:
             ValueError: It is no prompt, or a text and there is no tokenizer.
         """
         if not isinstance(prompt, str):
             return tokens_of_prompt(prompt, self._tokenizer)
-        return await self._in_tokenizer_thread(lambda: tokens_of_prompt(prompt, self._tokenizer))
+
+        def tokens() -> list[int]:
+            if add_special_tokens or self._tokenizer is None:
+                return tokens_of_prompt(prompt, self._tokenizer)
+            return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+        return await self._in_tokenizer_thread(tokens)
 
     async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the tokens of a conversation.

@@ -127,8 +127,18 @@ def tokens_of_chats(messages: Any, tokenizer: Any | None, **options: Any) -> lis
                 f"messages={_short(messages)} is no conversation: give a list of messages such as "
                 '[{"role": "user", "content": "Hello"}], or a list of such lists. Texts go to generate.'
             )
-    texts = [tokenizer.apply_chat_template(list(chat), tokenize=False, **options) for chat in chats]
+    try:
+        texts = [tokenizer.apply_chat_template(list(chat), tokenize=False, **options) for chat in chats]
+    except _template_error() as error:
+        raise ValueError(f"messages do not fit the chat template: {error}") from error
     return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _template_error() -> type[Exception]:
+    """Return the exception of templates, such as of their `raise_exception`."""
+    from jinja2 import TemplateError  # a late import: transformers needs it for chats alone
+
+    return TemplateError
 
 
 def _is_encoding(prompt: Any) -> bool:

@@ -1,0 +1,79 @@
+"""The ASGI application: its endpoints, and what each request passes through."""
+
+from __future__ import annotations
+
+import hmac
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .. import __version__
+from ..engine.async_engine import AsyncEngine, DrainingError, EngineFailedError, QueueFullError
+from . import chat, completions, models
+from .errors import ApiError, api_error_of
+from .server import Server
+from .settings import ServerSettings
+
+# An orchestrator asks these without a key.
+OPEN_PATHS = ("/health", "/ready")
+
+
+def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
+    """Return the application.
+
+    Args:
+        engine: An engine with a tokenizer; the caller closes it after the application.
+        settings: The operator's settings.
+    """
+    app = FastAPI(title="llama-te", version=__version__, docs_url=None, redoc_url=None)
+    app.state.server = Server(engine, settings)
+    for module in (completions, chat, models):
+        app.include_router(module.router)
+    for error in (ApiError, ValidationError, QueueFullError, DrainingError, EngineFailedError, HTTPException):
+        app.add_exception_handler(error, _answer_error)
+    app.add_exception_handler(Exception, _answer_error)
+    app.add_middleware(ApiKeys, keys=settings.api_keys)
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException):
+        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+    answer = api_error_of(error)
+    return JSONResponse(answer.body(), answer.status, answer.headers)
+
+
+class ApiKeys:
+    """Refuses requests without one of the keys.
+
+    Args:
+        app: The application behind it.
+        keys: The keys; without any, every request passes.
+    """
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self.app, self._keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS and not self._has_key(scope):
+            error = ApiError(401, "The request has no valid API key: send it as 'Authorization: Bearer KEY'.")
+            response = JSONResponse(error.body(), 401, {"WWW-Authenticate": "Bearer"})
+            await response(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _has_key(self, scope: Scope) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, token = given.partition(b" ")
+        # All keys are compared, so that the time tells nothing about them.
+        matches = [hmac.compare_digest(token.strip(), key) for key in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)

@@ -1,0 +1,1 @@
+"""The requests of each endpoint, as pydantic models. Unknown fields are refused."""

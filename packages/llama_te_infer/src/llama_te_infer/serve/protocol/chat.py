@@ -1,0 +1,20 @@
+"""The request of `/v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from .sampling import SamplingFields
+from .tokens import ChatFields
+
+
+class ChatRequest(SamplingFields, ChatFields):
+    """Answer a conversation."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, description="Most likely tokens to report at each position; with logprobs.")
+    max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, description="Most tokens to write; as many as fit by default.")

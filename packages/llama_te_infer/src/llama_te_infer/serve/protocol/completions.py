@@ -1,0 +1,38 @@
+"""The request of `/v1/completions`."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from pydantic import Field
+
+from .sampling import SamplingFields
+
+
+class CompletionRequest(SamplingFields):
+    """Continue one prompt or several."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="A text, token ids, or a list of either; a text gets the special tokens that the tokenizer adds."
+    )
+    echo: bool | None = Field(None, description="Begin the text with the prompt.")
+    logprobs: int | None = Field(None, description="Report so many most likely tokens at each position.")
+    max_tokens: int | None = Field(16, description="Most tokens to write; with echo, 0 scores the prompt alone.")
+    suffix: None = Field(None, description="Only null: the models write no middle of a text.")
+    prompt_logprobs: int | None = Field(None, description="As echo with logprobs, beside the text.")
+    add_special_tokens: bool | None = Field(None, description="false: the text gets no special tokens.")
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts.
+
+        Raises:
+            ValueError: There is none.
+        """
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise ValueError("prompt=[] is not possible: give a text, token ids, or a list of either.")
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return cast("list[str | list[int]]", prompt)

@@ -1,0 +1,117 @@
+"""The fields that completions and chats share: OpenAI's names, then the further ones that vLLM's server has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...sampling_params import SamplingParams
+
+# OpenAI allows null for each optional field; it means the default.
+SEEDS = 2**63
+
+
+class Strict(BaseModel):
+    """A part of a request: no unknown fields, no conversions of types, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """How a stream reports the number of tokens."""
+
+    include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
+    continuous_usage_stats: bool | None = Field(None, description="Report the usage so far in each chunk.")
+    include_obfuscation: Literal[False] | None = Field(None, description="Only false: no chunk has padding.")
+
+
+class SamplingFields(Strict):
+    """How to continue a prompt."""
+
+    model: str | None = Field(None, description="A name that /v1/models lists; the served model by default.")
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="Numbers to add to logits, by token id.")
+    n: int | None = None
+    presence_penalty: float | None = None
+    seed: int | None = Field(None, description="Equal seeds give equal texts.")
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    # OpenAI's fields that change no answer here.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: bool | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # vLLM's further fields.
+    top_k: int | None = Field(None, description="0 or -1 for all tokens.")
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    use_beam_search: bool | None = Field(None, description="Search with best_of or n beams, and return the n best.")
+    best_of: int | None = Field(None, description="The number of beams.")
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    return_token_ids: bool | None = None
+
+    def sampling_params(
+        self, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """Return the engine's parameters.
+
+        Args:
+            defaults: Fields of `SamplingParams` for what the request leaves out.
+            max_tokens: The most tokens to write; `None` for as many as fit.
+            logprobs: As in `SamplingParams`.
+            prompt_logprobs: As in `SamplingParams`.
+
+        Raises:
+            ValueError: A value is out of range, or values contradict each other.
+        """
+        given: dict[str, Any] = {
+            name: value
+            for name in (
+                *("frequency_penalty", "presence_penalty", "n", "stop", "temperature", "top_p", "top_k", "min_p"),
+                *("repetition_penalty", "min_tokens", "stop_token_ids", "allowed_token_ids", "bad_words"),
+                *("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"),
+                *("length_penalty", "early_stopping"),
+            )
+            if (value := getattr(self, name)) is not None
+        }
+        if self.logit_bias:
+            given["logit_bias"] = _by_token(self.logit_bias)
+        if self.seed is not None:
+            given["seed"] = self.seed % SEEDS
+        if self.top_k == -1:
+            given["top_k"] = 0
+        if self.use_beam_search:
+            n = self.n or 1
+            given["num_beams"] = max(n, self.best_of or n)
+            drawing = ("temperature", "top_p", "top_k", "min_p")
+            defaults = {name: value for name, value in defaults.items() if name not in drawing}
+        elif self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of={self.best_of} needs use_beam_search=true: it is the number of beams.")
+        if given.get("temperature", defaults.get("temperature")) == 0 and given.get("n", 1) > 1:
+            raise ValueError(f"n={self.n} with temperature=0 gives equal answers: raise the temperature, or give n=1.")
+        more = {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        return SamplingParams(**{**defaults, **given, **more})
+
+
+def _by_token(bias: Mapping[str, float]) -> dict[int, float]:
+    for key in bias:
+        if not (key.isascii() and key.isdigit() and len(key) < 20):
+            raise ValueError(f'logit_bias={{{key!r}: ...}} is not possible: its keys are token ids, such as "42".')
+    return {int(key): value for key, value in bias.items()}

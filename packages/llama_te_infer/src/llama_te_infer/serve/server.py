@@ -1,0 +1,199 @@
+"""What the endpoints share: the engine, the settings, and how they read requests and wait for answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+
+from ..engine.async_engine import AsyncEngine, RequestStream
+from ..engine.outputs import RequestOutput
+from ..engine.tokenization import Prompt
+from ..sampling_params import SamplingParams
+from .errors import ApiError, api_error_of
+from .protocol.tokens import ChatFields
+from .settings import ServerSettings
+from .token_texts import TokenTexts
+
+Body = TypeVar("Body", bound=BaseModel)
+Answer = TypeVar("Answer")
+
+
+class Server:
+    """The engine behind the endpoints.
+
+    Args:
+        engine: It has a tokenizer.
+        settings: The operator's settings.
+    """
+
+    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
+        if engine.engine.tokenizer is None:
+            raise ValueError("the engine has no tokenizer: a server needs one for texts.")
+        self.engine, self.settings = engine, settings
+        self.token_texts = TokenTexts(engine.engine.tokenizer)
+        self.tokenizer = engine.engine.tokenizer
+        self.created = self.now()
+
+    @staticmethod
+    def now() -> int:
+        """Return the time for an answer, in seconds since 1970."""
+        return int(time.time())
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def read(self, request: Request, body_class: type[Body]) -> Body:
+        """Return the body of a request.
+
+        Raises:
+            ApiError: The body is too large.
+            pydantic.ValidationError: It is no JSON, or has other fields.
+        """
+        return body_class.model_validate_json(await self._content(request))
+
+    async def _content(self, request: Request) -> bytes:
+        limit = self.settings.max_body_bytes
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > limit:
+                raise ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
+        return bytes(content)
+
+    def model_name(self, name: str | None) -> str:
+        """Return the name of the model for an answer.
+
+        Raises:
+            ApiError: The request asks for another model.
+        """
+        names = self.settings.model_names
+        if name is not None and name not in names:
+            listed = ", ".join(names)
+            raise ApiError(404, f"model={name!r} is not served here: ask for {listed}.", "model", "model_not_found")
+        return name or names[0]
+
+    async def tokens_of(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a prompt.
+
+        Raises:
+            ValueError: It is no prompt.
+        """
+        return await self.engine.tokenize(prompt, add_special_tokens)
+
+    async def tokens_of_chat(self, body: ChatFields) -> list[int]:
+        """Return the tokens of a conversation, as the chat template writes it.
+
+        Raises:
+            ValueError: The messages do not fit the template.
+        """
+        continues = bool(body.continue_final_message)
+        options: dict[str, Any] = {
+            "continue_final_message": continues,
+            "add_generation_prompt": not continues
+            if body.add_generation_prompt is None
+            else body.add_generation_prompt,
+            "chat_template": self.settings.chat_template,
+            "documents": body.documents,
+        }
+        return await self.engine.tokenize_chat(body.messages or [], **options, **(body.chat_template_kwargs or {}))
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Return the text of a prompt, with its special tokens."""
+        text: str = self.tokenizer.decode(token_ids)
+        return text
+
+    # --- the engine ---------------------------------------------------------------------------------------------------
+
+    async def begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestStream]:
+        """Begin a request of the engine for each prompt; all of them or none.
+
+        Raises:
+            ApiError: One does not fit, or the queue is full.
+        """
+        streams: list[RequestStream] = []
+        try:
+            for index, prompt in enumerate(prompts):
+                with refusals(f"prompt[{index}]: " if len(prompts) > 1 else ""):
+                    streams.append(await self.engine.stream(prompt, params))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    async def finish(self, request: Request, streams: Sequence[RequestStream]) -> list[RequestOutput]:
+        """Wait for the outputs of requests. All of them end if the client leaves or the time is over.
+
+        Raises:
+            ApiError: A request failed, the client has left, or the time is over.
+        """
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                outputs = await while_connected(request, _all_of(streams))
+        except TimeoutError as error:
+            raise api_error_of(error) from error
+        finally:
+            for stream in streams:
+                stream.close()
+        for output in outputs:
+            check_output(output)
+        return outputs
+
+
+async def _all_of(streams: Sequence[RequestStream]) -> list[RequestOutput]:
+    return [await stream.finish() for stream in streams]
+
+
+async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+    """Return the answer; stop working on it if the client closes the connection.
+
+    Raises:
+        ApiError: The client has closed it.
+    """
+    task = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "The client has closed the connection.")
+        return await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    # The body has been read, so the only message that can follow is that the client has left.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_output(output: RequestOutput) -> None:
+    """Raise an `ApiError` for a request that did not end by itself."""
+    for completion in output.outputs:
+        if completion.finish_reason == "cancelled":
+            raise ApiError(503, "The server is shutting down: send the request to another one.")
+        if completion.finish_reason == "error":
+            raise ApiError(500, f"The request has failed: {output.error}")
+
+
+@contextmanager
+def refusals(prefix: str = "") -> Iterator[None]:
+    """Turn what the engine and its parameters refuse into errors of the client's request."""
+    try:
+        yield
+    except ValueError as error:
+        refusal = api_error_of(error)
+        refusal.message = prefix + refusal.message
+        raise refusal from error
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id of an answer, such as "cmpl-0f3…"."""
+    return f"{prefix}-{uuid.uuid4().hex}"

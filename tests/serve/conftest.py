@@ -1,0 +1,120 @@
+"""A server with a tiny model on a port of its own, and clients for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from conftest import TINY
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_infer import AsyncEngine, Engine
+from llama_te_infer.serve import ServerSettings, create_app
+from llama_te_infer.serve.http_server import HttpServer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class RunningServer:
+    """A server, and what tests look at from outside."""
+
+    def __init__(self, url: str, engine: AsyncEngine) -> None:
+        self.url, self.engine = url, engine
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and the special tokens 256 to 258. It writes BOS before each text, as Llama 3's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    bytes_alone.add_special_tokens(["<|bos|>", "<|end|>", "<|pad|>"])
+    bytes_alone.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 256)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bytes_alone, bos_token="<|bos|>", pad_token="<|pad|>", chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def make_engine(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Engine]:
+    """Makes an engine for a tiny model with random weights, which writes any bytes; EOS is `<|end|>`."""
+
+    def make(**options: Any) -> Engine:
+        torch.manual_seed(0)
+        fields = {"vocab_size": 259, "initializer_range": 0.3, "num_hidden_layers": 1, "max_position_embeddings": 512}
+        config = LlamaConfig(**{**TINY, **fields, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258})
+        model = convert_llama_hf_to_te(LlamaForCausalLM(config).eval())
+        return Engine(model, byte_tokenizer, **{"max_batch_size": 4, "page_size": 8, **options})
+
+    return make
+
+
+@contextmanager
+def serving(
+    engine: Engine, *, max_requests: int | None = None, drain_timeout: float = 30, **settings: Any
+) -> Iterator[RunningServer]:
+    """Run a server in a thread; at the end no page is in use and no thread is left."""
+    ready: list[int] = []
+    began, stop = threading.Event(), threading.Event()
+    running: list[Any] = []
+
+    async def main() -> None:
+        async with AsyncEngine(engine, max_requests=max_requests) as requests:
+            app = create_app(requests, ServerSettings(**{"model_names": ("tiny",), **settings}))
+            config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
+
+            def note(port: int) -> None:
+                ready.append(port)
+                running.append(requests)
+                began.set()
+
+            server = HttpServer(config, requests, drain_timeout, note)
+            running.append(server)
+            serving = asyncio.ensure_future(server.serve())
+            while not serving.done():
+                if stop.is_set():
+                    server.should_exit = True
+                await asyncio.sleep(0.02)
+            await serving
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    thread.start()
+    try:
+        assert began.wait(30)
+        yield RunningServer(f"http://127.0.0.1:{ready[0]}", running[1])
+    finally:
+        stop.set()
+        thread.join(30)
+    assert not thread.is_alive()
+    engine.reset_prefix_cache()
+    blocks = engine.scheduler.blocks
+    assert not engine.has_unfinished and blocks.available == blocks.pool.total_num_pages
+
+
+@pytest.fixture(scope="session")
+def server(make_engine: Callable[..., Engine]) -> Iterator[RunningServer]:
+    """One server for all tests that change nothing about it."""
+    with serving(make_engine()) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def reference(make_engine: Callable[..., Engine]) -> Engine:
+    """A second engine for the same model: the oracle of the server's answers."""
+    return make_engine()
