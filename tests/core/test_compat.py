@@ -244,20 +244,6 @@ class TestTorch:
         compat_torch.stop_memory_recording("file")
         assert calls == [("record", {}), ("dump", "file"), ("record", {"enabled": None})]
 
-    def test_a_checkpoint_says_where_an_item_lies(self, tmp_path: Path) -> None:
-        from torch.distributed.checkpoint import FileSystemReader, load, save
-        from torch.distributed.checkpoint.planner import LoadPlan
-
-        class Reader(FileSystemReader):
-            def read_data(self, plan: LoadPlan, planner: Any) -> Any:
-                files.extend(compat_torch.file_of_item(self, item) for item in plan.items)
-                return super().read_data(plan, planner)
-
-        files: list[str] = []
-        save({"a": torch.ones(3)}, checkpoint_id=tmp_path, no_dist=True)
-        load({"a": torch.zeros(3)}, storage_reader=Reader(tmp_path), no_dist=True)
-        assert files and all((tmp_path / name).is_file() for name in files), moved("torch", "storage_data")
-
     def test_fully_shard_names_its_classes(self) -> None:
         from torch.distributed.fsdp._fully_shard import _fully_shard
 

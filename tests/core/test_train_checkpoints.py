@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import errno
+import io
 import os
+import pickle
 import random
 import re
 import shutil
@@ -19,14 +22,19 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+import hostile_pickles
+from convert.malicious import Malicious
 from core import killed_run
 from core.fake_transformer_engine import DelayedScaling, FakeTransformerEngine
 from core.full_disk import full_disk
+from fuzzing import fuzz
 from llama_te_convert import convert_llama_te_to_hf
 from llama_te_convert.cli import main
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
+from llama_te_core.checkpoint_format import CHECKSUMS
 from llama_te_core.train.checkpoint import checkpoints as module
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
+from llama_te_core.train.checkpoint.storage import Reader
 
 TINY = {
     "vocab_size": 31,
@@ -625,10 +633,14 @@ def test_a_checkpoint_that_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
     ("file", "size", "what"),
     [
-        (".metadata", 1000, r"\.metadata is damaged \(UnpicklingError: .*\)"),
-        (".metadata", 0, r"\.metadata is damaged \(EOFError: Ran out of input\)"),
+        (".metadata", 1000, r"\.metadata is damaged: it ends within .*"),
+        (".metadata", 0, r"\.metadata is damaged: it has no end"),
         (".metadata", None, r"\.metadata is missing"),
-        ("__0_0.distcp", 1000, r"__0_0\.distcp is damaged \(.*Error.*\) \(rank 0\)"),
+        (
+            "__0_0.distcp",
+            1000,
+            r"__0_0\.distcp is not complete: it has 1000 bytes, but byte \d+ is asked for \(rank 0\)",
+        ),
         ("__0_0.distcp", None, r"__0_0\.distcp is missing \(rank 0\)"),
     ],
 )
@@ -661,10 +673,140 @@ def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(tmp_pat
     def refuse(*args, **kwargs):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(FileSystemReader, "read_data", refuse)
+    monkeypatch.setattr(Reader, "_read", refuse)
     message = r"step-00000001 cannot be loaded: PermissionError: .*Permission denied \(rank 0\)\.$"
     with pytest.raises(TrainingCheckpointError, match=message):
         checkpoints.load(1, run.model, run.optimizer)
+
+
+# --- code in checkpoints ----------------------------------------------------------------------------------------------
+
+
+def a_checkpoint(folder, monkeypatch=None, to_bytes=None):
+    run = Run()
+    with pytest.MonkeyPatch.context() as patch:
+        if to_bytes is not None:
+            patch.setattr(module, "to_bytes", to_bytes)
+        Checkpoints(folder, asynchronous=False).save(1, run.model, run.optimizer)
+    (folder / "step-00000001" / CHECKSUMS).unlink()  # who writes a hostile checkpoint writes fitting checksums
+    return folder / "step-00000001"
+
+
+@pytest.mark.parametrize("attack", hostile_pickles.attacks(Path("/nonexistent")))
+def test_hostile_metadata(tmp_path, attack):
+    trace = tmp_path / "was_run"
+    path = a_checkpoint(tmp_path) / ".metadata"
+    run = Run()
+
+    def read(content):
+        path.write_bytes(content)
+        Checkpoints(tmp_path, asynchronous=False).load(1, run.model, run.optimizer)
+
+    content = hostile_pickles.attacks(trace)[attack]
+    hostile_pickles.assert_harmless(read, path.read_bytes(), content, tmp_path, TrainingCheckpointError)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["in bytes", "as a value"])
+def test_code_in_values_is_not_run(tmp_path, wrapped):
+    trace = tmp_path / "was_run"
+
+    def evil(value):
+        buffer = io.BytesIO()
+        torch.save(Malicious(trace), buffer)
+        return buffer.getvalue() if wrapped else Malicious(trace)
+
+    a_checkpoint(tmp_path, to_bytes=evil)
+    run = Run()
+    message = r"is refused: it asks for \w+\.mkdir, which such files do not need and which could run any code"
+    with pytest.raises(TrainingCheckpointError, match=message):
+        Checkpoints(tmp_path).load(1, run.model, run.optimizer)
+    with pytest.raises(TrainingCheckpointError, match=message):
+        Checkpoints(tmp_path).load(1, run.model)
+    assert not trace.exists()
+
+
+def test_code_in_tensors_is_not_run(tmp_path):
+    trace = tmp_path / "was_run"
+    path = a_checkpoint(tmp_path)
+    buffer = io.BytesIO()
+    torch.save(Malicious(trace), buffer)
+    metadata = FileSystemReader(path).read_metadata()
+    for place in metadata.storage_data.values():
+        place.relative_path, place.offset, place.length = "evil", 0, len(buffer.getvalue())
+    (path / "evil").write_bytes(buffer.getvalue())
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    run = Run()
+    with pytest.raises(TrainingCheckpointError, match=r"evil is refused: it asks for \w+\.mkdir"):
+        Checkpoints(tmp_path).load(1, run.model, run.optimizer)
+    assert not trace.exists()
+
+
+def test_extra_that_no_checkpoint_can_hold(tmp_path):
+    """It is refused before the run depends on it."""
+    run = Run()
+    with pytest.raises(
+        TrainingCheckpointError, match=r"has a pathlib\.\w*Path, which no checkpoint can hold, .*: give"
+    ):
+        Checkpoints(tmp_path).save(1, run.model, run.optimizer, {"file": Path("a")})
+    assert Checkpoints(tmp_path).latest() is None
+
+
+def test_extra_of_every_kind(tmp_path):
+    extra = {
+        "numbers": [1, 2.5, 10**30, True, None, 1j],
+        "texts": ("a", b"\xff\x00", bytearray(b"b")),
+        "tensors": {
+            "a": torch.arange(6).view(2, 3).T,
+            "b": torch.ones(2, dtype=torch.bfloat16),
+            "dtype": torch.float16,
+        },
+        "arrays": {"a": np.arange(6.0).reshape(2, 3).T, "b": np.float32(0.1), "c": np.array([True, False])},
+        "counter": collections.Counter([3, 3, 5]),
+        "set": {1, "b"},
+        "ordered": collections.OrderedDict(a=1),
+    }
+    run = Run()
+    Checkpoints(tmp_path, asynchronous=False).save(1, run.model, run.optimizer, extra)
+    loaded = dict.fromkeys(extra)
+    Checkpoints(tmp_path).load(1, run.model, run.optimizer, loaded)
+    assert_same(loaded.pop("tensors"), extra.pop("tensors"))
+    for name, array in extra.pop("arrays").items():
+        assert loaded["arrays"][name].dtype == array.dtype and np.array_equal(loaded["arrays"][name], array)
+    del loaded["arrays"]
+    assert loaded == extra and list(map(type, loaded.values())) == list(map(type, extra.values()))
+
+
+@pytest.mark.fuzz
+def test_damaged_metadata(tmp_path, counts):
+    path = a_checkpoint(tmp_path) / ".metadata"
+    run = Run()
+
+    def read(content):
+        path.write_bytes(content)
+        Checkpoints(tmp_path, asynchronous=False).load(1, run.model, run.optimizer)
+
+    found = fuzz(read, [path.read_bytes()], tmp_path, refusals=(TrainingCheckpointError,), cases=300)
+    counts(f"metadata of a training checkpoint: {found}")
+
+
+@pytest.mark.fuzz
+def test_damaged_tensors_and_values(tmp_path, counts):
+    checkpoint = a_checkpoint(tmp_path)
+    places = sorted(FileSystemReader(checkpoint).read_metadata().storage_data.values(), key=lambda place: place.length)
+    place = places[0]  # a small tensor: a random change mostly hits its pickle or directory
+    path = checkpoint / place.relative_path
+    whole = path.read_bytes()
+    run = Run()
+
+    def read(content):
+        length = place.length
+        path.write_bytes(whole[: place.offset] + content[:length].ljust(length) + whole[place.offset + length :])
+        Checkpoints(tmp_path, asynchronous=False).load(1, run.model, run.optimizer)
+
+    seed = whole[place.offset : place.offset + place.length]
+    found = fuzz(read, [seed], tmp_path, refusals=(TrainingCheckpointError,), cases=200)
+    counts(f"a tensor of a training checkpoint: {found}")
 
 
 # --- Transformer Engine -----------------------------------------------------------------------------------------------

@@ -157,14 +157,3 @@ def stop_memory_recording(file: str) -> None:
     """Write the recorded allocations to a file for pytorch.org/memory_viz, and stop recording."""
     torch.cuda.memory._dump_snapshot(file)
     torch.cuda.memory._record_memory_history(enabled=None)
-
-
-def file_of_item(reader: Any, item: Any) -> str:
-    """Return the name of the file that holds an item of a checkpoint.
-
-    Args:
-        reader: A `FileSystemReader` that has read the checkpoint's metadata.
-        item: A `ReadItem` of a load plan.
-    """
-    name: str = reader.storage_data[item.storage_index].relative_path
-    return name

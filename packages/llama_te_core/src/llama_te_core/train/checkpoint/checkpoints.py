@@ -20,7 +20,7 @@ has these entries:
   optimizer.
 - `ranks`: each process's random numbers, its `extra` and the scaling state of its FP8 layers.
 
-torch.load can turn the bytes of `optimizer.groups` and `ranks` into any objects: load only checkpoints that you trust.
+Loading runs no code in these files, whoever made them: see `files.pickles`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from ...checkpoint_format import CHECKSUMS
 from ...files.checksums import Checksum, DamagedChecksumsError, file_problem, read_checksums, record_checksums
 from ...files.disk import free_gigabytes, is_full, sync
 from ...files.folder_lock import FolderInUseError, FolderLock, removing
+from ...files.pickles import PickleFileError
 from ...parallel.mesh import on_rank_0
 from ...parallel.shards import gather_halves, scatter_halves
 from .state import (
@@ -63,7 +64,7 @@ from .state import (
     unwrapped,
     weights_of,
 )
-from .storage import DamagedFileError, Reader, Writer, first_error, reason
+from .storage import DamagedFileError, Planner, Reader, Writer, first_error, reason
 
 __all__ = ["Checkpoints", "TrainingCheckpointError"]
 
@@ -135,12 +136,13 @@ class Checkpoints:
                 `DistributedDataParallel` or `parallelize`.
             optimizer: The optimizer of its parameters.
             extra: Other state of this process, by name: objects with `state_dict` and `load_state_dict` (scheduler,
-                data loader), or values that torch.save can write. Each process saves its complete `extra`, so it should
-                be small.
+                data loader), or values: numbers, texts, bytes, tensors, arrays of NumPy, and lists, tuples, sets and
+                dicts of them. The states of objects consist of such values too. Each process saves its complete
+                `extra`, so it should be small.
 
         Raises:
             TrainingCheckpointError: This save or the previous one has failed, for example on a full disk, or another
-                run saves to the folder. Existing checkpoints stay.
+                run saves to the folder, or `extra` has other values. Existing checkpoints stay.
             TypeError: The model is of another kind.
             ValueError: `step` is not larger than every step in the folder, or weights exist in a quantized format only.
                 `optimizers.make_optimizer` keeps them in FP32 too.
@@ -252,13 +254,13 @@ class Checkpoints:
             paths = set(reader.read_metadata().planner_data.values())
         except Exception as error:
             raise self._not_loaded(step, steps, error) from error
-        ranks = {path[1] for path in paths if path[0] == "ranks"}
+        ranks = {path[1] for path in paths if len(path) == 2 and path[0] == "ranks"}
         same_ranks = len(ranks) == self._ranks
         own = str(self._rank if same_ranks else 0)
 
         state: dict[str, Any] = {"model": weights, "ranks": {own: b""}}
         if optimizer is not None:
-            saved = {path[2:] for path in paths if path[:2] == ("optimizer", "state")}
+            saved = {path[2:] for path in paths if len(path) == 4 and path[:2] == ("optimizer", "state")}
             empty = empty_optimizer_state(model, optimizer, {path[0] for path in saved})
             kept, kept_there = {key for each in empty.values() for key in each}, {path[1] for path in saved}
             if kept < kept_there:  # torch refuses missing entries, but ignores additional ones
@@ -270,16 +272,26 @@ class Checkpoints:
             state["optimizer"] = {"state": empty, "groups": b""}
         whole = gather_halves(state)
         try:
-            state_dict_loader.load(whole, storage_reader=reader, process_group=self._group, no_dist=self._group is None)
+            state_dict_loader.load(
+                whole,
+                storage_reader=reader,
+                planner=Planner(),
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
         except CheckpointException as error:
             raise self._not_loaded(step, steps, error) from error
         state = scatter_halves(whole, state)
+        try:
+            own_values = from_bytes(state["ranks"][own])
+            groups = None if optimizer is None else from_bytes(state["optimizer"]["groups"])
+        except PickleFileError as error:
+            raise self._not_loaded(step, steps, DamagedFileError(f"a value in it {error}")) from error
 
         # Load this state first: it has the scales of delayed scaling, and loading the weights quantizes with them.
-        set_own_state(from_bytes(state["ranks"][own]), model, {} if extra is None else extra, same_ranks)
+        set_own_state(own_values, model, {} if extra is None else extra, same_ranks)
         set_model_state_dict(model, state["model"])
-        if optimizer is not None:
-            groups = from_bytes(state["optimizer"]["groups"])
+        if optimizer is not None and groups is not None:
             set_optimizer_state(model, optimizer, state["optimizer"]["state"], groups)
         if not same_ranks:
             warnings.warn(

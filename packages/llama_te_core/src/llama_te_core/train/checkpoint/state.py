@@ -23,6 +23,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...compat.torch import FSDP_CLASS_PREFIX, uncompiled
 from ...compat.transformer_engine import MASTER_WEIGHT
+from ...files.pickles import PickleFileError, RefusedNameError
+from ...files.torch_archive import Region, load_value
 from ...layers.collectives import local_part
 from ...precision.scaling_state import scaling_state, set_scaling_state
 
@@ -203,12 +205,31 @@ def on_host(state: Any) -> Any:
 
 
 def to_bytes(value: Any) -> bytes:
-    """Return the bytes that torch.save writes for a value."""
+    """Return the bytes that torch.save writes for a value.
+
+    Raises:
+        TrainingCheckpointError: `from_bytes` would refuse them.
+    """
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return buffer.getvalue()
+    data = buffer.getvalue()
+    try:
+        load_value(Region(data))
+    except PickleFileError as error:
+        what = f"a {error.name}" if isinstance(error, RefusedNameError) else f"a value that {error}"
+        raise TrainingCheckpointError(
+            f"the state of a process has {what}, which no checkpoint can hold, since loading it could run any code: "
+            "give extra numbers, texts, bytes, tensors, arrays of NumPy, and their lists, tuples, sets and dicts."
+        ) from error
+    return data
 
 
-def from_bytes(data: bytes) -> Any:
-    """Return the value that `to_bytes` saved, with tensors on the host. Use it on trusted data: it loads any object."""
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=False)
+def from_bytes(data: Any) -> Any:
+    """Return the value that `to_bytes` saved, with tensors on the host.
+
+    Raises:
+        PickleFileError: The bytes are damaged, or hold something else.
+    """
+    if not isinstance(data, bytes):
+        raise PickleFileError(f"is damaged: it holds a {type(data).__name__} where bytes belong")
+    return load_value(Region(data))

@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
 
-from ...compat.torch import file_of_item
 from ...files.checksums import Checksum, ChecksumWriter
+from ...files.dcp_metadata import DCPMetadata, Place
 from ...files.disk import disk_error, is_full
+from ...files.input_files import open_file
+from ...files.pickles import PickleFileError
+from ...files.torch_archive import Region, load_value
 
 
 class _FileSystem(FileSystem):
@@ -69,21 +81,94 @@ class DamagedFileError(RuntimeError):
     """A file of a checkpoint is missing, or its bytes have changed."""
 
 
-class Reader(FileSystemReader):
-    """torch's reader, whose errors name the damaged file."""
+class Reader(StorageReader):
+    """Reads a checkpoint of torch.distributed.checkpoint without running code in it. Errors name the damaged file.
+
+    torch's own reader unpickles `.metadata` and values that are not tensors. Use this one with a `Planner`.
+
+    Args:
+        folder: The checkpoint's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @functools.cached_property
+    def _metadata(self) -> DCPMetadata:
+        with _reading(".metadata"):
+            return DCPMetadata(self._folder / ".metadata")
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: D102
+        metadata = self._metadata
         with _reading(".metadata"):
-            return super().read_metadata(*args, **kwargs)
+            tensors = {
+                name: TensorStorageMetadata(
+                    TensorProperties(dtype=tensor.dtype),
+                    tensor.shape,
+                    [ChunkStorageMetadata(part.offsets, part.sizes) for part in metadata.parts(name)],
+                )
+                for name, tensor in metadata.tensors.items()
+            }
+        values = {name: BytesStorageMetadata() for name in metadata.values}
+        return Metadata({**tensors, **values}, {name: metadata.path(name) for name in (*tensors, *values)})
 
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Any:  # noqa: D102
-        files: dict[str, list[ReadItem]] = {}
-        for item in plan.items:
-            files.setdefault(file_of_item(self, item), []).append(item)
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:  # noqa: D102
+        with _reading(".metadata"):
+            places = [self._metadata.place(item.storage_index.fqn, item.storage_index.offset) for item in plan.items]
+        files: dict[str, list[tuple[ReadItem, Place]]] = {}
+        for item, place in zip(plan.items, places, strict=True):
+            files.setdefault(place.file, []).append((item, place))
         for name, items in files.items():
-            with _reading(name):
-                super().read_data(replace(plan, items=items), planner)
-        return super().read_data(replace(plan, items=[]), planner)
+            with _reading(name), open_file(self._folder / name, buffering=0) as file:
+                for item, place in items:
+                    self._read(item, Region(file.fileno(), place.begin, place.length), planner)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, item: ReadItem, stored: Region, planner: LoadPlanner) -> None:
+        if item.type == LoadItemType.BYTE_IO:
+            planner.load_bytes(item, cast(io.BytesIO, stored))
+            return
+        tensor, name = load_value(stored), item.storage_index.fqn
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != self._metadata.tensors[name].dtype:
+            raise PickleFileError(f"has a value in the place of {name} that is not the tensor of the metadata")
+        for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
+            tensor = tensor.narrow(dimension, start, length)
+        target = planner.resolve_tensor(item).detach()
+        if target.shape != tensor.shape:
+            raise PickleFileError(f"has a part of {name} with another shape")
+        target.copy_(tensor)
+        planner.commit_tensor(item, target)
+
+    # The rest of the interface: nothing to do for files that all processes see.
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:  # noqa: D102
+        pass
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:  # noqa: D102
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:  # noqa: D102
+        return plans
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:  # noqa: D102
+        return True
+
+
+class Planner(DefaultLoadPlanner):
+    """torch's planner, which loads values that are not tensors without running code in them."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:  # noqa: D102
+        *parents, key = self.mappings[read_item.dest_index.fqn]
+        target: Any = self.original_state_dict
+        for each in parents:
+            target = target[each]
+        target[key] = load_value(cast(Region, value))
 
 
 @contextlib.contextmanager
@@ -92,6 +177,8 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DamagedFileError(f"{name} is missing") from error
+    except PickleFileError as error:
+        raise DamagedFileError(f"{name} {error}") from error
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise  # the machine's fault, not the file's
     except Exception as error:  # damaged bytes can raise anything
