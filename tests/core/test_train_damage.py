@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import fuzzing
+from core import training_runs
 from core.test_train_checkpoints import Run, assert_same, names
-from damages import DAMAGES, delete, flip, truncate
+from damages import DAMAGES, delete, flip, flip_and_keep_the_time, truncate
 from llama_te_convert.cli import main
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
@@ -164,6 +165,39 @@ def test_a_lost_write_is_an_error_of_the_save(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(TrainingCheckpointError, match=r"step 1 cannot be saved .* bytes after \d+ were written"):
         checkpoints.wait()
     assert names(tmp_path) == []
+
+
+def test_the_command_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path, capsys) -> None:
+    """Losses and metrics are those of a run that never stopped."""
+    source = training_runs.write(tmp_path, training_runs.docstrings(200))
+    changes = {"steps": 6, "checkpoint__interval": 2, "data__tokens_per_batch": 256}
+    whole = training_runs.train(tmp_path / "whole", source, **changes)
+    run = tmp_path / "run"
+    training_runs.train(run, source, **changes)
+    flip_and_keep_the_time(run / "checkpoints" / "step-00000006" / "__0_0.distcp")
+    with (run / "metrics.jsonl").open("r+b") as file:
+        file.write(bytes(10))  # a block that the disk has lost
+    with pytest.warns(UserWarning, match="goes on from step 4") as caught:
+        assert training_runs.main(training_runs.options(run, source, **changes)) == 0
+    assert [row["loss"] for row in training_runs.metrics(run)] == whole[1:]
+    assert any("metrics.jsonl has damaged lines, which are dropped: 1." in str(each.message) for each in caught)
+    for step in ("step-00000002", "step-00000004"):
+        flip(run / "checkpoints" / step / "__0_0.distcp")
+    flip(run / "checkpoints" / "step-00000006" / ".metadata")
+    capsys.readouterr()
+    assert training_runs.main(training_runs.options(run, source, **changes)) == 1
+    assert "has no undamaged checkpoint: step 6: .metadata has other bytes" in capsys.readouterr().err
+
+
+def test_a_run_does_not_begin_from_a_damaged_checkpoint(folder: Path, tmp_path: Path, capsys) -> None:
+    te, source = tmp_path / "te", training_runs.write(tmp_path, training_runs.docstrings(200))
+    assert main(["to-hf", str(folder / "step-00000002"), str(tmp_path / "hf")]) == 0
+    assert main(["to-te", str(tmp_path / "hf"), str(te)]) == 0
+    flip(te / "model.safetensors")
+    changes = {"model__shape": None, "model__checkpoint": te, "data__sequence_length": 32, "steps": 1}
+    assert training_runs.main(training_runs.options(tmp_path / "run", source, **changes)) == 1
+    error = capsys.readouterr().err
+    assert f"model.checkpoint='{te}' has changed since checksums.json was written: model.safetensors has other" in error
 
 
 @pytest.mark.fuzz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from llama_te_core.checkpoint_format import CHECKSUMS
 from llama_te_core.files.checksums import DamagedChecksumsError, file_names, file_problem, read_checksums
+from llama_te_core.files.folder_lock import FolderInUseError, reading
 
 from ..configs.config_file import CONFIG_NAME
 from ..errors import CheckpointError
@@ -54,7 +56,8 @@ def verify_files(folder: Path, progress: Callable[[int, int], None] = lambda don
                 f"{folder} has no {CHECKSUMS}, and no folder in it has: nothing is recorded to compare its files "
                 "with. To compare it with another checkpoint: llama-te-convert verify A B."
             )
-        return _verify(folder, folders, progress)
+        with contextlib.ExitStack() as held:
+            return _verify(folder, [each for each in folders if _is_kept(each, held, folder)], progress)
     except OSError as error:
         raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
 
@@ -84,6 +87,19 @@ def _folders_inside(folder: Path) -> Iterator[Path]:
                 yield path
             else:
                 yield from _folders_inside(path)
+
+
+def _is_kept(folder: Path, held: contextlib.ExitStack, top: Path) -> bool:
+    """Keep a training run from removing a folder meanwhile. Whether there is still such a folder."""
+    try:
+        held.enter_context(reading(folder))
+    except FolderInUseError as error:
+        if folder == top:
+            raise CheckpointError(str(error)) from error
+        return False
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _verify(top: Path, folders: list[Path], progress: Callable[[int, int], None]) -> list[RecordedFile]:

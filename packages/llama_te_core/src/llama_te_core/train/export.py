@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files.checksums import record_checksums
+from ..checkpoint_format import CHECKSUMS
+from ..files.checksums import problems, record_checksums
 from ..files.disk import new_folder, writing_to
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.conversion import conversion
@@ -26,6 +27,25 @@ def converted(checkpoint: str, folder: Path) -> Path:
 
     on_rank_0(convert)
     return folder
+
+
+def refuse_changed(folder: Path) -> None:
+    """Refuse to begin from a checkpoint whose files differ from their recorded sizes and checksums.
+
+    Rank 0 compares; all processes call this.
+
+    Args:
+        folder: The folder; one without `checksums.json` is accepted.
+
+    Raises:
+        ValueError: A file is damaged or missing.
+    """
+    changes = on_rank_0(lambda: problems(folder))
+    if changes:
+        raise ValueError(
+            f"model.checkpoint={str(folder)!r} has changed since {CHECKSUMS} was written: {'; '.join(changes)}. Get "
+            f"the files from a copy. If the change is your own, remove {folder / CHECKSUMS} instead."
+        )
 
 
 def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:

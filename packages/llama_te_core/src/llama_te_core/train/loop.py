@@ -32,7 +32,7 @@ from .config import TrainConfig
 from .config.machine import check_machine
 from .data.batch_stream import BatchStream
 from .data.byte_tokenizer import byte_tokenizer
-from .export import converted, export_hf, export_te
+from .export import converted, export_hf, export_te, refuse_changed
 from .finite_updates import FiniteUpdates
 from .interruption import Interruption
 from .metrics import Metrics, NonFiniteLossError
@@ -95,7 +95,11 @@ def train(config: TrainConfig) -> int:
                 model_config = config.model_config()
                 weights = random_weights(config.seed, model_config)
             else:
-                start = converted(checkpoint, folder / "start") if config.model.is_converted else Path(checkpoint)
+                start = Path(checkpoint)
+                if config.model.is_converted:
+                    start = converted(checkpoint, folder / "start")
+                elif not step:  # later, the weights come from the run's own checkpoint
+                    refuse_changed(start)
                 model_config = config.model_config(start)
                 weights = checkpoint_weights(start, tied=model_config.tie_word_embeddings)
             config.check_model(model_config)

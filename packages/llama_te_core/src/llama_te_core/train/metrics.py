@@ -12,6 +12,7 @@ import re
 import secrets
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -300,10 +301,23 @@ def _wandb_id(folder: Path, step: int) -> str:
 
 
 def drop_lines_after(file: Path, step: int) -> None:
-    """Keep the lines of a file up to a step, and drop an unfinished last line."""
+    """Keep the lines of a file up to a step, and drop an unfinished last line. A warning names other damaged lines."""
     if not file.exists():
         return
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    lines = file.read_bytes().splitlines(keepends=True)
+    steps = [_step_of(line) for line in lines]
+    damaged = [number for number, found in enumerate(steps[:-1], start=1) if found is None]
+    if damaged:
+        warnings.warn(f"{file} has damaged lines, which are dropped: {', '.join(map(str, damaged))}.", stacklevel=2)
+    kept = [line for line, found in zip(lines, steps, strict=True) if found is not None and found <= step]
     if kept != lines:
-        replace_text(file, "".join(kept))
+        replace_text(file, b"".join(kept).decode())
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line of metrics; `None` for other bytes, as a lost write leaves them."""
+    try:
+        step = json.loads(line.decode("utf-8"))["step"]
+    except (KeyError, RecursionError, TypeError, ValueError):
+        return None
+    return step if line.endswith(b"\n") and type(step) is int else None
