@@ -132,7 +132,7 @@ def _add_conversion(commands: Any, name: str, text: str, *, to_te: bool) -> None
         )  # fmt: skip
     _add_choice_of_files(command)
     command.add_argument(
-        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, with torch's restricted unpickler"
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, which runs no code in it"
     )
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=_convert, to_te=to_te, layer_precision=None, fp8=False)

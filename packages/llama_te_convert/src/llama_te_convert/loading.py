@@ -42,7 +42,7 @@ def load_converted(
         revision: A branch, a tag or a commit of the repository; `None` takes its main branch.
         subfolder: The folder of the checkpoint inside the source.
         variant: The variant of the weights, such as "fp16" for `model.fp16.safetensors`.
-        allow_pickle: Whether to read `pytorch_model.bin`, with torch's restricted unpickler, if there is nothing else.
+        allow_pickle: Whether to read `pytorch_model.bin` if there is nothing else. No code in it is run.
         hub_options: Further arguments of huggingface_hub's downloads, such as `token`.
 
     Returns:

@@ -186,7 +186,7 @@ def _refuse_without_weights(location: str, revision: str | None, prefix: str, al
 def _pickled(location: object) -> CheckpointError:
     return CheckpointError(
         f"{location} has its tensors in pickle files ({TORCH_SAVE.single_file}), which can run code when they are "
-        "read: say --allow-pickle to read them with torch's restricted unpickler."
+        "read: say --allow-pickle to read them with a reader that runs none."
     )
 
 
@@ -214,7 +214,7 @@ def open_checkpoint(path: Path, *, variant: str | None = None, allow_pickle: boo
     Args:
         path: A folder, or a GGUF file.
         variant: The variant of the weights, such as "fp16" for `model.fp16.safetensors`.
-        allow_pickle: Whether to read `pytorch_model.bin` files, with torch's restricted unpickler.
+        allow_pickle: Whether to read `pytorch_model.bin` files. No code in them is run.
 
     Raises:
         CheckpointError: The path is not a checkpoint, or the checkpoint is not valid.

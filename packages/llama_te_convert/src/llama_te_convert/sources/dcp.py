@@ -6,21 +6,22 @@ and needs no process group.
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 
 from llama_te_core.files.dcp_metadata import DCPMetadata, Part
+from llama_te_core.files.input_files import open_file
 from llama_te_core.files.pickles import PickleFileError
+from llama_te_core.files.torch_archive import Region, StoredTensor, stored_value
 
 from ..errors import CheckpointError
 from ..layout.tensor_info import TensorInfo
 from .file_names import DCP_METADATA
-from .torch_tensors import as_bytes, dtype_name, info_of, torch_dtype
+from .torch_tensors import as_bytes, dtype_name, torch_dtype
 
 # At most this many tensors make one tensor of the other layout: query, key and value rows are read in turns.
 _HELD_TENSORS = 3
@@ -88,55 +89,23 @@ class DCPSource:
 
     def _load(self, name: str, part: Part) -> torch.Tensor:
         path = self._folder / part.place.file
+        expected = (self.tensors[name].dtype, part.sizes)
         try:
-            with path.open("rb") as file:
-                stored = cast(IO[bytes], _Slice(file, part.place.begin, part.place.length))
-                loaded = torch.load(stored, map_location="cpu", weights_only=True)
+            with open_file(path, buffering=0) as file:
+                stored = stored_value(Region(file.fileno(), part.place.begin, part.place.length))
+                if not isinstance(stored, StoredTensor) or (dtype_name(stored.dtype), stored.shape) != expected:
+                    raise PickleFileError("is not the tensor that the metadata describe")
+                return stored.read()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-        except Exception as error:  # torch does not document its errors for damaged files
+        except PickleFileError as error:
             raise CheckpointError(
-                f"{path}: the part of {name} at byte {part.place.begin} cannot be read ({type(error).__name__}): the "
-                "file is damaged, not complete, or holds something other than tensors."
+                f"{path}: the part of {name} at byte {part.place.begin} cannot be read: it {error}."
             ) from error
-        expected = TensorInfo(self.tensors[name].dtype, tuple(part.sizes))
-        if not isinstance(loaded, torch.Tensor) or info_of(loaded) != expected:
-            raise CheckpointError(
-                f"{path}: the part of {name} at byte {part.place.begin} is not the tensor that the metadata describe."
-            )
-        return loaded.detach()
 
     def close(self) -> None:
         """Free the parts that the last reads loaded."""
         self._held.clear()
-
-
-class _Slice(io.RawIOBase):
-    """Bytes [begin, begin + length) of a file, as a file."""
-
-    def __init__(self, file: io.BufferedReader, begin: int, length: int) -> None:
-        self._file, self._begin, self._length = file, begin, length
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence])
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        self._file.seek(self._begin + self._at)
-        count = self._file.readinto(view[: max(0, self._length - self._at)])
-        self._at += count
-        return count
 
 
 def _model_names(metadata: DCPMetadata, folder: Path) -> dict[str, str]:
