@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import InferenceParams, inference_params_for
+from llama_te_infer.decode import backend
 
 
 @pytest.fixture(params=["thd", "bshd"])
@@ -66,6 +67,76 @@ def test_generation_that_runs_over_the_end(te: PreTrainedModel, is_paged: bool) 
     cache.reset()
     text = te.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert text.shape == (1, 17)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length", "num_beams", "num_return_sequences", "page_size"])
+def test_sizes_that_are_no_sizes(te: PreTrainedModel, name: str) -> None:
+    for value in (0, -1, 2.5, 8.0, "8", True):
+        with pytest.raises(ValueError, match=f"^{name}=.* is not possible: give an integer of at least 1"):
+            inference_params_for(te, **{"batch_size": 1, "max_length": 8, "is_paged": True, name: value})
+    with pytest.raises(ValueError, match="prompt_length=1.5 is not possible"):
+        inference_params_for(te, batch_size=1, max_length=8, prompt_length=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch_size": 10**9},
+        {"max_length": 10**10},
+        {"num_beams": 10**9},
+        {"batch_size": 10**5, "num_return_sequences": 10**5, "prompt_length": 8},
+        {"page_size": 10**10},
+    ],
+    ids=str,
+)
+def test_caches_larger_than_the_memory(te: PreTrainedModel, is_paged: bool, sizes: dict[str, int]) -> None:
+    if "page_size" in sizes and not is_paged:
+        sizes = {"max_length": 10**12}
+    arguments = {"batch_size": 1, "max_length": 64, "is_paged": is_paged, **sizes}
+    with pytest.raises(
+        ValueError, match=r"rows of .* tokens.*: this needs [\d,.]+ GiB, and cpu has [\d,.]+ GiB for it"
+    ):
+        inference_params_for(te, **arguments)
+
+
+def test_a_cache_made_by_hand_larger_than_the_memory() -> None:
+    arguments: dict[str, Any] = {"num_heads_kv": 2, "head_dim_k": 16, "dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(ValueError, match=r"1000000000 rows of 64 tokens: this needs [\d,.]+ GiB"):
+        InferenceParams(10**9, 64, **arguments)
+    with pytest.raises(ValueError, match=r"1000000000000 rows of 64 tokens, 1 pages of 64 tokens: this needs"):
+        InferenceParams(10**12, 64, **arguments, is_paged=True, page_size=64, total_num_pages=1)
+    for name, value in (
+        ("max_batch_size", 1.5),
+        ("max_sequence_length", "8"),
+        ("num_heads_kv", 0),
+        ("head_dim_k", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not possible"):
+            InferenceParams(**{"max_batch_size": 1, "max_sequence_length": 8, **arguments, name: value})
+
+
+def test_generation_longer_than_the_memory(te: PreTrainedModel) -> None:
+    with pytest.raises(
+        ValueError, match=r"1 rows of 1000000\d* tokens: this needs [\d,.]+ GiB, and cpu has [\d,.]+ GiB"
+    ):
+        te.generate(input_ids(1, 4), max_new_tokens=10**9, do_sample=False)
+
+
+@pytest.mark.parametrize("decode_implementation", ["layers", "fused"])
+@pytest.mark.parametrize("token", [-1, 257, 2**40])
+def test_tokens_outside_the_vocabulary(
+    te: PreTrainedModel, decode_implementation: str, token: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a prompt, and in a step of one token."""
+    monkeypatch.setattr(backend, "takes_fused_decode", lambda *_: True)
+    cache = inference_params_for(te, batch_size=1, max_length=16, decode_implementation=decode_implementation)
+    with torch.no_grad():
+        with pytest.raises(IndexError):
+            te(input_ids=torch.tensor([[3, token]]), past_key_values=cache)
+        cache.reset()
+        te(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+        with pytest.raises(IndexError):
+            te(input_ids=torch.tensor([[token]]), past_key_values=cache)
 
 
 def test_a_batch_larger_than_the_cache(te: PreTrainedModel, is_paged: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import itertools
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -620,12 +621,63 @@ def test_requests_that_never_fit_are_refused(
     assert not engine.has_unfinished
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"max_batch_size": 10**9},
+        {"total_num_pages": 10**10},
+        {"page_size": 10**10},
+        {"max_batch_size": 10**9, "total_num_pages": 1},
+        {"max_batch_size": 10**30, "page_size": 10**30, "total_num_pages": 10**30},
+    ],
+    ids=str,
+)
+def test_sizes_that_need_more_memory_than_there_is(thd: PreTrainedModel, sizes: dict[str, int]) -> None:
+    """They are refused before anything is allocated."""
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"max_batch_size=.* this needs [\d,.]+ GiB, and cpu has [\d,.]+ GiB for it"):
+        Engine(thd, **sizes)
+    assert time.perf_counter() - began < 1  # measured: 0.01 s
+
+
+@pytest.mark.parametrize("params", [{"n": 10**9}, {"num_beams": 10**9}], ids=str)
+def test_more_sequences_than_fit_are_refused_before_they_are_made(thd: PreTrainedModel, params: dict[str, int]) -> None:
+    engine, began = Engine(thd), time.perf_counter()
+    with pytest.raises(ValueError, match="=1000000000 sequences do not fit max_batch_size=32"):
+        engine.submit([3], SamplingParams(**params))
+    assert time.perf_counter() - began < 1  # measured: 0.001 s
+
+
+def test_eos_tokens_outside_the_vocabulary_are_left_out(thd: PreTrainedModel) -> None:
+    thd.generation_config.eos_token_id = [5, 257, -1]
+    with pytest.warns(UserWarning, match="EOS token") as warned:
+        engines = [Engine(thd), Engine(thd)]
+    assert [engine.eos_token_ids for engine in engines] == [(5,), (5,)]
+    said = [str(warning.message) for warning in warned if "EOS" in str(warning.message)]
+    assert said == [
+        f"GenerationConfig has the EOS token {token}, and the model knows 0 to 256: the engine leaves it out."
+        for token in (257, -1)
+    ]
+    # With `min_tokens` the sampler marks the tokens that end a text.
+    Engine(thd).generate([3], SamplingParams(max_tokens=4, min_tokens=2, temperature=0))
+    for wrong in (1.9, "5", True, [5, "6"]):
+        thd.generation_config.eos_token_id = wrong
+        with pytest.raises(
+            ValueError, match="GenerationConfig has eos_token_id=.*: give a token id, a list of them, or"
+        ):
+            Engine(thd)
+
+
 def test_engines_that_make_no_sense_are_refused(
     hf: PreTrainedModel, thd: PreTrainedModel, tiny_llama: Callable[..., PreTrainedModel]
 ) -> None:
     for name in ("max_batch_size", "max_sequence_length", "page_size", "total_num_pages", "prefill_budget"):
         with pytest.raises(ValueError, match=f"{name}=0 is not possible: give an integer of at least 1"):
             Engine(thd, **{name: 0})
+        for value in (-1, 2.5, 2.0, "2", True, torch.tensor(2.0), [2]):
+            with pytest.raises(ValueError, match=f"^{name}=.* is not possible: give an integer of at least 1"):
+                Engine(thd, **{name: value})
+    assert Engine(thd, max_batch_size=torch.tensor(3)).scheduler.max_rows == 3
     with pytest.raises(ValueError, match="model is a LlamaForCausalLM: give a llama_te_core.NVLlamaForCausalLM"):
         Engine(hf)
     with pytest.raises(ValueError, match=r"model is in training mode: call model.eval\(\) first"):

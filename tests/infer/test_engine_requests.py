@@ -117,6 +117,22 @@ def test_every_form_of_a_prompt(engine: Engine, tokenizer: PreTrainedTokenizerFa
             "prompts is a tensor or an array of 2 rows, in which padding looks",
         ),
         (torch.tensor([3.0]), r"prompts=tensor\(\[3.\]\) is no prompt"),
+        (torch.tensor([True]), r"prompts=tensor\(\[True\]\) is no prompt"),
+        (np.array(["5"]), r"prompts=array\(\['5'\].* is no prompt"),
+        ([np.float32(3)], r"prompts\[0\]=.* is no prompt"),
+        ([[1, 1.9]], r"prompts\[0\]=\[1, 1.9\] is no prompt"),
+        ([[1, True]], r"prompts\[0\]=\[1, True\] is no prompt"),
+        ({"input_ids": [1, 1.9]}, "prompts=.* is no prompt"),
+        ({"input_ids": [1, "5"]}, "prompts=.* is no prompt"),
+        ({"input_ids": torch.tensor([1.0])}, "prompts=.* is no prompt"),
+        ({"input_ids": 5}, "prompts=.* is no prompt"),
+        ({"input_ids": "5"}, "prompts=.* is no prompt"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, r"prompts has the attention_mask \[1\]: give 1 for each token"),
+        ({"input_ids": [1, 2], "attention_mask": ["0", "1"]}, "prompts has the attention_mask"),
+        ({"input_ids": [1, 2], "attention_mask": 1}, "prompts=.* is no prompt"),
+        ([[-1]], "prompt has the tokens -1 to -1, but the model knows 0 to 258"),
+        ([[259]], "prompt has the tokens 259 to 259"),
+        ([[2**80]], "prompt has the tokens"),
     ],
 )
 def test_what_is_no_prompt(engine: Engine, prompts: Any, message: str) -> None:
@@ -156,6 +172,17 @@ def test_a_text_that_begins_with_bos_gets_no_second_one(engine: Engine, tokenize
     assert prompts_of(engine, texts, GREEDY) == [plain, plain, [256, *plain], [256]]
     tokens = [256, 256, 3]
     assert prompts_of(engine, [tokens], GREEDY) == [tokens], "token ids are taken as they are"
+
+
+def test_a_prompt_is_the_engines_own(engine: Engine) -> None:
+    """The caller may change its list while the request runs."""
+    for prompt in ([3, 4, 5], {"input_ids": [[3, 4, 5]]}):
+        request = engine.submit(prompt, GREEDY)
+        (prompt["input_ids"][0] if isinstance(prompt, dict) else prompt).append(9)
+        outputs = []
+        while engine.has_unfinished:
+            outputs += engine.step()
+        assert [output.prompt_token_ids for output in outputs if output.request_id == request] == [[3, 4, 5]]
 
 
 # --- chats ------------------------------------------------------------------------------------------------------------

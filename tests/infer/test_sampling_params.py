@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from llama_te_infer.sampling_params import SamplingParams
 
@@ -31,7 +35,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stop": 7}, "stop=7 is not possible: give a string or several."),
     ({"stop_token_ids": 7}, "stop_token_ids=7 is not possible: give a list of token ids."),
     ({"stop_token_ids": [3, -1]}, "stop_token_ids=\\(3, -1\\) is not possible: give token ids from 0 on."),
-    ({"stop_token_ids": "end"}, "stop_token_ids=\\('e', 'n', 'd'\\) is not possible: give token ids from 0 on."),
+    ({"stop_token_ids": "end"}, "stop_token_ids='end' is not possible: give a list of token ids."),
     ({"presence_penalty": 2.1}, "presence_penalty=2.1 is not possible: give a number from -2 to 2; 0 changes nothing."),
     ({"frequency_penalty": -3}, "frequency_penalty=-3 is not possible: give a number from -2 to 2"),
     ({"logit_bias": [3]}, "logit_bias=\\[3\\] is not possible: give a dict from token ids to numbers."),
@@ -76,6 +80,36 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_beams": 3, "allowed_token_ids": [3]}, "allowed_token_ids=\\(3,\\) is not possible: it would change the"),
     ({"num_beams": 3, "bad_words": "x"}, "bad_words=\\('x',\\) is not possible: it would change the scores"),
     ({"num_beams": 3, "n": 4}, "n=4 is not possible: beam search has no more results than beams; num_beams=3."),
+    # Integers are integers: nothing is rounded, and no text is read.
+    *[
+        ({name: value}, f"{name}={re.escape(repr(value))} is not possible")
+        for name in ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "num_beams")
+        for value in (1.5, 1.0, "1", True, np.float32(1), np.True_, torch.tensor(1.0), torch.tensor([1, 2]), [1])
+    ],
+    *[
+        ({name: [value]}, f"{name}=.* is not possible: give ")
+        for name in ("stop_token_ids", "allowed_token_ids")
+        for value in (1.9, "5", True, None, -1, np.float64(3), torch.tensor(True), [3])
+    ],
+    *[
+        ({name: value}, f"{name}=.* is not possible")
+        for name in ("stop_token_ids", "allowed_token_ids")
+        for value in ("5", b"5", 5)
+    ],
+    *[({"logit_bias": {key: 1.0}}, "logit_bias=.* is not possible: give ") for key in (1.9, "5", True, -1, None)],
+    *[
+        ({"logit_bias": {5: bias}}, "logit_bias=.* is not possible: give ")
+        for bias in (math.nan, math.inf, "1", None, True)
+    ],
+    *[
+        ({name: value}, f"{name}=.* is not possible")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        for value in (math.nan, math.inf, -math.inf, "1", True, 10**400, None, torch.tensor(1.0))
+    ],
+    *[
+        ({"num_beams": 2, "length_penalty": value}, "length_penalty=.* is not possible")
+        for value in (math.nan, math.inf, "1")
+    ],
 ]
 
 TAKEN: list[dict[str, Any]] = [
@@ -106,6 +140,23 @@ def test_what_is_taken(fields: dict[str, Any]) -> None:
         name: tuple(value) if name.startswith("stop") else value for name, value in fields.items()
     }
     assert SamplingParams(**fields) == params and hash(SamplingParams(**fields)) == hash(params)
+
+
+def test_integers_of_numpy_and_torch_become_plain_ones() -> None:
+    plain = SamplingParams(max_tokens=7, seed=3, n=2, stop_token_ids=(4, 5), logit_bias={6: 1.0})
+    tokens = np.array([4, 5]), torch.tensor([4, 5]), [np.uint8(4), torch.tensor(5)]
+    for integer, stop_token_ids in zip((np.int64, np.uint8, torch.tensor), tokens, strict=True):
+        params = SamplingParams(
+            max_tokens=integer(7),
+            seed=integer(3),
+            n=integer(2),
+            stop_token_ids=stop_token_ids,
+            logit_bias={integer(6): 1.0},
+        )
+        assert params == plain and hash(params) == hash(plain)
+        assert {type(token) for token in (params.max_tokens, *params.stop_token_ids, *(params.logit_bias or ()))} == {
+            int
+        }
 
 
 def test_values_are_fixed() -> None:

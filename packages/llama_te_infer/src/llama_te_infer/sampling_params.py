@@ -7,11 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .integers import as_integer
+
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
 MAX_PENALTY = 2.0  # of presence and frequency
 MAX_BIAS = 100.0  # of a logit
 MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
+
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "num_beams")
 
 
 @dataclass(frozen=True)
@@ -89,19 +93,22 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._need("stop", isinstance(self.stop, Iterable), "give a string or several")
-        self._need("stop_token_ids", isinstance(self.stop_token_ids, Iterable), "give a list of token ids")
         # A frozen dataclass can change its own fields in this way only.
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         self._need("bad_words", isinstance(self.bad_words, Iterable), "give a word or several")
         words = (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words)
         object.__setattr__(self, "bad_words", words)
-        if self.allowed_token_ids is not None:
-            self._need("allowed_token_ids", isinstance(self.allowed_token_ids, Iterable), "give a list of token ids")
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            tokens = getattr(self, name)
+            if name == "stop_token_ids" or tokens is not None:
+                is_list = isinstance(tokens, Iterable) and not isinstance(tokens, str | bytes)
+                self._need(name, is_list, "give a list of token ids")
+                object.__setattr__(self, name, tuple(map(_plain, tokens)))
         if self.logit_bias is not None:
             self._need("logit_bias", isinstance(self.logit_bias, Mapping), "give a dict from token ids to numbers")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            object.__setattr__(self, "logit_bias", {_plain(token): bias for token, bias in self.logit_bias.items()})
+        for name in _INTEGERS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         self._check_values()
         if self.num_beams > 1:
             self._check_beam_search()
@@ -226,6 +233,12 @@ class SamplingParams:
             raise ValueError(f"{name}={getattr(self, name)!r} is not possible: {what_to_do}.")
 
 
+def _plain(value: Any) -> Any:
+    """Return an integer of NumPy or torch as an `int`, and anything else as it is."""
+    integer = as_integer(value)
+    return value if integer is None else integer
+
+
 def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
@@ -233,4 +246,7 @@ def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
 def _is_number(value: object, least: float, most: float = math.inf) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
-    return math.isfinite(value) and least <= value <= most
+    try:
+        return math.isfinite(value) and least <= value <= most
+    except OverflowError:  # an integer beyond all floats
+        return False

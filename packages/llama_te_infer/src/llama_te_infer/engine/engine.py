@@ -26,6 +26,7 @@ from llama_te_core.layers.kv_cache import computing_dtype
 from ..decode.backend import DecodeBackend, check_implementation, has_own_forward, select_backend
 from ..decode.fused import FusedDecode
 from ..decode.layers import LayersDecode, padded_multiple
+from ..integers import checked_integer
 from ..kv_cache.engine_cache import EngineCache
 from ..ops.greedy import NO_TOKEN
 from ..runner.model_runner import ModelRunner
@@ -33,7 +34,7 @@ from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
 from ..sampling_params import SamplingParams
-from .limits import check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
+from .limits import check_memory, check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
 from .one_thread import OneThread
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
@@ -100,7 +101,8 @@ class Engine:
     `torch.autocast` the cache has the dtype of autocast.
 
     Raises:
-        ValueError: An argument is out of its range, or the model is in training mode. `step`, `generate` and `stream`
+        ValueError: An argument is out of its range, more memory is needed than there is, an EOS token of the model is
+            no integer, or the model is in training mode. `step`, `generate` and `stream`
             raise it too, if the model has changed; no request has advanced then.
         RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. Raised by `step`,
             `generate` and `stream` likewise, also for a model with another dtype, device or vocabulary.
@@ -119,15 +121,13 @@ class Engine:
         prefix_caching: bool = True,
         decode_implementation: str = "auto",
     ) -> None:
-        for name, value in (
-            ("max_batch_size", max_batch_size),
-            ("max_sequence_length", 1 if max_sequence_length is None else max_sequence_length),
-            ("page_size", page_size),
-            ("total_num_pages", 1 if total_num_pages is None else total_num_pages),
-            ("prefill_budget", prefill_budget),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} is not possible: give an integer of at least 1.")
+        max_batch_size = checked_integer("max_batch_size", max_batch_size)
+        page_size = checked_integer("page_size", page_size)
+        prefill_budget = checked_integer("prefill_budget", prefill_budget)
+        if max_sequence_length is not None:
+            max_sequence_length = checked_integer("max_sequence_length", max_sequence_length)
+        if total_num_pages is not None:
+            total_num_pages = checked_integer("total_num_pages", total_num_pages)
         check_implementation(decode_implementation)
         check_model(model)
         self.model, self.tokenizer = model, tokenizer
@@ -138,6 +138,13 @@ class Engine:
         if total_num_pages is None:
             wanted = max_batch_size * -(-self.max_sequence_length // page_size)
             total_num_pages = max(1, min(wanted, fitting_pages(model, page_size)))
+        check_memory(
+            model,
+            max_batch_size=max_batch_size,
+            max_sequence_length=self.max_sequence_length,
+            page_size=page_size,
+            total_num_pages=total_num_pages,
+        )
         # The model keeps this table. It is made here, outside inference mode, so that the model can be trained later.
         model.model.rotary_angles(self.max_sequence_length, model.device)
         multiple = padded_multiple(model)
@@ -396,6 +403,7 @@ class Engine:
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
         # From torch's generator, so that torch.manual_seed makes all requests repeatable.
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        self.scheduler.check_rows(params)  # before a request makes its sequences
         self._check(tokens, params, special_stops, bad_words)
         params = self._with_length(tokens, params)
         request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)

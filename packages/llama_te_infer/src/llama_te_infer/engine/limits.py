@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
-
-import torch
 
 from llama_te_core.layers.kv_cache import computing_dtype
 
+from ..integers import as_integer
+from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory
 from ..ops.library import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
 HOST_BYTES = 2 << 30  # memory for pages on a CPU
+ROW_BYTES = 1024  # of a row's parameters and lengths, on the device and the host
+PAGE_TABLES = 3  # of the cache, the running batch and the prefill
 
 
 def check_model(model: Any) -> None:
@@ -76,24 +80,63 @@ def max_sequence_length_of(config: Any, wanted: int | None) -> int:
 
 
 def eos_token_ids_of(model: Any, tokenizer: Any | None) -> tuple[int, ...]:
-    """Return the model's EOS tokens: the generation configuration's, else the configuration's, else the tokenizer's."""
+    """Return the model's EOS tokens: the generation configuration's, else the configuration's, else the tokenizer's.
+
+    Tokens outside the vocabulary are left out, with one warning: checkpoints have them, and no text can end with one.
+
+    Raises:
+        ValueError: One is no integer.
+    """
     for source in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return tuple(
-                token for token in (ids if isinstance(ids, list | tuple) else [ids]) if token < model.config.vocab_size
-            )
+        if ids is None:
+            continue
+        name, known = type(source).__name__, []
+        for value in ids if isinstance(ids, list | tuple) else [ids]:
+            token = as_integer(value)
+            if token is None:
+                raise ValueError(f"{name} has eos_token_id={ids!r}: give a token id, a list of them, or None.")
+            if 0 <= token < model.config.vocab_size:
+                known.append(token)
+            else:
+                _warn_of_unknown_eos(name, token, model.config.vocab_size)
+        return tuple(known)
     return ()
+
+
+@functools.cache
+def _warn_of_unknown_eos(name: str, token: int, vocab_size: int) -> None:
+    warnings.warn(
+        f"{name} has the EOS token {token}, and the model knows 0 to {vocab_size - 1}: the engine leaves it out.",
+        stacklevel=2,
+    )
 
 
 def fitting_pages(model: Any, page_size: int) -> int:
     """Return the number of pages of the model's cache that fit into the free memory."""
+    page_bytes = _page_bytes(model, page_size)
+    free = free_memory(model.device) if model.device.type == "cuda" else None
+    return HOST_BYTES // page_bytes if free is None else int(free * GPU_SHARE) // page_bytes
+
+
+def check_memory(
+    model: Any, *, max_batch_size: int, max_sequence_length: int, page_size: int, total_num_pages: int
+) -> None:
+    """Refuse sizes of an engine that need more memory than there is: for pages, tables, logits and rotary angles.
+
+    Raises:
+        ValueError: There is less memory.
+    """
+    config, itemsize = model.config, computing_dtype(model.get_input_embeddings().weight).itemsize
+    table_bytes = PAGE_TABLES * 4 * -(-max_sequence_length // page_size)
+    needed = (total_num_pages + 1) * (_page_bytes(model, page_size) + PAGE_BYTES_ON_HOST)
+    needed += max_batch_size * (ROW_BYTES + table_bytes + model.lm_head.out_features * itemsize)
+    needed += max_sequence_length * config.head_dim * 4
+    arguments = f"{max_batch_size=}, {max_sequence_length=}, {page_size=}, {total_num_pages=}"
+    check_fits(arguments, needed, free_memory(model.device), model.device)
+
+
+def _page_bytes(model: Any, page_size: int) -> int:
     config = model.config
     itemsize = computing_dtype(model.get_input_embeddings().weight).itemsize
-    page_bytes = 2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize
-    if model.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(model.device)
-        # PyTorch's reserved but unused memory is free too.
-        free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-        return int(free * GPU_SHARE) // page_bytes
-    return HOST_BYTES // page_bytes
+    return int(2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize)

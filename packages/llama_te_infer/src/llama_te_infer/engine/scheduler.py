@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from ..runner.plan import Chunk, Plan
 from ..runner.sequence import Request, Sequence
+from ..sampling_params import SamplingParams
 from .block_manager import BlockManager
 
 
@@ -80,18 +81,26 @@ class Scheduler:
         self._last_rows: list[int] = []  # the row of each row's sequence in the last step
         self._groups: dict[Sequence, Group] = {}  # of all sequences that run or wait
 
+    def check_rows(self, params: SamplingParams) -> None:
+        """Refuse requests with more sequences than rows.
+
+        Raises:
+            ValueError: There are fewer rows.
+        """
+        name, rows = ("num_beams", params.num_beams) if params.num_beams > 1 else ("n", params.n)
+        if rows > self.max_rows:
+            raise ValueError(
+                f"{name}={rows} sequences do not fit max_batch_size={self.max_rows}: make it larger, or ask for less."
+            )
+
     def submit(self, request: Request) -> None:
         """Put a request at the end of the queue.
 
         Raises:
             ValueError: It could never run; the queue has not changed.
         """
+        self.check_rows(request.params)
         pool, rows = self.blocks.pool, len(request.sequences)
-        if rows > self.max_rows:
-            name = "num_beams" if request.has_beams else "n"
-            raise ValueError(
-                f"{name}={rows} sequences do not fit max_batch_size={self.max_rows}: make it larger, or ask for less."
-            )
         needed = self.blocks.pages_needed(request)
         if needed > pool.total_num_pages:
             raise ValueError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..integers import as_integer
 from ..sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -33,7 +33,7 @@ def tokens_of_prompts(prompts: Any, tokenizer: Any | None) -> list[list[int]]:
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(_refusal("prompts", prompts))
     each = list(prompts)
-    if each and all(_is_token(item) for item in each):
+    if each and all(as_integer(item) is not None for item in each):
         return _rows(each, tokenizer)
     return [tokens_of_prompt(prompt, tokenizer, f"prompts[{index}]") for index, prompt in enumerate(each)]
 
@@ -59,10 +59,16 @@ def _rows(prompt: Any, tokenizer: Any | None, name: str = "prompts") -> list[lis
     if isinstance(prompt, str):
         return [tokens_of_text(prompt, tokenizer, name)]
     if _is_encoding(prompt):
-        rows = _nested(_as_lists(prompt["input_ids"]))
-        mask = prompt.get("attention_mask")
-        if mask is not None:
-            masks = _nested(_as_lists(mask))
+        rows = _nested(_as_lists(prompt["input_ids"], name, prompt))
+        if prompt.get("attention_mask") is not None:
+            masks = _nested(_as_lists(prompt["attention_mask"], name, prompt))
+            if list(map(len, masks)) != list(map(len, rows)) or not all(
+                real in (0, 1) for row in masks for real in row
+            ):
+                raise ValueError(
+                    f"{name} has the attention_mask {_short(prompt['attention_mask'])}: give 1 for each token of "
+                    "input_ids, and 0 for each that is padding."
+                )
             rows = [
                 [token for token, is_real in zip(row, reals, strict=True) if is_real]
                 for row, reals in zip(rows, masks, strict=True)
@@ -78,10 +84,16 @@ def _rows(prompt: Any, tokenizer: Any | None, name: str = "prompts") -> list[lis
         rows = [list(prompt)]
     else:
         raise ValueError(_refusal(name, prompt))
-    for row in rows:
-        if set(map(type, row)) != {int} and not all(map(_is_token, row)):
-            raise ValueError(_refusal(name, prompt))
-    return [list(map(operator.index, row)) for row in rows]
+    return [_integers(row, name, prompt) for row in rows]
+
+
+def _integers(row: list[Any], name: str, prompt: Any) -> list[int]:
+    if set(map(type, row)) <= {int}:
+        return list(row)  # the caller may change its own list later
+    tokens = [token for token in map(as_integer, row) if token is not None]
+    if len(tokens) < len(row):
+        raise ValueError(_refusal(name, prompt))
+    return tokens
 
 
 def tokens_of_text(text: str, tokenizer: Any | None, name: str = "prompt") -> list[int]:
@@ -149,14 +161,12 @@ def _is_array(prompt: Any) -> bool:
     return hasattr(prompt, "tolist") and hasattr(prompt, "ndim")
 
 
-def _is_token(item: Any) -> bool:
-    if isinstance(item, bool) or (_is_array(item) and (item.ndim or "int" not in str(item.dtype))):
-        return False
-    return hasattr(item, "__index__")
-
-
-def _as_lists(values: Any) -> list[Any]:
-    return [_as_lists(v) if _is_array(v) and v.ndim else v for v in (values.tolist() if _is_array(values) else values)]
+def _as_lists(values: Any, name: str, prompt: Any) -> list[Any]:
+    if _is_array(values):
+        values = values.tolist()
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes):
+        raise ValueError(_refusal(name, prompt))
+    return [_as_lists(v, name, prompt) if _is_array(v) and v.ndim else v for v in values]
 
 
 def _nested(values: Any) -> list[list[Any]]:

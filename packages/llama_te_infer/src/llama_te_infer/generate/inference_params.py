@@ -23,7 +23,9 @@ from llama_te_core.layers.kv_cache import computing_dtype
 from ..decode.backend import check_implementation, select_backend
 from ..decode.fused import FusedDecode
 from ..decode.inputs import StepInputs
+from ..integers import checked_integer
 from ..kv_cache.contiguous import NonPagedKVCacheManager
+from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, total_memory
 from ..kv_cache.paged import PagedKVCacheManager
 from ..kv_cache.step import CacheStep
 from ..kv_cache.storage import CacheManager, cache_device, default_device
@@ -88,11 +90,20 @@ class InferenceParams(CacheStep, Cache):
         if qkv_format == "thd" and max_ctx_len is None:
             raise ValueError("max_ctx_len is missing: qkv_format='thd' needs the most new tokens of a row in one step.")
         check_implementation(decode_implementation)
+        max_batch_size = checked_integer("max_batch_size", max_batch_size, 0)
+        max_sequence_length = checked_integer("max_sequence_length", max_sequence_length, 0)
+        num_heads_kv, head_dim_k = (
+            checked_integer("num_heads_kv", num_heads_kv),
+            checked_integer("head_dim_k", head_dim_k),
+        )
+        head_dim_v = head_dim_k if head_dim_v is None else checked_integer("head_dim_v", head_dim_v)
+        if max_ctx_len is not None:
+            max_ctx_len = checked_integer("max_ctx_len", max_ctx_len, 0)
         self.qkv_format = qkv_format
         self.decode_implementation = decode_implementation
         shared: dict[str, Any] = {
             "head_dim_k": head_dim_k,
-            "head_dim_v": head_dim_k if head_dim_v is None else head_dim_v,
+            "head_dim_v": head_dim_v,
             "dtype": dtype,
             "device": torch.device(device) if device is not None else default_device(),
         }
@@ -104,9 +115,19 @@ class InferenceParams(CacheStep, Cache):
         manager: CacheManager
         if is_paged:
             total_num_pages, page_size = _check_pages(max_batch_size, max_sequence_length, total_num_pages, page_size)
-            manager = PagedKVCacheManager(total_num_pages, page_size, **memory, **shared)
         else:
             total_num_pages = page_size = None
+        _check_memory(
+            max_batch_size,
+            max_sequence_length,
+            page_size,
+            total_num_pages,
+            num_heads_kv * (head_dim_k + head_dim_v) * dtype.itemsize,
+            shared["device"],
+        )
+        if total_num_pages is not None and page_size is not None:
+            manager = PagedKVCacheManager(total_num_pages, page_size, **memory, **shared)
+        else:
             manager = NonPagedKVCacheManager(**memory, **shared)
         super().__init__(
             manager,
@@ -237,6 +258,7 @@ class InferenceParams(CacheStep, Cache):
             Logits [B, 1, V]; `None` if the model's layers have to compute the step.
 
         Raises:
+            IndexError: On a CPU: a token is not in the vocabulary.
             ValueError: See `begin_step`.
             RuntimeError: decode_implementation="fused", and the kernels cannot compute steps of this batch.
         """
@@ -248,6 +270,11 @@ class InferenceParams(CacheStep, Cache):
             self._choose_backend(model)
         if self._fused is None or self._inputs is None:
             return None
+        if not input_ids.is_cuda and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < model.config.vocab_size:
+            # As PyTorch's embedding does. A GPU's host would wait for the check, and the kernel reads nothing then.
+            raise IndexError(
+                f"input_ids has tokens outside the vocabulary, which is 0 to {model.config.vocab_size - 1}."
+            )
         self.begin_step(attention_mask, len(input_ids), 1)
         with torch.cuda.device_of(self._inputs.token_R):
             self._inputs.token_R.copy_(input_ids[:, 0])
@@ -518,9 +545,16 @@ def inference_params_for(
         decode_implementation: "auto", "fused" or "layers": see `InferenceParams`.
 
     Raises:
-        ValueError: `prompt_length` is not between 0 and `max_length`, or the model's layers compute on several devices.
+        ValueError: A number is no integer or out of its range, `prompt_length` is not between 0 and `max_length`, there
+            is too little memory, or the model's layers compute on several devices.
     """
     config = model.config
+    batch_size, max_length = checked_integer("batch_size", batch_size), checked_integer("max_length", max_length)
+    num_beams = checked_integer("num_beams", num_beams)
+    num_return_sequences = checked_integer("num_return_sequences", num_return_sequences)
+    page_size = checked_integer("page_size", page_size)
+    if prompt_length is not None:
+        prompt_length = checked_integer("prompt_length", prompt_length, 0)
     copies = max(num_beams, num_return_sequences)
     pages: dict[str, Any] = {}
     if is_paged:
@@ -535,6 +569,9 @@ def inference_params_for(
         total = min(batch_size * (shared + copies * own), batch_size * copies * per_row)
         pages = {"is_paged": True, "page_size": page_size, "total_num_pages": total}
         max_length = per_row * page_size
+    _check_memory(
+        batch_size * copies, max_length, pages.get("page_size"), pages.get("total_num_pages"), *_token_bytes(model)
+    )
     return InferenceParams(
         max_batch_size=batch_size * copies,
         max_sequence_length=max_length,
@@ -556,14 +593,19 @@ def cache_for_generation(model: Any, *, batch_size: int, max_length: int | None)
         model: An `NVLlamaForCausalLM` (or `NVLlamaModel`).
         batch_size: Rows.
         max_length: Tokens of the longest row, if known.
+
+    Raises:
+        ValueError: There is too little memory.
     """
     from .growing_cache import GrowingCache  # a subclass of this module's class
 
     config = model.config
+    # Rounding up gives requests of similar length caches of one size, which reuse TE's attention plans.
+    max_length = -(-(max_length or 0) // 64) * 64
+    _check_memory(batch_size, max_length, None, None, *_token_bytes(model))
     return GrowingCache(
         batch_size,
-        # Rounding up gives requests of similar length caches of one size, which reuse TE's attention plans.
-        -(-(max_length or 0) // 64) * 64,
+        max_length,
         num_heads_kv=config.num_key_value_heads,
         head_dim_k=config.head_dim,
         dtype=computing_dtype(model.get_input_embeddings().weight),
@@ -577,7 +619,10 @@ def _check_pages(
 ) -> tuple[int, int]:
     if page_size is None:
         raise ValueError("page_size is missing: is_paged=True needs it.")
-    if page_size < 1 or max_sequence_length % page_size:
+    page_size = checked_integer("page_size", page_size)
+    if total_num_pages is not None:
+        total_num_pages = checked_integer("total_num_pages", total_num_pages)
+    if max_sequence_length % page_size:
         raise ValueError(f"page_size={page_size} must divide max_sequence_length={max_sequence_length}.")
     most = max_batch_size * (max_sequence_length // page_size)
     if total_num_pages is None or not 0 < total_num_pages <= most:
@@ -586,3 +631,28 @@ def _check_pages(
             f"= {most}, which is enough for all rows at their longest."
         )
     return total_num_pages, page_size
+
+
+def _token_bytes(model: Any) -> tuple[int, torch.device]:
+    """Return the bytes of a token's keys and values in all layers, and the cache's device."""
+    config, dtype = model.config, computing_dtype(model.get_input_embeddings().weight)
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return token_bytes, cache_device(model)
+
+
+def _check_memory(
+    rows: int, length: int, page_size: int | None, total_num_pages: int | None, token_bytes: int, device: torch.device
+) -> None:
+    """Refuse a cache that is larger than the device's whole memory. Reading how much is free would cost time.
+
+    Raises:
+        ValueError: It is larger.
+    """
+    needed = rows * (length * token_bytes + 12)
+    arguments = f"{rows} rows of {length} tokens"
+    if page_size is not None and total_num_pages is not None:
+        needed = total_num_pages * (page_size * token_bytes + PAGE_BYTES_ON_HOST) + rows * (
+            4 * (length // page_size) + 12
+        )
+        arguments += f", {total_num_pages} pages of {page_size} tokens"
+    check_fits(arguments, needed, total_memory(device), device)
