@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from fuzzing import ROUNDS, damaged, fuzz
+from llama_te_convert import export_te_checkpoint
 from llama_te_convert.cli import main
 from llama_te_convert.errors import CheckpointError, one_line
 from llama_te_convert.sources.gguf import GGUFSource, gguf_config, save_gguf_tokenizer
@@ -356,3 +358,174 @@ def test_damaged_gguf_tokenizers(tmp_path: Path, counts: Callable[[str], None]) 
     found = fuzz(read, [seed], tmp_path, refusals=(CheckpointError,), cases=200, damage=damaged_header)
     counts(f"tokenizers of GGUF files: {found}")
     assert found.refused > 20 * ROUNDS
+
+
+# --- files beside the weights -----------------------------------------------------------------------------------------
+
+
+def convert(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
+    """Convert a checkpoint. Returns the result, and the warnings."""
+    capsys.readouterr()
+    target = folder.parent / "target"
+    assert main(["to-te", str(folder), str(target)]) == 0
+    return target, capsys.readouterr().err
+
+
+def export(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, str]:
+    """Export a converted checkpoint that has the same side files. Returns the result, and the warnings."""
+    others = [path for path in folder.iterdir() if path.name not in ("config.json", "model.safetensors")]
+    bare = folder.parent / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(folder / name, bare / name)
+    te = folder.parent / "te"
+    assert main(["to-te", str(bare), str(te)]) == 0
+    for path in others:
+        path.rename(te / path.name)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        export_te_checkpoint(te, folder.parent / "target")
+    return folder.parent / "target", "".join(str(each.message) + "\n" for each in shown)
+
+
+both = pytest.mark.parametrize("copied", [convert, export])
+
+
+@both
+def test_links_out_of_the_folder_are_not_copied(folder: Path, copied: Any, capsys) -> None:
+    secret = folder.parent / "secret"
+    secret.write_text("secret")
+    (folder.parent / "source-of-others").mkdir()
+    (folder.parent / "source-of-others" / "file").write_text("secret")
+    links = {
+        "LICENSE": str(secret),
+        "tokenizer.json": "../secret",
+        "vocab.txt": "hop",
+        "hop": "../source-of-others/../secret",
+        "merges.txt": "../source-of-others/file",
+        "README.md": "/proc/self/environ",
+        "gone.txt": "nothing",
+        "loop.txt": "loop.txt",
+    }
+    for name, to in links.items():
+        (folder / name).symlink_to(to)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(secret)
+    (folder / "additional_chat_templates" / "b.jinja").write_text("{{ x }}")
+    (folder / "real.txt").write_text("mine")
+    (folder / "inside.txt").symlink_to("real.txt")
+    target, err = copied(folder, capsys)
+    assert err.count("\n") == 1 and "not copied from" in err and "and 1 more" in err
+    assert f"'LICENSE' (it is a link to '{secret}', outside of the checkpoint)" in err
+    files = {path.name: path for path in target.rglob("*") if path.is_file()}
+    assert not files.keys() & {*links, "a.jinja"}
+    assert not any(path.is_symlink() or b"secret" in path.read_bytes() for path in files.values())
+    assert files["inside.txt"].read_text() == files["real.txt"].read_text() == "mine"
+    assert files["b.jinja"].parent == target / "additional_chat_templates"
+
+
+def test_a_folder_that_is_a_link_is_not_copied(folder: Path, capsys) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "x.jinja").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to(outside)
+    target, err = convert(folder, capsys)
+    assert "'additional_chat_templates' (it is a link to a folder)" in err
+    assert not (target / "additional_chat_templates").exists()
+
+
+def test_the_cache_of_the_hub_consists_of_links_that_are_followed(folder: Path, capsys) -> None:
+    repository = folder.parent / "hub" / "models--somebody--llama"
+    snapshot, blobs = repository / "snapshots" / "0123", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (folder / "tokenizer.json").write_text('{"a": 1}')
+    (folder / "LICENSE").write_text("yes")
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.move(path, blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    (folder.parent / "secret").write_text("secret")
+    (blobs / "f00").symlink_to(folder.parent / "secret")
+    (snapshot / "merges.txt").symlink_to("../../blobs/f00")
+    moved = folder.parent / "elsewhere"  # the cache itself may be behind a link
+    shutil.move(folder.parent / "hub", moved)
+    (folder.parent / "hub").symlink_to(moved)
+    target = folder.parent / "target"
+    capsys.readouterr()
+    assert main(["to-te", str(snapshot), str(target)]) == 0
+    err = capsys.readouterr().err
+    assert "'merges.txt' (it is a link to" in err and err.count("(it is") == 1
+    assert (target / "tokenizer.json").read_text() == '{"a": 1}' and (target / "LICENSE").read_text() == "yes"
+    assert not (target / "merges.txt").exists() and not (target / "tokenizer.json").is_symlink()
+
+
+@both
+def test_special_and_huge_files_and_odd_names_are_left_out(folder: Path, copied: Any, capsys) -> None:
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "zero.txt").symlink_to("/dev/zero")
+    (folder / "huge.txt").touch()
+    os.truncate(folder / "huge.txt", 10**8 + 1)
+    (folder / "large.txt").touch()
+    os.truncate(folder / "large.txt", 10**6)
+    (folder / "a\n\x1b[2Jb.txt").write_text("x")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("x")
+    (folder / "Licence").write_text("one")
+    (folder / "LICENCE").write_text("two")
+    target, err = copied(folder, capsys)
+    assert err.count("\n") == 1 and err.rstrip("\n").isprintable()
+    for part in ("'pipe.txt' (it is no regular file)", "'zero.txt' (it is no regular file)", "cannot be printed"):
+        assert part in err
+    assert "'huge.txt' (it has 100,000,001 bytes, but at most 100,000,000 are copied)" in err
+    assert "'Licence' (it differs from 'LICENCE' in upper and lower case only)" in err
+    names = {path.name for path in target.iterdir()}
+    assert {"large.txt", "LICENCE"} <= names
+    assert not names & {"pipe.txt", "zero.txt", "huge.txt", "Licence"} and all(name.isprintable() for name in names)
+
+
+def test_no_side_file_takes_the_place_of_a_file_of_the_result(folder: Path, capsys) -> None:
+    """On a disk that takes upper and lower case for one."""
+    for name in ("Config.json", "MODEL.SAFETENSORS", "Conversion.json", "Model.safetensors.index.json", "LLAMA_TE.PY"):
+        (folder / name).write_text("{}")
+    target, _ = convert(folder, capsys)
+    names = [path.name for path in target.iterdir()]
+    assert len({name.casefold() for name in names}) == len(names)
+    assert not {"Config.json", "MODEL.SAFETENSORS", "Conversion.json", "LLAMA_TE.PY"} & set(names)
+
+
+@both
+def test_configurations_that_are_copied_name_no_code(folder: Path, copied: Any, capsys) -> None:
+    content = {"tokenizer_class": "PreTrainedTokenizerFast", "é": int(1e30), "model_max_length": 64}
+    code = {"auto_map": {"AutoTokenizer": ["somebody/code--tokenizer.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**content, **code}))
+    plain = json.dumps(content, separators=(",", ":"))
+    (folder / "special_config.json").write_text(plain)
+    target, err = copied(folder, capsys)
+    assert "the entry auto_map of 'tokenizer_config.json' (it names code)" in err and err.count("(it") == 1
+    assert json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8")) == content
+    assert (target / "special_config.json").read_text() == plain
+
+
+def test_a_broken_tokenizer_configuration_is_refused_before_anything_is_written(folder: Path, capsys) -> None:
+    te = folder.parent / "te"
+    assert main(["to-te", str(folder), str(te)]) == 0
+    for content in ("[" * 10**6, '{"a": NaN}', "[]", '{"auto_map": 1, "auto_map": 2}'):
+        for each in (folder, te):
+            (each / "tokenizer_config.json").write_text(content)
+        assert "tokenizer_config.json cannot be used: it " in refused(folder, capsys)
+        with pytest.raises(CheckpointError, match="tokenizer_config.json cannot be used: it "):
+            export_te_checkpoint(te, folder.parent / "target")
+        assert not list(folder.parent.glob("target*"))
+
+
+def test_an_export_copies_weights_through_links_if_they_are_weights(folder: Path, capsys) -> None:
+    te = folder.parent / "te"
+    assert main(["to-te", str(folder), str(te)]) == 0
+    shutil.move(te / "model.safetensors", folder.parent / "shard")
+    (te / "model.safetensors").symlink_to(folder.parent / "shard")
+    export_te_checkpoint(te, folder.parent / "target")
+    assert (folder.parent / "target" / "model.safetensors").read_bytes() == (folder.parent / "shard").read_bytes()
+    (folder.parent / "secret").write_text("secret" * 99)
+    (te / "other.safetensors").symlink_to(folder.parent / "secret")
+    with pytest.raises(CheckpointError, match="other.safetensors is not a safetensors file"):
+        export_te_checkpoint(te, folder.parent / "second")
+    assert not (folder.parent / "second").exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from .layout.row_ranges import converted_tensors
 from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, refuse_adapter
 from .sources.own_head import has_own_head
 from .sources.recorded_checksums import refuse_changed
+from .sources.side_files import SideFile, copy_side_files, find_side_files
 from .targets.new_folder import check_apart, kept_whole, target_folder, writing
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
@@ -41,8 +41,10 @@ _WORKERS = 2  # the kernel copies into its page cache, and one core of that does
 # Files that are not copied: weights in any format, and code that belongs to the source's layout.
 _NOT_COPIED = re.compile(
     r"\..*|config\.json|conversion\.json|checksums\.json|.*\.(safetensors|bin|pt|pth|gguf|msgpack|h5|onnx|ot|py|distcp)"
-    r"|.*\.(safetensors|bin)\.index(\..*)?\.json"
+    r"|.*\.(safetensors|bin)\.index(\..*)?\.json",
+    re.IGNORECASE,  # a target may be on a disk that takes both for one name
 )
+_COPIED_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def convert_checkpoint(
             _refuse(checkpoint, tensor_problems(checkpoint, fields))
         if fields is None or changes.keys() - {"dtype"}:
             write_config.result()  # raises before anything is written if the configuration cannot be converted
+        side_files = find_side_files(path, _is_copied) if path.is_dir() else []
         record = {
             "made_by": f"llama-te-convert {VERSION}",
             "tensors": {
@@ -185,7 +188,7 @@ def convert_checkpoint(
             progress(done, total)
 
         def write_rest(unfinished: Path) -> None:
-            _copy_other_files(path, unfinished)
+            _write_other_files(path, side_files, unfinished)
             write_config.result()(unfinished)
 
         kept, planned = total, shards(streams, max_shard_bytes)
@@ -230,20 +233,17 @@ def _refuse(checkpoint: Checkpoint, problems: Sequence[str]) -> None:
         raise CheckpointError(f"{checkpoint.path}: {problems[0]}{more}")
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer, chat template, generation configuration, licence and similar files."""
+def _is_copied(name: str, is_folder: bool) -> bool:
+    return name == _COPIED_FOLDER if is_folder else _NOT_COPIED.fullmatch(name) is None
+
+
+def _write_other_files(source: Path, side_files: list[SideFile], target: Path) -> None:
+    """Write the tokenizer, chat template, generation configuration, licence and similar files."""
     if source.is_file():
         from .sources.gguf import save_gguf_tokenizer
 
         save_gguf_tokenizer(source, target)
-        return
-    for path in source.iterdir():
-        if _NOT_COPIED.fullmatch(path.name):
-            continue
-        if path.is_file():
-            shutil.copyfile(path, target / path.name)
-        elif path.is_dir() and path.name == "additional_chat_templates":
-            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+    copy_side_files(side_files, target)
 
 
 def _files(path: Path) -> list[list[Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from llama_te_core.models.remote_code import write_standalone_code
 from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config
 from ..errors import CheckpointError
 from ..sources.recorded_checksums import refuse_changed
+from ..sources.side_files import copy_side_files, find_side_files
 from .new_folder import kept_whole, new_target, written_whole
 from .writer import RECORD
 
@@ -50,7 +50,7 @@ def export_te_checkpoint(
         with kept_whole(source), written_whole(folder) as unfinished:
             refuse_changed(source)
             _read_te_config(source)
-            _copy(source, unfinished)
+            copy_side_files(find_side_files(source, _is_copied), unfinished)
             _add_code(unfinished)
     else:
         raise TypeError(
@@ -60,13 +60,9 @@ def export_te_checkpoint(
         )
 
 
-def _copy(source: Path, target: Path) -> None:
-    ignored = shutil.ignore_patterns(f"{LOADER}.py", "__pycache__", ".*", CHECKSUMS, RECORD)
-    try:
-        shutil.copytree(source, target, ignore=ignored)
-    except shutil.Error as error:  # it lists what it could not copy, and copies the rest
-        path, _, problem = error.args[0][0]
-        raise CheckpointError(f"{path} cannot be copied: {problem}") from error
+def _is_copied(name: str, is_folder: bool) -> bool:
+    last = name.rpartition("/")[2]
+    return not last.startswith(".") and last not in (f"{LOADER}.py", "__pycache__", CHECKSUMS, RECORD)
 
 
 def _add_code(folder: Path) -> None:
