@@ -1,11 +1,13 @@
 """Every check of this repository: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` passes arguments."""
 
 import argparse
+import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -138,15 +140,25 @@ def fuzz(session: nox.Session) -> None:
     run_tests(session, "-m", "fuzz", LLAMA_TE_FUZZ_ROUNDS="50")
 
 
+# `sanitize` fails if its tests leave more than this share of the lines of a C++ file, or more than one line of a short
+# file.
+UNTESTED_LINES = 0.05
+
+
 @nox.session
 def sanitize(session: nox.Session) -> None:
-    """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux)."""
+    """Test the extension's CPU code under AddressSanitizer and UndefinedBehaviorSanitizer (GCC on Linux).
+
+    A table shows which lines the tests ran. With tests of your choice after `--` the session does not fail for them.
+    """
     install_torch(session)
     say(session, "Installing llama-te-core and llama-te-convert with their dependencies", "30 s")
-    session.install("--no-compile", *PACKAGES[:2], "hypothesis", "pytest")
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-    settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF"]
-    options = [f"--config-settings={setting}" for setting in settings]
+    session.install("--no-compile", *PACKAGES[:2], "gcovr==8.8", "hypothesis", "pytest")
+    build = Path(session.create_tmp()).resolve() / "extension"
+    shutil.rmtree(build, ignore_errors=True)
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer --coverage"
+    settings = [f"cmake.define.CMAKE_CXX_FLAGS={flags}", "cmake.define.LLAMA_TE_CUDA=OFF", "cmake.build-type=Debug"]
+    options = [f"--config-settings={setting}" for setting in (*settings, f"build-dir={build}")]
     say(session, "Building the extension with the sanitizers", "1 min")
     session.install("--force-reinstall", "--no-deps", "--no-cache-dir", *options, PACKAGES[2])
     # Python itself is built without sanitizers, so their runtime must be loaded before Python, and with it the library
@@ -155,8 +167,35 @@ def sanitize(session: nox.Session) -> None:
     found = [session.run("c++", f"-print-file-name={name}", external=True, silent=True).strip() for name in libraries]
     # Python keeps memory until it ends, which is no leak of the extension.
     env = OFFLINE | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    tests = ["tests/infer/test_operators.py", "tests/infer/test_kernels_in_cache.py"]
-    session.run("pytest", *(session.posargs or tests), env=env)
+    names = ("operators", "decode_attention", "step_operators", "hostile_arguments", "library", "kernels_in_cache")
+    say(session, "Running the tests", "2 min")
+    session.run("pytest", *(session.posargs or [f"tests/infer/test_{name}.py" for name in names]), env=env)
+    summary = build / "coverage.json"
+    # The compiler saw the sources through the package's link to csrc. pip has removed pybind11's headers meanwhile.
+    sources = ["--root", PACKAGES[2], "--filter", ".*csrc/.*", "--gcov-ignore-errors=source_not_found"]
+    table = [
+        "--gcov-exclude-directory",
+        ".*CompilerId.*",
+        "--merge-lines",
+        "--txt",
+        "-",
+        "--json-summary",
+        str(summary),
+    ]
+    session.run("gcovr", *sources, *table, str(build))
+    if not session.posargs:
+        check_coverage(session, json.loads(summary.read_text())["files"])
+
+
+def check_coverage(session: nox.Session, files: list[dict[str, Any]]) -> None:
+    """Fail if the tests left out a C++ file that a CPU runs, or too many of its lines."""
+    lines = {file["filename"]: (file["line_total"], file["line_covered"]) for file in files}
+    compiled = [str(path) for path in Path("csrc").rglob("*.cpp")]
+    if missing := sorted(set(compiled) - lines.keys()):
+        session.error(f"the extension without CUDA does not have {', '.join(missing)}")
+    for name, (total, covered) in sorted(lines.items()):
+        if total - covered > max(1, UNTESTED_LINES * total):
+            session.error(f"the tests ran {covered} of the {total} lines of {name}: test the others, listed above")
 
 
 @nox.session

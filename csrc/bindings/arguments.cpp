@@ -30,11 +30,13 @@ Launch launch_for(Where where, const Tensor &tensor) {
     if (where == Where::kCpu) {
         check_on("cpu", "the CPU");
     }
-    if (where != Where::kCuda) {
-        return {};
+#ifdef LLAMA_TE_CUDA_ARCHITECTURES
+    if (where == Where::kCuda) {
+        check_on("cuda", "a CUDA GPU");
+        return launch_for(tensor);
     }
-    check_on("cuda", "a CUDA GPU");
-    return launch_for(tensor);
+#endif
+    return {};
 }
 
 std::int64_t integer(const Name &name, py::handle value, std::int64_t least, std::int64_t most) {

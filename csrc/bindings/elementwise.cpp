@@ -15,14 +15,11 @@ namespace llama_te::bindings {
 
 namespace {
 
-// The most blocks of a grid's second dimension.
-constexpr std::int64_t kMostGridRows = 65535;
-
 constexpr int kVectorElements = kVectorBytes / 2;  // of bfloat16
 
 void check_grid_rows(const Tensor &tensor) {
-    if (tensor.shape[0] > kMostGridRows) {
-        refuse(text_of(tensor.name, " has B=", tensor.shape[0], " rows: on a GPU allowed are up to ", kMostGridRows,
+    if (tensor.shape[0] > kMaxGridRows) {
+        refuse(text_of(tensor.name, " has B=", tensor.shape[0], " rows: on a GPU allowed are up to ", kMaxGridRows,
                        ". Split them over more calls."));
     }
 }

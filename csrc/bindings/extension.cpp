@@ -81,6 +81,7 @@ py::dict limits() {
     limits["max_decode_rows"] = kMaxDecodeRows;
     limits["max_decode_group"] = kMaxDecodeGroup;
     limits["max_decode_kv_heads"] = kMaxDecodeKvHeads;
+    limits["max_grid_rows"] = kMaxGridRows;
     limits["max_linear_rows"] = kMaxLinearRows;
     limits["max_linear_products"] = kMaxProducts;
     limits["linear_row_bytes_multiple"] = kLinearRowBytes;

@@ -350,10 +350,12 @@ void check_no_gradient(const char *operation, const Tensor &tensor) {
     }
 }
 
+#ifdef LLAMA_TE_CUDA_ARCHITECTURES
 Launch launch_for(const Tensor &tensor) {
     const py::object stream = torch().current_stream(tensor.device).attr("cuda_stream");
     return {static_cast<int>(number(tensor.device.attr("index"))), py::cast<std::uintptr_t>(stream)};
 }
+#endif
 
 const py::object &cpu() {
     return torch().cpu;

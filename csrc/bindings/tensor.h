@@ -92,7 +92,7 @@ void check_apart(const Tensor &one, const Tensor &other);
 // The tensor needs no gradient, which the operator does not have.
 void check_no_gradient(const char *operation, const Tensor &tensor);
 
-// The GPU and the current stream of a tensor.
+// The GPU and the current stream of a tensor, which a build without CUDA does not ask for.
 struct Launch {
     int device = 0;
     std::uintptr_t stream = 0;

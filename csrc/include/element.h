@@ -17,4 +17,7 @@ LLAMA_TE_HOST_DEVICE constexpr int element_bytes(ElementType element) {
 // The widest access of one thread. Addresses and strides are multiples of it.
 constexpr int kVectorBytes = 16;
 
+// Rows of a kernel that has one row of blocks for each: the most blocks of a grid's second dimension.
+constexpr int kMaxGridRows = 65535;
+
 }  // namespace llama_te

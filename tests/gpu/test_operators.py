@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from infer.operator_oracle import (
     on_device,
     steps,
 )
+from llama_te_infer import _extension
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 
@@ -285,6 +287,65 @@ def test_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_appended(case, arguments, 2)
     with pytest.warns(UserWarning, match="values are not checked while a CUDA graph is captured"):
         captured(lambda: append_rope(**arguments))
+
+
+def freed(tensor: torch.Tensor) -> torch.Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+BAD_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "None": lambda tensor: None,
+    "an address": lambda tensor: tensor.data_ptr(),
+    "on the CPU": lambda tensor: tensor.cpu(),
+    "without data": lambda tensor: tensor.to("meta"),
+    "freed": freed,
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "of another dtype": lambda tensor: tensor.to(torch.uint8),
+    "of no rows": lambda tensor: tensor[:0],
+    "of too many dimensions": lambda tensor: tensor[(None,) * 9],
+    "of a subclass": lambda tensor: tensor.as_subclass(type("Subclass", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TENSORS)
+def test_no_tensor_crashes(kind: str) -> None:
+    """Every tensor of every operator becomes one that it cannot be. The GPU still works after the errors."""
+    calls = (
+        (_extension.append_rope_cuda, append_rope, make_append(AppendCase(new=(2, 1), before=(3, 0), page_size=16))),
+        (_extension.reorder_rows_cuda, reorder_rows, make_rows(ReorderCase(source_rows=(1, 0), lengths=(7, 9)))),
+        (_extension.reorder_pages_cuda, reorder_pages, make_pages(ReorderCase(source_rows=(1, 0), lengths=(7, 9)))),
+    )
+    for kernel, operator, on_cpu in calls:
+        for name, value in on_cpu.items():
+            # Without a table the cache is contiguous. Without positions the kernel skips all tokens.
+            is_good = (name, kind) in (("page_table", "None"), ("cos_sin", "of no rows")) and operator is append_rope
+            if isinstance(value, int) or is_good:
+                continue
+            arguments = on_device(on_cpu, "cuda")
+            bad = BAD_TENSORS[kind](arguments[name][0] if name == "caches" else arguments[name])
+            arguments[name] = [*arguments["caches"][1:], bad] if name == "caches" else bad
+            with pytest.raises((TypeError, ValueError), match="|".join(on_cpu)):
+                kernel(**arguments)
+            # torch itself refuses some tensors, and names the operator then.
+            named = "|".join((*on_cpu, "llama_te::", "tensors are on"))
+            with pytest.raises((TypeError, ValueError, RuntimeError), match=named):
+                operator(**arguments)
+    torch.cuda.synchronize()
+    case = AppendCase(new=(2, 1), before=(3, 0), page_size=16)
+    assert_appended(case, on_device(make_append(case), "cuda"), CUDA_STEPS[case.dtype])
+
+
+def test_a_stream_and_no_address_reach_the_kernel() -> None:
+    """The extension takes the stream from torch: a launch on another stream waits for that one alone."""
+    case = AppendCase(new=(2, 1), before=(3, 0), page_size=16)
+    arguments = on_device(make_append(case), "cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        _extension.append_rope_cuda(**arguments)
+        torch.cuda.current_stream().synchronize()
+        assert most(steps(arguments["query"].cpu(), expected_append(case, make_append(case))["query"].float())) <= 2
 
 
 def test_devices_do_not_mix() -> None:

@@ -5,8 +5,10 @@ A child process makes the calls, so a crash is a failed test that names the call
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -387,6 +389,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
+# --- tests -----------------------------------------------------------------------------------------------------------
+
 ACCEPTED = [target for target in targets() if not target.name.endswith("_cuda") and target.make(random.Random(0))]
 
 
@@ -396,7 +400,288 @@ def test_the_good_arguments_are_good(target: Target) -> None:
         target.function(**target.make(random.Random(seed)))
 
 
-# --- tests -----------------------------------------------------------------------------------------------------------
+def of(name: str) -> Arguments:
+    """The good arguments of a function of the extension."""
+    (target,) = (target for target in targets() if target.name == f"_extension.{name}")
+    return target.make(random.Random(0))
+
+
+def shrunk(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(size)
+    return copy
+
+
+def long_rows(arguments: Arguments) -> Arguments:
+    """4096 pages of 2^20 tokens in each row, of a cache without data."""
+    on_meta = {name: arguments[name].to("meta") for name in ("qkv", "cos_sin", "query")}
+    cache = torch.empty(1, 2**20, *arguments["key_cache"].shape[2:], dtype=arguments["qkv"].dtype, device="meta")
+    return on_meta | {
+        "key_cache": cache,
+        "value_cache": cache.clone(),
+        "page_table": torch.zeros(4, 4096, dtype=torch.int32),
+    }
+
+
+def product(**changes: Any) -> Change:
+    return lambda arguments: {"products": [arguments["products"][0]._replace(**changes)]}
+
+
+def bfloat16(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+
+def linear_of(rows: int, out_features: int, in_features: int, dtype: torch.dtype = torch.bfloat16) -> Change:
+    shapes = {"input": (rows, in_features), "weight": (out_features, in_features), "output": (rows, out_features)}
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
+    return product(**tensors, scale=None, norm_weight=None, residual=None)
+
+
+Change = Callable[[Arguments], Arguments]
+T, V = TypeError, ValueError
+
+REFUSALS: list[tuple[str, Change, type[Exception], str]] = [
+    ("append_rope_cpu", lambda a: {"qkv": None}, T, r"qkv is None: it must be a torch.Tensor, and no subclass but"),
+    ("append_rope_cpu", lambda a: {"qkv": a["qkv"].as_subclass(Subclass)}, T, r"qkv is a Subclass: it must be a torch"),
+    ("append_rope_cpu", lambda a: {"start": 12345678}, T, r"start is a int: it must be a torch.Tensor"),
+    (
+        "append_rope_cpu",
+        lambda a: {"qkv": a["qkv"].to_sparse()},
+        T,
+        r"qkv has the layout torch.sparse_coo: it must be d",
+    ),
+    ("append_rope_cpu", lambda a: {"start": functional(a["start"], random.Random())}, T, r"start has no dense memory"),
+    ("append_rope_cpu", lambda a: {"start": a["start"][(None,) * 9]}, V, r"start has 10 dimensions: allowed are up to"),
+    (
+        "append_rope_cpu",
+        lambda a: {"start": shrunk(a["start"], 8)},
+        V,
+        r"start has the shape \[3\] .* only 8 bytes: it",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {"start": shrunk(a["start"], 0)},
+        V,
+        r"start .* its storage has only 0 bytes: it was",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {"start": a["start"].to("meta")},
+        V,
+        r"start is on meta; it must be on cpu, as the oth",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {"qkv": a["qkv"].cfloat()},
+        V,
+        r"qkv is complex64: allowed are bfloat16, float16, flo",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {"cos_sin": a["cos_sin"][:1].expand(2**31, -1)},
+        V,
+        r"cos_sin has P=2147483648: allo",
+    ),
+    ("append_rope_cpu", lambda a: {"width": 2**70}, V, r"width=2\*\*63 or more: allowed are"),
+    ("append_rope_cpu", lambda a: {"width": 1.0}, T, r"width=1.0: it must be an integer"),
+    ("append_rope_cpu", lambda a: {"width": Liar()}, T, r"width=<Liar>: it must be an integer"),
+    (
+        "append_rope_cpu",
+        lambda a: {"key_cache": overlapping_cache(a["key_cache"])},
+        V,
+        r"key_cache .* elements share memo",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {"query": a["query"].requires_grad_()},
+        V,
+        r"query requires a gradient, which append",
+    ),
+    ("append_rope_cpu", lambda a: {"cu_new": a["query"].flatten()[:4].view(torch.int32)}, V, r"cu_new and query share"),
+    (
+        "append_rope_cpu",
+        lambda a: {"start": a["key_cache"].flatten()[:3].view(torch.int32)},
+        V,
+        r"start and key_cache sh",
+    ),
+    (
+        "append_rope_cpu",
+        lambda a: {n: a[n].to("meta") for n in a if n != "width" and a[n] is not None},
+        V,
+        r"qkv is on meta; it must be on the CPU",
+    ),
+    ("append_rope_check", long_rows, V, r"page_table has 4096 pages per row of 1048576 tokens: allowed are less"),
+    (
+        "append_rope_check",
+        lambda a: {"qkv": torch.empty(3, 2**20, 4, 16, device="meta").half()},
+        V,
+        r"qkv has the shape .*: a token must have less than 2\*\*31 bytes",
+    ),
+    (
+        "reorder_rows_cpu",
+        lambda a: {"caches": None},
+        T,
+        r"caches is a NoneType: it must be a list or a tuple of tensors",
+    ),
+    ("reorder_rows_cpu", lambda a: {"caches": [None]}, T, r"caches\[0\] is None: it must be a torch.Tensor"),
+    (
+        "reorder_rows_cpu",
+        lambda a: {"caches": [a["caches"][0].cfloat(), a["caches"][0]]},
+        V,
+        r"but caches\[0\] is comple",
+    ),
+    (
+        "reorder_rows_cpu",
+        lambda a: {"lengths": a["caches"][1].flatten()[:3].view(torch.int32)},
+        V,
+        r"lengths and caches",
+    ),
+    ("reorder_pages_cpu", lambda a: {"page_table": None}, T, r"page_table is None: it must be a torch.Tensor"),
+    (
+        "reorder_pages_cpu",
+        lambda a: {"page_table": a["page_table"][:1].expand(3, -1)},
+        V,
+        r"page_table .* share memory",
+    ),
+    (
+        "reorder_pages_cpu",
+        lambda a: {"lengths": a["page_table"].as_strided((3,), (1,))},
+        V,
+        r"lengths and page_table share memory",
+    ),
+    ("decode_attention_check", lambda a: {"scale": "1"}, T, r"scale=<str>: it must be a float"),
+    ("decode_attention_check", lambda a: {"scale": 10**400}, T, r"scale=2\*\*63 or more: it must be a float"),
+    ("decode_attention_check", lambda a: {"workspace": None}, T, r"workspace is None"),
+    (
+        "linear_cpu_check",
+        lambda a: {"products": "text"},
+        T,
+        r"products is a str: it must be a list or a tuple of products",
+    ),
+    ("linear_cpu_check", lambda a: {"products": [(1, 2)]}, T, r"products\[0\] is a tuple: it must be a Product"),
+    ("linear_cpu_check", lambda a: {"products": []}, V, r"products has 0 entries: allowed are 1 to 4"),
+    ("linear_cpu_check", product(swiglu=1), T, r"swiglu=1: it must be True or False"),
+    ("linear_cpu_check", product(epsilon=None), T, r"epsilon=None: it must be a float"),
+    (
+        "linear_cpu_check",
+        linear_of(3, 32, 64, torch.int32),
+        V,
+        r"input is int32: allowed are bfloat16, and on a CPU als",
+    ),
+    (
+        "linear_cpu_check",
+        lambda a: {"partials": a["partials"].to("meta")},
+        V,
+        r"workspace.partials is on meta: make a Lin",
+    ),
+    (
+        "linear_cpu_check",
+        lambda a: {"semaphores": a["semaphores"].long()},
+        V,
+        r"workspace.semaphores is int64; it must be",
+    ),
+    ("linear_check", linear_of(3, 32, 64, torch.float16), V, r"input is float16: on a GPU it must be bfloat16"),
+    (
+        "linear_check",
+        linear_of(33, 32, 64),
+        V,
+        r"input has B=33 rows: on a GPU allowed are up to 32. Split them over more",
+    ),
+    ("linear_check", linear_of(3, 24, 64), V, r"weight is bfloat16 \[24, 64\]: on a GPU allowed .* N a multiple of 16"),
+    ("linear_check", linear_of(3, 32, 0), V, r"weight is bfloat16 \[32, 0\]: on a GPU allowed"),
+    (
+        "embed_check",
+        lambda a: {"table": torch.zeros(5, 6), "output": torch.zeros(3, 6)},
+        V,
+        r"table has rows of 24 bytes",
+    ),
+    (
+        "embed_check",
+        lambda a: {"tokens": torch.zeros(65536).long(), "output": torch.zeros(65536, 8)},
+        V,
+        r"tokens has B=65536 rows: on a GPU allowed are up to 65535. Split them over more calls",
+    ),
+    ("embed_check", lambda a: {"output": a["table"][:3]}, V, r"table and output share memory"),
+    (
+        "rms_norm_check",
+        lambda a: {n: a[n].half() for n in ("hidden", "weight", "addend", "output")},
+        V,
+        r"hidden is float16 \[3, 8\]: on a GPU allowed are bfloat16 and K a multiple of 8",
+    ),
+    (
+        "swiglu_check",
+        lambda a: {"input": bfloat16(3, 12), "output": bfloat16(3, 6)},
+        V,
+        r"output is bfloat16 \[3, 6\]: on",
+    ),
+    (
+        "swiglu_check",
+        lambda a: {"input": a["input"].requires_grad_()},
+        V,
+        r"input requires a gradient, which swiglu does",
+    ),
+    (
+        "greedy_check",
+        lambda a: {"logits": a["logits"].float()},
+        V,
+        r"logits is float32 .* on a GPU allowed are bfloat16",
+    ),
+    ("greedy_check", lambda a: {"best": a["tokens"]}, V, r"tokens and best share memory"),
+]
+
+
+def overlapping_cache(cache: torch.Tensor) -> torch.Tensor:
+    return cache[:1].expand_as(cache)
+
+
+@pytest.mark.parametrize(("name", "change", "error", "message"), REFUSALS, ids=[f"{r[0]} {r[3]}" for r in REFUSALS])
+def test_refusals_of_the_extension(name: str, change: Change, error: type[Exception], message: str) -> None:
+    arguments = of(name)
+    with pytest.raises(error, match=message):
+        getattr(_extension, name)(**(arguments | change(arguments)))
+
+
+def test_nothing_to_do() -> None:
+    """Calls without rows or columns are no error, on kernels' terms either."""
+    for name in ("embed_check", "rms_norm_check", "swiglu_check", "greedy_check"):
+        shared = {"table", "weight"}
+        getattr(_extension, name)(
+            **{key: value[:0] if isinstance(value, torch.Tensor) and key not in shared else value
+               for key, value in of(name).items()}
+        )  # fmt: skip
+    linear = of("linear_check")
+    _extension.linear_check(**(linear | linear_of(0, 32, 64)(linear)))
+
+
+def test_a_mix_of_tensors_with_and_without_data() -> None:
+    arguments = rms_norm_arguments(random.Random(0))
+    with pytest.raises(ValueError, match=r"The tensors are on cpu and meta: pass tensors of one device"):
+        rms_norm(**(arguments | {"output": arguments["output"].to("meta")}))
+
+
+def test_values_that_another_thread_changes() -> None:
+    """Lengths and pages change while `append_rope` runs: results may be wrong, but nothing leaves the cache."""
+    case = AppendCase(new=(300, 300), before=(0, 0), page_size=16, kv_heads=2, head_dim=64)
+    arguments = make_append(case)
+    done = threading.Event()
+
+    def disturb() -> None:
+        good = {name: arguments[name].clone() for name in ("start", "page_table")}
+        source = random.Random(0)
+        while not done.is_set():
+            for name, tensor in good.items():
+                arguments[name].fill_(source.choice(EXTREMES))
+                arguments[name].copy_(tensor)
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    try:
+        for _ in range(300):
+            with contextlib.suppress(ValueError):
+                append_rope(**arguments)
+    finally:
+        done.set()
+        thread.join()
 
 
 @pytest.mark.fuzz
@@ -408,6 +693,7 @@ def test_no_value_crashes(tmp_path: Path, counts: Callable[[str], None]) -> None
             tmp_path,
             refusals=(ValueError,),
             cases=6000,
+            megabytes=1024,  # sanitizers keep freed memory
             damage=lambda seed, source: source.randbytes(8),
         )
     except AssertionError as error:

@@ -362,6 +362,7 @@ def test_limits_are_those_of_the_docstrings() -> None:
     assert (limits.head_dim_multiple, limits.max_head_dim, limits.vector_bytes) == (16, 256, 16)
     assert (limits.max_reorder_rows, limits.max_reorder_caches) == (64, 256)
     assert (limits.max_decode_rows, limits.max_decode_group, limits.max_decode_kv_heads) == (256, 16, 64)
+    assert limits.max_grid_rows == 65535
     assert limits.decode_head_dims == (64, 80, 96, 128)
     assert tuple(limits.element_types) == DTYPES
     assert tuple(limits.weight_types) == (torch.bfloat16, torch.float8_e4m3fn)

@@ -41,6 +41,7 @@ class Limits(NamedTuple):
         max_decode_rows: Most rows of one `decode_attention`.
         max_decode_group: Most query heads per key/value head of `decode_attention`.
         max_decode_kv_heads: Most key/value heads of `decode_attention`.
+        max_grid_rows: Most rows of one `embed` and of one `greedy`.
         max_linear_rows: Most rows of one `linear`.
         max_linear_products: Most products of one `linear_chain`.
         linear_row_bytes_multiple: The bytes of one row of `linear`'s weight are a multiple of this number.
@@ -60,6 +61,7 @@ class Limits(NamedTuple):
     max_decode_rows: int
     max_decode_group: int
     max_decode_kv_heads: int
+    max_grid_rows: int
     max_linear_rows: int
     max_linear_products: int
     linear_row_bytes_multiple: int
