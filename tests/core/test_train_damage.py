@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from core import training_runs
 from core.test_train_checkpoints import Run, assert_same, names
 from damages import DAMAGES, delete, flip, flip_and_keep_the_time, truncate
 from llama_te_convert.cli import main
+from llama_te_core.files.checksums import file_problem
+from llama_te_core.train.checkpoint import checkpoints as checkpoints_module
 from llama_te_core.train.checkpoint.checkpoints import Checkpoints, TrainingCheckpointError
 
 PROBLEMS = {
@@ -149,6 +152,33 @@ def test_a_checkpoint_of_an_older_version_is_taken_with_one_warning(folder: Path
     delete(folder / "step-00000002" / ".metadata")
     with pytest.warns(UserWarning, match=r"step 2: \.metadata is missing\. The run goes on from step 1"):
         assert resumed(folder)[0] == 1
+
+
+def test_a_checkpoint_that_the_machine_cannot_read_is_not_called_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied", "__0_0.distcp")
+
+    monkeypatch.setattr(checkpoints_module, "file_problem", refuse)
+    with pytest.raises(TrainingCheckpointError, match=r"step-00000002 cannot be read: PermissionError: .*denied"):
+        Checkpoints(folder).latest()
+    assert names(folder) == ["step-00000001", "step-00000002"]
+
+
+def test_a_checkpoint_stays_while_it_is_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a program that begins while another one saves."""
+    other, run = Checkpoints(folder, keep=1, asynchronous=False), Run()
+
+    def save_meanwhile(*args: Any) -> str | None:
+        if not (folder / "step-00000003").exists():
+            other.save(3, run.model, run.optimizer)
+        return file_problem(*args)
+
+    monkeypatch.setattr(checkpoints_module, "file_problem", save_meanwhile)
+    assert Checkpoints(folder).latest() == 2
+    other.save(4, run.model, run.optimizer)
+    assert names(folder) == ["step-00000004"]
 
 
 def test_a_lost_write_is_an_error_of_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

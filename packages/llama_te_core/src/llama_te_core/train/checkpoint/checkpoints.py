@@ -25,6 +25,7 @@ Loading runs no code in these files, whoever made them: see `files.pickles`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -46,7 +47,7 @@ from transformers import PreTrainedModel
 from ...checkpoint_format import CHECKSUMS
 from ...files.checksums import Checksum, DamagedChecksumsError, file_problem, read_checksums, record_checksums
 from ...files.disk import free_gigabytes, is_full, sync
-from ...files.folder_lock import FolderInUseError, FolderLock, removing
+from ...files.folder_lock import FolderInUseError, FolderLock, reading, removing
 from ...files.pickles import PickleFileError
 from ...parallel.mesh import on_rank_0
 from ...parallel.shards import gather_halves, scatter_halves
@@ -384,19 +385,25 @@ class Checkpoints:
         if step in self._accepted:
             return []
         folder = self.path(step)
-        try:
-            checksums = self._on_rank_0(lambda: read_checksums(folder))
-        except DamagedChecksumsError as error:
-            return [str(error)]
-        if checksums is None:
-            problems = self._on_rank_0(lambda: _problems_without_checksums(folder))
-        else:
-            own = sorted(checksums, key=lambda name: checksums[name].size)[self._rank :: self._ranks]
-            found = self._on_all_ranks(lambda: [file_problem(folder, name, checksums[name]) for name in own])
-            problems = [problem for problem in found if problem is not None]
+        with contextlib.ExitStack() as held:
+            try:
+                self._on_rank_0(lambda: held.enter_context(reading(folder)))  # another run may remove old checkpoints
+                problems = self._compared(folder)
+            except DamagedChecksumsError as error:
+                return [str(error)]
+            except OSError as error:
+                raise TrainingCheckpointError(f"{folder} cannot be read: {reason(error)}.") from error
         if not problems:
             self._accepted.add(step)
         return problems
+
+    def _compared(self, folder: Path) -> list[str]:
+        checksums = self._on_rank_0(lambda: read_checksums(folder))
+        if checksums is None:
+            return self._on_rank_0(lambda: _problems_without_checksums(folder))
+        own = sorted(checksums, key=lambda name: checksums[name].size)[self._rank :: self._ranks]
+        found = self._on_all_ranks(lambda: [file_problem(folder, name, checksums[name]) for name in own])
+        return [problem for problem in found if problem is not None]
 
     def _set_aside(self, damaged: Mapping[int, Sequence[str]], step: int) -> None:
         for each in damaged:
