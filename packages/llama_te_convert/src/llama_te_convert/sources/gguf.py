@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from llama_te_core.checkpoint_format import check_values
+from llama_te_core.data.tokenizer_files import load_tokenizer
 from llama_te_core.files.input_files import open_file
 
 from ..errors import CheckpointError
@@ -200,13 +201,11 @@ def save_gguf_tokenizer(path: Path, folder: Path) -> None:
     Raises:
         CheckpointError: The package `gguf` is not installed, or transformers cannot make a tokenizer from the file.
     """
-    from transformers import AutoTokenizer
-
     gguf = _import_gguf(path)
     with _open(path) as file:
         _read_header(gguf, file, path)  # transformers trusts the numbers in it
     with _errors_of_transformers(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        tokenizer = load_tokenizer(path.parent, gguf_file=path.name, local_files_only=True)
         tokenizer.save_pretrained(folder)
 
 

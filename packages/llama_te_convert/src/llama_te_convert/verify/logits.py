@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from llama_te_core.compat.tokenizers import panics_as_errors
+from llama_te_core.data.tokenizer_files import load_tokenizer
+
 from ..configs.architectures import ARCHITECTURES
 from ..errors import CheckpointError, first_line
 from ..sources.torch_tensors import dtype_name
@@ -112,8 +115,6 @@ def _location(path: Path) -> tuple[Path, dict[str, str]]:
 
 
 def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
     import llama_te_core  # noqa: F401  # registers the configuration that lies beside a tokenizer
 
     having = [path for path in (a_folder, b_folder) if _has_tokenizer(path)]
@@ -124,7 +125,8 @@ def _tokens(a_folder: Path, b_folder: Path, text: str) -> list[int]:
         )
     folder, file = _location(having[0])
     try:
-        ids = list(AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)(text)["input_ids"])
+        with panics_as_errors():
+            ids = list(load_tokenizer(folder, local_files_only=True, **file)(text)["input_ids"])
     except Exception as error:  # each kind of tokenizer has its own errors
         raise CheckpointError(f"the tokenizer of {having[0]} cannot be used: {first_line(error)}") from error
     if not ids:

@@ -14,11 +14,12 @@ Texts for other tokenizers stay whole.
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+from ..compat.tokenizers import steps_of
 
 PIECE_CHARACTERS = 2**18
 _SPACE = "\u2581"
@@ -103,8 +104,8 @@ def _cuts_of(tokenizer: Any) -> _Cuts | None:
         return None
     if backend.model.dropout or not all(map(_is_apart, backend.get_added_tokens_decoder().values())):
         return None
-    changes = [step for step in _steps(backend.normalizer) if step["type"] != "NFC"]
-    divisions = _steps(backend.pre_tokenizer)
+    changes = [step for step in steps_of(backend.normalizer) if step["type"] != "NFC"]
+    divisions = steps_of(backend.pre_tokenizer)
     if _divides_by_expression(divisions):
         has_prefix = any(step.get("add_prefix_space") for step in divisions)
         return None if changes else _Cuts(_BEFORE_SPACE if has_prefix else _BEFORE_WORD)
@@ -118,18 +119,6 @@ def _cuts_of(tokenizer: Any) -> _Cuts | None:
         case [] if changes == [prepends_space, writes_spaces] and _words_are_apart(backend):
             return _Cuts(_AT_SPACE, drops_space=True)
     return None
-
-
-def _steps(part: Any) -> list[dict[str, Any]]:
-    """Return the steps of a normalizer or a pre-tokenizer as its file describes them."""
-    if part is None:
-        return []
-    description = json.loads(part.__getstate__())
-    steps: list[dict[str, Any]] = [description]
-    for name in ("normalizers", "pretokenizers"):
-        if name in description:
-            steps = description[name]
-    return steps
 
 
 def _divides_by_expression(divisions: list[dict[str, Any]]) -> bool:

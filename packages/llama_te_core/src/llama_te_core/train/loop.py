@@ -19,8 +19,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer
 
+from ..data import tokenizer_files
 from ..files.disk import replace_text, writing_to
 from ..files.folder_lock import FolderLock
 from ..models.causal_lm import NVLlamaForCausalLM
@@ -208,8 +208,8 @@ def load_tokenizer(name: str | None) -> Any:
     if name == "bytes":
         return byte_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+        return tokenizer_files.load_tokenizer(name)
+    except ValueError as error:
         raise ValueError(
             f"data.tokenizer={name!r} cannot be loaded: give a tokenizer's folder or hub id, or 'bytes'. {error}"
         ) from error

@@ -52,10 +52,9 @@ def load(
         OSError: There is no such checkpoint.
         ValueError: An argument or the checkpoint does not fit.
     """
-    from transformers import AutoTokenizer
-
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
     from llama_te_core.compat.transformer_engine import make_recipe
+    from llama_te_core.data.tokenizer_files import load_tokenizer
 
     path = Path(source)
     fields: dict[str, Any] = {} if revision is None else {"revision": revision}
@@ -73,7 +72,7 @@ def load(
         options["layer_precision"] = ["fp8"] * content["num_hidden_layers"]
     model = NVLlamaForCausalLM.from_pretrained(place, **options).eval()
     own = {} if tokenizer is not None else file
-    loaded = AutoTokenizer.from_pretrained(tokenizer or place, **(fields if tokenizer is None else {}), **own)
+    loaded = load_tokenizer(tokenizer or place, **(fields if tokenizer is None else {}), **own)
     config = model.generation_config
     defaults = {name: value for name in _SAMPLING_FIELDS if (value := getattr(config, name, None)) is not None}
     return LoadedModel(model, loaded, defaults)

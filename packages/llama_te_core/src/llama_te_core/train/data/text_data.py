@@ -28,6 +28,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ...compat.tokenizers import panics_as_errors
 from ...compat.torchdata import batches_since_snapshot
 from ...data.collators import DataCollatorWithFlattening
 from ...data.labels import IGNORED_LABEL
@@ -266,8 +267,13 @@ class TextData(TextSettings):
                 "tokenizer can encode it: write the text anew, with errors='replace' where it was decoded."
             ) from error
         tokens = array("q")  # a list needs five times the memory
-        for piece in encode_in_pieces(text, self.tokenizer):
-            tokens.extend(piece)
+        try:
+            with panics_as_errors():
+                for piece in encode_in_pieces(text, self.tokenizer):
+                    tokens.extend(piece)
+        except Exception as error:  # each kind of tokenizer has its own errors
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise UnusableDocumentError(f"{document.place}: the tokenizer cannot encode it: {reason}") from error
         if tokens:
             before = self.tokenizer.bos_token_id if self.add_bos else None
             after = self.tokenizer.eos_token_id if self.add_eos else None
