@@ -225,11 +225,11 @@ class AsyncEngine:
             ValueError: It is no prompt, or a text and there is no tokenizer.
         """
         if not isinstance(prompt, str):
-            return tokens_of_prompt(prompt, self._tokenizer)
+            return tokens_of_prompt(prompt, self._tokenizer, self.engine.max_sequence_length)
 
         def tokens() -> list[int]:
             if add_special_tokens or self._tokenizer is None:
-                return tokens_of_prompt(prompt, self._tokenizer)
+                return tokens_of_prompt(prompt, self._tokenizer, self.engine.max_sequence_length)
             return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
         return await self._in_tokenizer_thread(tokens)
@@ -244,7 +244,9 @@ class AsyncEngine:
         Raises:
             ValueError: The messages do not fit, or there is no tokenizer with a chat template.
         """
-        return await self._in_tokenizer_thread(lambda: tokens_of_chats(messages, self._tokenizer, **options)[0])
+        return await self._in_tokenizer_thread(
+            lambda: tokens_of_chats(messages, self._tokenizer, self.engine.max_sequence_length, **options)[0]
+        )
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
         """Begin a request; return once the engine has accepted it.

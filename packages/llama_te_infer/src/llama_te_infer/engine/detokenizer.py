@@ -6,6 +6,8 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from llama_te_core.compat.tokenizers import panics_as_errors
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode the first tokens of a character to it
 
 
@@ -82,7 +84,10 @@ class Detokenizer:
 
     def _decode(self, end: int) -> str:
         assert self.tokenizer is not None
-        text: str = self.tokenizer.decode(self._tokens[self._piece : end], skip_special_tokens=self.skip_special_tokens)
+        with panics_as_errors():
+            text: str = self.tokenizer.decode(
+                self._tokens[self._piece : end], skip_special_tokens=self.skip_special_tokens
+            )
         return text
 
     def _append(self, piece: str, may_stop: bool) -> None:

@@ -201,7 +201,9 @@ class Engine:
             ValueError: The request does not fit the engine or the model.
         """
         with self._use():
-            return self._submit(tokens_of_prompt(prompt, self.tokenizer), _checked_params(params), on_token)
+            return self._submit(
+                tokens_of_prompt(prompt, self.tokenizer, self.max_sequence_length), _checked_params(params), on_token
+            )
 
     def cancel(self, request_id: int) -> bool:
         """End a request; its output has the tokens written so far. Callbacks may call this.
@@ -266,7 +268,7 @@ class Engine:
             ValueError: A request does not fit; none has been started then.
         """
         with self._use():
-            return self._generate(tokens_of_prompts(prompts, self.tokenizer), params)
+            return self._generate(tokens_of_prompts(prompts, self.tokenizer, self.max_sequence_length), params)
 
     def chat(
         self,
@@ -300,6 +302,7 @@ class Engine:
             prompts = tokens_of_chats(
                 messages,
                 self.tokenizer,
+                self.max_sequence_length,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
@@ -326,7 +329,9 @@ class Engine:
         """
         events: deque[TokenEvent] = deque()
         with self._use():
-            ids = self._submit_all(tokens_of_prompts(prompts, self.tokenizer), params, events.append)
+            ids = self._submit_all(
+                tokens_of_prompts(prompts, self.tokenizer, self.max_sequence_length), params, events.append
+            )
             states = [self._requests[request_id] for request_id in ids]
 
         def advance() -> bool:

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llama_te_core.compat.tokenizers import panics_as_errors
+from llama_te_core.data.long_texts import PIECE_CHARACTERS, encode_in_pieces
+
 from ..integers import as_integer
 from ..sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or a tokenizer's output for one text."""
+
+MAX_STOP_CHARACTERS = 4096  # of all stop strings together
+MAX_BAD_WORD_CHARACTERS = 16_384
 
 _WHAT_TO_PASS = "a text, a list of token ids, or the output of a tokenizer or of apply_chat_template"
 
@@ -17,47 +23,49 @@ _WHAT_TO_PASS = "a text, a list of token ids, or the output of a tokenizer or of
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_of_prompts(prompts: Any, tokenizer: Any | None) -> list[list[int]]:
+def tokens_of_prompts(prompts: Any, tokenizer: Any | None, most: int | None = None) -> list[list[int]]:
     """Return the tokens of one prompt or several.
 
     Args:
         prompts: A text, token ids, a tensor or an array of token ids, a tokenizer's output for one text or several, or
             a list of these.
         tokenizer: A tokenizer of transformers, or `None`.
+        most: The engine's `max_sequence_length`. A much longer text is refused before it is tokenized as a whole.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It is something else, or a text is too long.
     """
     if isinstance(prompts, str) or _is_encoding(prompts) or _is_array(prompts):
-        return _rows(prompts, tokenizer)
+        return _rows(prompts, tokenizer, most)
     if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
         raise ValueError(_refusal("prompts", prompts))
     each = list(prompts)
     if each and all(as_integer(item) is not None for item in each):
-        return _rows(each, tokenizer)
-    return [tokens_of_prompt(prompt, tokenizer, f"prompts[{index}]") for index, prompt in enumerate(each)]
+        return _rows(each, tokenizer, most)
+    return [tokens_of_prompt(prompt, tokenizer, most, f"prompts[{index}]") for index, prompt in enumerate(each)]
 
 
-def tokens_of_prompt(prompt: Any, tokenizer: Any | None, name: str = "prompt") -> list[int]:
+def tokens_of_prompt(prompt: Any, tokenizer: Any | None, most: int | None = None, name: str = "prompt") -> list[int]:
     """Return the tokens of one prompt.
 
     Args:
         prompt: A text, token ids, a tensor or an array of token ids, or a tokenizer's output for one text.
         tokenizer: A tokenizer of transformers, or `None`.
+        most: The engine's `max_sequence_length`. A much longer text is refused before it is tokenized as a whole.
         name: The argument's name, for messages.
 
     Raises:
-        ValueError: It is something else, or several prompts.
+        ValueError: It is something else, several prompts, or a text that is too long.
     """
-    rows = _rows(prompt, tokenizer, name)
+    rows = _rows(prompt, tokenizer, most, name)
     if len(rows) != 1:
         raise ValueError(f"{name} holds {len(rows)} prompts: give one, or pass all of them to generate.")
     return rows[0]
 
 
-def _rows(prompt: Any, tokenizer: Any | None, name: str = "prompts") -> list[list[int]]:
+def _rows(prompt: Any, tokenizer: Any | None, most: int | None, name: str = "prompts") -> list[list[int]]:
     if isinstance(prompt, str):
-        return [tokens_of_text(prompt, tokenizer, name)]
+        return [tokens_of_text(prompt, tokenizer, most, name)]
     if _is_encoding(prompt):
         rows = _nested(_as_lists(prompt["input_ids"], name, prompt))
         if prompt.get("attention_mask") is not None:
@@ -96,17 +104,17 @@ def _integers(row: list[Any], name: str, prompt: Any) -> list[int]:
     return tokens
 
 
-def tokens_of_text(text: str, tokenizer: Any | None, name: str = "prompt") -> list[int]:
+def tokens_of_text(text: str, tokenizer: Any | None, most: int | None = None, name: str = "prompt") -> list[int]:
     """Return the tokens of a text, with the special tokens that the tokenizer adds.
 
     A text that begins with BOS already, such as the text of a chat template, gets no second BOS.
 
     Raises:
-        ValueError: There is no tokenizer.
+        ValueError: There is no tokenizer, the tokenizer cannot encode the text, or the text is too long.
     """
     if tokenizer is None:
         raise ValueError(f"{name} is a text, but the engine has no tokenizer: give it one, or give tokens.")
-    tokens = list(tokenizer(text)["input_ids"])
+    tokens = _encode(text, tokenizer, most, name)
     bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     if bos and bos_id is not None:
         in_text = 0
@@ -118,16 +126,45 @@ def tokens_of_text(text: str, tokenizer: Any | None, name: str = "prompt") -> li
     return tokens
 
 
-def tokens_of_chats(messages: Any, tokenizer: Any | None, **options: Any) -> list[list[int]]:
+def _encode(text: str, tokenizer: Any, most: int | None, name: str, **options: Any) -> list[int]:
+    """Return the tokens of a text, if they can be at most `most`.
+
+    Tokenizers take 100 to 200 times the memory of a text, so a long text is measured first.
+    """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has a lone surrogate at character {error.start}, which is half of one.") from error
+    with panics_as_errors():
+        if most is not None and len(text) > PIECE_CHARACTERS:
+            longest = max(len(token.encode(errors="replace")) for token in tokenizer.get_vocab())
+            if size > most * longest:
+                raise ValueError(
+                    f"{name} has {size:,} bytes, and a token of this tokenizer has at most {longest}: these are more "
+                    f"tokens than max_sequence_length={most}. Shorten it."
+                )
+            count = 0
+            for piece in encode_in_pieces(text, tokenizer):
+                count += len(piece)
+                if count > most:
+                    raise ValueError(
+                        f"{name} has {len(text):,} characters and more than {count:,} tokens, but max_sequence_length="
+                        f"{most}. Shorten it."
+                    )
+        return list(tokenizer(text, **options)["input_ids"])
+
+
+def tokens_of_chats(messages: Any, tokenizer: Any | None, most: int | None = None, **options: Any) -> list[list[int]]:
     """Return the tokens of one conversation or several, as the tokenizer's chat template writes them.
 
     Args:
         messages: A list of messages, each a dict with "role" and "content"; or a list of such lists.
         tokenizer: A tokenizer of transformers with a chat template.
+        most: The engine's `max_sequence_length`. A much longer text is refused before it is tokenized as a whole.
         options: Of `apply_chat_template`.
 
     Raises:
-        ValueError: There is no tokenizer, or messages are something else.
+        ValueError: There is no tokenizer, messages are something else or too long, or the chat template fails.
     """
     if tokenizer is None:
         raise ValueError("messages are texts, but the engine has no tokenizer: give it one with a chat template.")
@@ -141,16 +178,11 @@ def tokens_of_chats(messages: Any, tokenizer: Any | None, **options: Any) -> lis
             )
     try:
         texts = [tokenizer.apply_chat_template(list(chat), tokenize=False, **options) for chat in chats]
-    except _template_error() as error:
-        raise ValueError(f"messages do not fit the chat template: {error}") from error
-    return [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-
-
-def _template_error() -> type[Exception]:
-    """Return the exception of templates, such as of their `raise_exception`."""
-    from jinja2 import TemplateError  # a late import: transformers needs it for chats alone
-
-    return TemplateError
+    except ValueError:
+        raise
+    except Exception as error:  # a template can fail as any program can
+        raise ValueError(f"messages do not fit the chat template: {error or type(error).__name__}") from error
+    return [_encode(text, tokenizer, most, "the text of messages", add_special_tokens=False) for text in texts]
 
 
 def _is_encoding(prompt: Any) -> bool:
@@ -210,8 +242,10 @@ def special_stops_of(params: SamplingParams, special: Mapping[str, int]) -> dict
         special: From `special_tokens_of`.
 
     Raises:
-        ValueError: A stop string can never appear, since the text does not show a special token in it.
+        ValueError: A stop string can never appear, since the text does not show a special token in it; or the stop
+            strings are too long.
     """
+    _check_length("stop", params.stop, MAX_STOP_CHARACTERS)
     stops = {}
     for string in params.stop:
         if string in special:
@@ -235,14 +269,29 @@ def tokens_of_bad_words(bad_words: Iterable[str], tokenizer: Any) -> list[list[i
     Args:
         bad_words: The words.
         tokenizer: A tokenizer of transformers.
+
+    Raises:
+        ValueError: The words are too long.
     """
+    bad_words = list(bad_words)
+    _check_length("bad_words", bad_words, MAX_BAD_WORD_CHARACTERS)
     words: list[list[int]] = []
     for word in bad_words:
         stripped = word.lstrip()
-        alone = list(tokenizer(stripped, add_special_tokens=False)["input_ids"])
-        behind_space = list(tokenizer(f" {stripped}", add_special_tokens=False)["input_ids"])
+        alone = _encode(stripped, tokenizer, None, "bad_words", add_special_tokens=False)
+        behind_space = _encode(f" {stripped}", tokenizer, None, "bad_words", add_special_tokens=False)
         words.append(alone)
         # Other tokens for the space than for the word say nothing of the word itself.
         if len(behind_space) == len(alone) and behind_space[:1] != alone[:1]:
             words.append(behind_space)
     return [word for word in words if word]
+
+
+def _check_length(name: str, strings: Sequence[str], most: int) -> None:
+    """Refuse strings that would slow each step of all requests."""
+    length = sum(map(len, strings))
+    if length > most:
+        raise ValueError(
+            f"{name} has {len(strings):,} strings with {length:,} characters together, but at most {most:,} are looked "
+            "for in each step. Give fewer or shorter ones."
+        )
