@@ -25,6 +25,9 @@ class BlockManager:
         pool: The pages.
         prefixes: The index of cached prompt prefixes. It takes pages from the pool, and gives them back.
         generation: How often the cached prefixes have been forgotten.
+        unread: Pages of sequences that were removed before the results of their steps were read. They may have NaN.
+        to_clear: Of these, the pages that other sequences have got since. The next step clears them first: attention
+            multiplies what lies behind a text's last token by 0, and 0 times NaN is NaN.
     """
 
     def __init__(self, total_num_pages: int, page_size: int, prefix_caching: bool) -> None:
@@ -32,6 +35,8 @@ class BlockManager:
         self.prefixes = PrefixCache(self.pool)
         self.prefix_caching = prefix_caching
         self.generation = 0
+        self.unread: set[int] = set()
+        self.to_clear: list[int] = []
 
     @property
     def available(self) -> int:
@@ -83,12 +88,12 @@ class BlockManager:
         if self.available < own + others + headroom:
             self.prefixes.release(shared)
             return False
-        first.pages = shared + self.prefixes.take(own)
+        first.pages = shared + self._take(own)
         first.cached = len(shared) * size
         for sequence in sequences:
             sequence.generation = self.generation
         for sequence in sequences[1:]:
-            sequence.pages = self.prefixes.take(1) if others else []
+            sequence.pages = self._take(1) if others else []
         return True
 
     def is_full(self, sequence: Sequence) -> bool:
@@ -98,7 +103,7 @@ class BlockManager:
     def append_pages(self, sequences: Items[Sequence]) -> list[tuple[Sequence, int, int]]:
         """Give one more page to each sequence; return the sequence, the index of the new entry and the page."""
         entries = []
-        for sequence, page in zip(sequences, self.prefixes.take(len(sequences)), strict=True):
+        for sequence, page in zip(sequences, self._take(len(sequences)), strict=True):
             entries.append((sequence, len(sequence.pages), page))
             sequence.pages.append(page)
         return entries
@@ -131,8 +136,22 @@ class BlockManager:
         self.prefixes.clear()
         self.generation += 1
 
-    def free(self, sequence: Sequence) -> None:
-        """Take a sequence's pages away."""
+    def _take(self, count: int) -> list[int]:
+        pages = self.prefixes.take(count)
+        if self.unread:
+            self.to_clear += self.unread.intersection(pages)
+            self.unread.difference_update(pages)
+        return pages
+
+    def free(self, sequence: Sequence, is_read: bool = True) -> None:
+        """Take a sequence's pages away.
+
+        Args:
+            sequence: The sequence.
+            is_read: Whether the results of all steps that wrote its tokens have been read.
+        """
+        if not is_read:
+            self.unread.update(sequence.pages)
         self.prefixes.release(sequence.pages)
         sequence.pages, sequence.cached = [], 0
 

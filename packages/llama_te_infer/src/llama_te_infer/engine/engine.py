@@ -632,7 +632,7 @@ class Engine:
         if not state.history.done:
             self.scheduler.blocks.reorder(request.sequences, beams.sources, beams.length)
             return
-        self.scheduler.remove(request.sequences)
+        self.scheduler.remove(request.sequences, is_read=False)  # the launched step continues other beams
         for sequence, hypothesis in state.keep_best():
             wanted, positions = request.params.logprobs, hypothesis.positions
             for index, token in enumerate(hypothesis.token_ids):
@@ -659,7 +659,7 @@ class Engine:
         request = state.request
         if self._requests.pop(request.id, None) is None:
             return  # a callback has ended it
-        self.scheduler.remove(request.sequences)
+        self.scheduler.remove(request.sequences, is_read=request.is_finished)
         if isinstance(error, FloatingPointError):
             self._clean()
         for sequence in state.end(error):

@@ -125,16 +125,22 @@ class Scheduler:
             sequence.cached += 1
         self._prefill(plan, may_admit)
         plan.lengths = [sequence.cached for sequence in self.rows]
+        plan.cleared, self.blocks.to_clear = self.blocks.to_clear, []
         self._last_rows = list(range(len(self.rows)))
         return plan
 
-    def remove(self, sequences: Items[Sequence]) -> None:
-        """Let sequences end, whether they run, wait or have left already. Beams are removed together."""
+    def remove(self, sequences: Items[Sequence], is_read: bool = True) -> None:
+        """Let sequences end, whether they run, wait or have left already. Beams are removed together.
+
+        Args:
+            sequences: The sequences.
+            is_read: Whether they end by what a step has found, and not in the middle.
+        """
         for sequence in sequences:
             group = self._groups.pop(sequence, None)
             if group is None:
                 continue
-            self._release(sequence)
+            self._release(sequence, is_read)
             group.sequences.remove(sequence)
             if not group.sequences:
                 groups = self.running if group in self.running else self.waiting
@@ -168,7 +174,7 @@ class Scheduler:
         """Send the group that was admitted last back to the head of the queue."""
         group = self.running.pop()
         for sequence in group.sequences:
-            self._release(sequence)
+            self._release(sequence, is_read=False)
         self.waiting.appendleft(group)
 
     # --- prompts ------------------------------------------------------------------------------------------------------
@@ -229,7 +235,7 @@ class Scheduler:
 
     # --- ends ---------------------------------------------------------------------------------------------------------
 
-    def _release(self, sequence: Sequence) -> None:
+    def _release(self, sequence: Sequence, is_read: bool) -> None:
         """Take a sequence's row and pages away. The prefix cache remembers the content of its pages."""
         if sequence.row is not None:
             last, last_row = self.rows.pop(), self._last_rows.pop()
@@ -238,5 +244,5 @@ class Scheduler:
                 last.row = sequence.row
             if not sequence.request.has_beams:
                 self.blocks.remember(sequence, sequence.cached)
-        self.blocks.free(sequence)
+        self.blocks.free(sequence, is_read)
         sequence.row = None

@@ -38,6 +38,8 @@ class ModelRunner:
     def launch(self, plan: Plan) -> Pending:
         """Start a step. Returns at once on a GPU."""
         state, running = self.state, len(plan.running)
+        if plan.cleared:
+            self.cache.clear_pages(plan.cleared)
         state.move(plan.moves, running)
         state.add_pages([(_row(sequence), index, page) for sequence, index, page in plan.new_pages])
         state.lengths = plan.starts

@@ -26,7 +26,7 @@ class Chunk:
 
 @dataclass
 class Plan:
-    """A step. Rows move, the running rows decode, chunks are read, pages are copied, and new rows begin: in this order.
+    """A step. Pages are cleared, rows move, the running rows decode, chunks are read, pages are copied, new rows begin.
 
     Attributes:
         moves: Pairs of a row and the row of the last step whose content it gets. No row is in two pairs.
@@ -37,6 +37,7 @@ class Plan:
         beginning: The sequences whose prompts these chunks complete, in the rows behind the running ones.
         copies: Pairs of a page and the page that gets a copy of it.
         lengths: Tokens in the cache after the step, of the running and the beginning sequences.
+        cleared: Pages that may have NaN of other sequences.
     """
 
     moves: list[tuple[int, int]] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Plan:
     beginning: list[Sequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
+    cleared: list[int] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
