@@ -597,7 +597,7 @@ def test_greedy(vocabulary: int) -> None:
             assert take(logits).tolist() == expected
             assert take(logits, counted=False).tolist() == expected
             # Next time it is a token with the next lower logit.
-            greatest = logits.gather(1, take.tokens[:, None])
+            greatest = logits.gather(1, take.tokens.clamp(min=0)[:, None])  # a row without any stays as it is
             logits.masked_fill_(logits == greatest, -torch.inf)
 
 
