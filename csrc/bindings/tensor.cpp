@@ -106,11 +106,11 @@ std::string text(py::handle object) {
 
 // Numbers separated by commas.
 std::string listed(const std::int64_t *numbers, int count) {
-    std::ostringstream text;
+    std::string text;
     for (int i = 0; i < count; ++i) {
-        text << (i > 0 ? ", " : "") << numbers[i];
+        text += text_of(i > 0 ? ", " : "", numbers[i]);
     }
-    return text.str();
+    return text;
 }
 
 void check_place(const Tensor &tensor, const py::object &device, std::initializer_list<std::int64_t> shape,
@@ -122,11 +122,11 @@ void check_place(const Tensor &tensor, const py::object &device, std::initialize
     const auto fits = [](std::int64_t wanted, std::int64_t size) { return wanted == kAny || wanted == size; };
     if (static_cast<std::size_t>(tensor.rank) != shape.size() ||
         !std::equal(shape.begin(), shape.end(), tensor.shape, fits)) {
-        std::ostringstream wanted;
+        std::string wanted;
         for (const std::int64_t size : shape) {
-            wanted << (wanted.tellp() > 0 ? ", " : "") << (size == kAny ? "any" : std::to_string(size));
+            wanted += text_of(wanted.empty() ? "" : ", ", size == kAny ? "any" : std::to_string(size));
         }
-        refuse(text_of(tensor.name, " has the shape ", tensor.shape_text(), "; it must be [", wanted.str(),
+        refuse(text_of(tensor.name, " has the shape ", tensor.shape_text(), "; it must be [", wanted,
                        "], which is ", meaning, "."));
     }
     const int last = tensor.rank - 1;
@@ -142,11 +142,11 @@ void refuse(const std::string &message) {
     throw std::invalid_argument(message);
 }
 
-std::ostream &operator<<(std::ostream &stream, const Name &name) {
+std::string part_of_text(const Name &name) {
     if (name.list == nullptr) {
-        return stream << name.text;
+        return name.text;
     }
-    return stream << name.list << "[" << name.item << "]" << (*name.text != '\0' ? "." : "") << name.text;
+    return text_of(name.list, "[", name.item, "]", *name.text != '\0' ? "." : "", name.text);
 }
 
 Tensor::Tensor(Name name_of_argument, py::handle python_object) : name(name_of_argument), object(python_object) {

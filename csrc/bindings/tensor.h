@@ -8,8 +8,8 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <sstream>
 #include <string>
+#include <type_traits>
 
 namespace llama_te::bindings {
 
@@ -18,21 +18,33 @@ namespace py = pybind11;
 // The dtypes that operators take.
 enum class DType { kBFloat16, kFloat16, kFloat32, kFloat64, kFloat8E4M3, kInt32, kInt64, kOther };
 
-// Returns the parts as one text.
-template <typename... Parts>
-std::string text_of(const Parts &...parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    return text.str();
-}
-
 // The name of an argument, or of the field `text` of an item of the argument `list`.
 struct Name {
     const char *text;
     const char *list = nullptr;
     int item = 0;
 };
-std::ostream &operator<<(std::ostream &stream, const Name &name);
+
+inline std::string part_of_text(const char *part) {
+    return part;
+}
+inline const std::string &part_of_text(const std::string &part) {
+    return part;
+}
+template <typename Integer, std::enable_if_t<std::is_integral_v<Integer>, int> = 0>
+std::string part_of_text(Integer part) {
+    return std::to_string(part);
+}
+std::string part_of_text(const Name &name);
+
+// Returns the parts as one text. Not by streams: where the extension has a C++ library of its own beside torch's, their
+// locales get mixed up, and writing an integer to a stream crashes.
+template <typename... Parts>
+std::string text_of(const Parts &...parts) {
+    std::string text;
+    (text.append(part_of_text(parts)), ...);
+    return text;
+}
 
 constexpr int kMaxRank = 8;
 
