@@ -29,6 +29,7 @@ from .layout.row_order import HeadSizes
 from .layout.rules import Rule
 from .sources.checkpoint import check_hub_id, not_on_the_hub
 from .sources.recorded_checksums import refuse_changed
+from .targets.foreign_code import drop_references
 from .targets.new_folder import new_target, written_whole
 
 # Importing torch takes seconds, and refusing a configuration does without it.
@@ -133,6 +134,7 @@ def convert_adapter(
         unfinished.mkdir()
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        drop_references(unfinished)
     return adapted
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint_format import CHECKSUMS
 from ..files.checksums import problems, record_checksums
 from ..files.disk import new_folder, writing_to
+from ..files.foreign_code import drop_foreign_code
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.conversion import conversion
 from ..parallel.mesh import on_rank_0
@@ -67,9 +69,20 @@ def export_te(model: NVLlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
             model.save_pretrained(unfinished, state_dict=state)
             if tokenizer is not None:
                 tokenizer.save_pretrained(unfinished)
+                _drop_references(unfinished)
             record_checksums(unfinished)
 
     on_rank_0(write)
+
+
+def _drop_references(folder: Path) -> None:
+    changed = drop_foreign_code(folder)
+    if changed:
+        warnings.warn(
+            f"{', '.join(changed)} of the tokenizer named code (auto_map), which trust_remote_code=True would run: the "
+            "export does not name it.",
+            stacklevel=2,
+        )
 
 
 def export_hf(folder_te: Path, folder_hf: Path) -> None:

@@ -37,7 +37,7 @@ def read_yaml(path: str | os.PathLike[str]) -> Any:
     loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         _check(yaml.parse(text, Loader=loader))
-        return yaml.load(text, Loader=loader)
+        return yaml.load(text, Loader=loader)  # noqa: S506 - both are safe loaders
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)} is refused: {' '.join(str(error).split())[:300]}.") from error
 
