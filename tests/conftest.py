@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from llama_te_core.layers import selection as layers
 
-pytest_plugins = ["verification"]
+pytest_plugins = ["verification", "faults"]
 
 TINY: dict[str, Any] = {
     "vocab_size": 257,
