@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import fuzzing
 from faults import Faults, Outcome, contents, disturb, places, words
+from llama_te_core.files.checksums import read_checksums
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENAMETOOLONG)
 COMMANDS = ("to-te", "adapter-to-te", "standalone")
@@ -27,6 +28,8 @@ class Conversion:
 
     def __init__(self, name: str, source: Path, folder: Path, faults: Faults) -> None:
         self.folder, self.faults = folder, faults
+        self.kept: dict[str, int] = {}
+        self.most_kept = 0
         out = folder / "out"
         cli = "llama_te_convert.cli:main"
         self.action, self.arguments = {
@@ -54,13 +57,20 @@ class Conversion:
         whole = (self.folder / "out").exists()
         if whole:
             assert contents(self.folder / "out") == self.expected
-        for shard in self.folder.glob("out.partial/*.safetensors"):
+        partial = self.folder / "out.partial"
+        for shard in partial.glob("*.safetensors"):
             assert shard.read_bytes() == self.expected[shard.name]
         if again:
+            for name, written in self.kept.items():
+                assert (self.folder / "out" / name).stat().st_mtime_ns == written, "a finished shard was made again"
             assert whole, outcome.said
             assert outcome.status == 0 or "exists already" in outcome.said
             assert not {path for path in os.listdir(self.folder) if not path.startswith(".")} - {"out"}
-        elif outcome.status >= 0:
+            return
+        finished = {name for name in (read_checksums(partial) or {}) if (partial / name).exists()}
+        self.kept = {name: (partial / name).stat().st_mtime_ns for name in finished if name.endswith(".safetensors")}
+        self.most_kept = max(self.most_kept, len(self.kept))
+        if outcome.status >= 0:
             assert whole or outcome.status != 0
             if outcome.status != 0:
                 assert re.search(
@@ -118,6 +128,7 @@ def test_killed_and_run_again(
     stages = disturb(conversion.run, chosen, 0, reset=conversion.reset, check=conversion.check, stage=stage)
     assert stages.total() >= min(25, len(conversion.changes) - 3)  # threads change the numbers a little
     assert {"the last rename", "a sync"} <= stages.keys()
+    assert name != "to-te" or conversion.most_kept > 2
     assert name != "to-te" or {"a write of tensors", "a rename of tensors"} <= stages.keys()
     counts(f"{name}: {stages.total()} kills among {len(conversion.changes)} changes of files: {words(stages)}")
 

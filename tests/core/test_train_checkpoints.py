@@ -10,7 +10,6 @@ import pickle
 import random
 import re
 import shutil
-import subprocess
 import sys
 import threading
 import types
@@ -24,7 +23,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import hostile_pickles
 from convert.malicious import Malicious
-from core import killed_run
 from core.fake_transformer_engine import DelayedScaling, FakeTransformerEngine
 from core.full_disk import full_disk
 from fuzzing import fuzz
@@ -539,30 +537,6 @@ def test_leftovers_are_removed_by_the_next_save(tmp_path):
     assert checkpoints.steps() == [7]
     checkpoints.load(7, run.model, run.optimizer)
     assert names(tmp_path) == ["step-00000007"]
-
-
-def killed(*arguments) -> list[str]:
-    command = [sys.executable, killed_run.__file__, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
-
-
-def test_a_process_that_is_killed_leaves_whole_checkpoints(tmp_path):
-    """Ten kills come at random moments. Each process continues in the folder that the previous one left."""
-    lefts = [line.split() for line in killed("at random moments", tmp_path)]
-    latest = [int(step) for step, _ in lefts]
-    assert len(latest) == 10
-    assert latest == sorted(latest) and latest[-1] > 0
-    assert any(unfinished == "True" for _, unfinished in lefts), "no process was killed while it saved"
-
-
-def test_a_process_that_is_killed_before_any_change_of_a_file_leaves_whole_checkpoints(tmp_path):
-    """With keep=2 and checkpoints 1 and 2, each process saves checkpoint 3 and is killed before a different change."""
-    found = killed("before each change", tmp_path)
-    assert found == sorted(found, key=["1 2", "1 2 3", "2 3"].index)  # index raises for any other entry
-    assert set(found) == {"1 2", "1 2 3", "2 3"}
-    assert found.count("1 2") > 10
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

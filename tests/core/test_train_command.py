@@ -189,14 +189,6 @@ def test_sigterm_saves_and_the_run_goes_on(whole_run: Path, tmp_path: Path, sour
     assert more == train(tmp_path / "whole", source, **settings | {"steps": stopped + 2})
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(whole_run: Path, tmp_path: Path, source: Path) -> None:
-    with Command(tmp_path, options(tmp_path, source, **SHORT)) as command:
-        command.wait_for_step(4)
-        command.process.kill()
-        command.process.wait()
-    assert train(tmp_path, source, **SHORT) == losses(whole_run)
-
-
 def test_a_finished_run_has_nothing_to_do(whole_run: Path, source: Path) -> None:
     before = (whole_run / "metrics.jsonl").read_bytes()
     train(whole_run, source, **SHORT)
