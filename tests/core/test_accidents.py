@@ -75,7 +75,7 @@ class Training:
             assert outcome.status == 0, outcome.said
             assert steps == [f"step-{STEPS:08d}"] and (run / "te").exists() and (run / "hf").exists()
             assert len(losses) == STEPS
-            assert not list(run.rglob("*.partial")) and not list(run.rglob("*.unfinished"))
+            assert not list(run.rglob("*.unfinished"))
         elif outcome.status > 0:
             assert re.match(r"llama-te-train: .*" + re.escape(str(self.folder)), outcome.last_line), outcome.said
             assert (
