@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import functools
 import gzip
+import io
 import json
 import lzma
 import os
@@ -19,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core.test_documents import zstd
+from core.test_documents import ARRAY, LINES, MARK, TEXTS, table, zstd
 from core.test_text_data import ByteTokenizer
+from fuzzing import fuzz
 from llama_te_core.train.data.documents import UnusableDocumentError
 from llama_te_core.train.data.text_data import TextBatches, TextData
 
@@ -291,3 +293,55 @@ def test_a_run_does_not_go_on_with_files_of_another_size(tmp_path: Path) -> None
     file.write_text('{"text": "a"}\n{"text": "b"}\n')
     with pytest.raises(ValueError, match="has other documents than the saved run has read"):
         TextBatches(data_of(file)).load_state_dict(state)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------------
+
+
+def tables() -> list[bytes]:
+    files = []
+    for column in (pa.array(TEXTS * 50), pa.array(TEXTS * 50).dictionary_encode()):
+        for options in ({"compression": "zstd"}, {"compression": "none", "write_page_checksum": True}):
+            stream = io.BytesIO()
+            pq.write_table(pa.table({"id": range(150), "text": column}), stream, row_group_size=40, **options)
+            files.append(stream.getvalue())
+    return files
+
+
+def rows_of_tokens() -> list[bytes]:
+    stream = io.BytesIO()
+    columns = {"input_ids": [[1, 2, 3], [4], [5, 6]], "labels": [[1, -100, 3], [4], [5, 6]]}
+    pq.write_table(pa.table(columns), stream)
+    return [stream.getvalue()]
+
+
+SEEDS: dict[str, list[bytes]] = {
+    "a.jsonl": [LINES.encode(), MARK + LINES.encode()],
+    "b.json": [ARRAY.encode(), LINES.encode(), json.dumps({"text": "alone"}, indent=1).encode()],
+    "c.csv": [table(",").encode()],
+    "d.tsv": [table("\t").encode()],
+    "e.txt": ["one\n\ntwo ä\r\n".encode()],
+    "f.parquet": tables(),
+    "tokens.jsonl": [b'{"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 1, 0]}\n'],
+    "tokens.parquet": rows_of_tokens(),
+    **{f"a.jsonl{suffix}": [compress(LINES.encode())] for suffix, compress in COMPRESSIONS.items() if suffix},
+}
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", SEEDS)
+def test_damaged_documents(tmp_path: Path, name: str, counts: Callable[[str], None]) -> None:
+    file = tmp_path / name
+    tokenizer = None if name.startswith("tokens") else ByteTokenizer()
+
+    def read(content: bytes) -> None:
+        file.write_bytes(content)
+        data = TextData(file, tokenizer, 64, vocab_size=1000, max_document_bytes=10_000, text_document="paragraph")
+        source = data.open()
+        source.count(10)
+        for document in source.documents(None):
+            data.labelled_tokens(document)
+
+    refusals = (UnusableDocumentError,)
+    result = fuzz(read, SEEDS[name], tmp_path, refusals=refusals, cases=1000, seconds=5, megabytes=512)
+    counts(f"{name}: {result}")
