@@ -4,6 +4,7 @@
 
 #include "gemv/linear.h"
 
+#include <stdexcept>
 #include <vector>
 
 #include "arguments.h"
@@ -232,7 +233,14 @@ void bind_linear(py::module_ &module) {
     define_linear("linear_check", checked(linear_arguments<Where::kChecks>));
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
     const auto of_device = [](std::int64_t (*size)(int)) {
-        return [size](py::handle device) { return size(static_cast<int>(integer({"device"}, device, 0, INT32_MAX))); };
+        return [size](py::handle object) {
+            const auto device = static_cast<int>(integer({"device"}, object, 0, INT32_MAX));
+            try {
+                return size(device);
+            } catch (const std::runtime_error &error) {
+                refuse(text_of("device=", device, ": ", error.what(), "."));
+            }
+        };
     };
     define_linear("linear_cuda", on_gpu(linear_arguments<Where::kCuda>, linear_cuda));
     define(module, "linear_partials", of_device(linear_partials), "device");

@@ -183,7 +183,7 @@ class Liar:
 VALUES: list[Any] = [
     None, True, False, "text", b"bytes", "\ud800", 0, 1, -1, 7, 2**31 - 1, 2**31, -(2**31) - 1, 2**63 - 1, 2**63,
     -(2**63), 10**4000, -(10**4000), 1.5, float("nan"), float("inf"), -0.0, 1e300, 1j, (), [], {}, [None], [[]],
-    object, Liar(), range(10**9), torch.float32, torch.device("meta"), torch.Size([2]), print,
+    object, Liar(), range(9), torch.float32, torch.device("meta"), torch.Size([2]), print,
 ]  # fmt: skip
 EXTREMES = (-(2**31), -1, 0, 1, 2, 3, 16, 17, 1000, 2**31 - 1)
 
@@ -343,7 +343,7 @@ def described(value: Any) -> str:
 def hostile_call(number: bytes) -> HostileCall:
     """The same call for the same number, in every process. Without a number its arguments are good."""
     source = random.Random(number)
-    target = source.choice(targets())
+    target = source.choice(targets() if number else ACCEPTED)
     arguments = target.make(source)
     if not arguments:
         return HostileCall(target, {"arguments": source.choice(VALUES)}, ["arguments"])
@@ -391,7 +391,9 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 # --- tests -----------------------------------------------------------------------------------------------------------
 
-ACCEPTED = [target for target in targets() if not target.name.endswith("_cuda") and target.make(random.Random(0))]
+# CPU tensors are no good arguments of these.
+OF_A_GPU = re.compile(r".*_cuda|.*linear_(partials|semaphores)")
+ACCEPTED = [target for target in targets() if not OF_A_GPU.fullmatch(target.name) and target.make(random.Random(0))]
 
 
 @pytest.mark.parametrize("target", ACCEPTED, ids=[target.name for target in ACCEPTED])

@@ -304,6 +304,13 @@ def test_pages_without_a_table(function: Any) -> None:
         function(**(arguments | {"page_table": None}))
 
 
+def test_caches_that_are_no_list() -> None:
+    arguments = make_rows(ReorderCase(source_rows=(1, 0), lengths=(3, 3)))
+    for caches in (range(10**9), None, "text"):
+        with pytest.raises(TypeError, match=r"caches is a \w+: it must be a list or a tuple of tensors"):
+            reorder_rows(**(arguments | {"caches": caches}))
+
+
 def test_torch_agrees_with_the_schemas() -> None:
     append = make_append(AppendCase(new=(2, 1), before=(3, 0), page_size=16))
     append["query"].zero_()

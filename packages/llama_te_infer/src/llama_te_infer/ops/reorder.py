@@ -30,6 +30,7 @@ def reorder_rows(caches: list[torch.Tensor], source_rows: torch.Tensor, lengths:
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
+    _check_list(caches)
     torch.ops.llama_te.reorder_rows(caches, source_rows, lengths)
 
 
@@ -62,7 +63,14 @@ def reorder_pages(
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
+    _check_list(caches)
     torch.ops.llama_te.reorder_pages(caches, page_table, source_rows, lengths, page_size, ticket)
+
+
+def _check_list(caches: list[torch.Tensor]) -> None:
+    """Refuse other sequences: torch would copy one of any length before it looks at its items."""
+    if not isinstance(caches, list | tuple):
+        raise TypeError(f"caches is a {type(caches).__name__}: it must be a list or a tuple of tensors.")
 
 
 def takes_reorder(caches: Sequence[torch.Tensor], rows: int) -> bool:
