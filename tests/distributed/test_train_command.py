@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from core.training_runs import docstrings, losses, metrics, options, train, write
 from distributed import training_processes
 from distributed.processes import start
+from llama_te_core.files.folder_lock import FolderLock
 from llama_te_core.train.command import main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -192,3 +193,22 @@ def _free_port() -> int:
         listening.bind(("127.0.0.1", 0))
         port: int = listening.getsockname()[1]
     return port
+
+
+@pytest.mark.processes(2)
+def test_a_folder_of_another_run_ends_all_processes_alike(tmp_path: Path, source: Path) -> None:
+    """Rank 0 alone meets the lock; the other process neither hangs nor says something else."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "OMP_NUM_THREADS": 1}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": True}
+    command = [sys.executable, "-m", "llama_te_core.train", *options(tmp_path / "run", source, **TOKENS)]
+    with FolderLock(tmp_path / "run"):
+        processes = []
+        for rank in range(2):
+            own = {name: str(value) for name, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            processes.append(subprocess.Popen(command, env=os.environ | own, stderr=subprocess.PIPE, text=True))
+        said = [process.communicate(timeout=120)[1] for process in processes]
+        assert os.listdir(tmp_path / "run") == [".lock"]
+    assert [process.returncode for process in processes] == [1, 1], said
+    expected = f"llama-te-train: {tmp_path / 'run'} is being written by pid {os.getpid()} on host"
+    assert all(expected in each and "Traceback" not in each for each in said), said
