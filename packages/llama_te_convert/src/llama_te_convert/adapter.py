@@ -15,21 +15,23 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_te_core.files.foreign_code import without_code
+
 from .configs.architectures import architecture_of
 from .configs.config_file import CONFIG_NAME, has_te_layout, head_sizes, is_size, read_config
-from .errors import CheckpointError, first_line
+from .errors import CheckpointError, CheckpointWarning, first_line
 from .layout.mapping import TensorMapping, convert_tensors, map_known_names, map_names
 from .layout.row_order import HeadSizes
 from .layout.rules import Rule
 from .sources.checkpoint import check_hub_id, not_on_the_hub
 from .sources.recorded_checksums import refuse_changed
-from .targets.foreign_code import drop_references
 from .targets.new_folder import new_target, written_whole
 
 # Importing torch takes seconds, and refusing a configuration does without it.
@@ -90,6 +92,10 @@ def convert_adapter(
     refuse_changed(source)
     config = read_config(source, CONFIG)
     _check(config, source)
+    if without_code(config):
+        warnings.warn(
+            f"not copied from {source}: the entry auto_map of {CONFIG!r} (it names code).", CheckpointWarning, 2
+        )
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(
@@ -134,7 +140,6 @@ def convert_adapter(
         unfinished.mkdir()
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
         (unfinished / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        drop_references(unfinished)
     return adapted
 
 

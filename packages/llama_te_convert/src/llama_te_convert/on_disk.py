@@ -24,7 +24,6 @@ from .sources.checkpoint import Checkpoint, find_checkpoint, open_checkpoint, re
 from .sources.own_head import has_own_head
 from .sources.recorded_checksums import refuse_changed
 from .sources.side_files import SideFile, copy_side_files, find_side_files
-from .targets.foreign_code import drop_references
 from .targets.new_folder import check_apart, kept_whole, target_folder, writing
 from .targets.stream import stream
 from .targets.writer import RECORD, is_finished, shards, write_checkpoint
@@ -190,7 +189,6 @@ def convert_checkpoint(
 
         def write_rest(unfinished: Path) -> None:
             _write_other_files(path, side_files, unfinished)
-            drop_references(unfinished)
             write_config.result()(unfinished)
 
         kept, planned = total, shards(streams, max_shard_bytes)

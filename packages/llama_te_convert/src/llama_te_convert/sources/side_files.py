@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from llama_te_core.files.foreign_code import without_code
 from llama_te_core.files.input_files import open_file
 
 from ..configs.config_file import read_config
@@ -72,7 +73,7 @@ def find_side_files(folder: Path, is_copied: Callable[[str, bool], bool]) -> lis
         text = None
         if _MAY_NAME_CODE.fullmatch(entry.name):
             content = read_config(entry.parent, entry.name)
-            if content.pop("auto_map", None) is not None:
+            if without_code(content):
                 text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
                 left_out.append(f"the entry auto_map of {name!r} (it names code)")
         found.append(SideFile(name, entry.resolve(), text))

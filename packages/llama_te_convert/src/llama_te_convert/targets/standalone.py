@@ -15,7 +15,6 @@ from ..configs.config_file import CONFIG_NAME, has_te_layout, read_config
 from ..errors import CheckpointError
 from ..sources.recorded_checksums import refuse_changed
 from ..sources.side_files import copy_side_files, find_side_files
-from .foreign_code import drop_references
 from .new_folder import kept_whole, new_target, written_whole
 from .writer import RECORD
 
@@ -52,7 +51,6 @@ def export_te_checkpoint(
             refuse_changed(source)
             _read_te_config(source)
             copy_side_files(find_side_files(source, _is_copied), unfinished)
-            drop_references(unfinished)
             _add_code(unfinished)
     else:
         raise TypeError(
