@@ -229,7 +229,7 @@ def test_files_that_are_not_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin is a pickle file"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"12345678")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors is not a safetensors file"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base=str(base))
     with pytest.raises(CheckpointError, match=r"\./no-such/model/there does not exist, and is not the id of"):
         convert_adapter(tmp_path / "adapter", tmp_path / "converted", base="./no-such/model/there")

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import struct
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,10 +24,18 @@ from transformers import PreTrainedModel
 
 from fuzzing import ROUNDS, damaged, fuzz
 from llama_te_convert import export_te_checkpoint
+from llama_te_convert.adapter import convert_adapter as make_adapter
 from llama_te_convert.cli import main
+from llama_te_convert.configs.config_file import has_te_layout, head_sizes, read_config
+from llama_te_convert.configs.model_config import hf_config, refuse_quantized, te_config
+from llama_te_convert.configs.plain_config import plain_fields, write_plain_config
 from llama_te_convert.errors import CheckpointError, one_line
 from llama_te_convert.sources.gguf import GGUFSource, gguf_config, save_gguf_tokenizer
+from llama_te_convert.sources.safetensors import SafetensorsFile
+from llama_te_convert.sources.shard_index import read_index
+from llama_te_convert.sources.side_files import copy_side_files, find_side_files
 from llama_te_convert.sources.tensor_source import row_chunks
+from llama_te_core import NVLlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -529,3 +538,242 @@ def test_an_export_copies_weights_through_links_if_they_are_weights(folder: Path
     with pytest.raises(CheckpointError, match="other.safetensors is not a safetensors file"):
         export_te_checkpoint(te, folder.parent / "second")
     assert not (folder.parent / "second").exists()
+
+
+# --- adapters, loading ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(folder: Path) -> Path:
+    """A LoRA adapter of the checkpoint."""
+    path = folder.parent / "adapter"
+    path.mkdir()
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (path / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": str(folder)}))
+    module = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {module.format(layer, "A"): torch.ones(2, 64) for layer in range(3)}
+    tensors |= {module.format(layer, "B"): torch.ones(64, 2) for layer in range(3)}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+def convert_adapter(adapter: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Convert an adapter. Returns the error, in one line, or nothing."""
+    capsys.readouterr()
+    status = main(["adapter-to-te", str(adapter), str(adapter.parent / "target")])
+    err = capsys.readouterr().err
+    assert status == 0 or (err.count("\n") == 1 and not list(adapter.parent.glob("target*")))
+    return err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha=0, which is not a number above 0"),
+        ({"lora_alpha": True}, "lora_alpha=True, which is not a number above 0"),
+        ({"r": -1}, "r=-1, which is not a number above 0"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "it must give a number to names of modules"),
+        ({"alpha_pattern": {"a*a*a*a*": 2}}, "it must give a number to names of modules"),
+        ({"alpha_pattern": {"(": 2}}, "it must give a number to names of modules"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "it must give a number to names of modules"),
+        ({"alpha_pattern": [1]}, "it must give a number to names of modules"),
+        ({"target_parameters": {"a": 1}}, "target_parameters={'a': 1}: it must be a list of names"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5, which is not a name"),
+        ({"base_model_name_or_path": "x" * 5000}, "does not exist, and is not the id of a repository"),
+        ({"peft_type": {"a": 1}}, "peft_type={'a': 1}"),
+    ],
+    ids=str,
+)
+def test_adapters_that_lie_are_refused(adapter: Path, fields: dict[str, Any], message: str, capsys) -> None:
+    content = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**content, **fields}))
+    assert message in convert_adapter(adapter, capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a[0], b),
+        lambda a, b: (a[:, :0], b),
+        lambda a, b: (a[:0], b[:, :0]),
+        lambda a, b: (a, b[:, :1]),
+        lambda a, b: (a, b[:9]),
+        lambda a, b: (a[None], b[None]),
+    ],
+)
+def test_factors_that_do_not_fit_are_refused(adapter: Path, change: Any, capsys) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    a, b = next(name for name in tensors if "lora_A" in name), next(name for name in tensors if "lora_B" in name)
+    tensors[a], tensors[b] = (each.clone() for each in change(tensors[a], tensors[b]))
+    save_file(tensors, path)
+    assert "adapter_model.safetensors" in convert_adapter(adapter, capsys)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_special_files_of_an_adapter_are_refused(adapter: Path, name: str, capsys) -> None:
+    replace(adapter / name, os.mkfifo)
+    assert f"{name} cannot be read: it is a named pipe, not a regular file" in convert_adapter(adapter, capsys)
+
+
+def test_loading_refuses_layers_that_the_configuration_does_not_have(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    more = {"model.layers.999.input_layernorm.weight": torch.ones(64, dtype=torch.bfloat16)}
+    save_file({**tensors, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'model.layers.999.input_layernorm.weight', but its .* has 3 layers"):
+        NVLlamaForCausalLM.from_pretrained(folder)
+
+
+# --- random damages ---------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path) -> None:
+    with closing(SafetensorsFile(path)) as file:
+        for name, info in file.tensors.items():
+            for start, stop in row_chunks(info, 0, info.rows):
+                file.read(name, start, stop)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("part", ["file", "header"])
+def test_damaged_safetensors(part: str, tmp_path: Path, counts: Callable[[str], None]) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "a": torch.ones(3, 2),
+        "b": torch.ones(4, dtype=torch.bfloat16),
+        "c": torch.ones(()),
+        "d": torch.ones(0, 5),
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    seed = path.read_bytes()
+    length = int.from_bytes(seed[:8], "little")
+
+    def damaged_header(seed: bytes, source: random.Random) -> bytes:
+        """Damage the JSON, and keep its length true, so that more files reach the checks of the entries."""
+        header = damaged(seed[8 : 8 + length], source)
+        return struct.pack("<Q", len(header)) + header + seed[8 + length :]
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        read_safetensors(path)
+
+    damage = damaged if part == "file" else damaged_header
+    found = fuzz(read, [seed], tmp_path, refusals=(CheckpointError,), cases=3000, damage=damage)
+    counts(f"safetensors, {part}: {found}")
+    assert found.refused > 1000 * ROUNDS
+
+
+INDEX = {
+    "metadata": {"total_size": 9},
+    "weight_map": {"a": "one.safetensors", "b": "two.safetensors", "é": "one.safetensors"},
+}
+CONFIG = {
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "rms_norm_eps": 1e-5},
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257},
+    **{"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "rope_theta": 5e5},
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+TE_CONFIG = {**CONFIG, "model_type": "nv_llama", "layer_precision": [None, "fp8", None], "attn_input_format": "thd"}
+
+
+@pytest.mark.fuzz
+def test_damaged_indexes(tmp_path: Path, counts: Callable[[str], None]) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+
+    def read(content: bytes) -> None:
+        path.write_bytes(content)
+        assert all("/" not in file for file in read_index(path).values())
+
+    found = fuzz(read, [json.dumps(INDEX).encode()], tmp_path, refusals=(CheckpointError,), cases=3000)
+    counts(f"indexes of shards: {found}")
+    assert found.accepted > 100 * ROUNDS and found.refused > 1000 * ROUNDS
+
+
+NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    3,
+    64,
+    2**31,
+    2**63,
+    10**30,
+    0.0,
+    -0.5,
+    1e-300,
+    1e308,
+    True,
+    None,
+    "",
+    "4",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
+
+
+def damaged_value(seed: bytes, source: random.Random) -> bytes:
+    """Damage the text, or give fields other values, which reaches the checks of the numbers."""
+    if source.random() < 0.4:
+        return damaged(seed, source)
+    content = json.loads(seed)
+    for _ in range(source.randint(1, 2)):
+        fields = content if source.random() < 0.7 else content["rope_scaling"]
+        if isinstance(fields, dict) and fields:
+            fields[source.choice(sorted(fields))] = source.choice(NUMBERS)
+    return json.dumps(content).encode()
+
+
+@pytest.mark.fuzz
+def test_damaged_configurations(tmp_path: Path, counts: Callable[[str], None]) -> None:
+    def read(content: bytes) -> None:
+        (tmp_path / "config.json").write_bytes(content)
+        config = read_config(tmp_path)
+        refuse_quantized(config)
+        (hf_config if has_te_layout(config) else te_config)(config).save_pretrained(tmp_path / "other")
+        head_sizes(config, "somewhere")
+        if (fields := plain_fields(config)) is not None:
+            write_plain_config(fields, tmp_path, to_te=not has_te_layout(config))
+
+    seeds = [json.dumps(CONFIG).encode(), json.dumps(TE_CONFIG).encode()]
+    found = fuzz(read, seeds, tmp_path, refusals=(CheckpointError,), cases=1500, damage=damaged_value)
+    counts(f"config.json: {found}")
+    assert found.accepted > 50 * ROUNDS and found.refused > 500 * ROUNDS
+
+
+@pytest.mark.fuzz
+def test_damaged_adapters(adapter: Path, counts: Callable[[str], None], tmp_path: Path) -> None:
+    weights, config = (adapter / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    seeds = [weights.read_bytes(), config.read_bytes()]
+
+    def read(content: bytes) -> None:
+        is_config = content[:1] == b"{"
+        weights.write_bytes(seeds[0] if is_config else content)
+        config.write_bytes(content if is_config else seeds[1])
+        with tempfile.TemporaryDirectory(dir=tmp_path) as target:
+            make_adapter(adapter, Path(target) / "new", base=str(tmp_path / "source"), to_te=True)
+
+    found = fuzz(read, seeds, tmp_path, refusals=(CheckpointError,), cases=400)
+    counts(f"adapters: {found}")
+    assert found.accepted > 20 * ROUNDS and found.refused > 100 * ROUNDS
+
+
+@pytest.mark.fuzz
+def test_damaged_tokenizer_configurations(tmp_path: Path, counts: Callable[[str], None]) -> None:
+    seed = json.dumps(
+        {"auto_map": {"AutoTokenizer": ["a--b.C", None]}, "model_max_length": int(1e30), "x": [{"y": "é"}]}
+    )
+
+    def read(content: bytes) -> None:
+        (tmp_path / "tokenizer_config.json").write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            files = find_side_files(tmp_path, lambda name, _: name == "tokenizer_config.json")
+        copy_side_files(files, tmp_path / "copy")
+        assert "auto_map" not in json.loads((tmp_path / "copy" / "tokenizer_config.json").read_bytes())
+
+    found = fuzz(read, [seed.encode()], tmp_path, refusals=(CheckpointError,), cases=1500)
+    counts(f"tokenizer_config.json: {found}")
+    assert found.accepted > 50 * ROUNDS and found.refused > 500 * ROUNDS

@@ -12,8 +12,10 @@ Shapes: R rank, E columns of the weight, F rows of the weight.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -26,12 +28,13 @@ from llama_te_core.files.foreign_code import without_code
 
 from .configs.architectures import architecture_of
 from .configs.config_file import CONFIG_NAME, has_te_layout, head_sizes, is_size, read_config
-from .errors import CheckpointError, CheckpointWarning, first_line
+from .errors import CheckpointError, CheckpointWarning
 from .layout.mapping import TensorMapping, convert_tensors, map_known_names, map_names
 from .layout.row_order import HeadSizes
 from .layout.rules import Rule
 from .sources.checkpoint import check_hub_id, not_on_the_hub
 from .sources.recorded_checksums import refuse_changed
+from .sources.safetensors import SafetensorsFile
 from .targets.new_folder import new_target, written_whole
 
 # Importing torch takes seconds, and refusing a configuration does without it.
@@ -45,6 +48,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.*?)(?:\.base_layer)*\.lora_A\.weight")
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
+_MAX_QUANTIFIERS = 3  # in a regular expression of `alpha_pattern`
 # Other initialisations change the weights of the model too, and those have other shapes in the other layout.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
@@ -116,8 +120,9 @@ def convert_adapter(
             tensors, adapted = _split(loaded, config, base_config, base)
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(f"{source / TENSORS} does not fit the layers of {base}: {error}") from error
+    except (ValueError, RuntimeError) as error:  # torch's, for matrices that do not fit each other
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"{source / TENSORS} does not fit the layers of {base}: {problem}") from error
     layers = base_config.get("num_hidden_layers")
     modules = _targets([each.module for each in adapted if not each.is_weight], layers, is_weight=False)
     weights = _targets([each.module for each in adapted if each.is_weight], layers, is_weight=True)
@@ -152,13 +157,52 @@ def _check(config: Mapping[str, Any], source: Path) -> None:
                 "converted. Merge this one (merge_and_unload) and convert the model."
             )
     for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), int | float):
-            raise CheckpointError(f"{source / CONFIG} has {name}={config.get(name)!r}, which is not a number.")
+        if not _is_number(config.get(name)):
+            raise CheckpointError(f"{source / CONFIG} has {name}={config.get(name)!r}, which is not a number above 0.")
+    patterns = config.get("alpha_pattern") or {}
+    if (
+        not isinstance(patterns, dict)
+        or not all(map(_is_pattern, patterns))
+        or not all(map(_is_number, patterns.values()))
+    ):
+        raise CheckpointError(
+            f"{source / CONFIG} has alpha_pattern={patterns!r}: it must give a number to names of modules, or to "
+            f"regular expressions with at most {_MAX_QUANTIFIERS} quantifiers, none of them after a group."
+        )
+    for name in ("target_modules", "target_parameters"):
+        targets = config.get(name)
+        if not (
+            targets is None or isinstance(targets, str) or (isinstance(targets, list) and all(map(_is_text, targets)))
+        ):
+            raise CheckpointError(f"{source / CONFIG} has {name}={targets!r}: it must be a list of names.")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise CheckpointError(
+            f"{source / CONFIG} has base_model_name_or_path={config['base_model_name_or_path']!r}, which is not a name."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e9
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pattern(text: str) -> bool:
+    """Whether a regular expression is valid and cannot take exponential time."""
+    if len(re.findall(r"[*+?{]", text)) > _MAX_QUANTIFIERS or re.search(r"\)[*+?{]", text):
+        return False
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _base_config(base: str) -> dict[str, Any]:
     path = Path(base).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, it takes names of any length
         check_hub_id(base)
         from huggingface_hub import hf_hub_download
 
@@ -170,18 +214,20 @@ def _base_config(base: str) -> dict[str, Any]:
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.exists() and path.with_suffix(".bin").exists():
         raise CheckpointError(
             f"{path.with_suffix('.bin')} is a pickle file, which can run code when it is read: load the adapter with "
             "PEFT and save it again, which writes safetensors."
         )
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
+    from .sources.torch_tensors import read_tensor
+
+    # The safetensors package maps the file, and a file that gets shorter meanwhile would end the process.
+    with contextlib.closing(SafetensorsFile(path)) as file:
+        tensors = {name: read_tensor(file, name, 0, info.rows).clone() for name, info in file.tensors.items()}
+    for name, tensor in tensors.items():
+        if name.endswith((_A, _B)) and (tensor.dim() != 2 or 0 in tensor.shape):
+            raise CheckpointError(f"{path}: {name} is {list(tensor.shape)}, but a factor of an adapter is a matrix.")
+    return tensors
 
 
 def _has_projections(tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -203,6 +249,8 @@ def _factors(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, tuple[torc
             a, b = tensors.pop(name), tensors.pop(name.removesuffix(_A) + _B, None)
             if b is None:
                 raise ValueError(f"{name} has no B.")
+            if b.shape[-1] != len(a):
+                raise ValueError(f"{name} is {list(a.shape)}, but its B is {list(b.shape)}: they have different ranks.")
             yield match["module"], (a, b)
 
 

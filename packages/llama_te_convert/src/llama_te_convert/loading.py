@@ -13,6 +13,7 @@ from llama_te_core.models.conversion import ConvertedCheckpoint
 from .configs.architectures import architecture_of
 from .configs.config_file import head_sizes
 from .configs.model_config import refuse_quantized, te_config
+from .errors import CheckpointError
 from .layout.row_ranges import converted_tensors
 from .layout.tensor_info import TensorInfo
 from .sources.checkpoint import find_checkpoint, find_gguf, open_checkpoint, refuse_adapter
@@ -20,6 +21,7 @@ from .sources.own_head import has_own_head
 from .sources.torch_tensors import as_bytes, torch_dtype
 from .targets.new_folder import kept_whole
 from .targets.stream import TensorStream, stream
+from .verify.report_text import layer_of
 
 _TE_TENSOR = "self_attention.layernorm_qkv.weight"
 
@@ -66,6 +68,12 @@ def load_converted(
         refuse_quantized(checkpoint.config)
         changes = {"tie_word_embeddings": False} if has_own_head(checkpoint) else {}
         config = te_config(checkpoint.config, **changes)
+        for name in checkpoint.source.tensors:
+            if (layer_of(name) or 0) >= config.num_hidden_layers:
+                raise CheckpointError(
+                    f"{checkpoint.path} has the tensor {name!r}, but its configuration has {config.num_hidden_layers} "
+                    "layers: correct num_hidden_layers there."
+                )
         sizes = head_sizes(checkpoint.config, checkpoint.path)
         rules = architecture_of(checkpoint.config).rules
         tensors = converted_tensors(checkpoint.source.tensors, sizes, to_te=True, rules=rules)

@@ -42,11 +42,11 @@ def te_config(config_hf: Mapping[str, Any], **changes: Any) -> NVLlamaConfig:
     architecture = architecture_of(config_hf)
     # Its own class knows the defaults of missing fields, and the names that older files use.
     source = _construct(getattr(transformers, architecture.config_class), _fields(config_hf))
-    fields = _fields(source.to_dict())
+    fields = _fields(_construct(source.to_dict, {}))
     fields["architectures"] = renamed(source.architectures, architecture.te_classes)
     fields |= {**changes, "source_model_type": architecture.model_type}
     architecture.check(fields)
-    return _construct(NVLlamaConfig, fields)
+    return _whole(_construct(NVLlamaConfig, fields))
 
 
 def hf_config(config_te: Mapping[str, Any], **changes: Any) -> PreTrainedConfig:
@@ -75,11 +75,11 @@ def hf_config(config_te: Mapping[str, Any], **changes: Any) -> PreTrainedConfig:
     architecture = architecture_of(config_te)
     config_class = getattr(transformers, architecture.config_class)
     source = _construct(lambda **fields: NVLlamaConfig.from_dict(fields), _fields(config_te))
-    fields = _fields(source.to_dict())
+    fields = _fields(_construct(source.to_dict, {}))
     for name in _foreign_fields(config_class, fields):
         fields.pop(name, None)
     fields["architectures"] = renamed(source.architectures, architecture.hf_classes)
-    return _construct(config_class, {**fields, **architecture.only, **changes})
+    return _whole(_construct(config_class, {**fields, **architecture.only, **changes}))
 
 
 def quantization_problem(config: Mapping[str, Any]) -> str | None:
@@ -117,6 +117,9 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: The model is quantized, or a number is not valid.
     """
     refuse_quantized(config)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
+        raise CheckpointError(f"architectures={named!r} must be a list of names of classes.")
     try:
         checkpoint_format.check_values(config)  # transformers accepts most of these numbers, or divides by them
     except ValueError as error:
@@ -140,6 +143,12 @@ def _foreign_fields(config_class: Any, fields: Mapping[str, Any]) -> list[str]:
     return ["auto_map"] + [
         name for name in declared if name not in of_llama or fields.get(name, of_llama[name]) == of_llama[name]
     ]
+
+
+def _whole(config: Any) -> Any:
+    """Return a configuration, which can also be written."""
+    _construct(config.to_dict, {})
+    return config
 
 
 def _construct(make: Callable[..., Any], fields: Mapping[str, Any]) -> Any:

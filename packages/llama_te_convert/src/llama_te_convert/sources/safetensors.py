@@ -37,6 +37,7 @@ DTYPES: dict[str, str] = {
     "BOOL": "bool",
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_NAME = 1024
 _MAX_DIMENSIONS = 64  # torch's limit
 _MAX_SIZE = 2**63
 _ALIGNMENT = 8
@@ -102,6 +103,11 @@ def _read_header(file: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str
     offsets: dict[str, int] = {}
     data_bytes = size - 8 - length
     for name, entry in header.items():
+        if len(name) > _MAX_NAME:
+            raise CheckpointError(
+                f"{path}: the name of a tensor has {len(name):,} characters, but at most {_MAX_NAME:,} are read: "
+                f"{name[:40]!r}..."
+            )
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             if dtype not in DTYPES:
