@@ -54,6 +54,8 @@ class SafetensorsFile:
         CheckpointError: The file cannot be read, or its header is not valid.
     """
 
+    concurrent = True
+
     def __init__(self, path: Path, buffers: threading.local | None = None) -> None:
         self.path = path
         self._buffers = threading.local() if buffers is None else buffers
