@@ -125,6 +125,7 @@ def test_a_request_that_nobody_reads_ends_while_others_run(engine: Engine, way: 
         other = asyncio.create_task(requests.generate(PROMPTS[5], LONG))
         stream = await requests.stream(PROMPTS[4], SamplingParams(max_tokens=400, temperature=0))
         reader = asyncio.create_task(stream.finish())
+        await asyncio.sleep(0)  # so that the task has begun
         await until(lambda: bool(engine.scheduler.rows))
         if way == "close":
             reader.cancel()
@@ -257,6 +258,19 @@ def test_without_its_device_the_engine_refuses_everything(engine: Engine, monkey
         assert await requests.drain(1)
 
     run(engine, use)
+
+
+def test_closing_at_any_moment_ends_what_runs(engine: Engine) -> None:
+    for delay in range(60):
+
+        async def use(requests: AsyncEngine, delay: int = delay) -> None:
+            streams = [await requests.stream(prompt, LONG) for prompt in PROMPTS[:3]]
+            await asyncio.sleep(delay * 1e-4)
+            await asyncio.to_thread(requests.close)
+            for stream in streams:
+                assert (await asyncio.wait_for(stream.finish(), 10)).outputs
+
+        run(engine, use)
 
 
 def test_event_loops_of_several_threads(engine: Engine) -> None:

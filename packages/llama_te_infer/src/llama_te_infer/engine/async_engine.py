@@ -394,14 +394,15 @@ class AsyncEngine:
                 while not (self._commands or self._is_closing or self.engine.has_unfinished):
                     self._wake.wait()
                 commands, self._commands = self._commands, deque()
+                is_closing = self._is_closing  # once: who sets it later is heard in the next round
             for command in commands:
                 command()
-            if self._is_closing:
+            if is_closing:
                 self._cancel_all()
             if self.engine.has_unfinished:
                 self._step()
             self._deliver()
-            if self._is_closing or (self.failure is not None and _has_lost_device(self.engine)):
+            if is_closing or (self.failure is not None and _has_lost_device(self.engine)):
                 with self._wake:
                     self._has_ended = True
                     commands = self._commands
