@@ -247,3 +247,12 @@ def test_the_options_reach_the_hub(models: Any, tmp_path: Path, monkeypatch) -> 
     assert (arguments, options["revision"]) == (("owner/name",), "v1")
     assert "inner/*.safetensors" in options["allow_patterns"]
     assert torch.equal(load_file(tmp_path / "te" / "model.safetensors")["lm_head.weight"], models[0].lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "{}", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}', "[" * 9999]
+)
+def test_training_refuses_a_bad_index(content: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.checkpoint: .*model\.safetensors\.index\.json"):
+        checkpoint_weights(tmp_path)

@@ -22,6 +22,7 @@ from transformers import (
 from conftest import TINY
 from convert.test_gguf import Q8_0, tiny_tensors, write
 from llama_te_convert import CheckpointError, convert_llama_hf_to_te
+from llama_te_convert.loading import load_converted
 from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM, NVLlamaForSequenceClassification, NVLlamaModel
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -48,6 +49,13 @@ def folder(tiny_llama, tmp_path: Path) -> Path:
     model.generation_config = GenerationConfig(temperature=0.5, do_sample=True, eos_token_id=7)
     model.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
     return tmp_path / "hf"
+
+
+def test_tensors_are_converted_in_host_memory_whatever_the_default_device_is(folder: Path) -> None:
+    with torch.device("meta"):
+        loaded = load_converted(folder)
+    for name, tensor in convert_llama_hf_to_te(LlamaForCausalLM.from_pretrained(folder)).state_dict().items():
+        assert torch.equal(loaded.tensors[name], tensor), name
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,17 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path, steps, asynchronous):
     assert_same(resumed.train(3).state(), undisturbed)
 
 
+def test_files_are_read_into_host_memory_whatever_the_default_device_is(tmp_path):
+    """A tensor on "meta", in place of a GPU, holds no bytes that reading could fill."""
+    run, resumed = Run().train(2), Run()
+    with torch.device("meta"):
+        Checkpoints(tmp_path, asynchronous=False).save(2, run.model, run.optimizer, run.extra)
+    expected = run.train(3).state()
+    with torch.device("meta"):
+        Checkpoints(tmp_path).load(2, resumed.model, resumed.optimizer, resumed.extra)
+    assert_same(resumed.train(3).state(), expected)
+
+
 @pytest.mark.parametrize(
     ("optimizer_class", "options"),
     [

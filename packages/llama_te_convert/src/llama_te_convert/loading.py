@@ -83,7 +83,7 @@ def load_converted(
 
 def _read(tensor: TensorStream) -> torch.Tensor:
     info: TensorInfo = tensor.info
-    made = torch.empty(info.shape, dtype=torch_dtype(info.dtype))
+    made = torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="cpu")
     if info.nbytes:
         view, done = as_bytes(made), 0
         for chunk in tensor.chunks():

@@ -69,7 +69,7 @@ class DCPSource:
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Read rows of a tensor: see `TensorSource`."""
         info = self.tensors[name]
-        rows = torch.empty((stop - start, *info.shape[1:]), dtype=torch_dtype(info.dtype))
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=torch_dtype(info.dtype), device="cpu")
         held = self._held.pop(name, {})
         used: dict[Part, torch.Tensor] = {}
         for part in self._parts[name]:

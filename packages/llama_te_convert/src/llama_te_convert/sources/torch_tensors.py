@@ -33,7 +33,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def as_tensor(data: memoryview, dtype: str) -> torch.Tensor:
     """A flat tensor over these bytes, without a copy."""
     if not data:
-        return torch.empty(0, dtype=torch_dtype(dtype))
+        return torch.empty(0, dtype=torch_dtype(dtype), device="cpu")
     return torch.frombuffer(data, dtype=torch.uint8).view(torch_dtype(dtype))
 
 

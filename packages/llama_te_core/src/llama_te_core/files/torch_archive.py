@@ -166,7 +166,7 @@ class StoredTensor:
             OSError: The file cannot be read.
             PickleFileError: The file has become shorter.
         """
-        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype)
+        rows = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype, device="cpu")
         view = _bytes_of(rows)
         if not view.nbytes:
             return rows
@@ -192,7 +192,7 @@ class StoredTensor:
         span = _span(self.shape, self.strides)
         if span > 8 * count:
             raise PickleFileError(f"has a tensor of {count} elements within {span}: save a contiguous copy of it")
-        stored = torch.empty(span, dtype=self.dtype)
+        stored = torch.empty(span, dtype=self.dtype, device="cpu")
         self.region.read_at(self._begin, _bytes_of(stored))
         return stored.as_strided(self.shape, self.strides).contiguous()
 
@@ -305,7 +305,7 @@ class _Archive:
         storage = tensor.storage
         content = self._contents.get(storage)
         if content is None:
-            content = self._contents[storage] = torch.empty(storage.nbytes, dtype=torch.uint8)
+            content = self._contents[storage] = torch.empty(storage.nbytes, dtype=torch.uint8, device="cpu")
             self.region.read_at(storage.begin, _bytes_of(content))
         whole = content[: storage.nbytes // tensor.dtype.itemsize * tensor.dtype.itemsize].view(tensor.dtype)
         return whole.as_strided(tensor.shape, tensor.strides, tensor.offset if whole.numel() else 0)

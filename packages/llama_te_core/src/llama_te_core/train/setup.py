@@ -6,7 +6,6 @@ whole tensor at a time and keeps its part.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ..files.input_files import read_json
 from ..models.causal_lm import NVLlamaForCausalLM
 from ..models.configuration_nvllama import NVLlamaConfig
 from ..parallel.parallelize import parallelize
@@ -132,6 +132,17 @@ def random_weights(seed: int, config: NVLlamaConfig) -> Weights:
     return weights
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Return the names of files by tensor, from the index of a checkpoint."""
+    try:
+        files = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise ValueError(f"model.checkpoint: {index} {error}.") from error
+    if not isinstance(files, dict) or any(not isinstance(name, str) or "/" in name for name in files.values()):
+        raise ValueError(f"model.checkpoint: {index} has no weight_map of tensors and files of its folder.")
+    return files
+
+
 def checkpoint_weights(folder: Path, *, tied: bool = False) -> Weights:
     """Return the tensors of a folder that `NVLlamaForCausalLM.save_pretrained` or `llama-te-convert to-te` wrote.
 
@@ -150,7 +161,7 @@ def checkpoint_weights(folder: Path, *, tied: bool = False) -> Weights:
         with safe_open(folder / "model.safetensors", "pt") as file:
             files = dict.fromkeys(file.keys(), "model.safetensors")
     elif index.is_file():
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = _weight_map(index)
     else:
         raise FileNotFoundError(
             f"model.checkpoint={str(folder)!r} has no model.safetensors and no index of several: give the folder of a "
