@@ -1,6 +1,7 @@
 // append_rope on the CPU: plain loops. Laptops and CI run it, and the GPU's kernel is tested against it.
 
 #include "cache/append_rope.h"
+#include "cpu/read_once.h"
 
 #include <cstring>
 
@@ -116,16 +117,17 @@ void append(const AppendArguments &a) {
         if (a.width > 0) {
             row = static_cast<std::int32_t>(token / a.width);
             place_in_row = token % a.width;
-            exists = place_in_row < a.cu_new[row + 1] - a.cu_new[row];
+            const std::int64_t first = read_once(a.cu_new[row]);
+            exists = place_in_row < read_once(a.cu_new[row + 1]) - first;
         } else {
-            while (row < a.rows && a.cu_new[row + 1] <= token) {
+            while (row < a.rows && read_once(a.cu_new[row + 1]) <= token) {
                 ++row;
             }
             exists = row < a.rows;
-            place_in_row = exists ? token - a.cu_new[row] : 0;
+            place_in_row = exists ? token - read_once(a.cu_new[row]) : 0;
         }
         // check_values has run, but another thread may have written these numbers since then: never leave the cache.
-        const std::int64_t position = exists ? a.start[row] + place_in_row : 0;
+        const std::int64_t position = exists ? read_once(a.start[row]) + place_in_row : 0;
         exists = exists && position >= 0 && position < a.positions;
         std::int32_t block;
         std::int32_t block_place;

@@ -5,6 +5,7 @@
 
 #include "cache/append_rope.h"
 #include "cache/reorder.h"
+#include "cpu/read_once.h"
 
 namespace llama_te {
 
@@ -25,16 +26,19 @@ std::string entry(const char *name, int row, std::int64_t value) {
 }  // namespace
 
 void check_values(const AppendArguments &a) {
-    if (a.cu_new[0] != 0) {
-        refuse(entry("cu_new", 0, a.cu_new[0]) + ": a running sum of new tokens starts with 0");
+    std::int32_t before = read_once(a.cu_new[0]);
+    if (before != 0) {
+        refuse(entry("cu_new", 0, before) + ": a running sum of new tokens starts with 0");
     }
     const int used = a.width > 0 ? static_cast<int>(a.tokens / a.width) : a.rows;
     for (int row = 0; row < used; ++row) {
-        const std::int64_t count = static_cast<std::int64_t>(a.cu_new[row + 1]) - a.cu_new[row];
+        const std::int32_t after = read_once(a.cu_new[row + 1]);
+        const std::int64_t count = static_cast<std::int64_t>(after) - before;
         if (count < 0) {
-            refuse(entry("cu_new", row + 1, a.cu_new[row + 1]) + " is less than " +
-                   entry("cu_new", row, a.cu_new[row]) + ": a running sum cannot fall");
+            refuse(entry("cu_new", row + 1, after) + " is less than " + entry("cu_new", row, before) +
+                   ": a running sum cannot fall");
         }
+        before = after;
         if (a.width > 0 && count > a.width) {
             refuse(std::string("cu_new gives row ") + row + " " + count + " new tokens, but the batch has width=" +
                    a.width + " columns");
@@ -42,21 +46,22 @@ void check_values(const AppendArguments &a) {
         if (count == 0) {
             continue;
         }
-        if (a.start[row] < 0) {
-            refuse(entry("start", row, a.start[row]) + ": a row cannot have had fewer than 0 tokens");
+        const std::int64_t start = read_once(a.start[row]);
+        if (start < 0) {
+            refuse(entry("start", row, start) + ": a row cannot have had fewer than 0 tokens");
         }
-        const std::int64_t end = a.start[row] + count;
-        const std::string grown = entry("start", row, a.start[row]) + " and " + count + " new tokens make row " + row +
-                                  " " + end + " tokens long, but ";
+        const std::int64_t end = start + count;
+        const std::string grown = entry("start", row, start) + " and " + count + " new tokens make row " + row + " " +
+                                  end + " tokens long, but ";
         if (end > a.positions) {
             refuse(grown + "cos_sin has " + a.positions + " positions: compute more");
         }
         if (end > a.index.capacity) {
             refuse(grown + "a row of the cache has room for " + a.index.capacity + ": make the cache longer");
         }
-        for (std::int64_t place = a.start[row]; a.index.page_table != nullptr && place < end;) {
+        for (std::int64_t place = start; a.index.page_table != nullptr && place < end;) {
             const std::int32_t page = static_cast<std::int32_t>(place / a.index.block_places);
-            const std::int32_t block = *a.index.table_entry(row, page);
+            const std::int32_t block = read_once(*a.index.table_entry(row, page));
             if (block < 0 || block >= a.index.blocks) {
                 refuse(std::string("page_table[") + row + ", " + page + "]=" + block +
                        ", but the cache has pages 0 to " + (a.index.blocks - 1));
@@ -64,8 +69,8 @@ void check_values(const AppendArguments &a) {
             place = static_cast<std::int64_t>(page + 1) * a.index.block_places;
         }
     }
-    if (a.width == 0 && a.cu_new[a.rows] > a.tokens) {
-        refuse(entry("cu_new", a.rows, a.cu_new[a.rows]) + ", but qkv has only " + a.tokens + " tokens");
+    if (a.width == 0 && before > a.tokens) {
+        refuse(entry("cu_new", a.rows, before) + ", but qkv has only " + a.tokens + " tokens");
     }
 }
 

@@ -678,7 +678,7 @@ def test_values_that_another_thread_changes() -> None:
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        for _ in range(300):
+        for _ in range(1000):
             with contextlib.suppress(ValueError):
                 append_rope(**arguments)
     finally:
