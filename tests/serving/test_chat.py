@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from llama_te_infer import Engine, SamplingParams
-from serve.conftest import RunningServer
+from serving.conftest import RunningServer
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 PROMPT = "<|bos|><|user|>Hello<|end|><|assistant|>"

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from llama_te_infer import Engine, SamplingParams
-from serve.conftest import RunningServer
+from serving.conftest import RunningServer
 
 PROMPT = "The sky is"
 

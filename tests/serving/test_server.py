@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from llama_te_infer import Engine, __version__
-from serve.conftest import RunningServer, serving
+from serving.conftest import RunningServer, serving
 
 LONG: dict[str, Any] = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
 
