@@ -79,7 +79,8 @@ class Figure:
         (ttft, ttft_99), (between, between_99) = self.ttft_ms, self.inter_token_ms
         return (
             f"rate {self.rate:g}/s, {self.requests} requests, {self.failed} failed: "
-            f"{self.tokens_per_second:,.0f} tok/s, first token p50 {ttft:.1f} p99 {ttft_99:.1f} ms, between tokens p50 {between:.2f} p99 {between_99:.2f} ms"
+            f"{self.tokens_per_second:,.0f} tok/s; first token p50 {ttft:.1f} p99 {ttft_99:.1f} ms; "
+            f"between tokens p50 {between:.2f} p99 {between_99:.2f} ms"
         )
 
 

@@ -46,7 +46,7 @@ def test_a_wheel_carries_licence_and_types(distribution: str) -> None:
 
 
 def test_dependencies_point_one_way() -> None:
-    assert names(dependencies("llama-te-core")) == {"torch", "transformers", "accelerate"}
+    assert names(dependencies("llama-te-core")) == {"torch", "transformers", "accelerate", "xxhash"}
     assert names(dependencies("llama-te-convert")) == {"llama-te-core", "huggingface-hub", "numpy", "tqdm"}
     assert names(dependencies("llama-te-infer")) == {"llama-te-core", "tqdm"}
 

@@ -410,6 +410,7 @@ def test_a_checkpoint_of_another_model_is_refused(
     overfitted: Path, tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(overfitted / "te", tmp_path / "te")
+    (tmp_path / "te" / "checksums.json").unlink()  # the configuration changes on purpose
     config = tmp_path / "te" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
     changes = SHORT | {"model__shape": None, "model__checkpoint": tmp_path / "te"}

@@ -402,9 +402,9 @@ def test_rows_are_exchanged_beside_a_shorter_one(is_paged: bool, order: list[int
         ({"qkv_format": "thd"}, r"max_ctx_len is missing"),
         ({"is_paged": True, "page_size": None}, r"page_size is missing"),
         ({"is_paged": True, "page_size": 5}, r"page_size=5 must divide max_sequence_length=12"),
-        ({"is_paged": True, "page_size": 0}, r"page_size=0 must divide"),
+        ({"is_paged": True, "page_size": 0}, r"page_size=0 is not possible: give an integer of at least 1"),
         ({"is_paged": True, "total_num_pages": 13}, r"total_num_pages=13 must be between 1 and .* = 12"),
-        ({"is_paged": True, "total_num_pages": 0}, r"total_num_pages=0 must be"),
+        ({"is_paged": True, "total_num_pages": 0}, r"total_num_pages=0 is not possible: give an integer of at least 1"),
         ({"is_paged": True, "total_num_pages": None}, r"total_num_pages=None must be"),
     ],
 )

@@ -577,8 +577,11 @@ def test_the_helper_sizes_the_cache_from_model_and_request(te: PreTrainedModel) 
     # Of 4 pages, 2 are full of the prompt's 34 tokens, and 16 more lie on 2.
     assert inference_params_for(te, **shared, prompt_length=34).total_num_pages == 2 * (2 + 4 * 2)
     assert inference_params_for(te, **shared, prompt_length=0).total_num_pages == 2 * 4 * 4
-    for wrong in (-1, 51):
-        with pytest.raises(ValueError, match=f"prompt_length={wrong} must be between 0 and max_length=50"):
+    for wrong, message in (
+        (-1, "is not possible: give an integer of at least 0"),
+        (51, "must be between 0 and max_length=50"),
+    ):
+        with pytest.raises(ValueError, match=f"prompt_length={wrong} {message}"):
             inference_params_for(te, **shared, prompt_length=wrong)
     half = inference_params_for(te.to(torch.bfloat16), batch_size=1, max_length=8)
     assert half.dtype == torch.bfloat16

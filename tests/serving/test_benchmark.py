@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
-import serve as benchmark
 
+import serve as benchmark
 from serving.conftest import RunningServer
 
 
