@@ -20,11 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = _device(config)
     # The options are known where the command names this folder.
-    most = torch.cuda.device_count() * config.getoption("--processes-per-gpu", 1) if device == "cuda" else MOST_ON_CPU
+    gpus, shared = torch.cuda.device_count(), config.getoption("--processes-per-gpu", 1)
     for_here, left_out = [], []
     for item in items:
         mark = item.get_closest_marker("processes")
-        fits = mark is None or (mark.args[0] <= most and mark.kwargs.get("device") in (None, device))
+        fits = mark is None or mark.kwargs.get("device") in (None, device)
+        if mark is not None and fits:
+            most = gpus * (1 if mark.kwargs.get("own_gpus") else shared) if device == "cuda" else MOST_ON_CPU
+            fits = mark.args[0] <= most
         (for_here if fits else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = for_here

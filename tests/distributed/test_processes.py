@@ -18,6 +18,7 @@ TESTS = {
     "4": pytest.mark.processes(4),
     "8": pytest.mark.processes(8),
     "2 GPUs": pytest.mark.processes(2, device="cuda"),
+    "2 own GPUs": pytest.mark.processes(2, own_gpus=True),
     "2 CPUs": pytest.mark.processes(2, device="cpu"),
 }
 
@@ -25,13 +26,13 @@ TESTS = {
 @pytest.mark.parametrize(
     ("chosen", "gpus", "each", "run"),
     [
-        ("cpu", 0, 1, ["plain", "2", "4", "2 CPUs"]),
-        ("cpu", 8, 2, ["plain", "2", "4", "2 CPUs"]),
+        ("cpu", 0, 1, ["plain", "2", "4", "2 own GPUs", "2 CPUs"]),
+        ("cpu", 8, 2, ["plain", "2", "4", "2 own GPUs", "2 CPUs"]),
         ("cuda", 0, 2, ["plain"]),
         ("cuda", 1, 1, ["plain"]),
         ("cuda", 1, 2, ["plain", "2", "2 GPUs"]),
-        ("cuda", 2, 1, ["plain", "2", "2 GPUs"]),
-        ("cuda", 8, 1, ["plain", "2", "4", "8", "2 GPUs"]),
+        ("cuda", 2, 1, ["plain", "2", "2 GPUs", "2 own GPUs"]),
+        ("cuda", 8, 1, ["plain", "2", "4", "8", "2 GPUs", "2 own GPUs"]),
     ],
 )
 def test_each_process_has_a_gpu_or_the_test_is_left_out(

@@ -152,7 +152,7 @@ def environment(**variables: object) -> dict[str, str]:
     return known | {name: str(value) for name, value in variables.items()}
 
 
-@pytest.mark.processes(2)
+@pytest.mark.processes(2, own_gpus=True)
 def test_the_example_for_torchrun(tmp_path: Path, alone: Path, source: Path) -> None:
     arguments = options(tmp_path, source, **TOKENS, data__batches_per_step=BATCHES // 2)
     command = ["bash", str(EXAMPLES / "train_torchrun.sh"), *arguments]
@@ -160,7 +160,7 @@ def test_the_example_for_torchrun(tmp_path: Path, alone: Path, source: Path) -> 
     assert losses(tmp_path) == pytest.approx(losses(alone), abs=1e-5)
 
 
-@pytest.mark.processes(2)
+@pytest.mark.processes(2, own_gpus=True)
 def test_the_example_for_slurm(tmp_path: Path, alone: Path, source: Path) -> None:
     # The parts of Slurm that the script uses: the name of the first host, and one process for each task.
     programs = {
