@@ -9,12 +9,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from ..engine.async_engine import RequestStream
-from ..engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from ..engine.outputs import Completion, RequestOutput, TokenLogprobs
 from .errors import ApiError
 from .protocol.chat import ChatRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
-from .streams import KEEP_ALIVE, event, event_stream, events_of
+from .streams import KEEP_ALIVE, by_choice, event, event_stream, events_of
 from .token_texts import TokenTexts
 from .usage import Usage
 
@@ -82,10 +82,7 @@ class _Answer:
         async for _, events in events_of(self.server, streams):
             if not events:
                 yield KEEP_ALIVE
-            by_choice: dict[int, list[TokenEvent]] = {}
-            for each in events:
-                by_choice.setdefault(each.index, []).append(each)
-            for index, own in by_choice.items():
+            for index, own in by_choice(events).items():
                 if index not in begun:
                     begun.add(index)
                     yield event({**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]})

@@ -81,7 +81,6 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--request-timeout", type=_seconds, metavar="S", help="end requests after so many seconds")
     group.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="S",
                        help="after SIGTERM, wait so long for running requests (default: %(default)s)")  # fmt: skip
-    group.add_argument("--log-requests", action="store_true", help="log prompts and answers")
     group.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 
@@ -125,7 +124,6 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
         max_body_bytes=options.max_body_bytes,
         request_timeout=options.request_timeout,
         allowed_origins=tuple(options.allowed_origins),
-        log_requests=options.log_requests,
     )
     requests = AsyncEngine(engine, max_requests=options.max_requests)
     try:

@@ -21,7 +21,6 @@ class ServerSettings:
         request_timeout: Seconds after which a request ends with status 408; `None` for never.
         keep_alive_interval: Seconds without an event after which a stream gets a comment, so that no proxy ends it.
         allowed_origins: Origins of other web pages that may call the API (CORS); "*" for all.
-        log_requests: Whether the log has prompts and answers.
     """
 
     model_names: tuple[str, ...]
@@ -32,7 +31,6 @@ class ServerSettings:
     request_timeout: float | None = None
     keep_alive_interval: float = 15.0
     allowed_origins: tuple[str, ...] = ()
-    log_requests: bool = False
 
     def __post_init__(self) -> None:
         if not self.model_names:

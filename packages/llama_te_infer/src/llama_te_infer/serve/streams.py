@@ -66,6 +66,14 @@ async def events_of(server: Server, streams: Sequence[RequestStream]) -> AsyncIt
         check_output(stream.output)
 
 
+def by_choice(events: Sequence[TokenEvent]) -> dict[int, list[TokenEvent]]:
+    """Return the events of each of a request's choices."""
+    choices: dict[int, list[TokenEvent]] = {}
+    for each in events:
+        choices.setdefault(each.index, []).append(each)
+    return choices
+
+
 async def _merged(batches: Sequence[AsyncIterator[list[TokenEvent]]]) -> AsyncIterator[tuple[int, list[TokenEvent]]]:
     waiting = {asyncio.ensure_future(anext(each)): index for index, each in enumerate(batches)}
     try:
