@@ -43,7 +43,7 @@ IMPORT_LINTER = "import-linter==2.16"
 
 # The requirements of llama-te-infer's extra `serve`, and what its tests need.
 SERVER = ["fastapi", "llguidance", "prometheus-client", "uvicorn"]
-CLIENTS_OF_SERVER = ["httpx", "openai"]
+CLIENTS_OF_SERVER = ["httpx", "openai", "openapi-spec-validator", "schemathesis"]
 
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.
 CLIENTS = ["accelerate", "llguidance", "lm-eval", "outlines", "peft", "sentence-transformers", "transformers", "trl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hmac
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from .. import __version__
 from ..engine.async_engine import AsyncEngine, DrainingError, EngineFailedError, QueueFullError
 from . import chat, completions, models
 from .errors import ApiError, api_error_of
+from .requests import openapi_of
 from .server import Server
 from .settings import ServerSettings
 
@@ -33,6 +35,8 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
     app.state.server = Server(engine, settings)
     for module in (completions, chat, models):
         app.include_router(module.router)
+    # FastAPI calls this once, at the first request for the schema.
+    app.openapi = functools.cache(lambda: openapi_of(app, bool(settings.api_keys)))  # type: ignore[method-assign]
     for error in (ApiError, ValidationError, QueueFullError, DrainingError, EngineFailedError, HTTPException):
         app.add_exception_handler(error, _answer_error)
     app.add_exception_handler(Exception, _answer_error)
