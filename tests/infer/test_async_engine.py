@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from infer.test_engine_requests import CHAT, tokenizer  # noqa: F401
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import AsyncEngine, Engine, SamplingParams
-from llama_te_infer.engine.async_engine import DrainingError, EngineFailedError, QueueFullError, RequestStream
+from llama_te_infer.engine.client import DrainingError, EngineFailedError, QueueFullError, RequestStream
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
 LONG = SamplingParams(max_tokens=50, temperature=0)
@@ -248,7 +248,7 @@ def _no_memory(engine: Engine) -> Callable[[], Any]:
 
 def test_without_its_device_the_engine_refuses_everything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(requests: AsyncEngine) -> None:
-        monkeypatch.setattr("llama_te_infer.engine.async_engine._has_lost_device", lambda engine: True)
+        monkeypatch.setattr("llama_te_infer.engine.loop._has_lost_device", lambda engine: True)
         monkeypatch.setattr(engine, "step", _no_memory(engine))
         with pytest.raises(EngineFailedError, match="out of memory"):
             await requests.generate(PROMPTS[1], LONG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..runner.stopping import FinishReason
 
@@ -65,8 +66,7 @@ class RequestOutput:
     error: Exception | None = None
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One more token of a completion, or its end.
 
     Attributes:
@@ -81,8 +81,9 @@ class TokenEvent:
         error: See `RequestOutput`; set with the finish reason "error".
     """
 
+    # A tuple, since each step makes one for each sequence, and a frozen dataclass takes three times as long to make.
     request_id: int
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     token_id: int | None
     text: str
     logprobs: TokenLogprobs | None = None

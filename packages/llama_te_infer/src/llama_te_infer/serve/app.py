@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
-from ..engine.async_engine import AsyncEngine, DrainingError, EngineFailedError, QueueFullError
+from ..engine.client import DrainingError, EngineClient, EngineFailedError, QueueFullError
 from . import chat, completions, models
 from .errors import ApiError, api_error_of
 from .requests import openapi_of
@@ -24,7 +24,7 @@ from .settings import ServerSettings
 OPEN_PATHS = ("/health", "/ready")
 
 
-def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
+def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
     """Return the application.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from ..engine.async_engine import RequestStream
+from ..engine.client import RequestStream
 from ..engine.outputs import Completion, RequestOutput, TokenLogprobs
 from .errors import ApiError
 from .protocol.chat import ChatRequest

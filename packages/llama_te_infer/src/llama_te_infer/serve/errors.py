@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..engine.async_engine import DrainingError, EngineFailedError, QueueFullError
+from ..engine.client import DrainingError, EngineFailedError, QueueFullError
 
 RETRY_SECONDS = 1  # after a full queue
 _TRIED = ("str", "int", "float", "bool")

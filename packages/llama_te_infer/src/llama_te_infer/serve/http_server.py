@@ -9,7 +9,7 @@ from types import FrameType
 
 import uvicorn
 
-from ..engine.async_engine import AsyncEngine
+from ..engine.client import EngineClient
 
 SECONDS_FOR_LAST_BYTES = 5  # to send the end of the last answers, after draining
 
@@ -28,7 +28,7 @@ class HttpServer(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout: float, when_ready: Callable[[int], None]
+        self, config: uvicorn.Config, engine: EngineClient, drain_timeout: float, when_ready: Callable[[int], None]
     ) -> None:
         config.timeout_graceful_shutdown = SECONDS_FOR_LAST_BYTES
         super().__init__(config)

@@ -31,7 +31,7 @@ async def get_model(request: Request, name: str) -> dict[str, Any]:
 
 
 def _model(server: Server, name: str) -> dict[str, Any]:
-    limit = server.engine.engine.max_sequence_length
+    limit = server.engine.max_sequence_length
     return {
         "id": name,
         "object": "model",
@@ -55,7 +55,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
             tokens = await server.tokens_of(body.prompt, body.add_special_tokens is not False)
         else:
             tokens = await server.tokens_of_chat(body)
-    answer = {"tokens": tokens, "count": len(tokens), "max_model_len": server.engine.engine.max_sequence_length}
+    answer = {"tokens": tokens, "count": len(tokens), "max_model_len": server.engine.max_sequence_length}
     texts = [server.token_texts.text_of(token) for token in tokens] if body.return_token_strs else None
     return answer | {"token_strs": texts}
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
-from ..engine.async_engine import AsyncEngine, RequestStream
+from ..engine.client import EngineClient, RequestStream
 from ..engine.outputs import RequestOutput
 from ..engine.tokenization import Prompt
 from ..sampling_params import SamplingParams
@@ -33,12 +33,12 @@ class Server:
         settings: The operator's settings.
     """
 
-    def __init__(self, engine: AsyncEngine, settings: ServerSettings) -> None:
-        if engine.engine.tokenizer is None:
+    def __init__(self, engine: EngineClient, settings: ServerSettings) -> None:
+        if engine.tokenizer is None:
             raise ValueError("the engine has no tokenizer: a server needs one for texts.")
         self.engine, self.settings = engine, settings
-        self.token_texts = TokenTexts(engine.engine.tokenizer)
-        self.tokenizer = engine.engine.tokenizer
+        self.token_texts = TokenTexts(engine.tokenizer)
+        self.tokenizer = engine.tokenizer
         self.created = self.now()
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi.responses import StreamingResponse
 
-from ..engine.async_engine import RequestStream
+from ..engine.client import RequestStream
 from ..engine.outputs import TokenEvent
 from .errors import api_error_of
 from .server import Server, check_output

@@ -1,0 +1,337 @@
+"""What a server asks of an engine, wherever the engine runs: requests, streams, admission, tokenizing, draining.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..sampling_params import SamplingParams
+from .outputs import RequestOutput, TokenEvent
+from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt
+
+
+class EngineFailedError(RuntimeError):
+    """A step of the engine failed, such as for want of memory; all requests that ran have ended. See `__cause__`."""
+
+
+class QueueFullError(RuntimeError):
+    """As many requests run and wait as are allowed."""
+
+
+class DrainingError(RuntimeError):
+    """The engine takes no more requests, since it is about to end."""
+
+
+class Mailbox:
+    """What the engine has brought for one request. All but `request_id` belongs to the event loop.
+
+    Attributes:
+        loop: The event loop of the request's task.
+        request_id: The engine's id, once it has accepted the request.
+        events: Those that nobody has read yet.
+        output: Once the request has ended.
+        error: Instead of an output, if a step failed.
+        waiter: Of the task that waits for events.
+    """
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.request_id: int | None = None
+        self.events: list[TokenEvent] = []
+        self.output: RequestOutput | None = None
+        self.error: Exception | None = None
+        self.waiter: asyncio.Future[None] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the request has ended."""
+        return self.output is not None or self.error is not None
+
+    def wake(self) -> None:
+        """Let the waiting task go on."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+
+class RequestStream(AsyncIterator[list[TokenEvent]]):
+    """The events of one request; each item has all events since the last one, so a slow reader delays nobody.
+
+    At most all events of the request wait. The request ends when the stream is closed or dropped.
+    """
+
+    def __init__(self, mailbox: Mailbox, cancel: Callable[[Mailbox], None]) -> None:
+        self._mailbox, self._cancel = mailbox, cancel
+        self._is_closed = False
+
+    @property
+    def request_id(self) -> int:
+        """The engine's id of the request."""
+        assert self._mailbox.request_id is not None
+        return self._mailbox.request_id
+
+    @property
+    def output(self) -> RequestOutput | None:
+        """The complete output, once the request has ended."""
+        return self._mailbox.output
+
+    def __aiter__(self) -> RequestStream:
+        """Return the stream itself."""
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        """Return the events since the last call, at least one.
+
+        Raises:
+            EngineFailedError: A step failed.
+        """
+        while not (events := await self.next(None)):
+            if self._mailbox.is_complete or self._is_closed:
+                raise StopAsyncIteration
+        return events
+
+    async def next(self, timeout: float | None) -> list[TokenEvent]:
+        """Return the events since the last call; none at the end, or if none has come in time.
+
+        Args:
+            timeout: Most seconds to wait; `None` for any time.
+
+        Raises:
+            EngineFailedError: A step failed.
+        """
+        box = self._mailbox
+        if not box.events and not box.is_complete and not self._is_closed:
+            box.waiter = box.loop.create_future()
+            timer = None if timeout is None else box.loop.call_later(timeout, box.wake)
+            try:
+                await box.waiter
+            finally:
+                if timer is not None:
+                    timer.cancel()
+        if not box.events and box.error is not None:
+            raise box.error
+        events, box.events = box.events, []
+        return events
+
+    async def finish(self) -> RequestOutput:
+        """Wait for the end of the request, and return its complete output.
+
+        If the waiting task is cancelled, the request ends.
+
+        Raises:
+            EngineFailedError: A step failed.
+        """
+        try:
+            async for _ in self:
+                pass
+        finally:
+            self.close()
+        assert self.output is not None
+        return self.output
+
+    def close(self) -> None:
+        """End the request before the next step, if it has not ended. No events follow."""
+        if not self._is_closed:
+            self._is_closed = True
+            if not self._mailbox.is_complete:
+                self._cancel(self._mailbox)
+
+    def __del__(self) -> None:
+        # The garbage collector may call this from any thread.
+        self.close()
+
+
+class EngineClient(ABC):
+    """Requests to an engine that steps elsewhere: in another thread (`AsyncEngine`), or in another process.
+
+    Args:
+        tokenizer: A tokenizer of transformers; `None` if all prompts are tokens.
+        max_sequence_length: Most tokens of a sequence, prompt included.
+        max_requests: Most requests that run and wait at a time; `None` for any number.
+
+    Attributes:
+        tokenizer: The event loop may use it.
+        failure: The error of the last step, if that step failed.
+    """
+
+    def __init__(self, tokenizer: Any | None, max_sequence_length: int, max_requests: int | None) -> None:
+        if max_requests is not None and max_requests < 1:
+            raise ValueError(f"max_requests={max_requests!r} is not possible: give an integer of at least 1, or None.")
+        self.tokenizer, self.max_sequence_length, self.max_requests = tokenizer, max_sequence_length, max_requests
+        self.failure: Exception | None = None
+        # Other threads use the tokenizer while one thread tokenizes, and one tokenizer cannot always do both.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        self._counting = threading.Lock()
+        self._accepted = 0  # requests that run or wait
+        self._is_draining = False
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that run or wait."""
+        return self._accepted
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._is_draining
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """Whether requests can run: not after `close`, and not after the GPU has failed."""
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+        """Return the tokens of a prompt, without stopping the event loop meanwhile.
+
+        Args:
+            prompt: As in `Engine.submit`.
+            add_special_tokens: Whether a text gets the special tokens that the tokenizer adds.
+
+        Raises:
+            ValueError: It is no prompt, or a text and there is no tokenizer.
+        """
+        if not isinstance(prompt, str):
+            return tokens_of_prompt(prompt, self._tokenizer, self.max_sequence_length)
+
+        def tokens() -> list[int]:
+            if add_special_tokens or self._tokenizer is None:
+                return tokens_of_prompt(prompt, self._tokenizer, self.max_sequence_length)
+            return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+        return await self._in_tokenizer_thread(tokens)
+
+    async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the tokens of a conversation.
+
+        Args:
+            messages: Dicts with "role" and "content".
+            options: Of transformers' `apply_chat_template`.
+
+        Raises:
+            ValueError: The messages do not fit, or there is no tokenizer with a chat template.
+        """
+        return await self._in_tokenizer_thread(
+            lambda: tokens_of_chats(messages, self._tokenizer, self.max_sequence_length, **options)[0]
+        )
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
+        """Begin a request; return once the engine has accepted it.
+
+        Args:
+            prompt: As in `Engine.submit`.
+            params: How to continue it.
+
+        Raises:
+            ValueError: The request does not fit the engine or the model.
+            QueueFullError: There are `max_requests` requests.
+            DrainingError: `drain` or `close` has been called.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._accept()
+        try:
+            tokens = await self.tokenize(prompt)
+        except BaseException:
+            self._release(1)
+            raise
+        # From here on the request is counted until it ends, also if this task is cancelled.
+        mailbox = Mailbox()
+        stream = RequestStream(mailbox, self._cancel)
+        try:
+            await self._submit(mailbox, tokens, params)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestOutput:
+        """Continue one prompt, and return its complete output. Raises as `stream` does, and as its iteration."""
+        return await (await self.stream(prompt, params)).finish()
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
+        """Answer one conversation. Raises as `generate` does.
+
+        Args:
+            messages: Dicts with "role" and "content".
+            params: How to answer.
+            options: Of transformers' `apply_chat_template`; `add_generation_prompt` is true by default.
+        """
+        options.setdefault("add_generation_prompt", not options.get("continue_final_message", False))
+        return await self.generate(await self.tokenize_chat(messages, **options), params)
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests, and wait for the end of those that run and wait.
+
+        Args:
+            timeout: Most seconds to wait; then the rest is cancelled.
+
+        Returns:
+            Whether all have ended by themselves.
+        """
+        self._is_draining = True
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._accepted and (end is None or time.monotonic() < end):
+            await asyncio.sleep(0.01)
+        has_ended = not self._accepted
+        if not has_ended:
+            await self._cancel_all()
+        return has_ended
+
+    @abstractmethod
+    def close(self) -> None:
+        """Cancel all requests, and end the engine. Blocks until a step in progress is done."""
+
+    # --- how the engine is reached ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    async def _submit(self, mailbox: Mailbox, tokens: list[int], params: SamplingParams | None) -> None:
+        """Pass a request on, and wait until the engine has accepted it. Releases a request that is refused."""
+
+    @abstractmethod
+    def _cancel(self, mailbox: Mailbox) -> None:
+        """End a request before the next step. Any thread may call this."""
+
+    @abstractmethod
+    async def _cancel_all(self) -> None:
+        """End all requests before the next step."""
+
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        with self._counting:  # several event loops may come at once
+            self._refuse_late_requests()
+            if self.max_requests is not None and self._accepted >= self.max_requests:
+                raise QueueFullError(f"{self._accepted} requests run and wait, which is the limit: try again later.")
+            self._accepted += 1
+
+    def _release(self, count: int) -> None:
+        with self._counting:
+            self._accepted -= count
+
+    def _refuse_late_requests(self) -> None:
+        if not self.is_alive and self.failure is not None:
+            raise EngineFailedError("the engine has ended, since its GPU failed") from self.failure
+        if self._is_draining:
+            raise DrainingError("the engine is about to end and takes no more requests.")
+
+    async def _in_tokenizer_thread(self, function: Callable[[], list[int]]) -> list[int]:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)
+
+
+def step_failed(error: Exception) -> EngineFailedError:
+    """Return what a request gets that was lost in a step."""
+    failed = EngineFailedError(f"a step of the engine failed: {error}")
+    failed.__cause__ = error
+    return failed

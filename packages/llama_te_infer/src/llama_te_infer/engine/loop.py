@@ -1,0 +1,145 @@
+"""The loop around an engine: one thread steps it, and other threads pass it what to do before the next step."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..sampling_params import SamplingParams
+from .engine import Engine
+from .outputs import RequestOutput, TokenEvent
+
+
+@dataclass
+class News:
+    """What an engine has done since the last news.
+
+    Attributes:
+        events: Of all requests, in their order.
+        outputs: Of the requests that have ended.
+        lost: The ids of requests that were lost in a step that failed.
+        failure: The error of the last step, if that step failed.
+    """
+
+    events: list[TokenEvent] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    failure: Exception | None = None
+
+
+class EngineLoop:
+    """Steps an engine in the thread that calls `run`.
+
+    Args:
+        engine: The engine. Nobody else may use it meanwhile.
+        deliver: Gets the news after each step, in the engine's thread.
+
+    Attributes:
+        engine: The engine.
+        failure: The error of the last step, if that step failed. After an error of a CUDA device the loop has ended.
+        has_ended: Whether no step follows.
+    """
+
+    def __init__(self, engine: Engine, deliver: Callable[[News], None]) -> None:
+        self.engine, self._deliver = engine, deliver
+        self.failure: Exception | None = None
+        self.has_ended = self.is_closing = False
+        self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
+        # The engine's thread alone uses these.
+        self._running: set[int] = set()
+        self._news = News()
+
+    # --- for any thread -----------------------------------------------------------------------------------------------
+
+    def command(self, command: Callable[[], None]) -> None:
+        """Let the engine's thread call a function before its next step. After the end it is called at once."""
+        with self._wake:
+            if not self.has_ended:
+                self._commands.append(command)
+                self._wake.notify()
+                return
+        command()  # it finds no requests
+
+    def close(self) -> None:
+        """Cancel all requests, and end the loop after the step in progress."""
+        with self._wake:
+            self.is_closing = True
+            self._wake.notify()
+
+    # --- for commands -------------------------------------------------------------------------------------------------
+
+    def submit(self, tokens: list[int], params: SamplingParams | None) -> int:
+        """Put a request in the engine's queue, and return its id. Raises as `Engine.submit` does."""
+        request_id = self.engine.submit(tokens, params, self._note)
+        self._running.add(request_id)
+        return request_id
+
+    def cancel(self, request_id: int | None) -> None:
+        """End a request; nothing happens if there is none of this id."""
+        if request_id in self._running:
+            self.engine.cancel(request_id)
+
+    def cancel_all(self) -> None:
+        """End all requests."""
+        for request_id in list(self._running):
+            self.engine.cancel(request_id)
+
+    # --- the engine's thread ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Step the engine until `close` is called, or its GPU has failed."""
+        if self.engine.model.device.type == "cuda":
+            import torch
+
+            torch.cuda.set_device(self.engine.model.device)
+        while not self.has_ended:
+            with self._wake:
+                while not (self._commands or self.is_closing or self.engine.has_unfinished):
+                    self._wake.wait()
+                commands, self._commands = self._commands, deque()
+                is_closing = self.is_closing  # once: who sets it later is heard in the next round
+            for command in commands:
+                command()
+            if is_closing:
+                self.cancel_all()
+            if self.engine.has_unfinished:
+                self._step()
+                news, self._news = self._news, News()
+                self._deliver(news)
+            if is_closing or (self.failure is not None and _has_lost_device(self.engine)):
+                with self._wake:
+                    self.has_ended = True
+                    commands = self._commands
+                for command in commands:
+                    command()
+
+    def _note(self, event: TokenEvent) -> None:
+        self._news.events.append(event)
+
+    def _step(self) -> None:
+        news = self._news
+        try:
+            news.outputs = self.engine.step()
+        except Exception as error:  # the engine has dropped all requests
+            self.failure = error
+            news.lost = list(self._running)
+        else:
+            self.failure = None
+        news.failure = self.failure
+        self._running.difference_update(news.lost, (output.request_id for output in news.outputs))
+
+
+def _has_lost_device(engine: Engine) -> bool:
+    """Return whether the model's GPU computes nothing any more, as after an illegal memory access."""
+    import torch
+
+    if engine.model.device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(engine.model.device)
+    except Exception:
+        return True
+    return False
