@@ -5,6 +5,7 @@
 
 #include "cache/append_rope.h"
 #include "cache/reorder.h"
+#include "cpu/checks.h"
 #include "cpu/read_once.h"
 
 namespace llama_te {
@@ -24,6 +25,14 @@ std::string entry(const char *name, int row, std::int64_t value) {
 }
 
 }  // namespace
+
+void check_page(const CacheIndex &index, int row, std::int64_t page) {
+    const std::int32_t block = read_once(*index.table_entry(row, static_cast<std::int32_t>(page)));
+    if (block < 0 || block >= index.blocks) {
+        refuse(std::string("page_table[") + row + ", " + page + "]=" + block + ", but the cache has pages 0 to " +
+               (index.blocks - 1));
+    }
+}
 
 void check_values(const AppendArguments &a) {
     std::int32_t before = read_once(a.cu_new[0]);
@@ -60,13 +69,9 @@ void check_values(const AppendArguments &a) {
             refuse(grown + "a row of the cache has room for " + a.index.capacity + ": make the cache longer");
         }
         for (std::int64_t place = start; a.index.page_table != nullptr && place < end;) {
-            const std::int32_t page = static_cast<std::int32_t>(place / a.index.block_places);
-            const std::int32_t block = read_once(*a.index.table_entry(row, page));
-            if (block < 0 || block >= a.index.blocks) {
-                refuse(std::string("page_table[") + row + ", " + page + "]=" + block +
-                       ", but the cache has pages 0 to " + (a.index.blocks - 1));
-            }
-            place = static_cast<std::int64_t>(page + 1) * a.index.block_places;
+            const std::int64_t page = place / a.index.block_places;
+            check_page(a.index, row, page);
+            place = (page + 1) * a.index.block_places;
         }
     }
     if (a.width == 0 && before > a.tokens) {
@@ -92,11 +97,7 @@ void check_values(const ReorderArguments &a) {
             continue;
         }
         for (const std::int32_t owner : {row, static_cast<std::int32_t>(source)}) {
-            const std::int32_t block = *a.index.table_entry(owner, page);
-            if (block < 0 || block >= a.index.blocks) {
-                refuse(std::string("page_table[") + owner + ", " + page + "]=" + block +
-                       ", but the caches have pages 0 to " + (a.index.blocks - 1));
-            }
+            check_page(a.index, owner, page);
         }
     }
 }

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "cache/append_rope.h"
+#include "cpu/checks.h"
+#include "cpu/read_once.h"
 
 namespace llama_te {
 
@@ -23,9 +25,20 @@ void for_one_token_each(const DecodeAttentionArguments &a, void (*run)(const App
 
 void check_values(const DecodeAttentionArguments &arguments) {
     for_one_token_each(arguments, check_values);
+    if (arguments.index.page_table == nullptr) {
+        return;
+    }
+    // Attention also reads the pages of earlier tokens.
+    for (int row = 0; row < arguments.rows; ++row) {
+        const std::int32_t earlier = read_once(arguments.start[row]) / arguments.index.block_places;
+        for (std::int32_t page = 0; page < earlier; ++page) {
+            check_page(arguments.index, row, page);
+        }
+    }
 }
 
 void decode_attention_append_cpu(const DecodeAttentionArguments &arguments) {
+    check_values(arguments);
     for_one_token_each(arguments, append_rope_cpu);
 }
 

@@ -117,6 +117,14 @@ BAD: list[tuple[Change, str]] = [
     (replace(page_table=lambda x: x.long()), r"page_table is int64; it must be int32"),
     (replace(page_table=lambda x: x[:2]), r"page_table has 2 rows, but there are B=3"),
     (replace(page_table=lambda x: x * 0 + 99), r"page_table\[0, 0\]=99, but the cache has pages 0 to 2"),
+    (
+        replace(
+            start=lambda x: x + 32,
+            cos_sin=torch.ones(99, 64),
+            page_table=lambda x: torch.tensor([0, 3, 0]).expand(3, 3).int().contiguous(),
+        ),
+        r"page_table\[0, 1\]=3, but the cache has pages 0 to 2",  # a page of earlier tokens
+    ),
     (replace(page_table=None, key_cache=lambda x: x[:2], value_cache=lambda x: x[:2]), r"key_cache has 2 rows, but"),
     (replace(key_cache=lambda x: x[:, :, :1]), r"key_cache has the shape \[3, 16, 1, 64\]"),
     (replace(value_cache=lambda x: x[:, :8]), r"value_cache has the shape \[3, 8, 2, 64\]; it must be \[3, 16, 2, 64"),

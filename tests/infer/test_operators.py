@@ -277,7 +277,7 @@ BAD_REORDERS: list[tuple[Change, str]] = [
 ]
 BAD_PAGES: list[tuple[Change, str]] = [
     (replace(page_table=lambda x: x.long()), r"page_table is int64; it must be int32"),
-    (replace(page_table=lambda x: x * 0 + 99), r"page_table\[0, 1\]=99, but the caches have pages 0 to 5"),
+    (replace(page_table=lambda x: x * 0 + 99), r"page_table\[0, 1\]=99, but the cache has pages 0 to 5"),
     (replace(page_size=8), r"page_size=8, but the pages of caches\[0\], \[6, 16, 2, 16\], have 16"),
     (replace(ticket=lambda x: x.long()), r"ticket is int64; it must be int32"),
 ]

@@ -1,0 +1,14 @@
+// A check that several operators share.
+
+#pragma once
+
+#include <cstdint>
+
+#include "include/cache.h"
+
+namespace llama_te {
+
+// Checks that the cache has the page in a row's entry of the page table. Throws std::invalid_argument.
+void check_page(const CacheIndex &index, int row, std::int64_t page);
+
+}  // namespace llama_te
