@@ -10,7 +10,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from .settings import ServerSettings
 
 _DESCRIPTION = """Serves a Llama with OpenAI's API. MODEL is a folder with the Transformer Engine or the Hugging Face
 layout, a GGUF file, or a hub id. Options with vLLM's names mean what they mean there."""
@@ -43,9 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command."""
-    parser = argparse.ArgumentParser(prog="llama-te-serve", description=_DESCRIPTION)
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make the parser of the command.
+
+    Args:
+        parser_class: A class that treats errors in another way.
+    """
+    parser = parser_class(prog="llama-te-serve", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or hub id")
     group = parser.add_argument_group("address")
     group.add_argument("--host", default="127.0.0.1", help='"0.0.0.0" for all networks (default: %(default)s)')
@@ -111,20 +119,10 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
     from ..engine.async_engine import AsyncEngine
     from .app import create_app
     from .http_server import HttpServer
-    from .settings import ServerSettings
 
     begin = time.monotonic()
-    loaded, engine = _load(options)
-    keys = [*options.api_key, *filter(None, os.environ.get("LLAMA_TE_API_KEY", "").split(","))]
-    settings = ServerSettings(
-        model_names=tuple(options.served_model_name or [options.model]),
-        api_keys=tuple(keys),
-        default_params={} if options.generation_config == "none" else loaded.sampling_defaults,
-        chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
-        max_body_bytes=options.max_body_bytes,
-        request_timeout=options.request_timeout,
-        allowed_origins=tuple(options.allowed_origins),
-    )
+    options.api_key = [*options.api_key, *keys_of_environment()]
+    engine, settings = load_engine(options)
     requests = AsyncEngine(engine, max_requests=options.max_requests)
     try:
         config = uvicorn.Config(
@@ -159,10 +157,24 @@ def _bound(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the loaded checkpoint and an engine for it."""
+def keys_of_environment() -> list[str]:
+    """Return the API keys that the environment variable LLAMA_TE_API_KEY holds."""
+    return [key for key in os.environ.get("LLAMA_TE_API_KEY", "").split(",") if key]
+
+
+def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
+    """Return an engine for the model, and the settings of the server.
+
+    Args:
+        options: Of the command.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: An option or the checkpoint does not fit.
+    """
     from ..engine.engine import Engine
     from .loading import load
+    from .settings import ServerSettings
 
     loaded = load(
         options.model,
@@ -182,4 +194,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
         prefill_budget=options.prefill_budget,
         prefix_caching=not options.no_enable_prefix_caching,
     )
-    return loaded, engine
+    settings = ServerSettings(
+        model_names=tuple(options.served_model_name or [options.model]),
+        api_keys=tuple(options.api_key),
+        default_params={} if options.generation_config == "none" else loaded.sampling_defaults,
+        chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
+        max_body_bytes=options.max_body_bytes,
+        request_timeout=options.request_timeout,
+        allowed_origins=tuple(options.allowed_origins),
+    )
+    return engine, settings
