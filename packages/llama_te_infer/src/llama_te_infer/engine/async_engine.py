@@ -21,6 +21,7 @@ from .client import EngineClient, Mailbox, step_failed
 from .engine import Engine
 from .loop import EngineLoop, News
 from .outputs import RequestOutput, TokenEvent
+from .statistics import EngineStats
 
 
 class AsyncEngine(EngineClient):
@@ -59,6 +60,10 @@ class AsyncEngine(EngineClient):
         """Whether requests can run: not after `close`, and not after the GPU has failed."""
         return not self._loop.has_ended
 
+    def stats(self) -> EngineStats:
+        """Return the load of the engine, and what it has counted. Any thread may ask, and waits for no step."""
+        return self.engine.stats()
+
     def close(self) -> None:
         """Cancel all requests, and end the thread. Blocks until a step in progress is done."""
         self._is_draining = True
@@ -73,7 +78,7 @@ class AsyncEngine(EngineClient):
             try:
                 if self._loop.has_ended or self._loop.is_closing:
                     self._refuse_late_requests()
-                mailbox.request_id = self._loop.submit(tokens, params)
+                mailbox.request_id = self._loop.submit(tokens, params, mailbox.arrival)
             except BaseException:
                 self._release(1)
                 raise
@@ -146,9 +151,7 @@ class _Part:
 
 def _take_all(each: list[tuple[Mailbox, _Part]]) -> None:
     for mailbox, part in each:
-        mailbox.events += part.events
-        mailbox.output, mailbox.error = part.output, part.error
-        mailbox.wake()
+        mailbox.take(part.events, part.output, part.error)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:

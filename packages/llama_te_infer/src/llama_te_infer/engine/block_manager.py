@@ -64,6 +64,10 @@ class BlockManager:
             return 0
         return max(0, pages * pool.page_size + 1 - prompt_length)  # the last token is not cached
 
+    def reuses_prefix(self, request: Request) -> bool:
+        """Return whether the prefix cache may provide the beginning of a request's prompt."""
+        return self.prefix_caching and request.params.prompt_logprobs is None
+
     def allocate(self, sequences: Items[Sequence], headroom: int) -> bool:
         """Give sequences with a common prompt the pages that it needs, if enough are available.
 
@@ -79,7 +83,7 @@ class BlockManager:
         """
         first, size = sequences[0], self.pool.page_size
         shared: list[int] = []
-        if self.prefix_caching and first.request.params.prompt_logprobs is None:
+        if self.reuses_prefix(first.request):
             # The last token is computed in any case: the step needs its logits.
             shared = self.prefixes.match(first.tokens[:-1])
         self.prefixes.share(shared)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..sampling_params import SamplingParams
 from .outputs import RequestOutput, TokenEvent
+from .statistics import EngineStats
 from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt
 
 
@@ -31,11 +32,19 @@ class DrainingError(RuntimeError):
     """The engine takes no more requests, since it is about to end."""
 
 
+# Gets the output of a request, or `None` and the error of the step that lost the request.
+OnEnd = Callable[[RequestOutput | None, Exception | None], None]
+
+
 class Mailbox:
     """What the engine has brought for one request. All but `request_id` belongs to the event loop.
 
+    Args:
+        on_end: Called when the request has ended.
+
     Attributes:
         loop: The event loop of the request's task.
+        arrival: When the request arrived, in seconds of `time.monotonic()`.
         request_id: The engine's id, once it has accepted the request.
         events: Those that nobody has read yet.
         output: Once the request has ended.
@@ -43,8 +52,10 @@ class Mailbox:
         waiter: Of the task that waits for events.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: OnEnd | None) -> None:
+        self._on_end = on_end
         self.loop = asyncio.get_running_loop()
+        self.arrival = time.monotonic()
         self.request_id: int | None = None
         self.events: list[TokenEvent] = []
         self.output: RequestOutput | None = None
@@ -55,6 +66,14 @@ class Mailbox:
     def is_complete(self) -> bool:
         """Whether the request has ended."""
         return self.output is not None or self.error is not None
+
+    def take(self, events: list[TokenEvent], output: RequestOutput | None, error: Exception | None) -> None:
+        """Receive events, and perhaps the end of the request."""
+        self.events += events
+        self.output, self.error = output, error
+        self.wake()
+        if self.is_complete and self._on_end is not None:
+            self._on_end(output, error)
 
     def wake(self) -> None:
         """Let the waiting task go on."""
@@ -189,6 +208,10 @@ class EngineClient(ABC):
     def is_alive(self) -> bool:
         """Whether requests can run: not after `close`, and not after the GPU has failed."""
 
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Return the load of the engine, and what it has counted. Any thread may ask, and waits for no step."""
+
     # --- requests -----------------------------------------------------------------------------------------------------
 
     async def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
@@ -225,12 +248,16 @@ class EngineClient(ABC):
             lambda: tokens_of_chats(messages, self._tokenizer, self.max_sequence_length, **options)[0]
         )
 
-    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> RequestStream:
+    async def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, on_end: OnEnd | None = None
+    ) -> RequestStream:
         """Begin a request; return once the engine has accepted it.
 
         Args:
             prompt: As in `Engine.submit`.
             params: How to continue it.
+            on_end: Called once in this event loop when the accepted request has ended, also if the stream was closed
+                before: with the output, or with `None` and the error of the step that lost the request.
 
         Raises:
             ValueError: The request does not fit the engine or the model.
@@ -238,6 +265,7 @@ class EngineClient(ABC):
             DrainingError: `drain` or `close` has been called.
             EngineFailedError: The engine cannot run any more.
         """
+        mailbox = Mailbox(on_end)
         self._accept()
         try:
             tokens = await self.tokenize(prompt)
@@ -245,7 +273,6 @@ class EngineClient(ABC):
             self._release(1)
             raise
         # From here on the request is counted until it ends, also if this task is cancelled.
-        mailbox = Mailbox()
         stream = RequestStream(mailbox, self._cancel)
         try:
             await self._submit(mailbox, tokens, params)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from ..integers import checked_integer
 from ..kv_cache.engine_cache import EngineCache
 from ..ops.greedy import NO_TOKEN
 from ..runner.model_runner import ModelRunner
+from ..runner.plan import Plan
 from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
@@ -40,6 +42,7 @@ from .one_thread import OneThread
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
 from .request_state import RequestState
 from .scheduler import Scheduler
+from .statistics import Counters, EngineStats
 from .token_stream import TokenStream
 from .tokenization import (
     Prompt,
@@ -167,6 +170,7 @@ class Engine:
         self._submitted = 0
         self._failure: Exception | None = None  # why the engine cannot be used any more
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
+        self._counters = Counters()
         self._layers = LayersDecode(model, self._cache)
         self._fused: FusedDecode | None = None
         self._decode = self._select_backend()
@@ -183,7 +187,11 @@ class Engine:
     # --- requests -----------------------------------------------------------------------------------------------------
 
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, on_token: Callable[[TokenEvent], None] | None = None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+        arrival: float | None = None,
     ) -> int:
         """Put a request in the queue.
 
@@ -193,6 +201,7 @@ class Engine:
             on_token: Called, during `step`, with each token of each completion; with the tokens of beams at the end.
                 If it raises, the request ends with the tokens it has; its output has the exception. It is not called
                 again.
+            arrival: When the request arrived, in seconds of `time.monotonic()`; now by default.
 
         Returns:
             The request's id.
@@ -202,7 +211,10 @@ class Engine:
         """
         with self._use():
             return self._submit(
-                tokens_of_prompt(prompt, self.tokenizer, self.max_sequence_length), _checked_params(params), on_token
+                tokens_of_prompt(prompt, self.tokenizer, self.max_sequence_length),
+                _checked_params(params),
+                on_token,
+                time.monotonic() if arrival is None else arrival,
             )
 
     def cancel(self, request_id: int) -> bool:
@@ -225,6 +237,18 @@ class Engine:
         """
         with self._use():
             self.scheduler.blocks.forget_prefixes()
+
+    def stats(self) -> EngineStats:
+        """Return the load and the counters. Any thread may ask; a step in progress may be counted in part."""
+        scheduler = self.scheduler
+        total = scheduler.blocks.pool.total_num_pages
+        return EngineStats(
+            len(scheduler.running),
+            len(scheduler.waiting),
+            total - scheduler.blocks.available,
+            total,
+            self._counters.copy(),
+        )
 
     @property
     def has_unfinished(self) -> bool:
@@ -394,15 +418,22 @@ class Engine:
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one for each, or one.")
         ids: list[int] = []
+        now = time.monotonic()
         try:
             for prompt, its_params in zip(prompts, each, strict=True):
-                ids.append(self._submit(prompt, its_params, on_token))
+                ids.append(self._submit(prompt, its_params, on_token, now))
         except BaseException:
             self._forget(ids)
             raise
         return ids
 
-    def _submit(self, tokens: list[int], params: SamplingParams, on_token: Callable[[TokenEvent], None] | None) -> int:
+    def _submit(
+        self,
+        tokens: list[int],
+        params: SamplingParams,
+        on_token: Callable[[TokenEvent], None] | None,
+        arrival: float,
+    ) -> int:
         self._check_usable()
         special_stops = special_stops_of(params, self._special_tokens)
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
@@ -412,7 +443,7 @@ class Engine:
         self._check(tokens, params, special_stops, bad_words)
         params = self._with_length(tokens, params)
         request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)
-        state = RequestState(request, self.tokenizer, on_token)
+        state = RequestState(request, self.tokenizer, on_token, arrival)
         self.scheduler.submit(request)
         self._submitted += 1
         self._requests[request.id] = state
@@ -561,6 +592,7 @@ class Engine:
             plan = self.scheduler.plan()
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
                 self._requests[request.id].begin_search()
+            self._count_step(plan)
             launched = None if plan.is_empty else self._runner.launch(plan)
             for request, error in launched.failed if launched is not None else ():
                 if (state := self._requests.get(request.id)) is not None:
@@ -579,7 +611,24 @@ class Engine:
         if not self._requests:
             self._pending = None  # no request needs its results
 
+    def _count_step(self, plan: Plan) -> None:
+        """Count the tokens of a step that is about to run, and note which requests begin."""
+        counters = self._counters
+        counters.num_preemptions += plan.preempted
+        if not plan.is_empty:
+            read = sum(len(chunk.tokens) for chunk in plan.chunks)
+            counters.step_tokens.add(read + len(plan.running) + len(plan.beginning))
+        for chunk in plan.chunks:
+            state = self._requests[chunk.sequence.request.id]
+            if state.scheduled is None:
+                state.scheduled, state.num_cached_tokens = time.monotonic(), chunk.start
+                if self.scheduler.blocks.reuses_prefix(state.request):
+                    counters.prefix_cache_queries += len(state.request.prompt)
+                    counters.prefix_cache_hits += chunk.start
+
     def _read(self, result: StepResult) -> None:
+        self._now = time.monotonic()
+        self._times_before: list[float | None] = []  # when the tokens before the new ones arrived
         for request, position, logprobs, top in result.prompt_logprobs:
             if request.id in self._requests:
                 self._requests[request.id].add_prompt_logprobs(position, logprobs, top)
@@ -592,6 +641,7 @@ class Engine:
             self._append(sequence, token, here)
         for beams in result.beams:
             self._follow(beams)
+        self._counters.add_tokens(self._now, self._times_before)
 
     def _append(self, sequence: Text, token: int, logprobs: TokenLogprobs | None = None) -> None:
         """Append a token to a sequence; it may be the last one."""
@@ -605,6 +655,11 @@ class Engine:
         except Exception as error:  # of any kind: it concerns this request alone, and the others continue
             self._end(state, error=error)
             return
+        if state.first_token is None:
+            state.first_token = self._now
+            self._counters.prompt_tokens += len(state.request.prompt)
+        self._times_before.append(sequence.last_token)
+        sequence.last_token = self._now
         if sequence.finish_reason is not None:
             self.scheduler.remove([sequence])
         self._call_back(state, sequence, token, logprobs)

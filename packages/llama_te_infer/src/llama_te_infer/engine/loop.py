@@ -71,9 +71,9 @@ class EngineLoop:
 
     # --- for commands -------------------------------------------------------------------------------------------------
 
-    def submit(self, tokens: list[int], params: SamplingParams | None) -> int:
-        """Put a request in the engine's queue, and return its id. Raises as `Engine.submit` does."""
-        request_id = self.engine.submit(tokens, params, self._note)
+    def submit(self, tokens: list[int], params: SamplingParams | None, arrival: float) -> int:
+        """Put a request in the engine's queue, and return its id. Takes and raises what `Engine.submit` does."""
+        request_id = self.engine.submit(tokens, params, self._note, arrival)
         self._running.add(request_id)
         return request_id
 

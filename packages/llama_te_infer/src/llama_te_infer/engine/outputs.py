@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..runner.stopping import FinishReason
+from .statistics import RequestTimes
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class RequestOutput:
             `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
         error: The exception that ended the request: of its callback or of the tokenizer, or a FloatingPointError if the
             model's logits for it are not finite. `None` if all is well.
+        num_cached_tokens: Tokens of the prompt that came from the prefix cache.
+        times: When it arrived, began and wrote its tokens.
     """
 
     request_id: int
@@ -64,6 +67,9 @@ class RequestOutput:
     outputs: list[Completion]
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     error: Exception | None = None
+    # Equal outputs may come at other times and from another cache.
+    num_cached_tokens: int = field(default=0, compare=False)
+    times: RequestTimes | None = field(default=None, compare=False)
 
 
 class TokenEvent(NamedTuple):

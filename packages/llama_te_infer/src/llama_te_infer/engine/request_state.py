@@ -13,6 +13,7 @@ from ..runner.stopping import NOT_FINITE
 from .beam_texts import StoppingTexts
 from .detokenizer import Detokenizer
 from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from .statistics import RequestTimes
 
 
 class RequestState:
@@ -22,21 +23,33 @@ class RequestState:
         request: The request.
         tokenizer: A tokenizer of transformers; with `None` all texts are empty.
         on_token: Called with each event, until it raises.
+        arrival: When the request arrived.
 
     Attributes:
         history: Of beam search; `begin_search` starts it anew. The engine has read all results of the old one by then.
         error: The exception that ended the request: see `RequestOutput`.
         lost_in: The error of the step in which the request was lost, in words. It gets no output then.
+        num_cached_tokens: Tokens of the prompt that came from the prefix cache.
+        scheduled: When a step began to read the prompt.
+        first_token: When the first token arrived.
     """
 
     def __init__(
-        self, request: Request, tokenizer: Any | None, on_token: Callable[[TokenEvent], None] | None = None
+        self,
+        request: Request,
+        tokenizer: Any | None,
+        on_token: Callable[[TokenEvent], None] | None = None,
+        arrival: float = 0.0,
     ) -> None:
         self.request, self.on_token = request, on_token
         self._tokenizer = tokenizer
         self.history: BeamHistory | None = None
         self.error: Exception | None = None
         self.lost_in: str | None = None
+        self._arrival = arrival
+        self.num_cached_tokens = 0
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
         count = len(request.sequences)
         self._detokenizers = [detokenizer_of(request, tokenizer) for _ in range(count)]
         self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
@@ -147,7 +160,16 @@ class RequestState:
         """Return the output. All sequences have ended."""
         request = self.request
         completions = [self._completion(sequence) for sequence in request.sequences]
-        return RequestOutput(request.id, request.prompt, completions, self._all_prompt_logprobs(), self.error)
+        ends = [sequence.last_token for sequence in request.sequences if sequence.last_token is not None]
+        return RequestOutput(
+            request.id,
+            request.prompt,
+            completions,
+            self._all_prompt_logprobs(),
+            self.error,
+            self.num_cached_tokens,
+            RequestTimes(self._arrival, self.scheduled, self.first_token, max(ends, default=None)),
+        )
 
     def _completion(self, sequence: Sequence) -> Completion:
         assert sequence.finish_reason is not None

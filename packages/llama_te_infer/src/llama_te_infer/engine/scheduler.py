@@ -117,13 +117,13 @@ class Scheduler:
         """
         plan = Plan()
         self._retire()
-        may_admit = self._extend(plan)
+        self._extend(plan)
         plan.moves = [(row, last) for row, last in enumerate(self._last_rows) if row != last]
         plan.running = list(self.rows)
         plan.starts = [sequence.cached for sequence in self.rows]
         for sequence in self.rows:
             sequence.cached += 1
-        self._prefill(plan, may_admit)
+        self._prefill(plan)
         plan.lengths = [sequence.cached for sequence in self.rows]
         plan.cleared, self.blocks.to_clear = self.blocks.to_clear, []
         self._last_rows = list(range(len(self.rows)))
@@ -154,9 +154,8 @@ class Scheduler:
             if not group.is_prefilling and group.sequences[0].is_launched_whole:
                 self.remove(list(group.sequences))
 
-    def _extend(self, plan: Plan) -> bool:
-        """Give every running sequence room for one more token; return whether no group was preempted for it."""
-        admitted = len(self.running)
+    def _extend(self, plan: Plan) -> None:
+        """Give every running sequence room for one more token, and preempt groups for it."""
         for index, group in enumerate(self.running):
             if group.is_prefilling:
                 continue
@@ -165,10 +164,10 @@ class Scheduler:
                 continue
             while self.blocks.available < len(full) and len(self.running) > index:
                 self._preempt()
+                plan.preempted += 1
             if len(self.running) == index:
                 break  # the group itself was the last one
             plan.new_pages += self.blocks.append_pages(full)
-        return len(self.running) == admitted
 
     def _preempt(self) -> None:
         """Send the group that was admitted last back to the head of the queue."""
@@ -179,13 +178,13 @@ class Scheduler:
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, plan: Plan, may_admit: bool) -> None:
+    def _prefill(self, plan: Plan) -> None:
         budget = self.prefill_budget
         for group in self.running:
             if group.is_prefilling and budget > 0:
                 budget -= self._read(group, budget, plan)
         # Not in a step that preempted a group: that group's last token is not known yet.
-        while may_admit and budget > 0 and self.waiting and self._admit(self.waiting[0]):
+        while not plan.preempted and budget > 0 and self.waiting and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
             budget -= self._read(self.running[-1], budget, plan)
         if plan.beginning:

@@ -38,6 +38,7 @@ class Plan:
         copies: Pairs of a page and the page that gets a copy of it.
         lengths: Tokens in the cache after the step, of the running and the beginning sequences.
         cleared: Pages that may have NaN of other sequences.
+        preempted: How many groups of sequences gave their pages back.
     """
 
     moves: list[tuple[int, int]] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Plan:
     copies: list[tuple[int, int]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     cleared: list[int] = field(default_factory=list)
+    preempted: int = 0
 
     @property
     def is_empty(self) -> bool:

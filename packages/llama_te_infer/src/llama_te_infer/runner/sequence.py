@@ -24,6 +24,7 @@ class Sequence:
         row: Its row in the running batch; `None` while it waits, while its prompt is read, and after its end.
         finish_reason: Set at the end.
         stop_reason: Likewise.
+        last_token: When the host read its last token, in seconds of `time.monotonic()`.
     """
 
     request: Request
@@ -35,6 +36,7 @@ class Sequence:
     row: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    last_token: float | None = None
 
     @property
     def written(self) -> list[int]:
