@@ -42,7 +42,7 @@ TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 IMPORT_LINTER = "import-linter==2.16"
 
 # The requirements of llama-te-infer's extra `serve`, and what its tests need.
-SERVER = ["fastapi", "llguidance", "prometheus-client", "uvicorn"]
+SERVER = ["fastapi", "llguidance", "msgspec", "prometheus-client", "uvicorn"]
 CLIENTS_OF_SERVER = ["httpx", "openai", "openapi-spec-validator", "schemathesis"]
 
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.

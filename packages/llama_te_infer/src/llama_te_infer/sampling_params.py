@@ -233,6 +233,21 @@ class SamplingParams:
             raise ValueError(f"{name}={getattr(self, name)!r} is not possible: {what_to_do}.")
 
 
+def checked_params(params: object) -> SamplingParams:
+    """Return the parameters of a request; the default ones for `None`.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    if params is None:
+        return SamplingParams()
+    if isinstance(params, SamplingParams):
+        return params
+    if isinstance(params, Mapping):
+        raise ValueError(f"params={params!r} is a dict: pass SamplingParams(**params).")
+    raise ValueError(f"params is a {type(params).__name__}: pass a SamplingParams, or a list with one for each prompt.")
+
+
 def _plain(value: Any) -> Any:
     """Return an integer of NumPy or torch as an `int`, and anything else as it is."""
     integer = as_integer(value)

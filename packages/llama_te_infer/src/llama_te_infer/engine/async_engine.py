@@ -19,8 +19,8 @@ from typing import Any
 from ..sampling_params import SamplingParams
 from .client import EngineClient, Mailbox, step_failed
 from .engine import Engine
-from .loop import EngineLoop, News
-from .outputs import RequestOutput, TokenEvent
+from .loop import EngineLoop
+from .outputs import News, RequestOutput, TokenEvent
 from .statistics import EngineStats
 
 

@@ -19,6 +19,8 @@ from .outputs import RequestOutput, TokenEvent
 from .statistics import EngineStats
 from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt
 
+ENDING = "the engine is about to end and takes no more requests."
+
 
 class EngineFailedError(RuntimeError):
     """A step of the engine failed, such as for want of memory; all requests that ran have ended. See `__cause__`."""
@@ -349,9 +351,9 @@ class EngineClient(ABC):
 
     def _refuse_late_requests(self) -> None:
         if not self.is_alive and self.failure is not None:
-            raise EngineFailedError("the engine has ended, since its GPU failed") from self.failure
+            raise EngineFailedError(f"the engine has ended: {self.failure}") from self.failure
         if self._is_draining:
-            raise DrainingError("the engine is about to end and takes no more requests.")
+            raise DrainingError(ENDING)
 
     async def _in_tokenizer_thread(self, function: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)

@@ -35,7 +35,7 @@ from ..runner.plan import Plan
 from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
-from ..sampling_params import SamplingParams
+from ..sampling_params import SamplingParams, checked_params
 from .limits import check_memory, check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
 from .one_thread import OneThread
@@ -64,17 +64,6 @@ def _warn_of_unused_hooks() -> None:
         "forward do not run: register them on model.model or model.lm_head.",
         stacklevel=2,
     )
-
-
-def _checked_params(params: object) -> SamplingParams:
-    """Return parameters; the default ones for `None`."""
-    if params is None:
-        return SamplingParams()
-    if isinstance(params, SamplingParams):
-        return params
-    if isinstance(params, Mapping):
-        raise ValueError(f"params={params!r} is a dict: pass SamplingParams(**params).")
-    raise ValueError(f"params is a {type(params).__name__}: pass a SamplingParams, or a list with one for each prompt.")
 
 
 class Engine:
@@ -212,7 +201,7 @@ class Engine:
         with self._use():
             return self._submit(
                 tokens_of_prompt(prompt, self.tokenizer, self.max_sequence_length),
-                _checked_params(params),
+                checked_params(params),
                 on_token,
                 time.monotonic() if arrival is None else arrival,
             )
@@ -412,9 +401,9 @@ class Engine:
         on_token: Callable[[TokenEvent], None] | None,
     ) -> list[int]:
         if isinstance(params, Sequence) and not isinstance(params, str):
-            each = [_checked_params(its_params) for its_params in params]
+            each = [checked_params(its_params) for its_params in params]
         else:
-            each = [_checked_params(params)] * len(prompts)
+            each = [checked_params(params)] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"params has {len(each)} entries for {len(prompts)} prompts: give one for each, or one.")
         ids: list[int] = []

@@ -5,28 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
 from .engine import Engine
-from .outputs import RequestOutput, TokenEvent
-
-
-@dataclass
-class News:
-    """What an engine has done since the last news.
-
-    Attributes:
-        events: Of all requests, in their order.
-        outputs: Of the requests that have ended.
-        lost: The ids of requests that were lost in a step that failed.
-        failure: The error of the last step, if that step failed.
-    """
-
-    events: list[TokenEvent] = field(default_factory=list)
-    outputs: list[RequestOutput] = field(default_factory=list)
-    lost: list[int] = field(default_factory=list)
-    failure: Exception | None = None
+from .outputs import News, TokenEvent
 
 
 class EngineLoop:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..runner.stopping import FinishReason
-from .statistics import RequestTimes
+from .statistics import EngineStats, RequestTimes
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,22 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: Exception | None = None
+
+
+@dataclass
+class News:
+    """What an engine has done since the last news.
+
+    Attributes:
+        events: Of all requests, in their order.
+        outputs: Of the requests that have ended.
+        lost: The ids of requests that were lost in a step that failed.
+        failure: The error of the last step, if that step failed.
+        stats: The engine's load and counters after the step.
+    """
+
+    events: list[TokenEvent] = field(default_factory=list)
+    outputs: list[RequestOutput] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    failure: Exception | None = None
+    stats: EngineStats | None = None

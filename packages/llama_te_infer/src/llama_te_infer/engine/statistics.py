@@ -24,16 +24,16 @@ class Histogram:
 
     Attributes:
         bounds: The largest value of each bucket, in ascending order.
-        counts: The number of values in each bucket; the last bucket has the values above all bounds.
         total: The sum of the values.
+        counts: The number of values in each bucket; the last bucket has the values above all bounds.
     """
 
     bounds: tuple[float, ...]
-    counts: list[int] = field(init=False)
     total: float = 0.0
+    counts: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.counts = [0] * (len(self.bounds) + 1)
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def add(self, value: float, count: int = 1) -> None:
         """Count a value so many times."""
@@ -42,9 +42,7 @@ class Histogram:
 
     def copy(self) -> Histogram:
         """Return a histogram that does not change any more."""
-        other = Histogram(self.bounds, self.total)
-        other.counts = list(self.counts)
-        return other
+        return Histogram(self.bounds, self.total, list(self.counts))
 
 
 @dataclass

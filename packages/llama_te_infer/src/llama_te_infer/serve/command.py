@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
+import importlib.util
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..engine.client import EngineFailedError
+from .loading import check_source
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
-    from .settings import ServerSettings
+    from .settings import EngineSettings, ServerSettings
 
 _DESCRIPTION = """Serves a Llama with OpenAI's API. MODEL is a folder with the Transformer Engine or the Hugging Face
 layout, a GGUF file, or a hub id. Options with vLLM's names mean what they mean there."""
+_SERVE_MODULES = ("fastapi", "msgspec", "uvicorn")  # of the extra `serve`
+SECONDS_BEFORE_PROGRESS = 2
+SECONDS_BETWEEN_PROGRESS = 10
 FAILED = 1
 WRONG_ARGUMENTS = 2
 
@@ -33,27 +41,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.
     """
     options = make_parser().parse_args(arguments)
-    try:
-        import uvicorn  # noqa: F401
-
-        from . import app  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f"llama-te-serve: {error}: pip install 'llama-te-infer[serve]'", file=sys.stderr)
+    if missing := [name for name in _SERVE_MODULES if importlib.util.find_spec(name) is None]:
+        print(f"llama-te-serve: needs {', '.join(missing)}: pip install 'llama-te-infer[serve]'", file=sys.stderr)
         return FAILED
     try:
         return asyncio.run(_serve(options))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EngineFailedError) as error:
         print(f"llama-te-serve: {error}", file=sys.stderr)
         return FAILED
 
 
-def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Make the parser of the command.
-
-    Args:
-        parser_class: A class that treats errors in another way.
-    """
-    parser = parser_class(prog="llama-te-serve", description=_DESCRIPTION)
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command."""
+    parser = argparse.ArgumentParser(prog="llama-te-serve", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or hub id")
     group = parser.add_argument_group("address")
     group.add_argument("--host", default="127.0.0.1", help='"0.0.0.0" for all networks (default: %(default)s)')
@@ -109,24 +109,35 @@ def _seconds(text: str) -> float:
 
 async def _serve(options: argparse.Namespace) -> int:
     # Before the model loads, so that a wrong address is told at once.
+    check_source(options.model)
     with _bound(options.host, options.port) as address:
         return await _serve_at(address, options)
 
 
 async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
-    import uvicorn
-
-    from ..engine.async_engine import AsyncEngine
-    from .app import create_app
-    from .http_server import HttpServer
+    from .engine_process.client import EngineProcess
 
     begin = time.monotonic()
     options.api_key = [*options.api_key, *keys_of_environment()]
-    engine, settings = load_engine(options)
-    requests = AsyncEngine(engine, max_requests=options.max_requests)
+    settings = server_settings(options)
+    progress = _Progress(options.model)
+    starting = asyncio.ensure_future(
+        EngineProcess.start(engine_settings(options), max_requests=options.max_requests, say=progress.say)
+    )
+    await asyncio.sleep(0)  # the process starts before the imports
+    import uvicorn
+
+    from .app import create_app
+    from .http_server import HttpServer
+
     try:
+        engine = await starting
+    finally:
+        progress.end()
+    try:
+        settings = with_defaults(settings, options, engine.sampling_defaults)
         config = uvicorn.Config(
-            create_app(requests, settings),
+            create_app(engine, settings),
             log_level=options.log_level,
             access_log=options.log_level == "debug",
             lifespan="off",
@@ -134,12 +145,41 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
 
         def say_ready(port: int) -> None:
             seconds, url = time.monotonic() - begin, f"http://{options.host}:{port}"
-            print(f"Ready after {seconds:.1f} s: {settings.model_names[0]} at {url}, {engine!r}", flush=True)
+            print(f"Ready after {seconds:.1f} s: {settings.model_names[0]} at {url}, {engine.description}", flush=True)
 
-        await HttpServer(config, requests, options.drain_timeout, say_ready).serve([address])
+        await HttpServer(config, engine, options.drain_timeout, say_ready).serve([address])
     finally:
-        await asyncio.to_thread(requests.close)
-    return 0 if requests.failure is None else FAILED
+        await asyncio.to_thread(engine.close)
+    return 0 if engine.failure is None else FAILED
+
+
+class _Progress:
+    """Says on stderr what takes so long.
+
+    Args:
+        model: As the operator gave it.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model, self._stage = model, "starting"
+        self._begin = time.monotonic()
+        self._timer = asyncio.get_running_loop().call_later(SECONDS_BEFORE_PROGRESS, self._show)
+
+    def say(self, stage: str) -> None:
+        """Note what is about to happen."""
+        self._stage = stage
+        if time.monotonic() - self._begin > SECONDS_BEFORE_PROGRESS:
+            self._timer.cancel()
+            self._show()
+
+    def end(self) -> None:
+        """Say no more."""
+        self._timer.cancel()
+
+    def _show(self) -> None:
+        seconds = time.monotonic() - self._begin
+        print(f"llama-te-serve: {self._model}: {self._stage} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+        self._timer = asyncio.get_running_loop().call_later(SECONDS_BETWEEN_PROGRESS, self._show)
 
 
 def _bound(host: str, port: int) -> socket.socket:
@@ -163,7 +203,7 @@ def keys_of_environment() -> list[str]:
 
 
 def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
-    """Return an engine for the model, and the settings of the server.
+    """Return an engine for the model in this process, and the settings of the server.
 
     Args:
         options: Of the command.
@@ -172,21 +212,24 @@ def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
         OSError: There is no such checkpoint.
         ValueError: An option or the checkpoint does not fit.
     """
-    from ..engine.engine import Engine
-    from .loading import load
-    from .settings import ServerSettings
+    from .loading import make_engine
 
-    loaded = load(
-        options.model,
+    settings = server_settings(options)
+    engine, sampling_defaults = make_engine(engine_settings(options), lambda stage: None)
+    return engine, with_defaults(settings, options, sampling_defaults)
+
+
+def engine_settings(options: argparse.Namespace) -> EngineSettings:
+    """Return what the command's options say about the engine."""
+    from .settings import EngineSettings
+
+    return EngineSettings(
+        model=options.model,
         dtype=options.dtype,
         device=options.device,
         fp8_recipe=options.fp8_recipe,
         tokenizer=options.tokenizer,
         revision=options.revision,
-    )
-    engine = Engine(
-        loaded.model,
-        loaded.tokenizer,
         max_batch_size=options.max_batch_size,
         max_sequence_length=options.max_sequence_length,
         page_size=options.page_size,
@@ -194,13 +237,30 @@ def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
         prefill_budget=options.prefill_budget,
         prefix_caching=not options.no_enable_prefix_caching,
     )
-    settings = ServerSettings(
+
+
+def server_settings(options: argparse.Namespace) -> ServerSettings:
+    """Return what the command's options say about the server. The checkpoint's own defaults are not known yet.
+
+    Raises:
+        OSError: There is no such chat template.
+    """
+    from .settings import ServerSettings
+
+    return ServerSettings(
         model_names=tuple(options.served_model_name or [options.model]),
         api_keys=tuple(options.api_key),
-        default_params={} if options.generation_config == "none" else loaded.sampling_defaults,
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
         max_body_bytes=options.max_body_bytes,
         request_timeout=options.request_timeout,
         allowed_origins=tuple(options.allowed_origins),
     )
-    return engine, settings
+
+
+def with_defaults(
+    settings: ServerSettings, options: argparse.Namespace, sampling_defaults: Mapping[str, Any]
+) -> ServerSettings:
+    """Return settings with the checkpoint's defaults for `SamplingParams`, unless the operator does not want them."""
+    if options.generation_config == "none":
+        return settings
+    return dataclasses.replace(settings, default_params=sampling_defaults)

@@ -1,78 +1,100 @@
-"""The model, the tokenizer and the defaults of a checkpoint, whatever its format."""
+"""The engine and the tokenizer for a checkpoint, whatever its format.
+
+Importing this module imports neither torch nor transformers, so that a process can load the tokenizer alone.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .settings import EngineSettings
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
 
 FP8_RECIPES = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "block": "Float8BlockScaling"}
 # Fields of transformers' GenerationConfig that mean the same in `SamplingParams`.
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-@dataclass
-class LoadedModel:
-    """What a server needs of a checkpoint.
+def check_source(source: str) -> None:
+    """Refuse a file that is no checkpoint.
 
-    Attributes:
-        model: An `NVLlamaForCausalLM` in evaluation mode.
-        tokenizer: A tokenizer of transformers.
-        sampling_defaults: Fields of `SamplingParams` that the checkpoint's `generation_config.json` sets.
+    Raises:
+        ValueError: It is one.
     """
+    path = Path(source)
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"MODEL={source} is a file, but no .gguf file: give a folder, a GGUF file or a hub id.")
 
-    model: Any
-    tokenizer: Any
-    sampling_defaults: dict[str, Any]
 
-
-def load(
-    source: str,
-    *,
-    dtype: str = "auto",
-    device: str | None = None,
-    fp8_recipe: str | None = None,
-    tokenizer: str | None = None,
-    revision: str | None = None,
-) -> LoadedModel:
-    """Load a checkpoint.
+def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[Engine, dict[str, Any]]:
+    """Load a checkpoint, and make an engine for it.
 
     Args:
-        source: A folder with the Transformer Engine or the Hugging Face layout, a GGUF file, or a hub id. All but the
-            first need llama-te-convert.
-        dtype: "auto" for the checkpoint's own, or a name such as "bfloat16".
-        device: Such as "cuda:0"; by default a GPU if there is one.
-        fp8_recipe: Compute all layers in FP8 with this recipe: "delayed", "current" or "block".
-        tokenizer: The folder or hub id of another tokenizer.
-        revision: Of a hub repository.
+        settings: The operator's settings.
+        say: Called with what is about to happen, in words.
+
+    Returns:
+        The engine, and the fields of `SamplingParams` that the checkpoint's `generation_config.json` sets.
 
     Raises:
         OSError: There is no such checkpoint.
-        ValueError: An argument or the checkpoint does not fit.
+        ValueError: A setting or the checkpoint does not fit.
     """
+    say("importing torch")
+    import torch
+
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
     from llama_te_core.compat.transformer_engine import make_recipe
-    from llama_te_core.data.tokenizer_files import load_tokenizer
 
-    path = Path(source)
-    fields: dict[str, Any] = {} if revision is None else {"revision": revision}
-    file: dict[str, Any] = {}
-    place: str | Path = source
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"MODEL={source} is a file, but no .gguf file: give a folder, a GGUF file or a hub id.")
-        place, file = path.parent, {"gguf_file": path.name}
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device, **fields, **file}
-    if fp8_recipe is not None:
-        content, _ = NVLlamaConfig.get_config_dict(place, **fields, **file)
-        options["fp8_recipe"] = make_recipe(FP8_RECIPES[fp8_recipe])
+    from ..engine.engine import Engine
+
+    say("loading the weights")
+    place, fields = _place_of(settings)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": settings.dtype, "device_map": device, **fields}
+    if settings.fp8_recipe is not None:
+        content, _ = NVLlamaConfig.get_config_dict(place, **fields)
+        options["fp8_recipe"] = make_recipe(FP8_RECIPES[settings.fp8_recipe])
         options["layer_precision"] = ["fp8"] * content["num_hidden_layers"]
     model = NVLlamaForCausalLM.from_pretrained(place, **options).eval()
-    own = {} if tokenizer is not None else file
-    loaded = load_tokenizer(tokenizer or place, **(fields if tokenizer is None else {}), **own)
+    say("making the engine")
+    engine = Engine(
+        model,
+        load_tokenizer(settings),
+        max_batch_size=settings.max_batch_size,
+        max_sequence_length=settings.max_sequence_length,
+        page_size=settings.page_size,
+        total_num_pages=settings.total_num_pages,
+        prefill_budget=settings.prefill_budget,
+        prefix_caching=settings.prefix_caching,
+    )
     config = model.generation_config
-    defaults = {name: value for name in _SAMPLING_FIELDS if (value := getattr(config, name, None)) is not None}
-    return LoadedModel(model, loaded, defaults)
+    return engine, {name: value for name in _SAMPLING_FIELDS if (value := getattr(config, name, None)) is not None}
+
+
+def load_tokenizer(settings: EngineSettings) -> Any:
+    """Return the tokenizer of a checkpoint, or the one that the settings name.
+
+    Raises:
+        ValueError: Its files are damaged, or there are none.
+    """
+    from llama_te_core.data.tokenizer_files import load_tokenizer
+
+    if settings.tokenizer is not None:
+        return load_tokenizer(settings.tokenizer)
+    place, fields = _place_of(settings)
+    return load_tokenizer(place, **fields)
+
+
+def _place_of(settings: EngineSettings) -> tuple[str | Path, dict[str, Any]]:
+    """Return the folder or hub id of a checkpoint, and what `from_pretrained` needs to find it there."""
+    check_source(settings.model)
+    fields: dict[str, Any] = {} if settings.revision is None else {"revision": settings.revision}
+    path = Path(settings.model)
+    if path.is_file():
+        return path.parent, {"gguf_file": path.name, **fields}
+    return settings.model, fields

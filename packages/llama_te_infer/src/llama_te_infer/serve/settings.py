@@ -1,4 +1,4 @@
-"""What an operator sets about the server, apart from the engine."""
+"""What an operator sets: about the server, and about the engine behind it."""
 
 from __future__ import annotations
 
@@ -35,3 +35,37 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not self.model_names:
             raise ValueError("model_names=() is not possible: give at least one name.")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Settings of the model and the engine.
+
+    Attributes:
+        model: A folder with the Transformer Engine or the Hugging Face layout, a GGUF file, or a hub id. All but the
+            first need llama-te-convert.
+        dtype: "auto" for the checkpoint's own, or a name such as "bfloat16".
+        device: Such as "cuda:0"; by default a GPU if there is one.
+        fp8_recipe: Compute all layers in FP8 with this recipe: "delayed", "current" or "block".
+        tokenizer: The folder or hub id of another tokenizer.
+        revision: Of a hub repository.
+        max_batch_size: As in `Engine`, and so on.
+        max_sequence_length: See there.
+        page_size: See there.
+        total_num_pages: See there.
+        prefill_budget: See there.
+        prefix_caching: See there.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str | None = None
+    fp8_recipe: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    max_batch_size: int = 256
+    max_sequence_length: int | None = None
+    page_size: int = 64
+    total_num_pages: int | None = None
+    prefill_budget: int = 2048
+    prefix_caching: bool = True

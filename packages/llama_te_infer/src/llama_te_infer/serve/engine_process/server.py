@@ -1,0 +1,110 @@
+"""The engine's end: it loads a model, and steps an engine for the process at the other end."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from ...engine.outputs import News
+from ..loading import make_engine
+from .messages import (
+    Accepted,
+    Cancel,
+    FromEngine,
+    FromServer,
+    Load,
+    Loading,
+    NotLoaded,
+    Ready,
+    Refused,
+    Step,
+    Submit,
+    encode,
+    receive,
+)
+
+if TYPE_CHECKING:
+    from ...engine.engine import Engine
+    from ...engine.loop import EngineLoop
+
+
+class EngineServer:
+    """Runs an engine for the process at the other end of a connection.
+
+    Args:
+        connection: To that process. Sending blocks while that process does not read, which bounds what waits.
+        when_gone: Called in a thread of its own once the other end is closed.
+    """
+
+    def __init__(self, connection: socket.socket, when_gone: Callable[[], None]) -> None:
+        self._connection, self._when_gone = connection, when_gone
+        self._loop: EngineLoop | None = None
+
+    def load(self) -> tuple[Engine, dict[str, Any]] | None:
+        """Load what the other process asks for. Return `None` if that failed; the other process knows the reason."""
+        message = receive(self._connection)
+        if not isinstance(message, Load):
+            return None
+        threading.Thread(target=self._listen, name="requests", daemon=True).start()
+        try:
+            return make_engine(message.settings, lambda stage: self._send(Loading(stage)))
+        except Exception as error:
+            if not isinstance(error, (OSError, ValueError)):
+                traceback.print_exc()
+            self._send(NotLoaded(error))
+            return None
+
+    def run(self, engine: Engine, sampling_defaults: dict[str, Any]) -> None:
+        """Step the engine until its GPU fails.
+
+        Args:
+            engine: The engine.
+            sampling_defaults: See `Ready`.
+        """
+        from ...engine.loop import EngineLoop
+
+        # What loading has made stays, so the garbage collector need not look at it between steps.
+        gc.collect()
+        gc.freeze()
+        self._loop = EngineLoop(engine, self._deliver)
+        self._send(Ready(repr(engine), engine.max_sequence_length, sampling_defaults, engine.stats()))
+        self._loop.run()
+
+    def _listen(self) -> None:
+        while (message := receive(self._connection)) is not None:
+            assert self._loop is not None, "requests come after Ready"
+            self._loop.command(self._command_for(message))
+        self._when_gone()
+
+    def _command_for(self, message: FromServer) -> Callable[[], None]:
+        loop = self._loop
+        assert loop is not None
+        match message:
+            case Submit():
+                return lambda: self._submit(loop, message)
+            case Cancel():
+                return lambda: loop.cancel(message.request_id)
+            case _:
+                raise AssertionError(message)
+
+    def _submit(self, loop: EngineLoop, message: Submit) -> None:
+        try:
+            request_id = loop.submit(message.tokens, message.params, message.arrival)
+        except Exception as error:
+            self._send(Refused(message.number, error))
+        else:
+            self._send(Accepted(message.number, request_id))
+
+    def _deliver(self, news: News) -> None:
+        assert self._loop is not None
+        news.stats = self._loop.engine.stats()
+        self._send(Step(news))
+
+    def _send(self, message: FromEngine) -> None:
+        with suppress(ConnectionError):  # `_listen` sees that the other end is closed
+            self._connection.sendall(encode(message))
