@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -74,6 +76,20 @@ def test_streams_join_to_the_whole_text(server: RunningServer) -> None:
     assert offsets == [choice.logprobs.text_offset for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage == whole.usage
+
+
+def test_events_are_lines_for_every_client(server: RunningServer) -> None:
+    """A client may split at any line end of Unicode, and the text may have such characters."""
+    body = {"prompt": "ab", "max_tokens": 64, "n": 4, "seed": 1, "ignore_eos": True, "stream": True}
+    lines = httpx.post(f"{server.url}/v1/completions", json=body).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+    assert any(not text.isascii() for chunk in chunks for choice in chunk["choices"] for text in [choice["text"]])
+
+
+def test_a_prompt_alone_in_a_stream(server: RunningServer) -> None:
+    stream = server.client.completions.create(model="tiny", prompt="ab", echo=True, max_tokens=0, stream=True)
+    choices = [choice for chunk in stream for choice in chunk.choices]
+    assert "".join(choice.text for choice in choices) == "<|bos|>ab" and choices[-1].finish_reason == "length"
 
 
 def test_log_probabilities(server: RunningServer, reference: Engine) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from ..engine.client import RequestStream
-from ..engine.outputs import Completion, RequestOutput, TokenLogprobs
+from ..engine.outputs import RequestOutput
+from ..sampling_params import SamplingParams
+from .answers import ChunkedAnswer, Piece, respond
 from .errors import ApiError
 from .protocol.chat import ChatRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
-from .streams import KEEP_ALIVE, by_choice, event, event_stream, events_of
 from .token_texts import TokenTexts
-from .usage import Usage
 
 router = APIRouter()
 
@@ -24,9 +23,10 @@ router = APIRouter()
 @router.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation."""
-    server: Server = request.app.state.server
-    body = await server.read(request, ChatRequest)
-    name = server.model_name(body.model)
+    return await respond(request, ChatRequest, _answer)
+
+
+async def _answer(server: Server, body: ChatRequest, name: str) -> ChatAnswer:
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true.", "top_logprobs")
     with refusals():
@@ -37,81 +37,63 @@ async def create_chat_completion(request: Request) -> Response:
             prompt_logprobs=None,
         )
         prompt = await server.tokens_of_chat(body)
-    streams = await server.begin([prompt], params)
-    answer = _Answer(server, body, name, prompt)
-    if body.stream:
-        return event_stream(streams, answer.chunks(streams))
-    (output,) = await server.finish(request, streams)
-    return JSONResponse(answer.whole(output))
+    return ChatAnswer(server, prompt, params, body, name)
 
 
-class _Answer:
-    """Writes an answer, whole or in chunks."""
+class ChatAnswer(ChunkedAnswer):
+    """Writes an answer to a conversation, whole or in chunks."""
 
-    def __init__(self, server: Server, body: ChatRequest, name: str, prompt: list[int]) -> None:
-        self.server, self.body, self.prompt = server, body, prompt
-        self.head = {"id": new_id("chatcmpl"), "created": server.now(), "model": name}
+    def __init__(self, server: Server, prompt: list[int], params: SamplingParams, body: ChatRequest, name: str) -> None:
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = {"id": new_id("chatcmpl"), "object": kind, "created": server.now(), "model": name}
+        super().__init__(server, [prompt], params, head, body.stream_options)
+        self._body = body
+        self._begun: set[int] = set()
 
-    def whole(self, output: RequestOutput) -> dict[str, Any]:
-        usage = Usage(len(self.prompt), sum(len(completion.token_ids) for completion in output.outputs))
-        answer = {
-            **self.head,
-            "object": "chat.completion",
-            "choices": [self._choice(completion) for completion in output.outputs],
-            "usage": usage.to_dict(),
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Return the answer."""
+        (output,) = outputs
+        choices = [self._whole_choice(Piece.whole(0, completion)) for completion in output.outputs]
+        answer = {**self.head, "choices": choices, "usage": self.usage.to_dict()}
+        return answer | ({"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {})
+
+    def _whole_choice(self, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.index, "message": message, **self._about(piece)}
+
+    def choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield the role before the first piece of a choice, and each piece."""
+        if piece.index not in self._begun:
+            self._begun.add(piece.index)
+            role = {"role": "assistant", "content": ""}
+            yield {"index": piece.index, "delta": role, "logprobs": None, "finish_reason": None}
+        delta = {"content": piece.text} if piece.text else {}
+        yield {"index": piece.index, "delta": delta, **self._about(piece)}
+
+    def _about(self, piece: Piece) -> dict[str, Any]:
+        """Return what a choice says about its text, whole or in chunks."""
+        body = self._body
+        self.usage.completion += len(piece.token_ids)
+        about: dict[str, Any] = {
+            "logprobs": {
+                "content": logprobs_of(piece, self.server.token_texts, body.top_logprobs or 0),
+                "refusal": None,
+            }
+            if body.logprobs
+            else None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
         }
-        return answer | ({"prompt_token_ids": self.prompt} if self.body.return_token_ids else {})
-
-    def _choice(self, completion: Completion) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": completion.finish_reason,
-            "stop_reason": completion.stop_reason,
-        }
-        if completion.logprobs is not None:
-            choice["logprobs"] = self._logprobs(completion.token_ids, completion.logprobs)
-        return choice | ({"token_ids": completion.token_ids} if self.body.return_token_ids else {})
-
-    async def chunks(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
-        options, head = self.body.stream_options, {**self.head, "object": "chat.completion.chunk"}
-        reports_each = bool(options and options.continuous_usage_stats)
-        usage = Usage(len(self.prompt))
-        begun: set[int] = set()
-        async for _, events in events_of(self.server, streams):
-            if not events:
-                yield KEEP_ALIVE
-            for index, own in by_choice(events).items():
-                if index not in begun:
-                    begun.add(index)
-                    yield event({**head, "choices": [_delta(index, {"role": "assistant", "content": ""})]})
-                token_ids = [each.token_id for each in own if each.token_id is not None]
-                usage.completion += len(token_ids)
-                choice = _delta(index, {"content": text} if (text := "".join(each.text for each in own)) else {})
-                choice |= {"finish_reason": own[-1].finish_reason, "stop_reason": own[-1].stop_reason}
-                if self.body.logprobs:
-                    logprobs = [each.logprobs for each in own if each.logprobs is not None]
-                    choice["logprobs"] = self._logprobs(token_ids, logprobs)
-                if self.body.return_token_ids:
-                    choice["token_ids"] = token_ids
-                content = {**head, "choices": [choice]}
-                yield event(content | {"usage": usage.to_dict()} if reports_each else content)
-        if options and options.include_usage:
-            yield event({**head, "choices": [], "usage": usage.to_dict()})
-
-    def _logprobs(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-        texts, count = self.server.token_texts, self.body.top_logprobs or 0
-        content = [
-            _token(texts, token_id, here.logprob)
-            | {"top_logprobs": [_token(texts, *pair) for pair in here.top[:count]]}
-            for token_id, here in zip(token_ids, logprobs, strict=True)
-        ]
-        return {"content": content, "refusal": None}
+        return about | ({"token_ids": piece.token_ids} if body.return_token_ids else {})
 
 
-def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+def logprobs_of(piece: Piece, texts: TokenTexts, count: int) -> list[dict[str, Any]]:
+    """Return OpenAI's list of log-probabilities, with the `count` most likely tokens at each position."""
+    return [
+        _token(texts, token_id, here.logprob) | {"top_logprobs": [_token(texts, *pair) for pair in here.top[:count]]}
+        for token_id, here in zip(piece.token_ids, piece.logprobs, strict=True)
+        if here is not None
+    ]
 
 
 def _token(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:

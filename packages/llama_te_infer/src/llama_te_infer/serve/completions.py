@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from ..engine.client import RequestStream
-from ..engine.outputs import Completion, RequestOutput, TokenLogprobs
+from ..engine.outputs import RequestOutput, TokenLogprobs
+from ..sampling_params import SamplingParams
+from .answers import ChunkedAnswer, Piece, respond
 from .errors import ApiError
 from .protocol.completions import CompletionRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
-from .streams import KEEP_ALIVE, by_choice, event, event_stream, events_of
 from .token_texts import TokenTexts
-from .usage import Usage
 
 router = APIRouter()
 
@@ -24,106 +24,72 @@ router = APIRouter()
 @router.post("/v1/completions", openapi_extra=body_of(CompletionRequest))
 async def create_completion(request: Request) -> Response:
     """Continue one prompt or several."""
-    server: Server = request.app.state.server
-    body = await server.read(request, CompletionRequest)
-    name = server.model_name(body.model)
-    scores_alone = bool(body.echo) and body.max_tokens == 0
-    prompt_logprobs = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return await respond(request, CompletionRequest, _answer)
+
+
+async def _answer(server: Server, body: CompletionRequest, name: str) -> CompletionAnswer:
     if body.stream and body.echo and body.logprobs is not None:
         raise ApiError(400, "stream=true with echo=true and logprobs is not possible: leave one of them out.", "stream")
+    prompt_logprobs = [body.prompt_logprobs, body.logprobs if body.echo else None]
     with refusals():
         params = body.sampling_params(
             server.settings.default_params,
-            max_tokens=1 if scores_alone else body.max_tokens,
+            max_tokens=1 if body.scores_alone else body.max_tokens,
             logprobs=body.logprobs,
             prompt_logprobs=max((wanted for wanted in prompt_logprobs if wanted is not None), default=None),
         )
         prompts = [await server.tokens_of(prompt, body.add_special_tokens is not False) for prompt in body.prompts()]
-    streams = await server.begin(prompts, params)
-    answer = _Answer(server, body, name, prompts, scores_alone)
-    if body.stream:
-        return event_stream(streams, answer.chunks(streams))
-    return JSONResponse(answer.whole(await server.finish(request, streams)))
+    return CompletionAnswer(server, prompts, params, body, name)
 
 
-class _Answer:
-    """Writes an answer, whole or in chunks."""
+class CompletionAnswer(ChunkedAnswer):
+    """Writes a completion, whole or in chunks."""
 
     def __init__(
-        self, server: Server, body: CompletionRequest, name: str, prompts: Sequence[list[int]], scores_alone: bool
+        self, server: Server, prompts: Sequence[list[int]], params: SamplingParams, body: CompletionRequest, name: str
     ) -> None:
-        self.server, self.body, self.prompts, self.scores_alone = server, body, prompts, scores_alone
-        self.head = {"id": new_id("cmpl"), "object": "text_completion", "created": server.now(), "model": name}
-        self.choices_each = body.n or 1
+        head = {"id": new_id("cmpl"), "object": "text_completion", "created": server.now(), "model": name}
+        super().__init__(server, prompts, params, head, body.stream_options)
+        self._body, self._texts = body, server.token_texts
+        self._lists: dict[int, LogprobLists] = {}  # of each choice that has begun
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        usage = Usage(sum(map(len, self.prompts)))
+        """Return the completion."""
         choices = []
-        for index, output in enumerate(outputs):
+        for prompt_index, output in enumerate(outputs):
             for completion in output.outputs:
-                usage.completion += 0 if self.scores_alone else len(completion.token_ids)
-                choices.append(self._choice(index, output, completion))
-        return {**self.head, "choices": choices, "usage": usage.to_dict()}
+                choice = self._choice(Piece.whole(prompt_index, completion), output.prompt_logprobs or ())
+                if self._body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs_of(self._texts, output, self._body.prompt_logprobs)
+                choices.append(choice)
+        return {**self.head, "choices": choices, "usage": self.usage.to_dict()}
 
-    def _choice(self, index: int, output: RequestOutput, completion: Completion) -> dict[str, Any]:
-        body, text, token_ids = self.body, completion.text, completion.token_ids
-        logprobs: Sequence[TokenLogprobs | None] | None = completion.logprobs
-        if self.scores_alone:
-            text, token_ids, logprobs = "", [], []
-        if body.echo:
-            text = self.server.text_of(output.prompt_token_ids) + text
-            token_ids = output.prompt_token_ids + token_ids
-            if body.logprobs is not None:
-                logprobs = [*(output.prompt_logprobs or ()), *(logprobs or ())]
+    def choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
+        """Yield one choice for each piece."""
+        yield self._choice(piece)
+
+    def _choice(self, piece: Piece, prompt_logprobs: Sequence[TokenLogprobs | None] = ()) -> dict[str, Any]:
+        body, prompt = self._body, self.prompts[piece.prompt_index]
+        if body.scores_alone:
+            piece = replace(piece, text="", token_ids=[], logprobs=(), finish_reason="length", stop_reason=None)
+        self.usage.completion += len(piece.token_ids)
+        index = piece.prompt_index * (body.n or 1) + piece.index
+        is_first = index not in self._lists
+        lists = self._lists.setdefault(index, LogprobLists(self._texts, body.logprobs or 0))
+        text, token_ids, logprobs = piece.text, piece.token_ids, piece.logprobs
+        if body.echo and is_first:
+            text = self.server.text_of(prompt) + text
+            token_ids, logprobs = prompt + token_ids, [*prompt_logprobs, *logprobs]
         choice: dict[str, Any] = {
-            "index": index * self.choices_each + completion.index,
+            "index": index,
             "text": text,
-            "logprobs": None,
-            "finish_reason": "length" if self.scores_alone else completion.finish_reason,
-            "stop_reason": completion.stop_reason,
+            "logprobs": None if body.logprobs is None else lists.add(token_ids, logprobs),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
         }
-        if body.logprobs is not None:
-            choice["logprobs"] = LogprobLists(self.server.token_texts, body.logprobs).add(token_ids, logprobs or ())
-        if body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = prompt_logprobs_of(self.server.token_texts, output, body.prompt_logprobs)
         if body.return_token_ids:
-            choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": completion.token_ids}
+            choice |= {"prompt_token_ids": prompt if is_first else None, "token_ids": piece.token_ids}
         return choice
-
-    async def chunks(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
-        body, texts = self.body, self.server.token_texts
-        options = body.stream_options
-        reports_each = bool(options and options.continuous_usage_stats)
-        usage = Usage(sum(map(len, self.prompts)))
-        lists: dict[int, LogprobLists] = {}
-        async for prompt_index, events in events_of(self.server, streams):
-            if not events:
-                yield KEEP_ALIVE
-            for index, own in by_choice(events).items():
-                number = prompt_index * self.choices_each + index
-                is_first = number not in lists
-                so_far = lists.setdefault(number, LogprobLists(texts, body.logprobs or 0))
-                token_ids = [each.token_id for each in own if each.token_id is not None]
-                usage.completion += len(token_ids)
-                text = "".join(each.text for each in own)
-                if is_first and body.echo:
-                    text = self.server.text_of(self.prompts[prompt_index]) + text
-                choice: dict[str, Any] = {
-                    "index": number,
-                    "text": text,
-                    "logprobs": None,
-                    "finish_reason": own[-1].finish_reason,
-                    "stop_reason": own[-1].stop_reason,
-                }
-                if body.logprobs is not None:
-                    choice["logprobs"] = so_far.add(token_ids, [each.logprobs for each in own])
-                if body.return_token_ids:
-                    choice["token_ids"] = token_ids
-                    choice["prompt_token_ids"] = self.prompts[prompt_index] if is_first else None
-                content = {**self.head, "choices": [choice]}
-                yield event(content | {"usage": usage.to_dict()} if reports_each else content)
-        if options and options.include_usage:
-            yield event({**self.head, "choices": [], "usage": usage.to_dict()})
 
 
 class LogprobLists:

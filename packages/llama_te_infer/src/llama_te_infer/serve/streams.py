@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 
 from ..engine.client import RequestStream
 from ..engine.outputs import TokenEvent
-from .errors import api_error_of
+from .errors import ApiError, api_error_of
 from .server import Server, check_output
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -24,25 +24,38 @@ DONE = b"data: [DONE]\n\n"
 
 def event(content: dict[str, Any]) -> bytes:
     """Return one event."""
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    # In ASCII: some clients take characters such as U+2028 for the end of a line.
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
-def event_stream(streams: Sequence[RequestStream], parts: AsyncIterator[bytes]) -> StreamingResponse:
-    """Return the response for some requests of the engine; they end if the client leaves."""
+def event_stream(
+    streams: Sequence[RequestStream],
+    parts: AsyncIterator[bytes],
+    failure: Callable[[ApiError], Iterable[bytes]],
+) -> StreamingResponse:
+    """Return the response for some requests of the engine; they end if the client leaves.
+
+    Args:
+        streams: The requests.
+        parts: The content.
+        failure: Returns the last parts of a stream that fails: its status has been sent, so it says what has happened.
+    """
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second one is nginx's
-    return StreamingResponse(_guarded(streams, parts), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(_guarded(streams, parts, failure), media_type="text/event-stream", headers=headers)
 
 
-async def _guarded(streams: Sequence[RequestStream], parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _guarded(
+    streams: Sequence[RequestStream], parts: AsyncIterator[bytes], failure: Callable[[ApiError], Iterable[bytes]]
+) -> AsyncIterator[bytes]:
     try:
         async for part in parts:
             yield part
-    except Exception as error:  # the status has been sent, so the stream says what has happened
-        yield event(api_error_of(error).body())
+    except Exception as error:
+        for part in failure(api_error_of(error)):
+            yield part
     finally:
         for stream in streams:
             stream.close()
-    yield DONE
 
 
 async def events_of(server: Server, streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, list[TokenEvent]]]:

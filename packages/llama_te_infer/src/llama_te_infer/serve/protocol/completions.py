@@ -22,6 +22,11 @@ class CompletionRequest(SamplingFields):
     prompt_logprobs: int | None = Field(None, description="As echo with logprobs, beside the text.")
     add_special_tokens: bool | None = Field(None, description="false: the text gets no special tokens.")
 
+    @property
+    def scores_alone(self) -> bool:
+        """Whether the prompt is scored and nothing is written."""
+        return bool(self.echo) and self.max_tokens == 0
+
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts.
 

@@ -27,18 +27,11 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = Field(None, description="Only false: no chunk has padding.")
 
 
-class SamplingFields(Strict):
-    """How to continue a prompt."""
+class GeneratingFields(Strict):
+    """The fields of every endpoint that writes texts."""
 
     model: str | None = Field(None, description="A name that /v1/models lists; the served model by default.")
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = Field(None, description="Numbers to add to logits, by token id.")
-    n: int | None = None
-    presence_penalty: float | None = None
-    seed: int | None = Field(None, description="Equal seeds give equal texts.")
-    stop: str | list[str] | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
 
@@ -49,6 +42,18 @@ class SamplingFields(Strict):
     prompt_cache_key: str | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
+
+
+class SamplingFields(GeneratingFields):
+    """How to continue a prompt."""
+
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="Numbers to add to logits, by token id.")
+    n: int | None = None
+    presence_penalty: float | None = None
+    seed: int | None = Field(None, description="Equal seeds give equal texts.")
+    stop: str | list[str] | None = None
+    stream_options: StreamOptions | None = None
 
     # vLLM's further fields.
     top_k: int | None = Field(None, description="0 or -1 for all tokens.")
