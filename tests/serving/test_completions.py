@@ -149,7 +149,7 @@ def test_token_ids(server: RunningServer, reference: Engine) -> None:
         ({"prompt": [300]}, "prompt", "prompt has the tokens 300 to 300, but the model knows 0 to 258"),
         ({"prompt": {"a": 1}}, "prompt", "prompt={'a': 1} is not possible"),
         ({"nonsense": 1}, "nonsense", "nonsense is no field of this request: leave it out."),
-        ({"suffix": "a"}, "suffix", "suffix='a' is not possible"),
+        ({"suffix": "a"}, "suffix", "suffix is not supported: the models write no middle of a text."),
         ({"logprobs": 50}, "logprobs", "logprobs=50 is not possible: give a number of tokens from 0 to 20"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "logit_bias={'a': ...} is not possible"),
         ({"logit_bias": {"1": 1000}}, "logit_bias", "from -100 to 100"),

@@ -42,6 +42,8 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """Headers of the answer."""
+        if self.status == 408:
+            return {"x-should-retry": "false"}  # OpenAI's clients would send the request again, in vain
         return {"Retry-After": str(RETRY_SECONDS)} if self.status in (429, 503) else {}
 
     def body(self) -> dict[str, Any]:

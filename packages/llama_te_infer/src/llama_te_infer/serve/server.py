@@ -101,7 +101,7 @@ class Server:
             "chat_template": self.settings.chat_template,
             "documents": body.documents,
         }
-        return await self.engine.tokenize_chat(body.messages or [], **options, **(body.chat_template_kwargs or {}))
+        return await self.engine.tokenize_chat(body.conversation(), **options, **(body.chat_template_kwargs or {}))
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt, with its special tokens."""

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from .sampling import SamplingFields
 from .tokens import ChatFields
+from .unsupported import FOR_ALL, FOR_CHATS, Unsupported
 
 
 class ChatRequest(SamplingFields, ChatFields):
     """Answer a conversation."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL | FOR_CHATS
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, description="Most likely tokens to report at each position; with logprobs.")
     max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, description="Most tokens to write; as many as fit by default.")
+    prediction: dict[str, Any] | None = Field(None, description="It changes no answer.")

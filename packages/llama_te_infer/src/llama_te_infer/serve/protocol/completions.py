@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import ClassVar, cast
 
 from pydantic import Field
 
 from .sampling import SamplingFields
+from .unsupported import FOR_ALL, FOR_COMPLETIONS, Unsupported
 
 
 class CompletionRequest(SamplingFields):
     """Continue one prompt or several."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL | FOR_COMPLETIONS
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(
         description="A text, token ids, or a list of either; a text gets the special tokens that the tokenizer adds."
@@ -18,7 +22,6 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
     logprobs: int | None = Field(None, description="Report so many most likely tokens at each position.")
     max_tokens: int | None = Field(16, description="Most tokens to write; with echo, 0 scores the prompt alone.")
-    suffix: None = Field(None, description="Only null: the models write no middle of a text.")
     prompt_logprobs: int | None = Field(None, description="As echo with logprobs, beside the text.")
     add_special_tokens: bool | None = Field(None, description="false: the text gets no special tokens.")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...sampling_params import SamplingParams
+from .unsupported import FOR_ALL, Unsupported, without_unsupported
 
 # OpenAI allows null for each optional field; it means the default.
 SEEDS = 2**63
@@ -30,6 +31,8 @@ class StreamOptions(Strict):
 class GeneratingFields(Strict):
     """The fields of every endpoint that writes texts."""
 
+    unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL
+
     model: str | None = Field(None, description="A name that /v1/models lists; the served model by default.")
     stream: bool | None = None
     temperature: float | None = None
@@ -40,8 +43,14 @@ class GeneratingFields(Strict):
     metadata: dict[str, str] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
+    # vLLM's fields that change no answer here.
+    include_reasoning: bool | None = None
+    session_id: str | None = None
+    spaces_between_special_tokens: bool | None = None
 
 
 class SamplingFields(GeneratingFields):
@@ -71,6 +80,11 @@ class SamplingFields(GeneratingFields):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     return_token_ids: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_unsupported(cls, fields: Any) -> Any:
+        return without_unsupported(fields, cls.unsupported)
 
     def sampling_params(
         self, defaults: Mapping[str, Any], *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None

@@ -1,0 +1,186 @@
+"""`llama-te-serve` as a user starts it, on the real SmolLM2 in its three formats, and the official client.
+
+The oracles are an engine of its own on the converted float32 model, and transformers' `generate`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import AsyncOpenAI, OpenAI
+from transformers import PreTrainedModel
+
+from llama_te_convert import convert_llama_hf_to_te
+from llama_te_infer import Engine, SamplingParams
+
+OPTIONS = {"max_batch_size": 8, "max_sequence_length": 256, "page_size": 16, "total_num_pages": 128}
+QUESTIONS = ["Why is the sky blue?", "What is the capital of France?", "Say 😀🎉 in three languages."]
+NEW = 16
+Url = str
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2: PreTrainedModel, smollm2_tokenizer: Any) -> Engine:
+    return Engine(convert_llama_hf_to_te(smollm2), smollm2_tokenizer, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def urls(
+    engine: Engine, smollm2: PreTrainedModel, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Url]]:
+    """Servers of a GGUF file, of a folder of transformers and of a converted folder, which start at the same time."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    for name, model in (("hf", smollm2), ("te", engine.model)):
+        model.save_pretrained(folder / name)
+        engine.tokenizer.save_pretrained(folder / name)
+    sources = {"gguf": smollm2_file, "hf": folder / "hf", "te": folder / "te"}
+    options = ["--port=0", "--served-model-name=smol", "--dtype=float32"]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    with ExitStack() as ended:
+        processes = {}
+        for name, source in sources.items():
+            command = [sys.executable, "-m", "llama_te_infer.serve", str(source), *options]
+            processes[name] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            ended.callback(processes[name].wait)
+            ended.callback(processes[name].kill)
+        found = {}
+        for name, process in processes.items():
+            assert process.stdout is not None
+            ready = process.stdout.readline()
+            found[name] = re.search(r"smol at (http://127.0.0.1:\d+)", ready)
+            assert found[name], f"{name}: {ready}"
+        yield {name: f"{match[1]}/v1" for name, match in found.items()}
+
+
+@pytest.fixture(scope="module")
+def client(urls: dict[str, Url]) -> OpenAI:
+    return OpenAI(base_url=urls["te"], api_key="none", max_retries=0)
+
+
+def chat(question: str) -> Any:
+    return [{"role": "user", "content": question}]
+
+
+def test_greedy_text_of_every_format_is_transformers_own(
+    urls: dict[str, Url], engine: Engine, smollm2: PreTrainedModel, smollm2_tokenizer: Any
+) -> None:
+    for question in QUESTIONS:
+        prompt = smollm2_tokenizer.apply_chat_template(
+            chat(question), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = smollm2.generate(**prompt, max_new_tokens=NEW, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        expected = smollm2_tokenizer.decode(written, skip_special_tokens=True)
+        (output,) = engine.chat(chat(question), SamplingParams(max_tokens=NEW, temperature=0))
+        assert output.outputs[0].text == expected
+        for url in urls.values():
+            client = OpenAI(base_url=url, api_key="none")
+            answer = client.chat.completions.create(
+                model="smol", messages=chat(question), max_completion_tokens=NEW, temperature=0
+            )
+            assert answer.choices[0].message.content == expected
+            assert answer.usage is not None and answer.usage.prompt_tokens == prompt["input_ids"].shape[1]
+
+
+def test_beams_are_the_engines(client: OpenAI, engine: Engine) -> None:
+    answer = client.chat.completions.create(
+        model="smol",
+        messages=chat(QUESTIONS[0]),
+        max_tokens=NEW,
+        n=2,
+        extra_body={"use_beam_search": True, "best_of": 3},
+    )
+    (output,) = engine.chat(chat(QUESTIONS[0]), SamplingParams(max_tokens=NEW, num_beams=3, n=2))
+    assert [choice.message.content for choice in answer.choices] == [each.text for each in output.outputs]
+
+
+def test_log_probabilities_are_the_engines(client: OpenAI, engine: Engine) -> None:
+    params = SamplingParams(max_tokens=NEW, temperature=0, logprobs=5)
+    (output,) = engine.chat(chat(QUESTIONS[1]), params)
+    expected = output.outputs[0].logprobs
+    answer = client.chat.completions.create(
+        model="smol", messages=chat(QUESTIONS[1]), max_tokens=NEW, temperature=0, logprobs=True, top_logprobs=5
+    )
+    found = answer.choices[0].logprobs.content
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in expected], abs=1e-6)
+    for each, here in zip(found, expected, strict=True):
+        assert [top.logprob for top in each.top_logprobs] == pytest.approx([p for _, p in here.top], abs=1e-6)
+        assert [top.token for top in each.top_logprobs] == [engine.tokenizer.decode([token]) for token, _ in here.top]
+    # The last token ended the text, so its bytes are not of the text.
+    ended = answer.choices[0].finish_reason == "stop"
+    written = bytes(byte for each in found[: -1 if ended else None] for byte in each.bytes)
+    assert written.decode() == answer.choices[0].message.content
+
+
+def test_echo_gives_the_logprobs_and_the_place_of_each_token(client: OpenAI, engine: Engine) -> None:
+    prompt = "Naïve cafés cost 5 €."
+    answer = client.completions.create(
+        model="smol", prompt=prompt, max_tokens=4, temperature=0, echo=True, logprobs=0
+    ).choices[0]
+    (output,) = engine.generate([prompt], SamplingParams(max_tokens=4, temperature=0, logprobs=0, prompt_logprobs=0))
+    expected = [each and each.logprob for each in output.prompt_logprobs] + [
+        each.logprob for each in output.outputs[0].logprobs
+    ]
+    assert answer.logprobs.token_logprobs[0] is None
+    assert answer.logprobs.token_logprobs[1:] == pytest.approx(expected[1:], abs=1e-6)
+    assert answer.text == prompt + output.outputs[0].text
+    for token, offset in zip(answer.logprobs.tokens, answer.logprobs.text_offset, strict=True):
+        assert answer.text.startswith(token, offset) or "\N{REPLACEMENT CHARACTER}" in token
+
+
+def test_a_seed_gives_the_same_text_also_under_load(urls: dict[str, Url], client: OpenAI) -> None:
+    def arguments(seed: int | None) -> Any:
+        return {
+            "model": "smol",
+            "messages": chat("Tell me a story."),
+            "max_tokens": NEW,
+            "seed": seed,
+            "logprobs": True,
+        }
+
+    alone = client.chat.completions.create(**arguments(7)).choices
+    assert client.chat.completions.create(**arguments(7)).choices[0].message == alone[0].message
+
+    async def ask() -> list[Any]:
+        async with AsyncOpenAI(base_url=urls["te"], api_key="none") as many:
+            calls = [many.chat.completions.create(**arguments(seed)) for seed in [None, 7, 8] * 8]
+            return await asyncio.gather(*calls)
+
+    texts = [answer.choices[0].message.content for answer in asyncio.run(ask())]
+    assert set(texts[1::3]) == {alone[0].message.content}
+    assert len(set(texts[2::3])) == 1 and len(set(texts[::3])) > 1
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(prompt=st.text(min_size=1, max_size=20), seed=st.integers(0, 2**63 - 1), special=st.booleans())
+def test_the_deltas_of_a_stream_join_to_the_whole_text(client: OpenAI, prompt: str, seed: int, special: bool) -> None:
+    """A high temperature draws tokens that are parts of characters."""
+    arguments: Any = {"model": "smol", "prompt": prompt, "max_tokens": 12, "seed": seed, "temperature": 3.0}
+    extra = {"skip_special_tokens": special, "return_token_ids": True}
+    whole = client.completions.create(**arguments, extra_body=extra).choices[0]
+    chunks = list(client.completions.create(**arguments, extra_body=extra, stream=True))
+    texts = [choice.text for chunk in chunks for choice in chunk.choices]
+    assert "".join(texts) == whole.text
+    assert [token for chunk in chunks for token in chunk.choices[0].token_ids] == whole.token_ids
+    assert chunks[0].choices[0].prompt_token_ids == whole.prompt_token_ids
+
+
+def test_characters_of_several_tokens_come_whole(client: OpenAI, engine: Engine) -> None:
+    text = "👩‍👩‍👧‍👦 🇫🇷 ñ 漢字 😀"
+    tokens = engine.tokenizer(text)["input_ids"]
+    assert len(tokens) > len(text.split()) * 2
+    # A bias lets the model write these tokens, one request for each place.
+    for index in range(1, len(tokens)):
+        answer = client.completions.create(
+            model="smol", prompt=tokens[:index], max_tokens=1, temperature=0, logit_bias={str(tokens[index]): 100}
+        )
+        assert answer.choices[0].text == engine.tokenizer.decode(tokens[index : index + 1])
