@@ -507,7 +507,7 @@ def test_a_callback_that_raises_ends_its_own_request(
 def test_a_step_is_launched_before_the_last_one_is_read(thd: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     launch, result = ModelRunner.launch, Pending.result
-    monkeypatch.setattr(ModelRunner, "launch", lambda self, plan: log.append("launch") or launch(self, plan))
+    monkeypatch.setattr(ModelRunner, "launch", lambda self, *plans: log.append("launch") or launch(self, *plans))
     monkeypatch.setattr(Pending, "result", lambda self: log.append("read") or result(self))
     Engine(thd).generate(prompts(5), SamplingParams(max_tokens=4, temperature=0))
     assert log == ["launch", "launch", "read", "launch", "read", "launch", "read", "read"]

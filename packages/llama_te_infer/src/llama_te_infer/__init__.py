@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .kv_cache.contiguous import NonPagedKVCacheManager
     from .kv_cache.paged import PagedKVCacheManager
     from .sampling_params import SamplingParams
+    from .structured_outputs import StructuredOutputs
 
 try:
     __version__ = version("llama-te-infer")
@@ -32,6 +33,7 @@ __all__ = [
     "PagedKVCacheManager",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "TokenEvent",
     "TokenLogprobs",
     "inference_params_for",
@@ -47,6 +49,7 @@ _MODULES = {
     "PagedKVCacheManager": "kv_cache.paged",
     "RequestOutput": "engine.outputs",
     "SamplingParams": "sampling_params",
+    "StructuredOutputs": "structured_outputs",
     "TokenEvent": "engine.outputs",
     "TokenLogprobs": "engine.outputs",
     "inference_params_for": "generate.inference_params",

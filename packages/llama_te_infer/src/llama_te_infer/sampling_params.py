@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .integers import as_integer
+from .structured_outputs import StructuredOutputs
 
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
@@ -22,8 +23,9 @@ _INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_lo
 class SamplingParams:
     """How to continue a prompt.
 
-    The sampler changes logits in this order: `logit_bias`, forbidden tokens (`allowed_token_ids`, `bad_words`, ends
-    before `min_tokens`), repetition, frequency and presence penalty, temperature, top-k, top-p, min-p.
+    The sampler changes logits in this order: `structured_outputs`, `logit_bias`, forbidden tokens
+    (`allowed_token_ids`, `bad_words`, ends before `min_tokens`), repetition, frequency and presence penalty,
+    temperature, top-k, top-p, min-p.
 
     `num_beams > 1` selects beam search, which is deterministic; `temperature` may be 0 or left at 1.0. Beam search
     refuses parameters that would change its scores.
@@ -55,6 +57,9 @@ class SamplingParams:
             With 0 the engine reports the written token's log-probability alone; `None` reports nothing. Values are the
             model's own, before the parameters above change them.
         prompt_logprobs: As `logprobs`, for each token of the prompt except the first.
+        structured_outputs: The form that the text must have. EOS and stop tokens have a probability where the form lets
+            the text end, and the text ends where no token can follow, also before `min_tokens`. Stop tokens and strings
+            that are a part of the form end the text there. Needs the extra `structured-outputs`.
         n: Continuations to return: independent draws, or the n best ones of beam search.
         num_beams: Width of beam search; 1 for none.
         length_penalty: Beam search divides a sequence's log-probability by its new tokens to this power. From -5 to 5.
@@ -86,6 +91,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | None = None
     n: int = 1
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -181,6 +187,11 @@ class SamplingParams:
                 getattr(self, name) is None or _is_integer(getattr(self, name), 0, MAX_LOGPROBS),
                 f"give a number of tokens from 0 to {MAX_LOGPROBS}, or None to report nothing",
             )
+        self._need(
+            "structured_outputs",
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
+            "give a StructuredOutputs, or None for any text",
+        )
         self._need("n", _is_integer(self.n, 1), "give an integer of at least 1")
         self._need("num_beams", _is_integer(self.num_beams, 1), "give an integer of at least 1, 1 for no beam search")
         self._need(

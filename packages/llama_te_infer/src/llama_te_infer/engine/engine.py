@@ -36,6 +36,7 @@ from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
 from ..sampling_params import SamplingParams, checked_params
+from .grammars import GrammarCompiler
 from .limits import check_memory, check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
 from .one_thread import OneThread
@@ -156,6 +157,7 @@ class Engine:
         self._thread = OneThread()
         self._abandoned: deque[int] = deque()  # requests of dropped streams
         self._special_tokens = special_tokens_of(tokenizer)
+        self.grammars = GrammarCompiler(tokenizer, model.lm_head.out_features, self.eos_token_ids)
         self._submitted = 0
         self._failure: Exception | None = None  # why the engine cannot be used any more
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
@@ -431,7 +433,9 @@ class Engine:
         self.scheduler.check_rows(params)  # before a request makes its sequences
         self._check(tokens, params, special_stops, bad_words)
         params = self._with_length(tokens, params)
-        request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words)
+        form = params.structured_outputs
+        grammar = None if form is None else self.grammars.compile(form)
+        request = Request(self._submitted, tokens, params, seed, self.eos_token_ids, special_stops, bad_words, grammar)
         state = RequestState(request, self.tokenizer, on_token, arrival)
         self.scheduler.submit(request)
         self._submitted += 1
@@ -582,7 +586,7 @@ class Engine:
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
                 self._requests[request.id].begin_search()
             self._count_step(plan)
-            launched = None if plan.is_empty else self._runner.launch(plan)
+            launched = None if plan.is_empty else self._runner.launch(plan, self._pending)
             for request, error in launched.failed if launched is not None else ():
                 if (state := self._requests.get(request.id)) is not None:
                     self._end(state, error=error)
@@ -683,6 +687,8 @@ class Engine:
                 here = None
                 if wanted is not None and positions is not None:
                     here = TokenLogprobs(positions[index].logprob, tuple(positions[index].top[:wanted]))
+                if sequence.grammar is not None:
+                    sequence.grammar.add(token)
                 self._append(sequence, token, here)
 
     def _call_back(

@@ -63,6 +63,7 @@ class RequestState:
 
         Raises:
             FloatingPointError: It is `NO_TOKEN`.
+            GrammarError: The text cannot go on in its grammar.
             Exception: The tokenizer's.
         """
         if token == NO_TOKEN:
@@ -79,7 +80,11 @@ class RequestState:
                 detokenizer.add_end(stop.special_strings[token])
             else:
                 detokenizer.add(token, may_stop=False)
-        ending = stop.ending(token, written, detokenizer.stopped_by)
+        grammar = sequence.grammar
+        completes_grammar = grammar is not None and grammar.is_complete
+        ending = stop.ending(token, written, detokenizer.stopped_by, completes_grammar)
+        if ending is None and grammar is not None and grammar.error is not None:
+            raise grammar.error
         if ending is not None:
             detokenizer.end()
             sequence.finish_reason, sequence.stop_reason = ending
@@ -122,19 +127,20 @@ class RequestState:
         params = self.request.params
         stop = self.request.stop
         self.history = BeamHistory(params.num_beams, stop, params.length_penalty, params.early_stopping)
-        if stop.stop_strings:
+        if stop.stop_strings or self.request.grammar is not None:
             empty = detokenizer_of(self.request, self._tokenizer)
-            self.request.beam_texts = StoppingTexts(params.num_beams, stop, empty)
+            self.request.beam_texts = StoppingTexts(params.num_beams, stop, empty, self.request.begin_grammar())
 
     def keep_best(self) -> list[tuple[Sequence, Hypothesis]]:
-        """Keep `n` sequences for the best results of the beam search; return both."""
+        """Keep sequences for the `n` best results of the beam search; return both. A grammar may have fewer texts."""
         assert self.history is not None
         request = self.request
-        self.drop_beams()
-        best = list(zip(request.sequences, self.history.best(request.params.n), strict=True))
-        for sequence, hypothesis in best:
+        best = self.history.best(request.params.n)
+        del request.sequences[len(best) :]
+        for sequence, hypothesis in zip(request.sequences, best, strict=True):
             self._scores[sequence.index] = hypothesis.score
-        return best
+            sequence.grammar = request.begin_grammar()
+        return list(zip(request.sequences, best, strict=True))
 
     def drop_beams(self) -> None:
         """Keep only the sequences that become completions."""

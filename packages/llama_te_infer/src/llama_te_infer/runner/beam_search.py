@@ -17,10 +17,14 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from .grammar import GrammarText
 from .sampler import largest
 from .stopping import NOT_FINITE, StopRule
 
 NO_BEAM = -1e9  # the score of beams that do not exist yet
+LEAST_SCORE = (
+    NO_BEAM / 2
+)  # beams with less only fill up the number: a grammar can have fewer texts than there are beams
 
 
 class BeamStep(NamedTuple):
@@ -33,7 +37,8 @@ class BeamStep(NamedTuple):
         candidate_token_GC: int64, the most likely continuations, with the end tokens among them.
         candidate_source_GC: int64.
         candidate_score_GC: float32, best first; NaN for a group with a beam whose logits are not finite.
-        text_ends_GC: bool, candidates whose text ends with a stop string; `None` if no group has stop strings.
+        text_ends_GC: bool, candidates whose text ends with a stop string or is complete in its grammar; `None` if no
+            group has stop strings or a grammar.
         candidate_logprob_GC: float32, the model's log-probabilities of the candidates' tokens; `None` if no group
             reports them, as the following ones.
         top_logprob_GBK: float32, the highest log-probabilities after each beam, in descending order.
@@ -53,7 +58,14 @@ class BeamStep(NamedTuple):
 
 
 class BeamTexts(Protocol):
-    """The texts of a search's beams, in which stop strings may appear. They are as far as the launched steps."""
+    """The texts of a search's beams, which stop strings or a grammar end. They are as far as the launched steps.
+
+    Attributes:
+        grammars: For each beam how far it has come in the search's grammar; `None` without a grammar, and for beams
+            that only fill up the number.
+    """
+
+    grammars: list[GrammarText | None]
 
     def ends(self, tokens: Sequence[int], sources: Sequence[int]) -> list[bool]:
         """Take one step: choose among candidates as `select_beams` does.
@@ -63,7 +75,7 @@ class BeamTexts(Protocol):
             sources: `candidate_source_GC`.
 
         Returns:
-            Whether each candidate's text ends with a stop string.
+            Whether each candidate's text ends with a stop string, or its grammar lets no token follow.
         """
         ...
 
@@ -82,6 +94,7 @@ def select_beams(
     may_not_end_G: torch.Tensor | None = None,
     text_ends: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     top_logprobs: int | None = None,
+    allowed_GBV: torch.Tensor | None = None,
 ) -> BeamStep:
     """Pick the continuations of all beams. Does not wait for the device, and can be captured in a CUDA graph.
 
@@ -94,6 +107,8 @@ def select_beams(
         may_not_end_G: bool, whether the group's sequences are too short to end; by default none is.
         text_ends: Returns `text_ends_GC`, given `candidate_token_GC` and `candidate_source_GC`. It may wait.
         top_logprobs: The number of most likely tokens to report after each beam; `None` for no log-probabilities.
+        allowed_GBV: bool, the tokens that may follow each beam; by default all. The others get the score -inf, and
+            scores stay sums of the model's own log-probabilities.
 
     Returns:
         The step, with C = min(max(2, E + 1), V) * B candidates. At least B of these do not end with an end token,
@@ -108,6 +123,9 @@ def select_beams(
     ends_GV = ends_GV.scatter_(1, ending_token_GE.where(ending_token_GE >= 0, vocab_size), True)[:, :vocab_size]
     if may_not_end_G is not None:
         score_GBV.masked_fill_((ends_GV & may_not_end_G[:, None])[:, None, :], -torch.inf)
+
+    if allowed_GBV is not None:
+        score_GBV.masked_fill_(~allowed_GBV, -torch.inf)
 
     candidates = min(max(2, ending_token_GE.shape[1] + 1), vocab_size) * num_beams
     candidate_score_GC, place_GC = largest(score_GBV.flatten(1), candidates)
@@ -232,10 +250,11 @@ class BeamHistory:
         for i, (token, source, score) in enumerate(zip(tokens, sources, scores, strict=True)):
             ends = at_limit or token in self.stop.end_tokens or (text_ends is not None and text_ends[i])
             (ended if ends else continuing).append(i)
-            if ends and i < self.num_beams:  # a less likely end does not count
+            if ends and i < self.num_beams and score > LEAST_SCORE:  # a less likely end does not count
                 logprob = None if logprobs is None else logprobs[i]
                 self._finished.append(_Finished(self._normalized(score, length), length, source, token, logprob))
-        is_last, best_score = not continuing, scores[(continuing or ended)[0]]
+        is_last = all(scores[i] <= LEAST_SCORE for i in continuing)
+        best_score = scores[(continuing or ended)[0]]
         continuing += ended  # they fill up the beams, as `select_beams` says
         self._finished.sort(key=lambda finished: -finished.score)
         del self._finished[self.num_beams :]
@@ -250,7 +269,10 @@ class BeamHistory:
         )
 
     def best(self, n: int) -> list[Hypothesis]:
-        """Return the n best finished sequences, best first; fewer before the search is over."""
+        """Return the n best finished sequences, best first; fewer before the search is over.
+
+        After it there can be fewer too: a grammar may have fewer texts.
+        """
         return [self._hypothesis(finished) for finished in self._finished[:n]]
 
     def _can_improve(self, best_score: float, length: int) -> bool:

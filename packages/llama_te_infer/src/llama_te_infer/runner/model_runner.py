@@ -13,10 +13,11 @@ from ..decode.backend import DecodeBackend
 from ..kv_cache.engine_cache import EngineCache
 from ..transfers import to_device
 from .beam_search import BeamStep, select_beams
+from .grammar import GrammarText, TokenMasks, compute_masks
 from .plan import Plan
 from .prefill import Prefill
 from .results import Pending, Search
-from .sampler import SamplingNeeds, sample
+from .sampler import SamplingNeeds, sample, unpacked
 from .sequence import Request, Sequence
 from .state import DecodeState
 
@@ -35,8 +36,13 @@ class ModelRunner:
         self.prefill = Prefill(model, cache)
         self.state = DecodeState(cache.max_batch_size, cache, model.lm_head.out_features)
 
-    def launch(self, plan: Plan) -> Pending:
-        """Start a step. Returns at once on a GPU."""
+    def launch(self, plan: Plan, previous: Pending | None = None) -> Pending:
+        """Start a step. Returns at once on a GPU, unless texts have grammars or beams stop strings.
+
+        Args:
+            plan: The step.
+            previous: The step before, whose tokens advance grammars.
+        """
         state, running = self.state, len(plan.running)
         if plan.cleared:
             self.cache.clear_pages(plan.cleared)
@@ -50,7 +56,7 @@ class ModelRunner:
             token_B = state.token_R[:running]
             pending.token_B = token_B if token_B.is_cuda else token_B.clone()
         else:
-            self._launch_any(plan, pending)
+            self._launch_any(plan, pending, previous)
         if self.cache.device.type == "cuda":
             pending.send_back()
         return pending
@@ -60,9 +66,9 @@ class ModelRunner:
         if plan.chunks or plan.copies or plan.beginning or not plan.running:
             return False
         greedy = self.state.sampling.needs(range(len(plan.running))) == SamplingNeeds()
-        return greedy and not any(sequence.request.has_beams for sequence in plan.running)
+        return greedy and not any(s.request.has_beams or s.grammar is not None for s in plan.running)
 
-    def _launch_any(self, plan: Plan, pending: Pending) -> None:
+    def _launch_any(self, plan: Plan, pending: Pending, previous: Pending | None) -> None:
         state, running = self.state, len(plan.running)
         logits = []
         if running:
@@ -76,14 +82,29 @@ class ModelRunner:
         if plan.beginning:
             state.begin(plan.beginning)
         if plan.lengths:
-            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), plan, pending)
+            masks = self._masks(plan, pending, previous)
+            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), plan, pending, masks)
 
-    def _choose(self, logits_BV: torch.Tensor, plan: Plan, pending: Pending) -> None:
+    def _masks(self, plan: Plan, pending: Pending, previous: Pending | None) -> TokenMasks | None:
+        """Return the tokens that texts with grammars may write; `None` if there are no such texts."""
+        sequences = [s for s in [*plan.running, *plan.beginning] if s.grammar is not None]
+        if not sequences:
+            return None
+        if previous is not None:
+            # The host waits for the last tokens, and the device computes the logits of this step meanwhile.
+            previous.result()
+        bits_MW = self._bits([s.grammar for s in sequences])
+        return TokenMasks(to_device(list(map(_row, sequences)), torch.int64, self.cache.device), bits_MW)
+
+    def _bits(self, texts: list[GrammarText | None]) -> torch.Tensor:
+        return compute_masks(texts, self.cache.device.type == "cuda").to(self.cache.device, non_blocking=True)
+
+    def _choose(self, logits_BV: torch.Tensor, plan: Plan, pending: Pending, masks: TokenMasks | None) -> None:
         """Choose the next token of each row, and the beam that each beam continues."""
         state, rows = self.state, len(logits_BV)
         if pending.sequences:
             needs = state.sampling.needs(range(rows))
-            sampled = sample(logits_BV, state.sampling, state.length_R[:rows], needs)
+            sampled = sample(logits_BV, state.sampling, state.length_R[:rows], needs, None, masks)
             pending.token_B, pending.logprob_B, pending.top_logprob_BK, pending.top_token_BK = sampled
             state.token_R[:rows] = sampled.token_B
         by_beams: dict[int, list[Search]] = {}
@@ -111,6 +132,14 @@ class ModelRunner:
             return to_device(ends, torch.bool, device)
 
         wanted = [s.request.params.logprobs for s in searches if s.request.params.logprobs is not None]
+        grammars = [
+            text
+            for search in searches
+            for text in (search.request.beam_texts.grammars if search.request.beam_texts else [None] * len(search.rows))
+        ]
+        allowed_GBV = None
+        if any(text is not None for text in grammars):
+            allowed_GBV = unpacked(self._bits(grammars), logits_BV.shape[1]).unflatten(0, row_GN.shape)
         step = select_beams(
             logits_BV[row_GN],
             state.score_R[row_GN],
@@ -118,6 +147,7 @@ class ModelRunner:
             to_device(too_short, torch.bool, device) if any(too_short) else None,
             text_ends if any(search.request.beam_texts is not None for search in searches) else None,
             max(wanted, default=None),
+            allowed_GBV,
         )
         state.token_R[row_GN] = step.token_GB
         state.score_R[row_GN] = step.score_GB

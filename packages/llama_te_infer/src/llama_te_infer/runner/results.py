@@ -112,6 +112,7 @@ class Pending:
     prompts: list[PromptLogprobs] = field(default_factory=list)
     failed: list[tuple[Request, Exception]] = field(default_factory=list)
     arrived: torch.cuda.Event | None = None
+    _result: StepResult | None = None
 
     def send_back(self) -> None:
         """Start the copies to a GPU's host."""
@@ -127,7 +128,15 @@ class Pending:
         self.arrived.record()
 
     def result(self) -> StepResult:
-        """Wait until the device has computed the step, and read its results."""
+        """Wait until the device has computed the step, and return its results. The tokens advance their grammars."""
+        if self._result is None:
+            self._result = self._read()
+            for sequence, token in self._result.tokens:
+                if sequence.grammar is not None and sequence.finish_reason is None:
+                    sequence.grammar.add(token)
+        return self._result
+
+    def _read(self) -> StepResult:
         if self.arrived is not None:
             self.arrived.synchronize()
         rows = [row for row, _ in self.sequences]

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..decode.greedy import GreedyWorkspace, take_likeliest
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
+from .grammar import TokenMasks
 from .stopping import StopRule
 
 
@@ -311,6 +312,7 @@ def sample(
     position_B: torch.Tensor,
     needs: SamplingNeeds,
     row_B: torch.Tensor | None = None,
+    masks: TokenMasks | None = None,
 ) -> Sampled:
     """Choose the next token of each row. Can be captured in a CUDA graph; does not wait for the device.
 
@@ -320,9 +322,14 @@ def sample(
         position_B: int32 or int64, the position of the new token in its sequence: the number of tokens before it.
         needs: The result of `sampling.needs` for these rows, or a superset.
         row_B: int64, the rows of the batch, each once; by default the first B.
+        masks: The tokens that some rows of the logits may write.
     """
     rows = slice(len(logits_BV)) if row_B is None else row_B
     choice_BV = logits_BV
+    if masks is not None:
+        allowed_MV = unpacked(masks.bits_MW, sampling.vocab_size)
+        masked_MV = logits_BV[masks.row_M].masked_fill_(~allowed_MV, -torch.inf)
+        choice_BV = logits_BV.index_copy(0, masks.row_M, masked_MV)
     if needs.biased:
         assert sampling.bias_RV is not None
         choice_BV = choice_BV.float() + sampling.bias_RV[rows]
@@ -360,6 +367,18 @@ def sample(
     if needs.top_logprobs == 0:
         return Sampled(token_B, logprob_B)
     return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
+
+
+def unpacked(bits_MW: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Return masks of tokens, bool [M, V].
+
+    Args:
+        bits_MW: int32, 32 tokens in each number, the lowest bit first.
+        vocab_size: V.
+    """
+    byte_MX = bits_MW.view(torch.uint8)  # the hosts and GPUs that run this are little-endian
+    shift_8 = torch.arange(8, dtype=torch.uint8, device=bits_MW.device)
+    return ((byte_MX[:, :, None] >> shift_8) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

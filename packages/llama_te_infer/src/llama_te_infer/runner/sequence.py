@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ..sampling_params import SamplingParams
 from .beam_search import BeamTexts
+from .grammar import Grammar, GrammarText
 from .stopping import FinishReason, StopRule
 
 
@@ -21,6 +22,7 @@ class Sequence:
         cached: Tokens whose keys and values the launched steps write. While the sequence runs it has one token more,
             which the last of these steps chooses.
         generation: The generation of cached prefixes (see `BlockManager`) in which it got its pages.
+        grammar: How far the tokens have come in the request's grammar; `None` without one, and for beams.
         row: Its row in the running batch; `None` while it waits, while its prompt is read, and after its end.
         finish_reason: Set at the end.
         stop_reason: Likewise.
@@ -33,6 +35,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     cached: int = 0
     generation: int = 0
+    grammar: GrammarText | None = None
     row: int | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -61,9 +64,10 @@ class Request:
         eos_token_ids: The model's EOS tokens.
         special_stops: The stop strings that are special tokens, and their ids.
         bad_words: The tokens of each word that must not be written.
+        grammar: Of the texts; `None` for any text.
         stop: When its sequences end.
         sequences: `n` of them, or one for each beam.
-        beam_texts: The texts of a search with stop strings.
+        beam_texts: The texts of a search with stop strings or a grammar.
     """
 
     id: int
@@ -73,6 +77,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     special_stops: dict[str, int] = field(default_factory=dict)
     bad_words: list[list[int]] = field(default_factory=list)
+    grammar: Grammar | None = None
     stop: StopRule = field(init=False)
     sequences: list[Sequence] = field(init=False)
     beam_texts: BeamTexts | None = field(default=None, init=False)
@@ -81,6 +86,16 @@ class Request:
         self.stop = StopRule.of(self.params, self.eos_token_ids, self.special_stops)
         count = max(self.params.n, self.params.num_beams)
         self.sequences = [Sequence(self, index, list(self.prompt)) for index in range(count)]
+        if not self.has_beams:
+            for sequence in self.sequences:
+                sequence.grammar = self.begin_grammar()
+
+    def begin_grammar(self) -> GrammarText | None:
+        """Return a text without tokens in the request's grammar, if it has one."""
+        if self.grammar is None:
+            return None
+        single_words = [word[0] for word in self.bad_words if len(word) == 1]
+        return self.grammar.begin(self.stop.end_tokens, self.params.allowed_token_ids, single_words)
 
     @property
     def longest(self) -> int:

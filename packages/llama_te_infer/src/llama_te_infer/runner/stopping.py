@@ -32,7 +32,7 @@ class Ending(NamedTuple):
 
 @dataclass(frozen=True)
 class StopRule:
-    """When a text ends: with an end token, where a stop string appears, or at `max_tokens` tokens.
+    """When a text ends: with an end token, where a stop string appears, with its grammar, or at `max_tokens` tokens.
 
     Before a text has `min_tokens` tokens, neither a token nor a string ends it. The sampler and the selection of beams
     therefore give end tokens no probability while `may_end` of the tokens written so far is false. Every count is a
@@ -86,16 +86,21 @@ class StopRule:
         """Return whether a text of `written` tokens ends with its last token."""
         return token in self.end_tokens and self.may_end(written)
 
-    def ending(self, token: int, written: int, stop_string: str | None) -> Ending | None:
+    def ending(
+        self, token: int, written: int, stop_string: str | None, completes_grammar: bool = False
+    ) -> Ending | None:
         """Return why a text ends; `None` if it continues.
 
         Args:
             token: Its last token.
             written: Its tokens, the last one included.
             stop_string: The stop string that has appeared in it.
+            completes_grammar: Whether its grammar lets no token follow.
         """
         if self.ends_with(token, written):
             return Ending("stop", self.special_strings.get(token, token))
         if stop_string is not None:
             return Ending("stop", stop_string)
+        if completes_grammar:
+            return Ending("stop")
         return Ending("length") if self.is_complete(written) else None

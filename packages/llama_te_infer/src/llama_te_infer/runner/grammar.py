@@ -1,0 +1,176 @@
+"""The grammars of texts: which tokens may follow, as masks that the sampler applies.
+
+llguidance computes a mask on the host, from the tokens written so far. The runner asks for the masks of a step when the
+device already computes the model's part of that step.
+
+Shapes: M texts with a grammar, W words of 32 tokens each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..ops.greedy import NO_TOKEN
+
+
+class GrammarError(ValueError):
+    """A grammar that llguidance refuses, or with which a text cannot go on."""
+
+
+class TokenMasks(NamedTuple):
+    """The tokens that rows may write.
+
+    Attributes:
+        row_M: int64, the rows.
+        bits_MW: int32; the lowest bit of a row's first word is token 0. 1 for a token that may follow.
+    """
+
+    row_M: torch.Tensor
+    bits_MW: torch.Tensor
+
+
+class Grammar:
+    """A compiled grammar for texts of one model.
+
+    Args:
+        matcher: An `llguidance.LLMatcher` at the beginning of a text.
+        end_token: llguidance's own end token. It is no token of the model: its bit says that the text may end.
+        words: W.
+        vocab_size: Tokens of the model.
+        eos_token_ids: The model's EOS tokens.
+    """
+
+    def __init__(self, matcher: Any, end_token: int, words: int, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.matcher, self.end_token, self.words = matcher, end_token, words
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.unknown_W = np.zeros(words, np.uint32)  # tokens that the model does not have
+        _set_bits(self.unknown_W, [end_token, *range(vocab_size, 32 * words)])
+
+    def is_empty(self) -> bool:
+        """Return whether no token can follow at the beginning of a text."""
+        mask_W = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)
+        return not (mask_W & ~self.unknown_W).any()
+
+    def begin(self, end_tokens: Iterable[int], allowed: Iterable[int] | None, forbidden: Iterable[int]) -> GrammarText:
+        """Return a text without tokens.
+
+        Args:
+            end_tokens: Tokens that end the text. They may follow where the grammar lets the text end.
+            allowed: The request's `allowed_token_ids`.
+            forbidden: Tokens that may never follow.
+        """
+        forbidden_W = np.zeros(self.words, np.uint32)
+        if allowed is not None:
+            _set_bits(forbidden_W, allowed)
+            forbidden_W = ~forbidden_W
+        _set_bits(forbidden_W, forbidden)
+        return GrammarText(self, self.matcher.deep_copy(), frozenset(end_tokens), forbidden_W)
+
+
+class GrammarText:
+    """How far a text has come in its grammar. `Grammar.begin` makes one.
+
+    Attributes:
+        is_complete: Whether no token can follow.
+        error: Why the text cannot go on.
+    """
+
+    def __init__(self, grammar: Grammar, matcher: Any, end_tokens: frozenset[int], forbidden_W: np.ndarray) -> None:
+        self.grammar, self.matcher, self.end_tokens, self.forbidden_W = grammar, matcher, end_tokens, forbidden_W
+        self.is_complete = False
+        self.error: GrammarError | None = None
+
+    def copy(self) -> GrammarText:
+        """Return a text with the same tokens that continues in its own way."""
+        return GrammarText(self.grammar, self.matcher.deep_copy(), self.end_tokens, self.forbidden_W)
+
+    def add(self, token: int) -> None:
+        """Add a token. A token that ends the text is not part of it."""
+        if token in self.end_tokens or token == NO_TOKEN or self.error is not None:
+            return
+        if self.matcher.consume_token(token):
+            self.is_complete = self.matcher.is_stopped()
+        else:
+            self.error = GrammarError(f"structured_outputs: llguidance does not take token {token}: {self._problem()}")
+
+    def accepts(self, token: int) -> bool:
+        """Return whether a token may follow that does not end the text."""
+        return bool(self.matcher.validate_tokens([token]) == 1)
+
+    def is_complete_with(self, token: int) -> bool:
+        """Return whether no token could follow this one, which `accepts` has accepted."""
+        self.matcher.consume_token(token)
+        is_complete: bool = self.matcher.is_stopped()
+        self.matcher.rollback(1)
+        return is_complete
+
+    def finish_mask(self, mask_W: np.ndarray) -> None:
+        """Complete the mask that llguidance has computed for the next token."""
+        grammar = self.grammar
+        may_end = bool(mask_W[grammar.end_token >> 5] >> np.uint32(grammar.end_token & 31) & 1)
+        mask_W &= ~grammar.unknown_W
+        if self.matcher.is_error():
+            self.error = GrammarError(f"structured_outputs: llguidance has stopped in this text: {self._problem()}")
+        self.is_complete = self.error is None and not mask_W.any()
+        # A token that the tokenizer takes for text may be an EOS token of the model.
+        _clear_bits(mask_W, grammar.eos_token_ids)
+        if may_end:
+            _set_bits(mask_W, self.end_tokens)
+        mask_W &= ~self.forbidden_W
+        if not mask_W.any():
+            if not self.is_complete and self.error is None:
+                self.error = GrammarError(
+                    "structured_outputs: the grammar allows no token here that allowed_token_ids and bad_words allow: "
+                    "leave them out, or allow more."
+                )
+            mask_W.fill(0xFFFFFFFF)  # the text has ended, and the sampler needs some token
+
+    def _problem(self) -> str:
+        return str(self.matcher.get_error()).split("\n", 1)[0] or "of an unknown reason"
+
+
+def compute_masks(texts: Sequence[GrammarText | None], pin_memory: bool) -> torch.Tensor:
+    """Return the tokens that may follow each text, int32 [M, W], on the host. All tokens may follow `None`.
+
+    Args:
+        texts: At least one of them is not `None`.
+        pin_memory: Whether a GPU will read the masks.
+    """
+    words = next(text.grammar.words for text in texts if text is not None)
+    bits_MW = torch.full((len(texts), words), -1, dtype=torch.int32, pin_memory=pin_memory)
+    mask_MW = bits_MW.numpy().view(np.uint32)
+    first: dict[GrammarText, int] = {}  # a text may have several rows
+    for row, text in enumerate(texts):
+        if text is not None:
+            first.setdefault(text, row)
+    _executor().unsafe_compute_mask_ptr(
+        [(text.matcher, row) for text, row in first.items()], bits_MW.data_ptr(), 4 * words, len(texts)
+    )
+    for text, row in first.items():
+        text.finish_mask(mask_MW[row])
+    for row, text in enumerate(texts):
+        if text is not None and first[text] != row:
+            mask_MW[row] = mask_MW[first[text]]
+    return bits_MW
+
+
+@functools.cache
+def _executor() -> Any:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def _set_bits(mask_W: np.ndarray, tokens: Iterable[int]) -> None:
+    for token in tokens:
+        mask_W[token >> 5] |= np.uint32(1 << (token & 31))
+
+
+def _clear_bits(mask_W: np.ndarray, tokens: Iterable[int]) -> None:
+    for token in tokens:
+        mask_W[token >> 5] &= ~np.uint32(1 << (token & 31))
