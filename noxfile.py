@@ -44,6 +44,7 @@ IMPORT_LINTER = "import-linter==2.16"
 # The requirements of llama-te-infer's extra `serve`, and what its tests need.
 SERVER = ["fastapi", "llguidance", "msgspec", "prometheus-client", "uvicorn"]
 CLIENTS_OF_SERVER = ["httpx", "openai", "openapi-spec-validator", "schemathesis"]
+BROWSER = ["playwright>=1.50"]
 
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.
 CLIENTS = ["accelerate", "llguidance", "lm-eval", "outlines", "peft", "sentence-transformers", "transformers", "trl"]
@@ -118,7 +119,7 @@ def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
     arguments = session.posargs or ["--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
     env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"} | variables
-    others = ["--ignore=tests/gpu", "--ignore=tests/clients"]
+    others = [f"--ignore=tests/{name}" for name in ("clients", "gpu", "serving/page")]
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", *others, *options, *arguments, env=env)
 
 
@@ -132,6 +133,15 @@ def clients(session: nox.Session) -> None:
     arguments = session.posargs or ["--durations=10"]
     env = OFFLINE | {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", "tests/clients", *arguments, env=env)
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """Test the server's page in a Chromium: `CHROMIUM`, or the one on the path, or what Playwright has installed."""
+    install(session, *MODEL_READERS, *SERVER, *CLIENTS_OF_SERVER, *BROWSER, "hypothesis", "pytest")
+    say(session, "Running the tests", "1 min")
+    env = OFFLINE | {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "tests/serving/page", *(session.posargs or ["--durations=10"]), env=env)
 
 
 @nox.session

@@ -14,14 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .. import __version__
 from ..engine.client import DrainingError, EngineClient, EngineFailedError, QueueFullError
-from . import chat, completions, models
+from . import chat, completions, models, page
 from .errors import ApiError, api_error_of
 from .requests import openapi_of
 from .server import Server
 from .settings import ServerSettings
 
-# An orchestrator asks these without a key.
-OPEN_PATHS = ("/health", "/ready")
+# An orchestrator asks the first two without a key.
+OPEN_PATHS = ("/health", "/ready", *page.PATHS)
 
 
 def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
@@ -33,7 +33,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
     """
     app = FastAPI(title="llama-te", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = Server(engine, settings)
-    for module in (completions, chat, models):
+    for module in (completions, chat, models, page):
         app.include_router(module.router)
     # FastAPI calls this once, at the first request for the schema.
     app.openapi = functools.cache(lambda: openapi_of(app, bool(settings.api_keys)))  # type: ignore[method-assign]
