@@ -77,7 +77,8 @@ class Training:
             assert len(losses) == STEPS
             assert not list(run.rglob("*.unfinished"))
         elif outcome.status > 0:
-            assert re.match(r"llama-te-train: .*" + re.escape(str(self.folder)), outcome.last_line), outcome.said
+            # TensorBoard's thread may write its traceback at the same time.
+            assert re.search(r"llama-te-train: .*" + re.escape(str(self.folder)), outcome.said), outcome.said
             assert (
                 "Traceback" not in outcome.said
                 or "_AsyncWriterThread" in outcome.said
@@ -131,7 +132,9 @@ def training(tmp_path_factory: pytest.TempPathFactory, faults: Faults) -> Traini
 
 @pytest.mark.fuzz
 def test_killed_and_run_again(training: Training, counts: Callable[[str], None]) -> None:
-    chosen = places(training.changes, 30 * fuzzing.ROUNDS)
+    # The last checkpoint is whole here, and the one before is not removed yet.
+    saved = max(place for place, change in enumerate(training.changes) if change == "sync /checkpoints")
+    chosen = sorted({*places(training.changes, 30 * fuzzing.ROUNDS), saved})
     stages = disturb(training.run, chosen, 0, reset=training.reset, check=training.check, stage=stage)
     assert stages.total() >= 25
     assert {"a file of a checkpoint", "the export", "the converted export"} <= stages.keys()

@@ -478,6 +478,19 @@ def test_the_oldest_make_room(tmp_path):
     alone.load(10**9, run.model, run.optimizer)
 
 
+def test_the_oldest_can_be_removed_without_a_save(tmp_path):
+    """A process that is killed between a save and the removal leaves one checkpoint more."""
+    run = Run()
+    before = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        before.save(step, run.model, run.optimizer)
+    before.wait()
+    after = Checkpoints(tmp_path, keep=1)
+    after.remove_old()
+    assert after.steps() == [3]
+    assert names(tmp_path) == ["step-00000003"]
+
+
 def test_the_oldest_stay_until_the_new_one_is_whole(tmp_path):
     run = Run()
     checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=False)

@@ -121,6 +121,7 @@ def train(config: TrainConfig) -> int:
         if step:
             with _refusals():
                 checkpoints.load(step, called, optimizer, {"data": stream})
+                checkpoints.remove_old()
         if rank == 0:
             with writing_to(folder / "config.yaml"):
                 replace_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))

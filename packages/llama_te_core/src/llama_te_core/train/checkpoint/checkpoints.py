@@ -174,6 +174,15 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
+    def remove_old(self) -> None:
+        """Remove all but the newest `keep` checkpoints. `save` does so too, unless its process is killed before.
+
+        Raises:
+            TrainingCheckpointError: The last save has failed, or a checkpoint cannot be removed.
+        """
+        self.wait()
+        self._on_rank_0(self._remove_old)
+
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints in the folder, in order.
 
@@ -358,7 +367,7 @@ class Checkpoints:
             if self._rank == 0:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             raise self._failed(step, error, _size(state)) from error
-        self._on_rank_0(self._rotate)
+        self._on_rank_0(self._remove_old)
 
     def _finish(self, step: int, checksums: Mapping[str, Checksum]) -> None:
         partial = self._partial(step)
@@ -368,7 +377,7 @@ class Checkpoints:
         partial.rename(self.path(step))
         sync(self.folder)
 
-    def _rotate(self) -> None:
+    def _remove_old(self) -> None:
         for step in self._found()[: -self.keep]:
             try:
                 with removing(self.path(step)):
