@@ -41,8 +41,9 @@ TRITON = ["triton==3.6.0"] if sys.platform == "linux" else []
 
 IMPORT_LINTER = "import-linter==2.16"
 
-# The requirements of llama-te-infer's extra `serve`, and what its tests need.
+# The requirements of llama-te-infer's extras `serve` and `otel`, and what its tests need.
 SERVER = ["fastapi", "llguidance", "msgspec", "prometheus-client", "uvicorn"]
+TRACING = ["opentelemetry-exporter-otlp", "opentelemetry-sdk"]
 CLIENTS_OF_SERVER = ["httpx", "openai", "openapi-spec-validator", "schemathesis"]
 BROWSER = ["playwright>=1.50"]
 
@@ -112,7 +113,7 @@ def coverage(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
     training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
-    serving = [*SERVER, *CLIENTS_OF_SERVER]
+    serving = [*SERVER, *TRACING, *CLIENTS_OF_SERVER]
     tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *serving, *TRITON, *tools)
     install_model(session)

@@ -231,13 +231,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the load and the counters. Any thread may ask; a step in progress may be counted in part."""
-        scheduler = self.scheduler
-        total = scheduler.blocks.pool.total_num_pages
+        scheduler, blocks = self.scheduler, self.scheduler.blocks
         return EngineStats(
             len(scheduler.running),
             len(scheduler.waiting),
-            total - scheduler.blocks.available,
-            total,
+            blocks.pool.total_num_pages - blocks.available,
+            blocks.pool.total_num_pages,
+            blocks.pool.page_size,
+            blocks.prefix_caching,
             self._counters.copy(),
         )
 
@@ -650,6 +651,7 @@ class Engine:
             return
         if state.first_token is None:
             state.first_token = self._now
+            self._counters.time_to_first_token_seconds.add(self._now - state.arrival)
             self._counters.prompt_tokens += len(state.request.prompt)
         self._times_before.append(sequence.last_token)
         sequence.last_token = self._now

@@ -29,6 +29,7 @@ class RequestState:
         history: Of beam search; `begin_search` starts it anew. The engine has read all results of the old one by then.
         error: The exception that ended the request: see `RequestOutput`.
         lost_in: The error of the step in which the request was lost, in words. It gets no output then.
+        arrival: When the request arrived.
         num_cached_tokens: Tokens of the prompt that came from the prefix cache.
         scheduled: When a step began to read the prompt.
         first_token: When the first token arrived.
@@ -46,7 +47,7 @@ class RequestState:
         self.history: BeamHistory | None = None
         self.error: Exception | None = None
         self.lost_in: str | None = None
-        self._arrival = arrival
+        self.arrival = arrival
         self.num_cached_tokens = 0
         self.scheduled: float | None = None
         self.first_token: float | None = None
@@ -174,7 +175,7 @@ class RequestState:
             self._all_prompt_logprobs(),
             self.error,
             self.num_cached_tokens,
-            RequestTimes(self._arrival, self.scheduled, self.first_token, max(ends, default=None)),
+            RequestTimes(self.arrival, self.scheduled, self.first_token, max(ends, default=None)),
         )
 
     def _completion(self, sequence: Sequence) -> Completion:

@@ -15,6 +15,10 @@ INTER_TOKEN_SECONDS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
     *(0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
+FIRST_TOKEN_SECONDS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -56,6 +60,7 @@ class Counters:
         prefix_cache_hits: Tokens that the prefix cache had.
         num_preemptions: How often running sequences gave their pages back, to be computed again later.
         step_tokens: Tokens of each step: parts of prompts that it reads, and tokens that it chooses.
+        time_to_first_token_seconds: Seconds from a request's arrival to its first token.
         inter_token_seconds: Seconds between two tokens of a completion.
     """
 
@@ -65,6 +70,7 @@ class Counters:
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
     step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
+    time_to_first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_SECONDS))
 
     def add_tokens(self, now: float, before: Sequence[float | None]) -> None:
@@ -89,6 +95,7 @@ class Counters:
             self.prefix_cache_hits,
             self.num_preemptions,
             self.step_tokens.copy(),
+            self.time_to_first_token_seconds.copy(),
             self.inter_token_seconds.copy(),
         )
 
@@ -103,6 +110,8 @@ class EngineStats:
         num_requests_waiting: Requests in the queue, and preempted sequences.
         num_pages_used: Pages of the cache that running sequences hold.
         total_num_pages: Pages of the cache.
+        page_size: Tokens of a page.
+        prefix_caching: Whether prompts with the prefix of an earlier text reuse its pages.
         counters: Since the engine was made.
     """
 
@@ -110,6 +119,8 @@ class EngineStats:
     num_requests_waiting: int
     num_pages_used: int
     total_num_pages: int
+    page_size: int
+    prefix_caching: bool
     counters: Counters
 
     @property

@@ -174,7 +174,9 @@ async def respond(
     streams = await server.begin(answer.prompts, answer.params)
     if body.stream:
         return event_stream(streams, _events(streams, answer), answer.failure)
-    return JSONResponse(answer.whole(await server.finish(request, streams)))
+    outputs = await server.finish(request, streams)
+    answer.usage.cached = _cached(outputs)
+    return JSONResponse(answer.whole(outputs))
 
 
 async def _events(streams: Sequence[RequestStream], answer: Answer) -> AsyncIterator[bytes]:
@@ -186,5 +188,11 @@ async def _events(streams: Sequence[RequestStream], answer: Answer) -> AsyncIter
         for index, own in by_choice(events).items():
             for part in answer.events(Piece.of_events(prompt_index, index, own)):
                 yield part
+    answer.usage.cached = _cached([stream.output for stream in streams])
     for part in answer.end():
         yield part
+
+
+def _cached(outputs: Sequence[RequestOutput | None]) -> int:
+    """Return how many tokens of the prompts came from the prefix cache."""
+    return sum(output.num_cached_tokens for output in outputs if output is not None)

@@ -8,20 +8,22 @@ import hmac
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
 from ..engine.client import DrainingError, EngineClient, EngineFailedError, QueueFullError
-from . import chat, completions, models, page
+from . import chat, completions, metrics, models, page
 from .errors import ApiError, api_error_of
+from .observation import HttpContext, http_context
 from .requests import openapi_of
 from .server import Server
 from .settings import ServerSettings
 
-# An orchestrator asks the first two without a key.
-OPEN_PATHS = ("/health", "/ready", *page.PATHS)
+# An orchestrator, Prometheus and the page ask these without a key.
+OPEN_PATHS = ("/health", "/ready", "/metrics", *page.PATHS)
 
 
 def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
@@ -33,18 +35,18 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
     """
     app = FastAPI(title="llama-te", version=__version__, docs_url=None, redoc_url=None)
     app.state.server = Server(engine, settings)
-    for module in (completions, chat, models, page):
+    for module in (completions, chat, models, metrics, page):
         app.include_router(module.router)
     # FastAPI calls this once, at the first request for the schema.
     app.openapi = functools.cache(lambda: openapi_of(app, bool(settings.api_keys)))  # type: ignore[method-assign]
     for error in (ApiError, ValidationError, QueueFullError, DrainingError, EngineFailedError, HTTPException):
         app.add_exception_handler(error, _answer_error)
-    app.add_exception_handler(Exception, _answer_error)
     app.add_middleware(ApiKeys, keys=settings.api_keys)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Observer, metrics=app.state.server.metrics)
     return app
 
 
@@ -53,6 +55,44 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
     answer = api_error_of(error)
     return JSONResponse(answer.body(), answer.status, answer.headers)
+
+
+class Observer:
+    """Gives each request an id, counts the answers, and answers errors that no one expects.
+
+    Args:
+        app: The application behind it.
+        metrics: The server's.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: metrics.Metrics) -> None:
+        self.app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        context = HttpContext.of(scope["path"], headers)
+        http_context.set(context)
+        has_begun = False
+
+        async def send_on(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                MutableHeaders(scope=message)["X-Request-Id"] = context.request_id
+                handler = getattr(scope.get("route"), "path", "none")
+                self._metrics.count_http(handler, scope["method"], message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_on)
+        except Exception as error:
+            answer = api_error_of(error)
+            if not has_begun:  # otherwise uvicorn closes the connection
+                await JSONResponse(answer.body(), answer.status)(scope, receive, send_on)
 
 
 class ApiKeys:

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """Serves a Llama with OpenAI's API. MODEL is a folder with the Transformer Engine or the Hugging Face
 layout, a GGUF file, or a hub id. Options with vLLM's names mean what they mean there."""
-_SERVE_MODULES = ("fastapi", "msgspec", "uvicorn")  # of the extra `serve`
+_MODULES = {  # of each extra
+    "serve": ("fastapi", "msgspec", "prometheus_client", "uvicorn"),
+    "otel": ("opentelemetry.sdk", "opentelemetry.exporter.otlp"),
+}
 SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
 FAILED = 1
@@ -41,14 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments.
     """
     options = make_parser().parse_args(arguments)
-    if missing := [name for name in _SERVE_MODULES if importlib.util.find_spec(name) is None]:
-        print(f"llama-te-serve: needs {', '.join(missing)}: pip install 'llama-te-infer[serve]'", file=sys.stderr)
-        return FAILED
+    extras = ["serve"] if options.otlp_traces_endpoint is None else ["serve", "otel"]
+    for extra in extras:
+        if missing := [name for name in _MODULES[extra] if not _is_installed(name)]:
+            print(f"llama-te-serve: needs {', '.join(missing)}: pip install 'llama-te-infer[{extra}]'", file=sys.stderr)
+            return FAILED
     try:
         return asyncio.run(_serve(options))
     except (OSError, ValueError, EngineFailedError) as error:
         print(f"llama-te-serve: {error}", file=sys.stderr)
         return FAILED
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it is in
+        return False
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,7 +101,16 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--request-timeout", type=_seconds, metavar="S", help="end requests after so many seconds")
     group.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="S",
                        help="after SIGTERM, wait so long for running requests (default: %(default)s)")  # fmt: skip
+    group = parser.add_argument_group("observation")
     group.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    group.add_argument("--log-requests", "--enable-log-requests", nargs="?", const="parameters",
+                       choices=["parameters", "content"], help="log a line when a request begins and when it ends; "
+                       "content: with prompts and texts")  # fmt: skip
+    group.add_argument("--log-interval", type=_interval, default=10.0, metavar="S",
+                       help="log load and tokens a second so often (default: %(default)s)")  # fmt: skip
+    group.add_argument("--disable-log-stats", action="store_true", help="do not log load and tokens a second")
+    group.add_argument("--otlp-traces-endpoint", metavar="URL", help="send a span for each request to this "
+                       "OpenTelemetry collector; needs the extra otel")  # fmt: skip
     return parser
 
 
@@ -104,6 +125,13 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not possible: give a number of seconds")
+    return value
+
+
+def _interval(text: str) -> float:
+    value = _seconds(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not possible: give a number of seconds, or --disable-log-stats")
     return value
 
 
@@ -129,6 +157,7 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
 
     from .app import create_app
     from .http_server import HttpServer
+    from .logs import logging_config
 
     try:
         engine = await starting
@@ -138,6 +167,7 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
         settings = with_defaults(settings, options, engine.sampling_defaults)
         config = uvicorn.Config(
             create_app(engine, settings),
+            log_config=logging_config(options.log_level),
             log_level=options.log_level,
             access_log=options.log_level == "debug",
             lifespan="off",
@@ -254,6 +284,9 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
         max_body_bytes=options.max_body_bytes,
         request_timeout=options.request_timeout,
         allowed_origins=tuple(options.allowed_origins),
+        log_requests=options.log_requests,
+        log_interval=None if options.disable_log_stats else options.log_interval,
+        otlp_traces_endpoint=options.otlp_traces_endpoint,
     )
 
 

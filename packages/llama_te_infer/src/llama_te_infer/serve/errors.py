@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..engine.client import DrainingError, EngineFailedError, QueueFullError
+from .logs import log_failure
 
 RETRY_SECONDS = 1  # after a full queue
 _TRIED = ("str", "int", "float", "bool")
@@ -53,7 +54,7 @@ class ApiError(Exception):
 
 
 def api_error_of(error: BaseException) -> ApiError:
-    """Return the error that a client gets for an exception."""
+    """Return the error that a client gets for an exception. The log gets one that no one expects."""
     match error:
         case ApiError():
             return error
@@ -71,7 +72,7 @@ def api_error_of(error: BaseException) -> ApiError:
             named = re.match(r"(\w+)(?:=|\[| has )", str(error))
             return ApiError(400, str(error), named[1] if named else None)
         case _:
-            # The exception's text can hold paths and prompts; the log has it.
+            log_failure(error)  # its message can hold paths and prompts
             return ApiError(500, "The server failed to answer this request.")
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-import uuid
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
-from ..engine.client import EngineClient, RequestStream
+from ..engine.client import DrainingError, EngineClient, RequestStream
 from ..engine.outputs import RequestOutput
-from ..engine.tokenization import Prompt
 from ..sampling_params import SamplingParams
 from .errors import ApiError, api_error_of
+from .logs import RequestLog, ThroughputLog, logger
+from .metrics import Metrics
+from .observation import HttpContext, ServedRequest, http_context
 from .protocol.tokens import ChatFields
 from .settings import ServerSettings
 from .token_texts import TokenTexts
@@ -40,6 +42,17 @@ class Server:
         self.token_texts = TokenTexts(engine.tokenizer)
         self.tokenizer = engine.tokenizer
         self.created = self.now()
+        self.metrics = Metrics(engine, settings.model_names[0])
+        self._log = None
+        if settings.log_requests is not None:
+            self._log = RequestLog(self.text_of if settings.log_requests == "content" else None)
+        self._throughput = None if settings.log_interval is None else ThroughputLog(engine, settings.log_interval)
+        self._tracing = None
+        if settings.otlp_traces_endpoint is not None:
+            from . import tracing
+
+            self._tracing = tracing.Tracing(tracing.otlp_exporter(settings.otlp_traces_endpoint))
+        self._logged_failure: BaseException | None = None
 
     @staticmethod
     def now() -> int:
@@ -110,22 +123,53 @@ class Server:
 
     # --- the engine ---------------------------------------------------------------------------------------------------
 
-    async def begin(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[RequestStream]:
+    async def begin(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[RequestStream]:
         """Begin a request of the engine for each prompt; all of them or none.
 
         Raises:
             ApiError: One does not fit, or the queue is full.
         """
+        context = http_context.get(HttpContext())
         streams: list[RequestStream] = []
         try:
             for index, prompt in enumerate(prompts):
+                own_id = f"{context.request_id}-{index}" if len(prompts) > 1 else context.request_id
+                request = ServedRequest(own_id, self.settings.model_names[0], prompt, params, context)
                 with refusals(f"prompt[{index}]: " if len(prompts) > 1 else ""):
-                    streams.append(await self.engine.stream(prompt, params))
+                    streams.append(await self._begin(request))
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return streams
+
+    async def _begin(self, request: ServedRequest) -> RequestStream:
+        if self._log is not None:
+            self._log.begin(request)
+        try:
+            stream = await self.engine.stream(
+                request.prompt_token_ids, request.params, functools.partial(self._end, request)
+            )
+        except BaseException as error:
+            if self._log is not None:
+                self._log.refuse(request, error)
+            raise
+        if self._throughput is not None:
+            self._throughput.wake()
+        return stream
+
+    def _end(self, request: ServedRequest, output: RequestOutput | None, error: Exception | None) -> None:
+        """Count, log and trace a request that has ended."""
+        request.output, request.error = output, error
+        cause = error and (error.__cause__ or error)
+        if cause is not None and cause is not self._logged_failure and not isinstance(cause, DrainingError):
+            self._logged_failure = cause  # once for all requests that it ends
+            logger.error("Requests have ended, since %s", error)
+        self.metrics.end(request)
+        if self._log is not None:
+            self._log.end(request)
+        if self._tracing is not None:
+            self._tracing.end(request)
 
     async def finish(self, request: Request, streams: Sequence[RequestStream]) -> list[RequestOutput]:
         """Wait for the outputs of requests. All of them end if the client leaves or the time is over.
@@ -195,5 +239,5 @@ def refusals(prefix: str = "") -> Iterator[None]:
 
 
 def new_id(prefix: str) -> str:
-    """Return a new id of an answer, such as "cmpl-0f3…"."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    """Return the id of the answer to the current HTTP request, such as "cmpl-0f3…": it has the request's own id."""
+    return f"{prefix}-{http_context.get(HttpContext()).request_id}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class ServerSettings:
         request_timeout: Seconds after which a request ends with status 408; `None` for never.
         keep_alive_interval: Seconds without an event after which a stream gets a comment, so that no proxy ends it.
         allowed_origins: Origins of other web pages that may call the API (CORS); "*" for all.
+        log_requests: Log each request: with its "parameters", or with its "content" as well, which are prompts and
+            texts. `None` for no lines.
+        log_interval: Seconds between two lines with the load and the tokens a second; `None` for no such lines.
+        otlp_traces_endpoint: Address of an OpenTelemetry collector that gets a span for each request.
     """
 
     model_names: tuple[str, ...]
@@ -31,6 +35,9 @@ class ServerSettings:
     request_timeout: float | None = None
     keep_alive_interval: float = 15.0
     allowed_origins: tuple[str, ...] = ()
+    log_requests: Literal["parameters", "content"] | None = None
+    log_interval: float | None = 10.0
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model_names:

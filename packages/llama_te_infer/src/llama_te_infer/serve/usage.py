@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -12,12 +13,15 @@ class Usage:
     Attributes:
         prompt: Tokens of its prompts.
         completion: Tokens of its answers, the ones that ended them included.
+        cached: Tokens of its prompts that came from the prefix cache; `None` before it has ended.
     """
 
     prompt: int
     completion: int = 0
+    cached: int | None = None
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """Return OpenAI's object."""
         total = self.prompt + self.completion
-        return {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+        tokens = {"prompt_tokens": self.prompt, "completion_tokens": self.completion, "total_tokens": total}
+        return tokens if self.cached is None else {**tokens, "prompt_tokens_details": {"cached_tokens": self.cached}}
