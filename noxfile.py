@@ -48,7 +48,16 @@ CLIENTS_OF_SERVER = ["httpx", "openai", "openapi-spec-validator", "schemathesis"
 BROWSER = ["playwright>=1.50"]
 
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.
-CLIENTS = ["accelerate", "llguidance", "lm-eval", "outlines", "peft", "sentence-transformers", "transformers", "trl"]
+CLIENTS = [
+    "accelerate",
+    "llguidance",
+    "lm-eval[api]",
+    "outlines",
+    "peft",
+    "sentence-transformers",
+    "transformers",
+    "trl",
+]
 
 # The model comes from its package, so sessions download nothing while they run.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -127,7 +136,7 @@ def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
 @nox.session
 def clients(session: nox.Session) -> None:
     """Compare lm-eval, TRL, PEFT, accelerate, sentence-transformers and outlines on our models and on transformers'."""
-    install(session, "pytest", "pytest-xdist")
+    install(session, *SERVER, *CLIENTS_OF_SERVER, "pytest", "pytest-xdist")
     say(session, "Installing the current releases of the libraries", "2 min")
     session.install("--no-compile", "--upgrade", *CLIENTS)
     say(session, "Running the tests", "2 min")

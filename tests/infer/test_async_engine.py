@@ -294,6 +294,41 @@ def test_event_loops_of_several_threads(engine: Engine) -> None:
     assert [found[index] for index in range(len(PROMPTS))] == expected
 
 
+def test_hundreds_of_streams_with_readers_of_every_kind(engine: Engine) -> None:
+    """Readers leave, raise, read slowly, or give a request that is refused; all others get the engine's own answers."""
+    expected = [output.outputs[0].token_ids for output in engine.generate(PROMPTS, GREEDY)]
+
+    async def ask(requests: AsyncEngine, number: int) -> str:
+        prompt, kind = PROMPTS[number % len(PROMPTS)], number % 7
+        if kind == 0:
+            with pytest.raises(ValueError, match="has the tokens"):
+                await requests.stream([*prompt, 10_000], GREEDY)
+            return "refused"
+        stream = await requests.stream(prompt, GREEDY)
+        if kind == 1:
+            async for _ in stream:
+                raise KeyError(number)
+        if kind == 2:
+            await anext(stream)
+            stream.close()
+            return "left"
+        if kind == 3:
+            await asyncio.sleep(0.05)
+        tokens = [event.token_id async for events in stream for event in events]
+        assert tokens == expected[number % len(PROMPTS)]
+        return "answered"
+
+    async def use(requests: AsyncEngine) -> list[Any]:
+        results = await asyncio.gather(*(ask(requests, number) for number in range(350)), return_exceptions=True)
+        await until(lambda: requests.num_requests == 0)
+        return results
+
+    results = run(engine, use)
+    counts = {kind: results.count(kind) for kind in ("refused", "left", "answered")}
+    assert counts == {"refused": 50, "left": 50, "answered": 200}
+    assert sum(isinstance(each, KeyError) for each in results) == 50
+
+
 def test_the_loop_stays_free_while_the_engine_computes(engine: Engine) -> None:
     async def use(requests: AsyncEngine) -> float:
         tasks = [asyncio.create_task(requests.generate(prompt, LONG)) for prompt in PROMPTS]

@@ -120,6 +120,26 @@ def test_echo_scores_a_prompt(server: RunningServer, reference: Engine) -> None:
         assert max(top.values()) == pytest.approx(each.top[0][1], abs=1e-6) and len(top) <= 2
 
 
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_a_stream_echoes_as_the_whole_answer_does(server: RunningServer, max_tokens: int) -> None:
+    arguments: Any = {"model": "tiny", "prompt": [PROMPT, "ab"], "echo": True, "logprobs": 2, "max_tokens": max_tokens}
+    arguments |= {"seed": 1, "n": 2, "extra_body": {"prompt_logprobs": 1}}
+    whole = server.client.completions.create(**arguments)
+    streamed: dict[int, list[Any]] = {}
+    for chunk in server.client.completions.create(**arguments, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            streamed.setdefault(choice.index, []).append(choice)
+    assert usage == whole.usage and usage.completion_tokens == 4 * max_tokens
+    for choice in whole.choices:
+        parts = streamed[choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            found = [value for part in parts for value in getattr(part.logprobs, name)]
+            assert found == getattr(choice.logprobs, name), name
+        assert parts[0].prompt_logprobs == choice.prompt_logprobs and len(choice.prompt_logprobs) > 2
+
+
 def test_beams(server: RunningServer, reference: Engine) -> None:
     answer = server.client.completions.create(
         model="tiny", prompt=PROMPT, n=2, max_tokens=6, extra_body={"use_beam_search": True, "best_of": 4}
@@ -155,7 +175,6 @@ def test_token_ids(server: RunningServer, reference: Engine) -> None:
         ({"logit_bias": {"1": 1000}}, "logit_bias", "from -100 to 100"),
         ({"best_of": 3}, "best_of", "best_of=3 needs use_beam_search=true"),
         ({"n": 2, "temperature": 0}, None, "n=2 with temperature=0 gives equal answers"),
-        ({"stream": True, "echo": True, "logprobs": 1}, "stream", "leave one of them out"),
         ({"stop": [""]}, "stop", "give strings that are not empty"),
     ],
 )

@@ -40,10 +40,7 @@ VLLM_CHATS = {
 }
 
 # Fields that follow.
-FOLLOWING = {
-    *("add_special_tokens", "prompt_logprobs", "request_id", "return_prompt_text", "return_tokens_as_token_ids"),
-    *("parallel_tool_calls", "response_format", "structured_outputs", "tool_choice", "tools"),
-}
+FOLLOWING = {"parallel_tool_calls", "response_format", "structured_outputs", "tool_choice", "tools"}
 
 
 def known(body_class: type[SamplingFields]) -> set[str]:
@@ -120,13 +117,31 @@ def test_fields_without_effect(server: RunningServer) -> None:
     assert more.choices == plain.choices
 
 
+def test_tokens_named_by_their_ids(server: RunningServer) -> None:
+    extra = {"return_tokens_as_token_ids": True, "return_token_ids": True, "prompt_logprobs": 0, "request_id": "mine"}
+    arguments: Any = {"model": "tiny", "max_tokens": 4, "extra_body": extra}
+    chat = server.client.chat.completions.create(**arguments, messages=MESSAGES, logprobs=True, top_logprobs=2)
+    (choice,) = chat.choices
+    assert [each.token for each in choice.logprobs.content] == [f"token_id:{token}" for token in choice.token_ids]
+    assert choice.logprobs.content[0].top_logprobs[0].token.startswith("token_id:") and chat.id == "chatcmpl-mine"
+    assert chat.prompt_logprobs[0] is None
+    assert [list(each) for each in chat.prompt_logprobs[1:]] == [[str(token)] for token in chat.prompt_token_ids[1:]]
+
+    completion = server.client.completions.create(**arguments, prompt="ab", logprobs=1)
+    (choice,) = completion.choices
+    assert choice.logprobs.tokens == [f"token_id:{token}" for token in choice.token_ids]
+    assert choice.logprobs.text_offset == [0, 1, 2, 3], "of the texts, not of the names"
+    assert all(name.startswith("token_id:") for top in choice.logprobs.top_logprobs for name in top)
+    assert completion.id == "cmpl-mine"
+
+
 def test_contents_in_parts_are_texts(server: RunningServer) -> None:
     def answer(content: Any) -> Any:
         messages: Any = [{"role": "user", "content": content}]
         return server.client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, temperature=0)
 
     parts = [{"type": "text", "text": "Two"}, {"type": "text", "text": "lines"}]
-    assert answer(parts).usage == answer("Two\nlines").usage
+    assert answer(parts).usage.prompt_tokens == answer("Two\nlines").usage.prompt_tokens
     assert answer(parts).choices == answer("Two\nlines").choices
     for part, message in (
         ({"type": "image_url", "image_url": {"url": "https://example.org"}}, "has the type 'image_url'"),

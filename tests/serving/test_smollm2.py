@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 from transformers import PreTrainedModel
 
-from llama_te_convert import convert_llama_hf_to_te
+from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
 from llama_te_infer import Engine, SamplingParams
 
 OPTIONS = {"max_batch_size": 8, "max_sequence_length": 256, "page_size": 16, "total_num_pages": 128}
@@ -35,12 +35,11 @@ def engine(smollm2: PreTrainedModel, smollm2_tokenizer: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def urls(
-    engine: Engine, smollm2: PreTrainedModel, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Url]]:
+def urls(engine: Engine, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Url]]:
     """Servers of a GGUF file, of a folder of transformers and of a converted folder, which start at the same time."""
     folder = tmp_path_factory.mktemp("smollm2")
-    for name, model in (("hf", smollm2), ("te", engine.model)):
+    # transformers does not save the model that it has read from a GGUF file.
+    for name, model in (("hf", convert_llama_te_to_hf(engine.model)), ("te", engine.model)):
         model.save_pretrained(folder / name)
         engine.tokenizer.save_pretrained(folder / name)
     sources = {"gguf": smollm2_file, "hf": folder / "hf", "te": folder / "te"}

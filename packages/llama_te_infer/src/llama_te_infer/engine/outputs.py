@@ -85,6 +85,7 @@ class TokenEvent(NamedTuple):
         finish_reason: Set on the last event of a completion.
         stop_reason: See `Completion`.
         error: See `RequestOutput`; set with the finish reason "error".
+        prompt_logprobs: See `RequestOutput`; set on the first event of a completion.
     """
 
     # A tuple, since each step makes one for each sequence, and a frozen dataclass takes three times as long to make.
@@ -96,6 +97,7 @@ class TokenEvent(NamedTuple):
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: Exception | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 @dataclass

@@ -152,6 +152,7 @@ class RequestState:
     def event(self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None = None) -> TokenEvent:
         """Return the event of a sequence's new token, with the text since the last event."""
         text = self._detokenizers[sequence.index].take(sequence.finish_reason is not None)
+        is_first = len(sequence.tokens) - len(self.request.prompt) == (token is not None)
         return TokenEvent(
             self.request.id,
             sequence.index,
@@ -161,6 +162,7 @@ class RequestState:
             sequence.finish_reason,
             sequence.stop_reason,
             self.error if sequence.finish_reason == "error" else None,
+            self._all_prompt_logprobs() if is_first else None,
         )
 
     def output(self) -> RequestOutput:

@@ -33,6 +33,7 @@ class Piece:
         logprobs: For each token, or empty.
         finish_reason: Of the last piece.
         stop_reason: Of the last piece.
+        prompt_logprobs: For each token of the prompt, on the first piece, if the request asks for them.
     """
 
     prompt_index: int
@@ -42,10 +43,11 @@ class Piece:
     logprobs: Sequence[TokenLogprobs | None]
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None
 
     @classmethod
-    def whole(cls, prompt_index: int, completion: Completion) -> Piece:
-        """Return all of a text."""
+    def whole(cls, prompt_index: int, completion: Completion, output: RequestOutput) -> Piece:
+        """Return all of a text of a request's output."""
         return cls(
             prompt_index,
             completion.index,
@@ -54,6 +56,7 @@ class Piece:
             completion.logprobs or (),
             completion.finish_reason,
             completion.stop_reason,
+            output.prompt_logprobs,
         )
 
     @classmethod
@@ -67,6 +70,7 @@ class Piece:
             [each.logprobs for each in events if each.logprobs is not None],
             events[-1].finish_reason,
             events[-1].stop_reason,
+            events[0].prompt_logprobs,
         )
 
 

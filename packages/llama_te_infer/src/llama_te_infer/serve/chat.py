@@ -15,7 +15,7 @@ from .errors import ApiError
 from .protocol.chat import ChatRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
-from .token_texts import TokenTexts
+from .token_texts import TokenTexts, prompt_logprobs_of
 
 router = APIRouter()
 
@@ -27,14 +27,16 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def _answer(server: Server, body: ChatRequest, name: str) -> ChatAnswer:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true.", "top_logprobs")
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs with stream=true is not possible: leave one out.", "prompt_logprobs")
     with refusals():
         params = body.sampling_params(
             server.settings.default_params,
             max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            prompt_logprobs=None,
+            prompt_logprobs=body.prompt_logprobs,
         )
         prompt = await server.tokens_of_chat(body)
     return ChatAnswer(server, prompt, params, body, name)
@@ -45,7 +47,7 @@ class ChatAnswer(ChunkedAnswer):
 
     def __init__(self, server: Server, prompt: list[int], params: SamplingParams, body: ChatRequest, name: str) -> None:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        head = {"id": new_id("chatcmpl"), "object": kind, "created": server.now(), "model": name}
+        head = {"id": new_id("chatcmpl", body.request_id), "object": kind, "created": server.now(), "model": name}
         super().__init__(server, [prompt], params, head, body.stream_options)
         self._body = body
         self._begun: set[int] = set()
@@ -53,8 +55,12 @@ class ChatAnswer(ChunkedAnswer):
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer."""
         (output,) = outputs
-        choices = [self._whole_choice(Piece.whole(0, completion)) for completion in output.outputs]
+        choices = [self._whole_choice(Piece.whole(0, completion, output)) for completion in output.outputs]
         answer = {**self.head, "choices": choices, "usage": self.usage.to_dict()}
+        if self._body.prompt_logprobs is not None and output.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs_of(
+                self.server.token_texts, output.prompt_token_ids, output.prompt_logprobs, self._body.prompt_logprobs
+            )
         return answer | ({"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {})
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
@@ -76,7 +82,9 @@ class ChatAnswer(ChunkedAnswer):
         self.usage.completion += len(piece.token_ids)
         about: dict[str, Any] = {
             "logprobs": {
-                "content": logprobs_of(piece, self.server.token_texts, body.top_logprobs or 0),
+                "content": logprobs_of(
+                    piece, self.server.token_texts, body.top_logprobs or 0, body.return_tokens_as_token_ids
+                ),
                 "refusal": None,
             }
             if body.logprobs
@@ -87,15 +95,22 @@ class ChatAnswer(ChunkedAnswer):
         return about | ({"token_ids": piece.token_ids} if body.return_token_ids else {})
 
 
-def logprobs_of(piece: Piece, texts: TokenTexts, count: int) -> list[dict[str, Any]]:
-    """Return OpenAI's list of log-probabilities, with the `count` most likely tokens at each position."""
+def logprobs_of(piece: Piece, texts: TokenTexts, count: int, as_token_ids: bool | None = None) -> list[dict[str, Any]]:
+    """Return OpenAI's list of log-probabilities.
+
+    Args:
+        piece: The tokens.
+        texts: The texts of tokens.
+        count: The number of most likely tokens at each position.
+        as_token_ids: Name tokens by their ids.
+    """
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        name, content = texts.name_of(token_id, as_token_ids), texts.bytes_of(token_id)
+        return {"token": name, "logprob": logprob, "bytes": list(content)}
+
     return [
-        _token(texts, token_id, here.logprob) | {"top_logprobs": [_token(texts, *pair) for pair in here.top[:count]]}
+        entry(token_id, here.logprob) | {"top_logprobs": [entry(*pair) for pair in here.top[:count]]}
         for token_id, here in zip(piece.token_ids, piece.logprobs, strict=True)
         if here is not None
     ]
-
-
-def _token(texts: TokenTexts, token_id: int, logprob: float) -> dict[str, Any]:
-    content = texts.bytes_of(token_id)
-    return {"token": texts.text_of(token_id), "logprob": logprob, "bytes": list(content)}

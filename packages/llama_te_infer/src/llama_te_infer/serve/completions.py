@@ -12,11 +12,10 @@ from fastapi.responses import Response
 from ..engine.outputs import RequestOutput, TokenLogprobs
 from ..sampling_params import SamplingParams
 from .answers import ChunkedAnswer, Piece, respond
-from .errors import ApiError
 from .protocol.completions import CompletionRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
-from .token_texts import TokenTexts
+from .token_texts import TokenTexts, prompt_logprobs_of
 
 router = APIRouter()
 
@@ -28,8 +27,6 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _answer(server: Server, body: CompletionRequest, name: str) -> CompletionAnswer:
-    if body.stream and body.echo and body.logprobs is not None:
-        raise ApiError(400, "stream=true with echo=true and logprobs is not possible: leave one of them out.", "stream")
     prompt_logprobs = [body.prompt_logprobs, body.logprobs if body.echo else None]
     with refusals():
         params = body.sampling_params(
@@ -48,38 +45,42 @@ class CompletionAnswer(ChunkedAnswer):
     def __init__(
         self, server: Server, prompts: Sequence[list[int]], params: SamplingParams, body: CompletionRequest, name: str
     ) -> None:
-        head = {"id": new_id("cmpl"), "object": "text_completion", "created": server.now(), "model": name}
+        head = {
+            "id": new_id("cmpl", body.request_id),
+            "object": "text_completion",
+            "created": server.now(),
+            "model": name,
+        }
         super().__init__(server, prompts, params, head, body.stream_options)
         self._body, self._texts = body, server.token_texts
         self._lists: dict[int, LogprobLists] = {}  # of each choice that has begun
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the completion."""
-        choices = []
-        for prompt_index, output in enumerate(outputs):
-            for completion in output.outputs:
-                choice = self._choice(Piece.whole(prompt_index, completion), output.prompt_logprobs or ())
-                if self._body.prompt_logprobs is not None:
-                    choice["prompt_logprobs"] = prompt_logprobs_of(self._texts, output, self._body.prompt_logprobs)
-                choices.append(choice)
+        choices = [
+            self._choice(Piece.whole(prompt_index, completion, output))
+            for prompt_index, output in enumerate(outputs)
+            for completion in output.outputs
+        ]
         return {**self.head, "choices": choices, "usage": self.usage.to_dict()}
 
     def choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield one choice for each piece."""
         yield self._choice(piece)
 
-    def _choice(self, piece: Piece, prompt_logprobs: Sequence[TokenLogprobs | None] = ()) -> dict[str, Any]:
+    def _choice(self, piece: Piece) -> dict[str, Any]:
         body, prompt = self._body, self.prompts[piece.prompt_index]
         if body.scores_alone:
             piece = replace(piece, text="", token_ids=[], logprobs=(), finish_reason="length", stop_reason=None)
         self.usage.completion += len(piece.token_ids)
         index = piece.prompt_index * (body.n or 1) + piece.index
         is_first = index not in self._lists
-        lists = self._lists.setdefault(index, LogprobLists(self._texts, body.logprobs or 0))
+        as_token_ids = body.return_tokens_as_token_ids
+        lists = self._lists.setdefault(index, LogprobLists(self._texts, body.logprobs or 0, as_token_ids))
         text, token_ids, logprobs = piece.text, piece.token_ids, piece.logprobs
         if body.echo and is_first:
             text = self.server.text_of(prompt) + text
-            token_ids, logprobs = prompt + token_ids, [*prompt_logprobs, *logprobs]
+            token_ids, logprobs = prompt + token_ids, [*(piece.prompt_logprobs or ()), *logprobs]
         choice: dict[str, Any] = {
             "index": index,
             "text": text,
@@ -87,6 +88,9 @@ class CompletionAnswer(ChunkedAnswer):
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if body.prompt_logprobs is not None and is_first:
+            here = piece.prompt_logprobs
+            choice["prompt_logprobs"] = here and prompt_logprobs_of(self._texts, prompt, here, body.prompt_logprobs)
         if body.return_token_ids:
             choice |= {"prompt_token_ids": prompt if is_first else None, "token_ids": piece.token_ids}
         return choice
@@ -98,10 +102,11 @@ class LogprobLists:
     Args:
         texts: The texts of tokens.
         count: The number of most likely tokens at each position; the written token comes in addition.
+        as_token_ids: Name tokens by their ids.
     """
 
-    def __init__(self, texts: TokenTexts, count: int) -> None:
-        self._texts, self._count, self._offset = texts, count, 0
+    def __init__(self, texts: TokenTexts, count: int, as_token_ids: bool | None = None) -> None:
+        self._texts, self._count, self._as_token_ids, self._offset = texts, count, as_token_ids, 0
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
         """Return the lists of further tokens.
@@ -110,13 +115,12 @@ class LogprobLists:
             token_ids: The tokens.
             logprobs: Theirs; `None` for the first token of a prompt.
         """
-        tokens = [self._texts.text_of(token_id) for token_id in token_ids]
         offsets = []
-        for token in tokens:
+        for token_id in token_ids:
             offsets.append(self._offset)
-            self._offset += len(token)
+            self._offset += len(self._texts.text_of(token_id))
         return {
-            "tokens": tokens,
+            "tokens": list(map(self._name, token_ids)),
             "token_logprobs": [None if each is None else each.logprob for each in logprobs],
             "top_logprobs": [
                 None if each is None else self._top(token_id, each)
@@ -129,27 +133,8 @@ class LogprobLists:
         pairs = [*logprobs.top[: self._count], (token_id, logprobs.logprob)]
         top: dict[str, float] = {}
         for token, logprob in pairs:
-            top.setdefault(self._texts.text_of(token), logprob)  # several tokens may have one text
+            top.setdefault(self._name(token), logprob)  # several tokens may have one text
         return top
 
-
-def prompt_logprobs_of(
-    texts: TokenTexts, output: RequestOutput, count: int
-) -> list[dict[str, dict[str, Any]] | None] | None:
-    """Return the log-probabilities of a prompt as vLLM's server does: for each token a dict by token id.
-
-    Args:
-        texts: The texts of tokens.
-        output: The request's output.
-        count: The number of most likely tokens; the prompt's own token comes in addition.
-    """
-    if output.prompt_logprobs is None:
-        return None
-    positions: list[dict[str, dict[str, Any]] | None] = []
-    for token_id, here in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
-        pairs = () if here is None else ((token_id, here.logprob), *here.top[:count])
-        positions.append(
-            {str(token): {"logprob": logprob, "decoded_token": texts.text_of(token)} for token, logprob in pairs}
-            or None
-        )
-    return positions
+    def _name(self, token_id: int) -> str:
+        return self._texts.name_of(token_id, self._as_token_ids)

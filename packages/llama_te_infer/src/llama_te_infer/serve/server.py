@@ -238,6 +238,11 @@ def refusals(prefix: str = "") -> Iterator[None]:
         raise refusal from error
 
 
-def new_id(prefix: str) -> str:
-    """Return the id of the answer to the current HTTP request, such as "cmpl-0f3…": it has the request's own id."""
-    return f"{prefix}-{http_context.get(HttpContext()).request_id}"
+def new_id(prefix: str, request_id: str | None = None) -> str:
+    """Return the id of the answer to the current HTTP request, such as "cmpl-0f3…".
+
+    Args:
+        prefix: Its beginning.
+        request_id: The client's own id; that of the HTTP request by default.
+    """
+    return f"{prefix}-{request_id or http_context.get(HttpContext()).request_id}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
+
+from ..engine.outputs import TokenLogprobs
 
 
 class TokenTexts:
@@ -24,6 +27,10 @@ class TokenTexts:
     def text_of(self, token_id: int) -> str:
         """Return a token's text; bytes that are no whole character become replacement characters."""
         return self.bytes_of(token_id).decode("utf-8", errors="replace")
+
+    def name_of(self, token_id: int, as_token_id: bool | None = None) -> str:
+        """Return a token's name in log-probabilities: its text, or "token_id:42", which no two tokens share."""
+        return f"token_id:{token_id}" if as_token_id else self.text_of(token_id)
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -47,3 +54,24 @@ def _byte_of_character() -> dict[str, int]:
     shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + index): byte for index, byte in enumerate(hidden)}
+
+
+def prompt_logprobs_of(
+    texts: TokenTexts, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], count: int
+) -> list[dict[str, dict[str, Any]] | None]:
+    """Return the log-probabilities of a prompt as vLLM's server does: for each token a dict by token id.
+
+    Args:
+        texts: The texts of tokens.
+        token_ids: The prompt.
+        logprobs: Of its tokens; `None` for the first one.
+        count: The number of most likely tokens; the prompt's own token comes in addition.
+    """
+    positions: list[dict[str, dict[str, Any]] | None] = []
+    for token_id, here in zip(token_ids, logprobs, strict=True):
+        pairs = () if here is None else ((token_id, here.logprob), *here.top[:count])
+        positions.append(
+            {str(token): {"logprob": logprob, "decoded_token": texts.text_of(token)} for token, logprob in pairs}
+            or None
+        )
+    return positions

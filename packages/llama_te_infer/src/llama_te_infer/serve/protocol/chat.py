@@ -20,6 +20,7 @@ class ChatRequest(SamplingFields, ChatFields):
     messages: list[dict[str, Any]] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, description="Most likely tokens to report at each position; with logprobs.")
+    prompt_logprobs: int | None = Field(None, description="The same for the prompt; not for streams.")
     max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
     max_completion_tokens: int | None = Field(None, description="Most tokens to write; as many as fit by default.")
     prediction: dict[str, Any] | None = Field(None, description="It changes no answer.")

@@ -80,6 +80,8 @@ class SamplingFields(GeneratingFields):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = Field(None, description='Log-probabilities name tokens as "token_id:42".')
+    request_id: str | None = Field(None, max_length=256, description="The end of the answer's id.")
 
     @model_validator(mode="before")
     @classmethod

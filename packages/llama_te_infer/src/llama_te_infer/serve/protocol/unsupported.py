@@ -62,10 +62,12 @@ FOR_CHATS: dict[str, Unsupported] = {
     "verbosity": Unsupported("a system message can ask for short or long answers", ("medium",)),
     "web_search_options": Unsupported("the server opens no web pages"),
     # vLLM's
+    "add_special_tokens": Unsupported("the chat template writes the special tokens", (False,)),
     "chat_template": Unsupported("a template is a program, so it is for the operator to give: see --chat-template"),
     "echo": Unsupported("continue_final_message continues the last message", (False,)),
     "media_io_kwargs": Unsupported(_TEXT_ALONE, ({},)),
     "mm_processor_kwargs": Unsupported(_TEXT_ALONE, ({},)),
+    "return_prompt_text": Unsupported("return_token_ids returns the prompt's tokens", (False,)),
 }
 
 
