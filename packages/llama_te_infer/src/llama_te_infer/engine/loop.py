@@ -5,10 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..sampling_params import SamplingParams
 from .engine import Engine
 from .outputs import News, TokenEvent
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EngineLoop:
@@ -91,7 +95,7 @@ class EngineLoop:
                 self._step()
                 news, self._news = self._news, News()
                 self._deliver(news)
-            if is_closing or (self.failure is not None and _has_lost_device(self.engine)):
+            if is_closing or (self.failure is not None and has_lost_device(self.engine.model.device)):
                 with self._wake:
                     self.has_ended = True
                     commands = self._commands
@@ -114,14 +118,14 @@ class EngineLoop:
         self._running.difference_update(news.lost, (output.request_id for output in news.outputs))
 
 
-def _has_lost_device(engine: Engine) -> bool:
-    """Return whether the model's GPU computes nothing any more, as after an illegal memory access."""
+def has_lost_device(device: torch.device) -> bool:
+    """Return whether a device is a GPU that computes nothing any more, as after an illegal memory access."""
     import torch
 
-    if engine.model.device.type != "cuda":
+    if device.type != "cuda":
         return False
     try:
-        torch.cuda.synchronize(engine.model.device)
+        torch.cuda.synchronize(device)
     except Exception:
         return True
     return False

@@ -154,6 +154,17 @@ def _encode(text: str, tokenizer: Any, most: int | None, name: str, **options: A
         return list(tokenizer(text, **options)["input_ids"])
 
 
+def tokens_of_pair(first: str, second: str, tokenizer: Any, most: int | None = None) -> list[int]:
+    """Return the tokens of a pair of texts, as the tokenizer joins them for a classifier.
+
+    Raises:
+        ValueError: The tokenizer cannot encode a text, or a text is too long.
+    """
+    for text, name in ((first, "text_1"), (second, "text_2")):
+        _encode(text, tokenizer, most, name)  # refuses what would take too much memory
+    return list(tokenizer(first, second)["input_ids"])
+
+
 def tokens_of_chats(messages: Any, tokenizer: Any | None, most: int | None = None, **options: Any) -> list[list[int]]:
     """Return the tokens of one conversation or several, as the tokenizer's chat template writes them.
 

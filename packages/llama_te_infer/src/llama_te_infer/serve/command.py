@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.client import EngineFailedError
-from .loading import check_source
+from .loading import Task, check_source, make_engine, make_pooling_engine, task_of
 
 if TYPE_CHECKING:
-    from ..engine.engine import Engine
+    from ..engine.async_engine import AsyncEngine
+    from ..engine.pooling import PoolingEngine
+    from .engine_process.client import EngineProcess
     from .settings import EngineSettings, ServerSettings
 
 _DESCRIPTION = """Serves a Llama with OpenAI's API. MODEL is a folder with the Transformer Engine or the Hugging Face
@@ -29,6 +31,9 @@ _MODULES = {  # of each extra
 }
 SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
+# Options that mean nothing to embeddings and scores.
+_OF_GENERATION = ["fp8_recipe", "generation_config", "max_batch_size", "page_size", "total_num_pages"]
+_OF_GENERATION += ["no_enable_prefix_caching"]
 FAILED = 1
 WRONG_ARGUMENTS = 2
 
@@ -63,9 +68,13 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command."""
-    parser = argparse.ArgumentParser(prog="llama-te-serve", description=_DESCRIPTION)
+def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make the parser of the command.
+
+    Args:
+        parser_class: A class that treats errors in another way.
+    """
+    parser = parser_class(prog="llama-te-serve", description=_DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", help="folder, GGUF file or hub id")
     group = parser.add_argument_group("address")
     group.add_argument("--host", default="127.0.0.1", help='"0.0.0.0" for all networks (default: %(default)s)')
@@ -84,6 +93,10 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--fp8-recipe", choices=["delayed", "current", "block"], help="compute all layers in FP8")
     group.add_argument("--generation-config", default="auto", choices=["auto", "none"],
                        help="auto: the checkpoint's temperature and the like are the defaults")  # fmt: skip
+    group.add_argument("--runner", default="auto", choices=["auto", "generate", "pooling"],
+                       help="auto: pooling if the checkpoint is a classifier or has no head")  # fmt: skip
+    group.add_argument("--convert", default="auto", choices=["auto", "none", "embed", "classify"],
+                       help="embed: serve embeddings of a model that writes text")  # fmt: skip
     group = parser.add_argument_group("engine")
     group.add_argument("--max-batch-size", "--max-num-seqs", type=_positive, default=256, metavar="N",
                        help="sequences that run at the same time (default: %(default)s)")  # fmt: skip
@@ -148,10 +161,23 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
     begin = time.monotonic()
     options.api_key = [*options.api_key, *keys_of_environment()]
     settings = server_settings(options)
+    task = _task_of(options)
     progress = _Progress(options.model)
-    starting = asyncio.ensure_future(
-        EngineProcess.start(engine_settings(options), max_requests=options.max_requests, say=progress.say)
-    )
+    starting: asyncio.Future[EngineProcess | PoolingEngine]
+    if task == "generate":
+        starting = asyncio.ensure_future(
+            EngineProcess.start(engine_settings(options), max_requests=options.max_requests, say=progress.say)
+        )
+    else:
+        loop = asyncio.get_running_loop()
+
+        def say(stage: str) -> None:
+            loop.call_soon_threadsafe(progress.say, stage)
+
+        def load() -> PoolingEngine:
+            return make_pooling_engine(engine_settings(options), task, options.max_requests, say)
+
+        starting = asyncio.ensure_future(asyncio.to_thread(load))
     await asyncio.sleep(0)  # the process starts before the imports
     import uvicorn
 
@@ -232,7 +258,23 @@ def keys_of_environment() -> list[str]:
     return [key for key in os.environ.get("LLAMA_TE_API_KEY", "").split(",") if key]
 
 
-def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
+def _task_of(options: argparse.Namespace) -> Task:
+    """Return what the model is to do.
+
+    Raises:
+        ValueError: Options contradict each other or the checkpoint, or have no effect.
+    """
+    task = task_of(options.model, options.runner, options.convert)
+    if task != "generate":
+        parser = make_parser()
+        for name in _OF_GENERATION:
+            if getattr(options, name) != parser.get_default(name):
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} has no effect on a model that writes no text: leave it out.")
+    return task
+
+
+def load_engine(options: argparse.Namespace) -> tuple[AsyncEngine | PoolingEngine, ServerSettings]:
     """Return an engine for the model in this process, and the settings of the server.
 
     Args:
@@ -242,11 +284,14 @@ def load_engine(options: argparse.Namespace) -> tuple[Engine, ServerSettings]:
         OSError: There is no such checkpoint.
         ValueError: An option or the checkpoint does not fit.
     """
-    from .loading import make_engine
-
     settings = server_settings(options)
+    task = _task_of(options)
+    if task != "generate":
+        return make_pooling_engine(engine_settings(options), task, None, lambda stage: None), settings
     engine, sampling_defaults = make_engine(engine_settings(options), lambda stage: None)
-    return engine, with_defaults(settings, options, sampling_defaults)
+    from ..engine.async_engine import AsyncEngine
+
+    return AsyncEngine(engine), with_defaults(settings, options, sampling_defaults)
 
 
 def engine_settings(options: argparse.Namespace) -> EngineSettings:

@@ -5,15 +5,19 @@ Importing this module imports neither torch nor transformers, so that a process 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .settings import EngineSettings
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
+    from ..engine.pooling import PoolingEngine
 
+Task = Literal["generate", "embed", "classify"]
 FP8_RECIPES = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "block": "Float8BlockScaling"}
 # Fields of transformers' GenerationConfig that mean the same in `SamplingParams`.
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -28,6 +32,43 @@ def check_source(source: str) -> None:
     path = Path(source)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"MODEL={source} is a file, but no .gguf file: give a folder, a GGUF file or a hub id.")
+
+
+def task_of(model: str, runner: str, convert: str) -> Task:
+    """Return what a model is to do, from the operator's options and the architecture that its config.json names.
+
+    Args:
+        model: As in `EngineSettings`. Without a folder, the architecture is not known before the model loads.
+        runner: "auto", "generate" or "pooling".
+        convert: "auto", "none", "embed" or "classify".
+
+    Raises:
+        ValueError: The options contradict each other, or the checkpoint.
+    """
+    architecture = ""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # loading says what is wrong
+        architecture = str(json.loads((Path(model) / "config.json").read_text())["architectures"][0])
+    is_classifier = architecture.endswith("ForSequenceClassification")
+    if runner == "generate" and convert in ("embed", "classify"):
+        raise ValueError(f"--convert {convert} contradicts --runner generate: leave one of them out.")
+    if convert == "classify" and architecture and not is_classifier:
+        raise ValueError(
+            f"--convert classify needs a checkpoint for sequence classification, but {model} has {architecture}."
+        )
+    if runner == "generate" and is_classifier:
+        raise ValueError(f"--runner generate is not possible: {model} has {architecture}, which writes no text.")
+    if convert in ("embed", "classify"):
+        return "embed" if convert == "embed" else "classify"
+    if runner == "generate":
+        return "generate"
+    if is_classifier:
+        return "classify"
+    has_no_head = architecture.endswith("Model")
+    if convert == "none" and runner == "pooling" and not has_no_head:
+        raise ValueError(
+            f"--runner pooling --convert none is not possible: {model} is no classifier. Give another one."
+        )
+    return "embed" if runner == "pooling" or has_no_head else "generate"
 
 
 def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[Engine, dict[str, Any]]:
@@ -74,6 +115,42 @@ def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[E
     )
     config = model.generation_config
     return engine, {name: value for name in _SAMPLING_FIELDS if (value := getattr(config, name, None)) is not None}
+
+
+def make_pooling_engine(
+    settings: EngineSettings, task: Task, max_requests: int | None, say: Callable[[str], None]
+) -> PoolingEngine:
+    """Load a checkpoint, and make an engine for its embeddings or classes.
+
+    Args:
+        settings: The operator's settings.
+        task: "embed" or "classify".
+        max_requests: As in `PoolingEngine`.
+        say: Called with what is about to happen, in words.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: A setting or the checkpoint does not fit.
+    """
+    say("importing torch")
+    import torch
+
+    from llama_te_core import NVLlamaForSequenceClassification, NVLlamaModel
+
+    from ..engine.pooling import PoolingEngine
+
+    say("loading the weights")
+    place, fields = _place_of(settings)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model_class = NVLlamaModel if task == "embed" else NVLlamaForSequenceClassification
+    model = model_class.from_pretrained(place, dtype=settings.dtype, device_map=device, **fields).eval()
+    return PoolingEngine(
+        model,
+        load_tokenizer(settings),
+        max_sequence_length=settings.max_sequence_length,
+        max_batch_tokens=settings.prefill_budget,
+        max_requests=max_requests,
+    )
 
 
 def load_tokenizer(settings: EngineSettings) -> Any:
