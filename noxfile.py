@@ -129,7 +129,7 @@ def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
     arguments = session.posargs or ["--durations=20"]
     # One thread a process: two processes of many threads each would wait for each other.
     env = OFFLINE | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"} | variables
-    others = [f"--ignore=tests/{name}" for name in ("clients", "gpu", "serving/page")]
+    others = [f"--ignore=tests/{name}" for name in ("clients", "gpu", "replicas", "serving/page")]
     session.run("pytest", "--numprocesses=2", "--dist=worksteal", *others, *options, *arguments, env=env)
 
 
@@ -152,6 +152,14 @@ def page(session: nox.Session) -> None:
     say(session, "Running the tests", "1 min")
     env = OFFLINE | {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "tests/serving/page", *(session.posargs or ["--durations=10"]), env=env)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Test replicas of the server on a Ray cluster of this machine."""
+    install(session, *SERVER, *CLIENTS_OF_SERVER, "ray[serve]", "pytest")
+    say(session, "Running the tests", "2 min")
+    session.run("pytest", "tests/replicas", *session.posargs, env=OFFLINE | {"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

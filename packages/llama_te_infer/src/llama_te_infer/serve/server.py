@@ -68,16 +68,7 @@ class Server:
             ApiError: The body is too large.
             pydantic.ValidationError: It is no JSON, or has other fields.
         """
-        return body_class.model_validate_json(await self._content(request))
-
-    async def _content(self, request: Request) -> bytes:
-        limit = self.settings.max_body_bytes
-        content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > limit:
-                raise ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
-        return bytes(content)
+        return body_class.model_validate_json(await content_of(request, self.settings.max_body_bytes))
 
     def model_name(self, name: str | None) -> str:
         """Return the name of the model for an answer.
@@ -188,6 +179,24 @@ class Server:
         for output in outputs:
             check_output(output)
         return outputs
+
+
+async def content_of(request: Request, limit: int) -> bytes:
+    """Return the body of a request.
+
+    Args:
+        request: The request.
+        limit: Most bytes.
+
+    Raises:
+        ApiError: The body has more.
+    """
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > limit:
+            raise ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
+    return bytes(content)
 
 
 async def _all_of(streams: Sequence[RequestStream]) -> list[RequestOutput]:
