@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from llama_te_infer import Engine
 from llama_te_infer.engine.client import RequestStream
 from llama_te_infer.engine.statistics import INTER_TOKEN_SECONDS
+from llama_te_infer.runner.model_runner import ModelRunner
 from llama_te_infer.serve import tracing
 from llama_te_infer.serve.metrics import buckets_1_2_5
 from serving.conftest import RunningServer, serving
@@ -58,7 +59,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def complete(server: RunningServer, prompt: Any = IDS, headers: dict[str, str] | None = None, **fields: Any) -> Any:
     body = {"prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": True, **fields}
-    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ def test_no_line_has_a_part_of_a_request(
         chat = {"messages": [{"role": "user", "content": "Sesame"}], "chat_template_kwargs": {"tokenize": 3}}
         httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=chat)
         with monkeypatch.context() as patch:
-            patch.setattr(server.engine.engine._runner, "launch", _out_of_memory)
+            patch.setattr(ModelRunner, "launch", _out_of_memory)
             assert [ask(), ask(stream=True)] == [500, 200]
         with monkeypatch.context() as patch:
             patch.setattr("llama_te_infer.serve.server.Server.begin", _fail)

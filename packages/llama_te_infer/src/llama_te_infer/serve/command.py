@@ -204,9 +204,9 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
             print(f"Ready after {seconds:.1f} s: {settings.model_names[0]} at {url}, {engine.description}", flush=True)
 
         await HttpServer(config, engine, options.drain_timeout, say_ready).serve([address])
+        return 0 if engine.is_alive else FAILED
     finally:
         await asyncio.to_thread(engine.close)
-    return 0 if engine.failure is None else FAILED
 
 
 class _Progress:
