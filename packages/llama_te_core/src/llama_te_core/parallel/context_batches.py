@@ -168,11 +168,18 @@ class DataCollatorForContextParallel:
         return [part for part in parts for _ in range(self.tp_world_size)]
 
 
+def _on_cpu(part: Any) -> Any:
+    if not isinstance(part, Mapping):
+        return part
+    return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+
+
 class ContextParallelDataLoaderWrapper:
     """A data loader that gives each process its part of each batch.
 
     The first process of the group loads the batches, and sends each process its part. So all parts are of the same
     batch, whatever the order in which a data set yields its samples. An error of the loader is raised in all processes.
+    Tensors of the parts are on the CPU, also if the loader has them on a GPU, which the other processes do not use.
 
     Args:
         dataloader: In the first process of the group, a loader whose batches are lists of parts, as
@@ -234,7 +241,7 @@ class ContextParallelDataLoaderWrapper:
                 f"a batch is {found}, but {self._ranks} processes share it: give the loader "
                 "collate_fn=DataCollatorForContextParallel(...) with the mesh of these processes."
             )
-        return list(parts)
+        return [_on_cpu(part) for part in parts]
 
     def close(self) -> None:
         """End the pass. The loader's workers end with it."""
