@@ -353,7 +353,7 @@ def context_from_outside(case: Case) -> dict[str, Any]:
     try:
         for batch, part in zip(batches, iter(loader), strict=False):
             found["fields"] = sorted(part)
-            part = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in part.items()}
+            part = {key: x.to(device) if isinstance(x, torch.Tensor) else x for key, x in part.items()}
             with torch.no_grad():
                 expected, actual = model(**batch), split(**part)
             # Where each token of the part stands in the whole batch.
