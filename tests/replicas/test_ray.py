@@ -271,7 +271,7 @@ def application_of(folder: Path, replicas: int) -> serve.Application:
     # Each replica has one request at a time, so two requests that run have two replicas.
     deployment = {"ray_actor_options": {"num_cpus": 0.1}, "max_ongoing_requests": 1, "health_check_period_s": 1}
     options = {**OPTIONS, "deployment": deployment, "num_gpus": 0}
-    return application(str(folder), replicas=replicas, prefix_routing=False, **options)
+    return application(str(folder), replicas=replicas, prefix_routing=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +322,8 @@ def test_two_replicas(url: str, text: str, folder: Path) -> None:
         streams = [Stream(stack, url) for _ in range(2)]
         assert [stream.finish() for stream in streams] == [(text, None)] * 2
 
+    assert len(httpx.get(url.replace("completions", "models")).headers.get_list("x-request-id")) == 1
+
     with ExitStack() as stack:
         streams = [Stream(stack, url) for _ in range(2)]
         ray.kill(ray.get_actor(names_of_replicas()[0], namespace="serve"))
@@ -335,6 +337,12 @@ def test_two_replicas(url: str, text: str, folder: Path) -> None:
         assert (complete, no_error) == (text, None)
 
     until(lambda: serve.status().applications["default"].deployments["Replica"].replica_states == {"RUNNING": 2}, 300)
+    # One replica alone reads this prompt, although the other one has as little to do.
+    body = {**LONG, "prompt": "x" * 64, "max_tokens": 1}
+    usages = [httpx.post(url, json=body, timeout=120).json()["usage"] for _ in range(7)]
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
+    assert cached[0] == 0 and all(cached[1:])
+
     with ExitStack() as stack:
         streams = [Stream(stack, url) for _ in range(2)]
         serve.run(application_of(folder, 1))

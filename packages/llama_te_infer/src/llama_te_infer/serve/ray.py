@@ -38,12 +38,8 @@ _OF_RAY_SERVE = {
     "port": "`serve run` with --config, or `serve.start(http_options={'port': ...})`",
     "log_level": "`deployment={'logging_config': {'log_level': ...}}`",
 }
-# Its public name, in `ray.serve.llm`, needs vLLM. Its defaults ignore the load and keep all prompts for ever.
-_PREFIX_ROUTER = {
-    "request_router_class": "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router."
-    "PrefixCacheAffinityRouter",
-    "request_router_kwargs": {"imbalanced_threshold": 8, "do_eviction": True},
-}
+# Its public name, in `ray.serve.llm`, needs vLLM.
+_PREFIX_ROUTER = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router.PrefixCacheAffinityRouter"
 _PREFIX_CHARACTERS = 8192
 
 
@@ -100,9 +96,14 @@ def application(
         "max_ongoing_requests": parsed.max_batch_size,
         "max_queued_requests": parsed.max_requests,
         "graceful_shutdown_timeout_s": parsed.drain_timeout,
-        **({"request_router_config": _PREFIX_ROUTER} if prefix_routing else {}),
         **(deployment or {}),
     }
+    if prefix_routing:
+        # Ray's defaults ignore the load and keep all prompts. Nobody should wait for a full replica beside a free one.
+        most = min(8, fields["max_ongoing_requests"] // 2)
+        router: dict[str, Any] = {"request_router_class": _PREFIX_ROUTER}
+        router["request_router_kwargs"] = {"imbalanced_threshold": most, "do_eviction": True}
+        fields.setdefault("request_router_config", router)
     fields["ray_actor_options"] = {"num_gpus": num_gpus, **fields.get("ray_actor_options", {})}
     if "autoscaling_config" in fields:
         del fields["num_replicas"]
@@ -198,7 +199,8 @@ class Ingress:
             answer = _error_of(error)
             return JSONResponse(answer.body(), answer.status, answer.headers)
         response = StreamingResponse(_bodies(beginning, parts), beginning.status)
-        response.raw_headers = list(beginning.headers)
+        # Ray Serve adds this header itself, with the id that it has sent to the replica.
+        response.raw_headers = [header for header in beginning.headers if header[0].lower() != b"x-request-id"]
         return response
 
     async def _parts(self, request: HttpRequest) -> AsyncIterator[Beginning | bytes]:
