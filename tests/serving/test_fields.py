@@ -40,7 +40,7 @@ VLLM_CHATS = {
 }
 
 # Fields that follow.
-FOLLOWING = {"parallel_tool_calls", "response_format", "structured_outputs", "tool_choice", "tools"}
+FOLLOWING = {"parallel_tool_calls", "tool_choice", "tools"}
 
 
 def known(body_class: type[SamplingFields]) -> set[str]:

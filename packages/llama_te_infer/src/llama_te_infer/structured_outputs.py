@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-MAX_CHARACTERS = 1 << 18  # of a form: llguidance's limits bound what it makes of them
+MAX_CHARACTERS = 1 << 16  # of a form
 
 Kind = Literal["json", "regex", "choice", "grammar", "json_object"]
 _KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar", "json_object")
+
+
+class GrammarError(ValueError):
+    """A grammar that llguidance refuses, or with which a text cannot go on."""
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,11 @@ class AsyncEngine(EngineClient):
                 raise
             self._mailboxes[mailbox.request_id] = mailbox
 
+        try:
+            await asyncio.wrap_future(self._loop.prepare(params))
+        except BaseException:
+            self._release(1)
+            raise
         await self._call(submit)
 
     def _cancel(self, mailbox: Mailbox) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-from ..runner.grammar import Grammar, GrammarError
-from ..structured_outputs import StructuredOutputs
+from ..runner.grammar import Grammar
+from ..structured_outputs import GrammarError, StructuredOutputs
 
-MAX_GRAMMARS = 64  # that are kept; a grammar may have some MB
+MAX_GRAMMARS = 64  # that are kept
+MAX_SECONDS = 5.0  # of CPU time for a grammar and its first mask
 
 _END = "<|end of the grammar|>"  # a token that no model has
 
@@ -28,7 +30,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Any | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, tuple(eos_token_ids)
-        self._kept: OrderedDict[StructuredOutputs, Grammar] = OrderedDict()
+        self._kept: OrderedDict[StructuredOutputs, Grammar | GrammarError] = OrderedDict()
         self._lock = threading.Lock()
         self._tokens: tuple[Any, int] | None = None  # llguidance's tokenizer, and its end token
         self._tokens_lock = threading.Lock()
@@ -42,14 +44,20 @@ class GrammarCompiler:
             ImportError: llguidance is not installed.
         """
         with self._lock:
-            if form in self._kept:
+            grammar = self._kept.get(form)
+            if grammar is not None:
                 self._kept.move_to_end(form)
-                return self._kept[form]
-        grammar = self._compile(form)
-        with self._lock:
-            self._kept[form] = grammar
-            while len(self._kept) > MAX_GRAMMARS:
-                self._kept.popitem(last=False)
+        if grammar is None:
+            try:
+                grammar = self._compile(form)
+            except GrammarError as refusal:
+                grammar = refusal
+            with self._lock:
+                self._kept[form] = grammar
+                while len(self._kept) > MAX_GRAMMARS:
+                    self._kept.popitem(last=False)
+        if isinstance(grammar, GrammarError):
+            raise GrammarError(*grammar.args)
         return grammar
 
     def _compile(self, form: StructuredOutputs) -> Grammar:
@@ -68,12 +76,24 @@ class GrammarCompiler:
             source = _source(form)
         except Exception as error:  # of any kind: llguidance's reader of GBNF is Python code
             raise _refusal(form, str(error)) from error
-        matcher = LLMatcher(tokens, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        begin = time.thread_time()
+        # With llguidance's own limits a mask may take seconds, in which all requests would wait.
+        limits = LLParserLimits(
+            initial_lexer_fuel=50_000, step_max_items=5_000, max_grammar_size=100_000, verbose_errors=False
+        )
+        matcher = LLMatcher(tokens, source, log_level=0, limits=limits)
+        grammar = Grammar(matcher, end_token, -(-tokens.vocab_size // 32), self._vocab_size, self._eos_token_ids)
+        is_empty = grammar.is_empty()
+        seconds = time.thread_time() - begin
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
-        grammar = Grammar(matcher, end_token, -(-tokens.vocab_size // 32), self._vocab_size, self._eos_token_ids)
-        if grammar.is_empty():
+        if is_empty:
             raise _refusal(form, "no text but the empty one fits")
+        if seconds > MAX_SECONDS:
+            raise GrammarError(
+                f"structured_outputs has {form.kind} that takes {seconds:.1f} s before the first token, and "
+                f"{MAX_SECONDS:g} s is the limit: give a simpler one."
+            )
         return grammar
 
     def _llguidance_tokens(self) -> tuple[Any, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..sampling_params import SamplingParams
@@ -34,6 +36,7 @@ class EngineLoop:
         self.has_ended = self.is_closing = False
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
+        self._compiling = ThreadPoolExecutor(2, "grammars")  # so that one large grammar does not delay all others
         # The engine's thread alone uses these.
         self._running: set[int] = set()
         self._news = News()
@@ -49,11 +52,31 @@ class EngineLoop:
                 return
         command()  # it finds no requests
 
+    def prepare(self, params: SamplingParams | None) -> Future[None]:
+        """Compile the grammar of a request, which may take seconds, so that `submit` need not.
+
+        The future has no exception: `submit` raises that.
+        """
+        form = params.structured_outputs if isinstance(params, SamplingParams) else None
+
+        def compile_form() -> None:
+            if form is not None:
+                with suppress(Exception):
+                    self.engine.grammars.compile(form)
+
+        with self._wake:
+            if form is not None and not self.is_closing:
+                return self._compiling.submit(compile_form)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
     def close(self) -> None:
         """Cancel all requests, and end the loop after the step in progress."""
         with self._wake:
             self.is_closing = True
             self._wake.notify()
+        self._compiling.shutdown(wait=False)
 
     # --- for commands -------------------------------------------------------------------------------------------------
 

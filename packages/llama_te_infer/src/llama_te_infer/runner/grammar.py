@@ -16,10 +16,7 @@ import numpy as np
 import torch
 
 from ..ops.greedy import NO_TOKEN
-
-
-class GrammarError(ValueError):
-    """A grammar that llguidance refuses, or with which a text cannot go on."""
+from ..structured_outputs import GrammarError
 
 
 class TokenMasks(NamedTuple):

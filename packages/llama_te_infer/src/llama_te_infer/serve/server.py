@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from ..engine.client import DrainingError, EngineClient, RequestStream
 from ..engine.outputs import RequestOutput
 from ..sampling_params import SamplingParams
+from ..structured_outputs import GrammarError
 from .errors import ApiError, api_error_of
 from .logs import RequestLog, ThroughputLog, logger
 from .metrics import Metrics
@@ -232,6 +233,8 @@ def check_output(output: RequestOutput) -> None:
     for completion in output.outputs:
         if completion.finish_reason == "cancelled":
             raise ApiError(503, "The server is shutting down: send the request to another one.")
+        if completion.finish_reason == "error" and isinstance(output.error, GrammarError):
+            raise api_error_of(output.error)  # the request contradicts itself
         if completion.finish_reason == "error":
             raise ApiError(500, f"The request has failed: {output.error}")
 

@@ -15,12 +15,13 @@ import msgspec
 from ...engine.outputs import News
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams
+from ...structured_outputs import GrammarError
 from ..settings import EngineSettings
 
 _LENGTH = struct.Struct("!I")
 # The exceptions that keep their type; others become the first one that they are a kind of.
 _EXCEPTIONS: dict[str, type[Exception]] = {
-    each.__name__: each for each in (FloatingPointError, ValueError, OSError, RuntimeError)
+    each.__name__: each for each in (GrammarError, FloatingPointError, ValueError, OSError, RuntimeError)
 }
 
 

@@ -78,17 +78,16 @@ class EngineServer:
     def _listen(self) -> None:
         while (message := receive(self._connection)) is not None:
             assert self._loop is not None, "requests come after Ready"
-            self._loop.command(self._command_for(message))
+            self._take(self._loop, message)
         self._when_gone()
 
-    def _command_for(self, message: FromServer) -> Callable[[], None]:
-        loop = self._loop
-        assert loop is not None
+    def _take(self, loop: EngineLoop, message: FromServer) -> None:
         match message:
             case Submit():
-                return lambda: self._submit(loop, message)
+                is_prepared = loop.prepare(message.params)
+                is_prepared.add_done_callback(lambda _: loop.command(lambda: self._submit(loop, message)))
             case Cancel():
-                return lambda: loop.cancel(message.request_id)
+                loop.command(lambda: loop.cancel(message.request_id))
             case _:
                 raise AssertionError(message)
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...sampling_params import SamplingParams
+from .structured_outputs import ResponseFormat, StructuredOutputsFields, form_of
 from .unsupported import FOR_ALL, Unsupported, without_unsupported
 
 # OpenAI allows null for each optional field; it means the default.
@@ -63,8 +64,12 @@ class SamplingFields(GeneratingFields):
     seed: int | None = Field(None, description="Equal seeds give equal texts.")
     stop: str | list[str] | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(None, description="The form of the text, such as a JSON schema.")
 
     # vLLM's further fields.
+    structured_outputs: StructuredOutputsFields | None = Field(
+        None, description="The form of the text: a JSON schema, a regular expression, choices or a grammar."
+    )
     top_k: int | None = Field(None, description="0 or -1 for all tokens.")
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -114,6 +119,8 @@ class SamplingFields(GeneratingFields):
         }
         if self.logit_bias:
             given["logit_bias"] = _by_token(self.logit_bias)
+        if (form := form_of(self.response_format, self.structured_outputs)) is not None:
+            given["structured_outputs"] = form
         if self.seed is not None:
             given["seed"] = self.seed % SEEDS
         if self.top_k == -1:
