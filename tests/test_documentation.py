@@ -10,11 +10,12 @@ import ast
 import importlib.util
 import re
 import shlex
+import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from llama_te_convert import convert_llama_hf_to_te
@@ -48,9 +49,11 @@ def written() -> dict[str, Path]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, tiny_llama: Callable[..., PreTrainedModel]) -> Path:
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    characters = sorted(set(string.printable) & set(pre_tokenizers.ByteLevel.alphabet()))
+    every = ["<pad>", "<s>", "</s>", "<unk>", *WORDS, "Ġ", *characters]
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(every)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )

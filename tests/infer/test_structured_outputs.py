@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from conftest import TINY
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Completion, Engine, RequestOutput, SamplingParams, StructuredOutputs
+from llama_te_infer.engine import grammars
 from llama_te_infer.engine.grammars import MAX_GRAMMARS, GrammarCompiler
 from llama_te_infer.runner.grammar import TokenMasks
 from llama_te_infer.runner.sampler import RowSampling, SamplingNeeds, sample, unpacked
@@ -140,7 +141,7 @@ REFUSED_FORMS: list[tuple[dict[str, Any], str]] = [
     ({"json": 7}, "structured_outputs has a json of int: give a JSON schema as a dict or a text"),
     ({"json": '{"type": '}, "structured_outputs has a json that is no JSON: Expecting value"),
     ({"json": {"const": {1}}}, "structured_outputs has a json that is no JSON: Object of type set is not"),
-    ({"json": "[" * 100_000}, "structured_outputs has a json that is no JSON: "),
+    ({"json": "[" * 60_000}, "structured_outputs has a json that is no JSON: "),
     ({"regex": ""}, "structured_outputs has regex='', which is not possible: give a text that is not empty."),
     ({"regex": b"a"}, "structured_outputs has regex=b'a', which is not possible"),
     ({"grammar": ["start: A"]}, "structured_outputs has grammar=['start: A'], which is not possible"),
@@ -184,7 +185,6 @@ REFUSED_GRAMMARS: list[tuple[dict[str, Any], str]] = [
     ({"grammar": "root ::= ("}, "structured_outputs has grammar that llguidance refuses"),
     ({"json_object": True, "whitespace_pattern": "("}, "structured_outputs has json_object that llguidance refuses"),
     ({"regex": "()"}, "structured_outputs has regex that llguidance refuses: no text but the empty one fits"),
-    ({"json": {"enum": [f"option {number}" for number in range(4000)]}}, "has json that llguidance refuses: .*too big"),
 ]
 
 
@@ -358,11 +358,11 @@ def test_log_probabilities_are_the_models_own(engine: Engine, model: Any) -> Non
         completion = one(engine, FORM, logprobs=2, **fields)
         ids = engine.tokenizer("hello")["input_ids"]
         logits_SV = model(input_ids=torch.tensor([ids + completion.token_ids]), use_cache=False).logits[0]
-        logprob_SV = logits_SV.log_softmax(-1)[len(ids) - 1 : -1]
+        logprob_SV = logits_SV.detach().log_softmax(-1)[len(ids) - 1 : -1]
         assert completion.logprobs is not None
         for here, token, logprob_V in zip(completion.logprobs, completion.token_ids, logprob_SV, strict=True):
-            assert here.logprob == pytest.approx(float(logprob_V[token]), abs=1e-5)
-            assert here.top[0] == (int(logprob_V.argmax()), pytest.approx(float(logprob_V.max()), abs=1e-5))
+            assert here.logprob == pytest.approx(float(logprob_V[token]), abs=1e-4)
+            assert here.top[0] == (int(logprob_V.argmax()), pytest.approx(float(logprob_V.max()), abs=1e-4))
 
 
 def test_drawn_tokens_have_the_probabilities_of_the_allowed_ones() -> None:
@@ -413,10 +413,11 @@ def test_other_rows_of_the_batch_keep_their_texts(model: Any, tokenizer: PreTrai
 
 
 def test_preempted_texts_go_on_in_their_form(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    form = StructuredOutputs(regex="([a-c]{2} ){20}")
-    each = [params(form, seed=1), params(form, seed=2), params(form, num_beams=2), params(form, temperature=0)]
+    form = StructuredOutputs(regex="[xz]{24}")
+    ways: list[dict[str, Any]] = [{"seed": 1}, {"seed": 2}, {"num_beams": 2}, {"temperature": 0}]
+    each = [params(form, **way, max_tokens=24) for way in ways]
     roomy = Engine(model, tokenizer, page_size=4)
-    tight = Engine(model, tokenizer, page_size=4, total_num_pages=36, max_batch_size=8)
+    tight = Engine(model, tokenizer, page_size=4, total_num_pages=15, max_batch_size=8)
     preempted = []
     preempt = tight.scheduler._preempt
     tight.scheduler._preempt = lambda: preempted.append(1) or preempt()  # type: ignore[func-returns-value, method-assign]
@@ -424,7 +425,7 @@ def test_preempted_texts_go_on_in_their_form(model: Any, tokenizer: PreTrainedTo
         [output.outputs[0].text for output in engine.generate(["abc"] * 4, each)] for engine in (roomy, tight)
     )
     assert first == second and preempted
-    assert all(re.fullmatch("([a-c]{2} ){20}", text) for text in first)
+    assert all(re.fullmatch("[xz]{24}", text) for text in first)
 
 
 def test_stop_strings_and_stop_tokens_end_texts_inside_the_form(engine: Engine) -> None:
@@ -434,8 +435,8 @@ def test_stop_strings_and_stop_tokens_end_texts_inside_the_form(engine: Engine) 
         assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("h", "stop", "e")
     tool = engine.tokenizer.convert_tokens_to_ids("<|tool|>")
     # A stop token that is no part of the form follows where the form lets the text end, and nowhere else.
-    ended = one(engine, StructuredOutputs(regex="a{5}(bc)*"), stop_token_ids=[tool], logit_bias={tool: 100})
-    assert (ended.text, ended.stop_reason) == ("aaaaa", tool)
+    ended = one(engine, StructuredOutputs(regex="x{5}z*"), stop_token_ids=[tool], logit_bias={tool: 100})
+    assert (ended.text, ended.stop_reason) == ("xxxxx", tool)
 
 
 def test_the_form_holds_until_max_tokens(engine: Engine) -> None:
@@ -475,6 +476,14 @@ def test_without_a_tokenizer_or_llguidance_forms_are_refused(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"structured_outputs needs llguidance: pip install 'llama-te-infer\["):
         Engine(model, tokenizer).submit("a", form)
+
+
+def test_a_grammar_that_takes_long_is_refused(
+    model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "MAX_SECONDS", 0)
+    with pytest.raises(GrammarError, match="structured_outputs has regex that takes 0.0 s before the first token, and"):
+        Engine(model, tokenizer).submit("a", params(StructuredOutputs(regex="a")))
 
 
 def test_a_grammar_is_compiled_once(model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: Any) -> None:

@@ -67,6 +67,10 @@ class RequestState:
             GrammarError: The text cannot go on in its grammar.
             Exception: The tokenizer's.
         """
+        grammar = sequence.grammar
+        if grammar is not None and grammar.has_failed:
+            assert grammar.error is not None
+            raise grammar.error
         if token == NO_TOKEN:
             raise FloatingPointError(NOT_FINITE)
         stop, detokenizer = self.request.stop, self._detokenizers[sequence.index]
@@ -81,11 +85,8 @@ class RequestState:
                 detokenizer.add_end(stop.special_strings[token])
             else:
                 detokenizer.add(token, may_stop=False)
-        grammar = sequence.grammar
         completes_grammar = grammar is not None and grammar.is_complete
         ending = stop.ending(token, written, detokenizer.stopped_by, completes_grammar)
-        if ending is None and grammar is not None and grammar.error is not None:
-            raise grammar.error
         if ending is not None:
             detokenizer.end()
             sequence.finish_reason, sequence.stop_reason = ending

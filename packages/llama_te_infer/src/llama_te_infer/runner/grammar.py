@@ -75,12 +75,14 @@ class GrammarText:
     Attributes:
         is_complete: Whether no token can follow.
         error: Why the text cannot go on.
+        has_failed: Whether its last token was chosen all the same.
     """
 
     def __init__(self, grammar: Grammar, matcher: Any, end_tokens: frozenset[int], forbidden_W: np.ndarray) -> None:
         self.grammar, self.matcher, self.end_tokens, self.forbidden_W = grammar, matcher, end_tokens, forbidden_W
         self.is_complete = False
         self.error: GrammarError | None = None
+        self.has_failed = False
 
     def copy(self) -> GrammarText:
         """Return a text with the same tokens that continues in its own way."""
@@ -88,11 +90,14 @@ class GrammarText:
 
     def add(self, token: int) -> None:
         """Add a token. A token that ends the text is not part of it."""
-        if token in self.end_tokens or token == NO_TOKEN or self.error is not None:
+        if self.error is not None:
+            self.has_failed = True
+        elif token in self.end_tokens or token == NO_TOKEN:
             return
-        if self.matcher.consume_token(token):
+        elif self.matcher.consume_token(token):
             self.is_complete = self.matcher.is_stopped()
         else:
+            self.has_failed = True
             self.error = GrammarError(f"structured_outputs: llguidance does not take token {token}: {self._problem()}")
 
     def accepts(self, token: int) -> bool:

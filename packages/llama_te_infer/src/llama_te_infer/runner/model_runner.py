@@ -140,6 +140,9 @@ class ModelRunner:
         allowed_GBV = None
         if any(text is not None for text in grammars):
             allowed_GBV = unpacked(self._bits(grammars), logits_BV.shape[1]).unflatten(0, row_GN.shape)
+            for number, text in enumerate(grammars):
+                if text is not None and text.error is not None:
+                    pending.failed.append((searches[number // row_GN.shape[1]].request, text.error))
         step = select_beams(
             logits_BV[row_GN],
             state.score_R[row_GN],
