@@ -58,7 +58,7 @@ def test_wrong_paths_get_openais_errors(server: RunningServer, method: str, path
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"a"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": NaN}'])
 def test_bodies_that_are_no_request(server: RunningServer, content: bytes) -> None:
-    answer = httpx.post(f"{server.url}/v1/completions", content=content)
+    answer = httpx.post(f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -241,7 +242,17 @@ class SamplingParams:
 
     def _need(self, name: str, condition: bool, what_to_do: str) -> None:
         if not condition:
-            raise ValueError(f"{name}={getattr(self, name)!r} is not possible: {what_to_do}.")
+            raise ValueError(f"{name}={shown(getattr(self, name))} is not possible: {what_to_do}.")
+
+
+def shown(value: object) -> str:
+    """Return the repr of a value for a message, cut where it is long: a client may send megabytes."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlist = _SHORT.maxtuple = 8
 
 
 def checked_params(params: object) -> SamplingParams:

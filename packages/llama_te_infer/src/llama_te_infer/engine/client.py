@@ -17,7 +17,7 @@ from typing import Any
 from ..sampling_params import SamplingParams
 from .outputs import RequestOutput, TokenEvent
 from .statistics import EngineStats
-from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt
+from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt, tokens_of_text
 
 ENDING = "the engine is about to end and takes no more requests."
 
@@ -229,12 +229,11 @@ class EngineClient(ABC):
         if not isinstance(prompt, str):
             return tokens_of_prompt(prompt, self._tokenizer, self.max_sequence_length)
 
-        def tokens() -> list[int]:
-            if add_special_tokens or self._tokenizer is None:
-                return tokens_of_prompt(prompt, self._tokenizer, self.max_sequence_length)
-            return list(self._tokenizer(prompt, add_special_tokens=False)["input_ids"])
-
-        return await self._in_tokenizer_thread(tokens)
+        return await self._in_tokenizer_thread(
+            lambda: tokens_of_text(
+                prompt, self._tokenizer, self.max_sequence_length, add_special_tokens=add_special_tokens
+            )
+        )
 
     async def tokenize_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the tokens of a conversation.
@@ -338,11 +337,21 @@ class EngineClient(ABC):
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
+    def check_admission(self) -> None:
+        """Refuse what `stream` would refuse now, before a prompt is read and tokenized for it.
+
+        Raises:
+            QueueFullError: There are `max_requests` requests.
+            DrainingError: `drain` or `close` has been called.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_late_requests()
+        if self.max_requests is not None and self._accepted >= self.max_requests:
+            raise QueueFullError(f"{self._accepted} requests run and wait, which is the limit: try again later.")
+
     def _accept(self) -> None:
         with self._counting:  # several event loops may come at once
-            self._refuse_late_requests()
-            if self.max_requests is not None and self._accepted >= self.max_requests:
-                raise QueueFullError(f"{self._accepted} requests run and wait, which is the limit: try again later.")
+            self.check_admission()
             self._accepted += 1
 
     def _release(self, count: int) -> None:

@@ -9,7 +9,7 @@ from llama_te_core.compat.tokenizers import panics_as_errors
 from llama_te_core.data.long_texts import PIECE_CHARACTERS, encode_in_pieces
 
 from ..integers import as_integer
-from ..sampling_params import SamplingParams
+from ..sampling_params import SamplingParams, shown
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or a tokenizer's output for one text."""
@@ -74,7 +74,7 @@ def _rows(prompt: Any, tokenizer: Any | None, most: int | None, name: str = "pro
                 real in (0, 1) for row in masks for real in row
             ):
                 raise ValueError(
-                    f"{name} has the attention_mask {_short(prompt['attention_mask'])}: give 1 for each token of "
+                    f"{name} has the attention_mask {shown(prompt['attention_mask'])}: give 1 for each token of "
                     "input_ids, and 0 for each that is padding."
                 )
             rows = [
@@ -104,17 +104,32 @@ def _integers(row: list[Any], name: str, prompt: Any) -> list[int]:
     return tokens
 
 
-def tokens_of_text(text: str, tokenizer: Any | None, most: int | None = None, name: str = "prompt") -> list[int]:
-    """Return the tokens of a text, with the special tokens that the tokenizer adds.
+def tokens_of_text(
+    text: str,
+    tokenizer: Any | None,
+    most: int | None = None,
+    name: str = "prompt",
+    add_special_tokens: bool = True,
+) -> list[int]:
+    """Return the tokens of a text.
 
     A text that begins with BOS already, such as the text of a chat template, gets no second BOS.
+
+    Args:
+        text: The text.
+        tokenizer: A tokenizer of transformers, or `None`.
+        most: The engine's `max_sequence_length`. A much longer text is refused before it is tokenized as a whole.
+        name: The argument's name, for messages.
+        add_special_tokens: Whether the tokenizer adds its special tokens.
 
     Raises:
         ValueError: There is no tokenizer, the tokenizer cannot encode the text, or the text is too long.
     """
     if tokenizer is None:
         raise ValueError(f"{name} is a text, but the engine has no tokenizer: give it one, or give tokens.")
-    tokens = _encode(text, tokenizer, most, name)
+    tokens = _encode(text, tokenizer, most, name, add_special_tokens=add_special_tokens)
+    if not add_special_tokens:
+        return tokens
     bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     if bos and bos_id is not None:
         in_text = 0
@@ -184,7 +199,7 @@ def tokens_of_chats(messages: Any, tokenizer: Any | None, most: int | None = Non
     for chat in chats:
         if not is_list or isinstance(chat, str) or not all(isinstance(m, Mapping) and "role" in m for m in chat):
             raise ValueError(
-                f"messages={_short(messages)} is no conversation: give a list of messages such as "
+                f"messages={shown(messages)} is no conversation: give a list of messages such as "
                 '[{"role": "user", "content": "Hello"}], or a list of such lists. Texts go to generate.'
             )
     try:
@@ -223,12 +238,7 @@ def _refusal(name: str, prompt: Any) -> str:
     messages = prompt if isinstance(prompt, Sequence) and not isinstance(prompt, str) else [prompt]
     if any(isinstance(message, Mapping) and "role" in message for message in messages):
         return f"{name} has chat messages: pass them to chat, or give {_WHAT_TO_PASS}."
-    return f"{name}={_short(prompt)} is no prompt: give {_WHAT_TO_PASS}."
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else f"{text[:97]}..."
+    return f"{name}={shown(prompt)} is no prompt: give {_WHAT_TO_PASS}."
 
 
 # --- stop strings -----------------------------------------------------------------------------------------------------

@@ -7,16 +7,16 @@ import hmac
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import __version__
-from ..engine.client import DrainingError, EngineClient, EngineFailedError, QueueFullError
+from ..engine.client import EngineClient
+from ..sampling_params import shown
 from . import chat, completions, metrics, models, page, pooling
-from .errors import ApiError, api_error_of
+from .errors import ERRORS, ApiError, api_error_of
 from .observation import HttpContext, http_context
 from .requests import openapi_of
 from .server import Server
@@ -39,7 +39,7 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
         app.include_router(module.router)
     # FastAPI calls this once, at the first request for the schema.
     app.openapi = functools.cache(lambda: openapi_of(app, bool(settings.api_keys)))  # type: ignore[method-assign]
-    for error in (ApiError, ValidationError, QueueFullError, DrainingError, EngineFailedError, HTTPException):
+    for error in (*ERRORS, HTTPException):
         app.add_exception_handler(error, _answer_error)
     app.add_middleware(ApiKeys, keys=settings.api_keys)
     if settings.allowed_origins:
@@ -51,10 +51,12 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
 
 
 async def _answer_error(request: Request, error: Exception) -> JSONResponse:
+    headers = {}
     if isinstance(error, HTTPException):
-        error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}.")
+        headers = dict(error.headers or {})  # such as Allow
+        error = ApiError(error.status_code, f"{request.method} {shown(request.url.path)}: {error.detail}.")
     answer = api_error_of(error)
-    return JSONResponse(answer.body(), answer.status, answer.headers)
+    return JSONResponse(answer.body(), answer.status, answer.headers | headers)
 
 
 class Observer:

@@ -7,11 +7,15 @@ import re
 from typing import Any
 
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from ..engine.client import DrainingError, EngineFailedError, QueueFullError
+from ..sampling_params import shown
 from .logs import log_failure
 
 RETRY_SECONDS = 1  # after a full queue
+MOST_CHARACTERS = 100  # of a field's name in a message
+MOST_WRONG_FIELDS = 10_000  # the first is named; pydantic takes a kilobyte for each
 _TRIED = ("str", "int", "float", "bool")
 _TYPES = {
     400: "invalid_request_error",
@@ -53,6 +57,10 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+# The exceptions besides HTTPException that have an answer of their own.
+ERRORS = (ApiError, ValidationError, ClientDisconnect, QueueFullError, DrainingError, EngineFailedError)
+
+
 def api_error_of(error: BaseException) -> ApiError:
     """Return the error that a client gets for an exception. The log gets one that no one expects."""
     match error:
@@ -62,6 +70,8 @@ def api_error_of(error: BaseException) -> ApiError:
             return _of_fields(error)
         case QueueFullError():
             return ApiError(429, f"The server is busy: {error}")
+        case ClientDisconnect():
+            return ApiError(499, "The client has closed the connection.")
         case DrainingError():
             return ApiError(503, "The server is shutting down: send the request to another one.")
         case EngineFailedError():
@@ -78,15 +88,25 @@ def api_error_of(error: BaseException) -> ApiError:
 
 def _of_fields(error: ValidationError) -> ApiError:
     """Name the first field that does not fit; for an unknown one, say so."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is no JSON: {first['msg']}.")
-    # Behind a field that may have several types comes the type that was tried, such as "list[int]".
-    parts = itertools.takewhile(lambda part: str(part) not in _TRIED and "[" not in str(part), first["loc"])
+    if (count := error.error_count()) > MOST_WRONG_FIELDS:
+        return ApiError(400, f"The body has {count:,} fields and values that are not possible.")
+    errors = error.errors(include_url=False, include_context=False)
+    if errors[0]["type"] == "json_invalid":
+        return ApiError(400, f"The body is no JSON: {errors[0]['msg']}.")
+    # A field that may have several types has an error for each. The type that fits furthest was meant.
+    field = errors[0]["loc"][:1]
+    meant = max((each for each in errors if each["loc"][:1] == field), key=_how_far)
+    # Behind such a field comes the type that was tried, such as "list[int]".
+    parts = itertools.takewhile(lambda part: str(part) not in _TRIED and "[" not in str(part), meant["loc"])
     place = ".".join(map(str, parts))
+    if len(place) > MOST_CHARACTERS:
+        place = f"{place[:MOST_CHARACTERS]}..."
     name = place or None
-    if first["type"] == "extra_forbidden":
+    if meant["type"] == "extra_forbidden":
         return ApiError(400, f"{place} is no field of this request: leave it out.", name, "unknown_parameter")
-    value = repr(first["input"])
-    shown = value if len(value) < 80 else f"{value[:77]}..."
-    return ApiError(400, f"{place or 'The body'}={shown} is not possible: {first['msg']}.", name)
+    return ApiError(400, f"{place or 'The body'}={shown(meant['input'])} is not possible: {meant['msg']}.", name)
+
+
+def _how_far(error: Any) -> tuple[bool, int]:
+    last = error["loc"][-1] if error["loc"] else None
+    return error["type"] == "too_long", last if isinstance(last, int) else -1

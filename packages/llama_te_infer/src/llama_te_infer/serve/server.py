@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel
 
-from ..engine.client import DrainingError, EngineClient, RequestStream
+from ..engine.client import DrainingError, EngineClient, QueueFullError, RequestStream
 from ..engine.outputs import RequestOutput
-from ..sampling_params import SamplingParams
+from ..engine.tokenization import tokens_of_chats
+from ..sampling_params import SamplingParams, shown
 from ..structured_outputs import GrammarError
 from .errors import ApiError, api_error_of
 from .logs import RequestLog, ThroughputLog, logger
@@ -26,6 +28,9 @@ from .token_texts import TokenTexts
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
+
+# So many of the largest bodies may arrive at a time, since all of them are in memory.
+BODIES_AT_A_TIME = 16
 
 
 class Server:
@@ -54,6 +59,15 @@ class Server:
 
             self._tracing = tracing.Tracing(tracing.otlp_exporter(settings.otlp_traces_endpoint))
         self._logged_failure: BaseException | None = None
+        self._arriving = [0]  # bytes of bodies
+        # What the functions between a request and its template take themselves.
+        functions = (engine.tokenize_chat, tokens_of_chats, engine.tokenizer.apply_chat_template)
+        self._template_arguments = {"self"}.union(
+            name
+            for function in functions
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        )
 
     @staticmethod
     def now() -> int:
@@ -66,10 +80,14 @@ class Server:
         """Return the body of a request.
 
         Raises:
-            ApiError: The body is too large.
+            ApiError: The body is too large, or announced as something else than JSON.
             pydantic.ValidationError: It is no JSON, or has other fields.
+            QueueFullError: The engine's queue is full, or too many bodies arrive.
+            DrainingError: The server is about to end.
         """
-        return body_class.model_validate_json(await content_of(request, self.settings.max_body_bytes))
+        self.engine.check_admission()
+        content = await content_of(request, self.settings.max_body_bytes, self._arriving)
+        return body_class.model_validate_json(content)
 
     def model_name(self, name: str | None) -> str:
         """Return the name of the model for an answer.
@@ -80,7 +98,9 @@ class Server:
         names = self.settings.model_names
         if name is not None and name not in names:
             listed = ", ".join(names)
-            raise ApiError(404, f"model={name!r} is not served here: ask for {listed}.", "model", "model_not_found")
+            raise ApiError(
+                404, f"model={shown(name)} is not served here: ask for {listed}.", "model", "model_not_found"
+            )
         return name or names[0]
 
     async def tokens_of(self, prompt: str | list[int], add_special_tokens: bool = True) -> list[int]:
@@ -106,7 +126,20 @@ class Server:
             "chat_template": self.settings.chat_template,
             "documents": body.documents,
         }
-        return await self.engine.tokenize_chat(body.conversation(), **options, **(body.chat_template_kwargs or {}))
+        variables = body.chat_template_kwargs or {}
+        if taken := sorted(self._template_arguments & variables.keys()):
+            raise ApiError(
+                400,
+                f"chat_template_kwargs has {taken[0]!r}, which is no variable of a template: leave it out. Options of "
+                "the template that requests may set, such as add_generation_prompt, are fields of their own.",
+                "chat_template_kwargs",
+            )
+        try:
+            return await self.engine.tokenize_chat(body.conversation(), **options, **variables)
+        except ValueError as error:
+            refusal = api_error_of(error)
+            refusal.param = refusal.param or "messages"
+            raise refusal from error
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt, with its special tokens."""
@@ -182,22 +215,48 @@ class Server:
         return outputs
 
 
-async def content_of(request: Request, limit: int) -> bytes:
+async def content_of(request: Request, limit: int, arriving: list[int] | None = None) -> bytes:
     """Return the body of a request.
 
     Args:
         request: The request.
         limit: Most bytes.
+        arriving: The number of bytes of all bodies that are arriving, which this function keeps.
 
     Raises:
-        ApiError: The body has more.
+        ApiError: The body has more bytes, or is announced as something else than JSON.
+        QueueFullError: All bodies together have more bytes than `BODIES_AT_A_TIME` of the largest.
     """
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > limit:
-            raise ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
-    return bytes(content)
+    _check_format(request)
+    too_large = ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced[:20]) > limit:
+        raise too_large
+    content, arriving = bytearray(), [0] if arriving is None else arriving
+    try:
+        async for part in request.stream():
+            content += part
+            arriving[0] += len(part)
+            if len(content) > limit:
+                raise too_large
+            if arriving[0] > BODIES_AT_A_TIME * limit:
+                raise QueueFullError("too many long requests arrive at the same time: try again later.")
+        return bytes(content)
+    finally:
+        arriving[0] -= len(content)
+
+
+def _check_format(request: Request) -> None:
+    """Refuse bodies that are announced as something else than JSON.
+
+    A page of another origin may send other types without asking (CORS), so they must not reach an engine.
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, f"Content-Type={shown(given)} is not possible: send JSON as application/json.")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise ApiError(415, f"Content-Encoding={shown(encoding)} is not possible: send the body as it is.")
 
 
 async def _all_of(streams: Sequence[RequestStream]) -> list[RequestOutput]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from .sampling import SamplingFields
+from .sampling import PartsOf, SamplingFields
 from .tokens import ChatFields
 from .unsupported import FOR_ALL, FOR_CHATS, Unsupported
 
@@ -17,7 +17,7 @@ class ChatRequest(SamplingFields, ChatFields):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL | FOR_CHATS
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: PartsOf[dict[str, Any]] = Field(min_length=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, description="Most likely tokens to report at each position; with logprobs.")
     prompt_logprobs: int | None = Field(None, description="The same for the prompt; not for streams.")

@@ -7,7 +7,7 @@ from typing import ClassVar, cast
 
 from pydantic import Field
 
-from .sampling import SamplingFields
+from .sampling import ListOf, PartsOf, SamplingFields
 from .unsupported import FOR_ALL, FOR_COMPLETIONS, Unsupported
 
 
@@ -16,7 +16,7 @@ class CompletionRequest(SamplingFields):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL | FOR_COMPLETIONS
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | PartsOf[str] | ListOf[int] | PartsOf[ListOf[int]] = Field(
         description="A text, token ids, or a list of either; a text gets the special tokens that the tokenizer adds."
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt.")

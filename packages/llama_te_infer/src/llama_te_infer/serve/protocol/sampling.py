@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ...sampling_params import SamplingParams
+from ...sampling_params import SamplingParams, shown
 from .structured_outputs import ResponseFormat, StructuredOutputsFields, form_of
 from .unsupported import FOR_ALL, Unsupported, without_unsupported
 
 # OpenAI allows null for each optional field; it means the default.
 SEEDS = 2**63
+
+Item = TypeVar("Item")
+ListOf = Annotated[list[Item], Field(fail_fast=True)]
+"""A list that is refused at its first wrong item: pydantic takes a kilobyte for each error, and a body has millions."""
+MAX_PARTS = 16_384  # prompts, messages or documents of one request
+PartsOf = Annotated[list[Item], Field(fail_fast=True, max_length=MAX_PARTS)]
+"""A list of dicts or lists, of which Python makes some hundred bytes each: they must not be millions."""
 
 
 class Strict(BaseModel):
@@ -62,7 +69,7 @@ class SamplingFields(GeneratingFields):
     n: int | None = None
     presence_penalty: float | None = None
     seed: int | None = Field(None, description="Equal seeds give equal texts.")
-    stop: str | list[str] | None = None
+    stop: str | ListOf[str] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(None, description="The form of the text, such as a JSON schema.")
 
@@ -74,9 +81,9 @@ class SamplingFields(GeneratingFields):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: ListOf[int] | None = None
+    allowed_token_ids: ListOf[int] | None = None
+    bad_words: ListOf[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -141,5 +148,5 @@ class SamplingFields(GeneratingFields):
 def _by_token(bias: Mapping[str, float]) -> dict[int, float]:
     for key in bias:
         if not (key.isascii() and key.isdigit() and len(key) < 20):
-            raise ValueError(f'logit_bias={{{key!r}: ...}} is not possible: its keys are token ids, such as "42".')
+            raise ValueError(f'logit_bias={{{shown(key)}: ...}} is not possible: its keys are token ids, such as "42".')
     return {int(key): value for key, value in bias.items()}

@@ -7,17 +7,17 @@ from typing import Any
 from pydantic import Field
 
 from ..errors import ApiError
-from .sampling import Strict
+from .sampling import ListOf, PartsOf, Strict
 
 
 class ChatFields(Strict):
     """A conversation, and how the chat template writes it."""
 
-    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    messages: PartsOf[dict[str, Any]] | None = Field(None, min_length=1)
     add_generation_prompt: bool | None = Field(None, description="End the prompt with the beginning of an answer.")
     continue_final_message: bool | None = Field(None, description="Continue the last message.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the template.")
-    documents: list[dict[str, Any]] | None = None
+    documents: PartsOf[dict[str, Any]] | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
         """Return the messages, with contents of several texts as one text, as chat templates want them.
@@ -46,7 +46,7 @@ class DetokenizeRequest(Strict):
     """Tokens to decode."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: ListOf[int]
 
 
 def _joined(parts: list[Any], place: str) -> str:
