@@ -50,6 +50,24 @@ def test_bytes_that_are_no_text_come_at_the_end(data: bytes) -> None:
     assert detokenizer.take(True) == detokenizer.text == data.decode(errors="replace")
 
 
+def test_bytes_that_are_never_text_are_decoded_once() -> None:
+    tokenizer, decoded = ByteTokenizer(), 0
+
+    class Counting(ByteTokenizer):
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            nonlocal decoded
+            decoded += len(ids)
+            return super().decode(ids, skip_special_tokens)
+
+    data = [0x80] * 1000 + list("é".encode())
+    detokenizer, taken = Detokenizer(Counting()), ""
+    for token in data:
+        detokenizer.add(token)
+        taken += detokenizer.take(False)
+    assert taken == detokenizer.text == tokenizer.decode(data, True)
+    assert decoded < 40 * len(data)
+
+
 @SETTINGS
 @given(text=TEXTS, stop=st.lists(st.text(st.sampled_from("abé€😀"), min_size=1, max_size=4), max_size=3))
 def test_stop_strings_end_a_text_before_them(text: str, stop: list[str]) -> None:

@@ -63,16 +63,24 @@ def test_a_prompt_with_half_a_character_is_refused(smollm2_tokenizer: Any) -> No
         tokens_of_prompts(["a", "ab\ud83d"], smollm2_tokenizer)
 
 
-@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("count", [1, 50])
 def test_stop_strings_and_bad_words_are_limited(smollm2_tokenizer: Any, count: int) -> None:
     stops = ["x" * (MAX_STOP_CHARACTERS // count)] * count
     special_stops_of(SamplingParams(stop=stops), {})
-    with pytest.raises(ValueError, match=r"stop has .* strings with .* characters together, but at most 4,096"):
+    with pytest.raises(
+        ValueError, match=r"stop has .* strings with .* characters together, but at most 64 strings with 4,096"
+    ):
         special_stops_of(SamplingParams(stop=[*stops, "x" * 97]), {})
     words = ["x" * (MAX_BAD_WORD_CHARACTERS // count)] * count
     tokens_of_bad_words(words, smollm2_tokenizer)
-    with pytest.raises(ValueError, match=r"bad_words has .* strings with .* characters together, but at most 16,384"):
+    with pytest.raises(
+        ValueError, match=r"bad_words has .* strings with .* characters together, but at most 256 strings with 16,384"
+    ):
         tokens_of_bad_words([*words, "x" * 385], smollm2_tokenizer)
+    with pytest.raises(ValueError, match="stop has 65 strings"):
+        special_stops_of(SamplingParams(stop=["x"] * 65), {})
+    with pytest.raises(ValueError, match="bad_words has 257 strings"):
+        tokens_of_bad_words(["x"] * 257, smollm2_tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from typing import Any
 from llama_te_core.compat.tokenizers import panics_as_errors
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode the first tokens of a character to it
+# A character has four bytes at most, so more tokens that cannot be read are no text. They are decoded once: a model can
+# write thousands, and would be decoded from their beginning with each.
+_MOST_UNFINISHED = 8
+_LAST = 3  # tokens that may still begin a character
 
 
 class Detokenizer:
@@ -58,6 +62,11 @@ class Detokenizer:
         known, text = self._decode(self._readable), self._decode(len(self._tokens))
         if len(text) > len(known) and not text.endswith(_UNFINISHED):
             self._piece, self._readable = self._readable, len(self._tokens)
+            self._append(text[len(known) :], may_stop)
+        elif len(self._tokens) - self._readable > _MOST_UNFINISHED:
+            end = len(self._tokens) - _LAST
+            text = self._decode(end)
+            self._piece, self._readable = self._readable, end
             self._append(text[len(known) :], may_stop)
 
     def add_end(self, string: str) -> None:

@@ -14,8 +14,8 @@ from ..sampling_params import SamplingParams, shown
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """A text, token ids, or a tokenizer's output for one text."""
 
-MAX_STOP_CHARACTERS = 4096  # of all stop strings together
-MAX_BAD_WORD_CHARACTERS = 16_384
+MAX_STOPS, MAX_STOP_CHARACTERS = 64, 4096  # of all stop strings together
+MAX_BAD_WORDS, MAX_BAD_WORD_CHARACTERS = 256, 16_384
 
 _WHAT_TO_PASS = "a text, a list of token ids, or the output of a tokenizer or of apply_chat_template"
 
@@ -266,7 +266,7 @@ def special_stops_of(params: SamplingParams, special: Mapping[str, int]) -> dict
         ValueError: A stop string can never appear, since the text does not show a special token in it; or the stop
             strings are too long.
     """
-    _check_length("stop", params.stop, MAX_STOP_CHARACTERS)
+    _check_length("stop", params.stop, MAX_STOPS, MAX_STOP_CHARACTERS)
     stops = {}
     for string in params.stop:
         if string in special:
@@ -295,7 +295,7 @@ def tokens_of_bad_words(bad_words: Iterable[str], tokenizer: Any) -> list[list[i
         ValueError: The words are too long.
     """
     bad_words = list(bad_words)
-    _check_length("bad_words", bad_words, MAX_BAD_WORD_CHARACTERS)
+    _check_length("bad_words", bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARACTERS)
     words: list[list[int]] = []
     for word in bad_words:
         stripped = word.lstrip()
@@ -308,11 +308,11 @@ def tokens_of_bad_words(bad_words: Iterable[str], tokenizer: Any) -> list[list[i
     return [word for word in words if word]
 
 
-def _check_length(name: str, strings: Sequence[str], most: int) -> None:
+def _check_length(name: str, strings: Sequence[str], most: int, most_characters: int) -> None:
     """Refuse strings that would slow each step of all requests."""
     length = sum(map(len, strings))
-    if length > most:
+    if len(strings) > most or length > most_characters:
         raise ValueError(
-            f"{name} has {len(strings):,} strings with {length:,} characters together, but at most {most:,} are looked "
-            "for in each step. Give fewer or shorter ones."
+            f"{name} has {len(strings):,} strings with {length:,} characters together, but at most {most} strings with "
+            f"{most_characters:,} characters are looked for in each step. Give fewer or shorter ones."
         )
