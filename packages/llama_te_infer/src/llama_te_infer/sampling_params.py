@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
 MAX_PENALTY = 2.0  # of presence and frequency
 MAX_BIAS = 100.0  # of a logit
+MAX_INTEGER = 2**63 - 1  # what kernels and messages between processes hold
 MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
 
 _INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "logprobs", "prompt_logprobs", "n", "num_beams")
@@ -130,7 +131,7 @@ class SamplingParams:
         )
         self._need(
             "min_tokens",
-            _is_integer(self.min_tokens, 0, math.inf if self.max_tokens is None else self.max_tokens),
+            _is_integer(self.min_tokens, 0, MAX_INTEGER if self.max_tokens is None else self.max_tokens),
             f"give an integer from 0 to max_tokens={self.max_tokens}",
         )
         self._need(
@@ -179,7 +180,7 @@ class SamplingParams:
             self._need(name, isinstance(getattr(self, name), bool), "give True or False")
         self._need(
             "seed",
-            self.seed is None or _is_integer(self.seed, 0, 2**63 - 1),
+            self.seed is None or _is_integer(self.seed, 0),
             "give an integer from 0 to 2**63 - 1, or None for a new one each time",
         )
         for name in ("logprobs", "prompt_logprobs"):
@@ -276,7 +277,7 @@ def _plain(value: Any) -> Any:
     return value if integer is None else integer
 
 
-def _is_integer(value: object, least: int, most: float = math.inf) -> bool:
+def _is_integer(value: object, least: int, most: int = MAX_INTEGER) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 

@@ -22,6 +22,7 @@ from .requests import openapi_of
 from .server import Server
 from .settings import ServerSettings
 
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 # An orchestrator, Prometheus and the page ask these without a key.
 OPEN_PATHS = ("/health", "/ready", "/metrics", *page.PATHS)
 
@@ -86,7 +87,9 @@ class Observer:
                 has_begun = True
                 MutableHeaders(scope=message)["X-Request-Id"] = context.request_id
                 handler = getattr(scope.get("route"), "path", "none")
-                self._metrics.count_http(handler, scope["method"], message["status"])
+                # A client may make up methods, and each would be a time series for ever.
+                method = scope["method"] if scope["method"] in METHODS else "other"
+                self._metrics.count_http(handler, method, message["status"])
             await send(message)
 
         try:

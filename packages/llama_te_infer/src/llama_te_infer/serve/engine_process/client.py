@@ -113,6 +113,9 @@ class EngineProcess(EngineClient):
             self._refuse_late_requests()
             message = Submit(next(self._numbers), tokens, checked_params(params), mailbox.arrival)
             self._wire.send(message)
+        except OverflowError:  # `SamplingParams` has no such numbers
+            self._release(1)
+            raise ValueError("prompt has a token that is no number of 64 bits: give the model's tokens.") from None
         except BaseException:
             self._release(1)
             raise
