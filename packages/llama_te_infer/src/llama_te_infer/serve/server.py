@@ -86,6 +86,7 @@ class Server:
             DrainingError: The server is about to end.
         """
         self.engine.check_admission()
+        _check_format(request)
         content = await content_of(request, self.settings.max_body_bytes, self._arriving)
         return body_class.model_validate_json(content)
 
@@ -224,10 +225,9 @@ async def content_of(request: Request, limit: int, arriving: list[int] | None = 
         arriving: The number of bytes of all bodies that are arriving, which this function keeps.
 
     Raises:
-        ApiError: The body has more bytes, or is announced as something else than JSON.
+        ApiError: The body has more bytes.
         QueueFullError: All bodies together have more bytes than `BODIES_AT_A_TIME` of the largest.
     """
-    _check_format(request)
     too_large = ApiError(413, f"The body has more than {limit:,} bytes, which is the limit: send less.")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced[:20]) > limit:

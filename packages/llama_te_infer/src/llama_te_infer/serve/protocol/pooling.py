@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .sampling import Strict
+from .sampling import ListOf, PartsOf, Strict
 
 
 class PoolingFields(Strict):
@@ -22,7 +22,7 @@ class PoolingFields(Strict):
 class EmbeddingRequest(PoolingFields):
     """Compute embeddings of texts."""
 
-    input: str | list[str] | list[int] | list[list[int]] = Field(
+    input: str | PartsOf[str] | ListOf[int] | PartsOf[ListOf[int]] = Field(
         description="A text, token ids, or a list of either; a text gets the special tokens that the tokenizer adds."
     )
     encoding_format: Literal["float", "base64"] | None = Field(
@@ -35,10 +35,10 @@ class EmbeddingRequest(PoolingFields):
 class ScoreRequest(PoolingFields):
     """Score pairs of texts: one with each of the others, or lists of equal length."""
 
-    text_1: str | list[str] | None = None
-    text_2: str | list[str] | None = None
-    queries: str | list[str] | None = Field(None, description="Another name of text_1.")
-    documents: str | list[str] | None = Field(None, description="Another name of text_2.")
+    text_1: str | PartsOf[str] | None = None
+    text_2: str | PartsOf[str] | None = None
+    queries: str | PartsOf[str] | None = Field(None, description="Another name of text_1.")
+    documents: str | PartsOf[str] | None = Field(None, description="Another name of text_2.")
 
     def pairs(self) -> list[tuple[str, str]]:
         """Return the pairs.
