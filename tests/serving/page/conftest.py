@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Route, expect, sync_playwright
 
 from serving.conftest import RunningServer
 
 # Chromium's own line about an answer with an error status. Pages cannot prevent it.
 STATUS_LINE = "Failed to load resource: the server responded with a status of"
+
+# A busy machine needs more than Playwright's five seconds.
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="session")

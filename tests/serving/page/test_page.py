@@ -312,6 +312,13 @@ def test_copy_and_export(open_page: Callable[..., Page], server: RunningServer) 
     assert download.value.suggested_filename == "conversation.json"
 
 
+def test_the_end_of_an_answer_stays_in_sight(tab: Page) -> None:
+    answer_with(tab, *("A paragraph.\n\n" for _ in range(60)), after='data: {"error": {"message": "It broke."}}\n\n')
+    send(tab, "Hello")
+    expect(tab.get_by_role("alert")).to_be_in_viewport()
+    expect(tab.get_by_role("button", name="Regenerate")).to_be_in_viewport()
+
+
 def test_keys_of_the_keyboard(tab: Page) -> None:
     settings(tab, max_tokens=2)
     message = tab.get_by_label("Message", exact=True)
@@ -365,7 +372,7 @@ def test_a_completion_without_a_limit_ends_with_the_text(tab: Page) -> None:
         tab.get_by_role("button", name="Continue").click()
         tab.get_by_role("button", name="Continue").wait_for()
     assert bodies[0]["max_tokens"] is None
-    expect(tab.locator(".note")).to_contain_text("1 tokens")
+    expect(tab.locator(".note")).to_contain_text("1 token in")
     assert tab.locator(".error").count() == 0
 
 
@@ -379,10 +386,11 @@ vllm:generation_tokens_total{engine="0",model_name="tiny"} %d
 
 def test_metrics(open_page: Callable[..., Page], server: RunningServer) -> None:
     page = open_page(server)
+    metrics = page.get_by_label("Metrics of the server")
+    expect(metrics).to_contain_text("running0waiting0tokens/s")
     tokens = iter(range(0, 10**6, 1000))
     page.route("**/metrics", lambda route: route.fulfill(body=METRICS % next(tokens)))
     page.reload()
-    metrics = page.get_by_label("Metrics of the server")
     expect(metrics).to_have_text("running3waiting2tokens/s–cache25 %")
     expect(metrics.locator("dd").nth(2)).to_have_text(re.compile(r"[1-9]"))
     page.route("**/metrics", lambda route: route.fulfill(status=404, body="{}"))

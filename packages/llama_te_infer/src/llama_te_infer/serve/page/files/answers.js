@@ -81,7 +81,8 @@ export async function grow(path, body, signal, answerOf, changed) {
       else answer.error = wordsOf(error);
     }
   }
-  const speed = usage && first ? speedOf(usage.completion_tokens, first - begin, performance.now() - first) : "";
+  const end = performance.now();
+  const speed = usage ? speedOf(usage.completion_tokens, (first || end) - begin, end - begin) : "";
   for (const answer of answers) Object.assign(answer, { isGrowing: false, speed });
   changed();
 }
@@ -101,11 +102,14 @@ export function wordsOf(error) {
 /**
  * @param {number} tokens
  * @param {number} wait Milliseconds to the first text.
- * @param {number} rest Milliseconds from there to the end.
+ * @param {number} whole Milliseconds to the end.
  */
-function speedOf(tokens, wait, rest) {
-  const rate = tokens > 1 && rest > 0 ? ` · ${((1000 * (tokens - 1)) / rest).toFixed(1)} tokens/s` : "";
-  return `${tokens} tokens${rate} · first after ${(wait / 1000).toFixed(2)} s`;
+function speedOf(tokens, wait, whole) {
+  const count = `${tokens} ${tokens === 1 ? "token" : "tokens"}`;
+  // The text of beam search arrives at its end.
+  if (tokens < 2 || whole < 1.1 * wait) return `${count} in ${(whole / 1000).toFixed(2)} s`;
+  const rate = (1000 * (tokens - 1)) / (whole - wait);
+  return `${count} · ${rate.toFixed(1)} tokens/s · first after ${(wait / 1000).toFixed(2)} s`;
 }
 
 /** Shows an answer, as text or as tokens. */

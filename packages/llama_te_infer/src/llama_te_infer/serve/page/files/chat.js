@@ -167,7 +167,7 @@ export class Chat {
       answerOf(0).error = wordsOf(error);
     }
     this.#running = null;
-    this.#show();
+    this.#atEnd(() => this.#show());
     const { error, finish } = answerOf(0);
     announce(error ? "" : finish === "stopped" ? "The answer is stopped." : "The answer is complete.");
   }
@@ -195,8 +195,17 @@ export class Chat {
 
   /** @param {Answers} turn */
   #draw(turn) {
+    this.#atEnd(() => this.#views.get(turn.all[turn.chosen])?.update());
+  }
+
+  /**
+   * Shows more, and stays at the end if the end is in sight.
+   *
+   * @param {() => void} show
+   */
+  #atEnd(show) {
     const isAtEnd = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < 40;
-    this.#views.get(turn.all[turn.chosen])?.update();
+    show();
     if (isAtEnd) this.#scrollDown();
   }
 

@@ -27,7 +27,7 @@ const GROUPS = [
   {
     title: "Sampling",
     fields: [
-      { name: "temperature", label: "Temperature", hint: "0 takes the most likely token", min: 0, max: 2, step: 0.05,
+      { name: "temperature", label: "Temperature", hint: "0 takes the likeliest token", min: 0, max: 2, step: 0.05,
         slider: 1, draws: true },
       { name: "top_p", label: "Top p", hint: "1 for all tokens", min: 0.01, max: 1, step: 0.01, slider: 1,
         draws: true },
@@ -170,8 +170,10 @@ function control(field) {
 /** Shows which fields beam search does without. */
 function showUnused() {
   for (const { name, draws } of FIELDS) {
-    const box = document.getElementById(`setting-${name}`);
-    box?.closest(".field")?.classList.toggle("unused", Boolean(draws) && Number(values.beams) > 1);
+    const field = byId(`setting-${name}`).parentElement;
+    const isUnused = Boolean(draws) && Number(values.beams) > 1;
+    field?.classList.toggle("unused", isUnused);
+    for (const input of field?.querySelectorAll("input") ?? []) input.disabled = isUnused;
   }
 }
 
