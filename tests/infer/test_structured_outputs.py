@@ -444,6 +444,13 @@ def test_the_form_holds_until_max_tokens(engine: Engine) -> None:
     assert completion.finish_reason == "length" and re.fullmatch("[ab]*", completion.text)
 
 
+def test_a_complete_text_ends_before_min_tokens(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing may take the end for logits that are not finite, and forget cached prefixes.
+    monkeypatch.setattr(engine, "_clean", lambda: pytest.fail("all logits are finite"))
+    completion = one(engine, StructuredOutputs(choice=["xz"]), min_tokens=9)
+    assert (completion.text, completion.finish_reason) == ("xz", "stop")
+
+
 def test_fewer_beams_end_where_the_form_has_fewer_texts(engine: Engine) -> None:
     outputs = complete(engine, StructuredOutputs(regex="[xz]"), num_beams=4, n=4).outputs
     assert sorted(completion.text for completion in outputs) == ["x", "z"]

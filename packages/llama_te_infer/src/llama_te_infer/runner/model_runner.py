@@ -82,19 +82,20 @@ class ModelRunner:
         if plan.beginning:
             state.begin(plan.beginning)
         if plan.lengths:
-            masks = self._masks(plan, pending, previous)
+            masks = self._masks(plan, previous)
             self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), plan, pending, masks)
 
-    def _masks(self, plan: Plan, pending: Pending, previous: Pending | None) -> TokenMasks | None:
+    def _masks(self, plan: Plan, previous: Pending | None) -> TokenMasks | None:
         """Return the tokens that texts with grammars may write; `None` if there are no such texts."""
-        sequences = [s for s in [*plan.running, *plan.beginning] if s.grammar is not None]
-        if not sequences:
-            return None
-        if previous is not None:
+        texts = [(_row(s), s.grammar) for s in [*plan.running, *plan.beginning] if s.grammar is not None]
+        if texts and previous is not None:
             # The host waits for the last tokens, and the device computes the logits of this step meanwhile.
             previous.result()
-        bits_MW = self._bits([s.grammar for s in sequences])
-        return TokenMasks(to_device(list(map(_row, sequences)), torch.int64, self.cache.device), bits_MW)
+        texts = [(row, text) for row, text in texts if not text.is_complete]  # the others have just ended
+        if not texts:
+            return None
+        bits_MW = self._bits([text for _, text in texts])
+        return TokenMasks(to_device([row for row, _ in texts], torch.int64, self.cache.device), bits_MW)
 
     def _bits(self, texts: list[GrammarText | None]) -> torch.Tensor:
         return compute_masks(texts, self.cache.device.type == "cuda").to(self.cache.device, non_blocking=True)
