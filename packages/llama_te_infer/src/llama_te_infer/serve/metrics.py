@@ -84,8 +84,11 @@ class Metrics:
         )
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens of a request.", lengths)
         self._n = histogram("request_params_n", "n of a request.", _COMPLETIONS)
-        success = Counter("request_success", "Completions that have ended.", (*LABELS, "finished_reason"), registry=own)
-        self._success = {reason: success.labels(model_name, ENGINE, reason) for reason in FINISH_REASONS}
+        self._success = Counter(
+            "request_success", "Completions that have ended.", (*LABELS, "finished_reason"), registry=own
+        )
+        for reason in FINISH_REASONS:  # so that each begins with 0
+            self._success.labels(model_name, ENGINE, reason)
         self.registry = CollectorRegistry()
         self._http = Counter("http_requests", "HTTP requests.", ("handler", "method", "status"), registry=self.registry)
         self.registry.register(_UnderBothNames(self))
@@ -103,7 +106,7 @@ class Metrics:
     def end(self, request: ServedRequest) -> None:
         """Count a request that has ended."""
         for reason in request.finish_reasons:
-            self._success[reason].inc()
+            self._success.labels(self._model_name, ENGINE, reason).inc()
         self._n.observe(request.params.n)
         if request.params.max_tokens is not None:
             self._max_tokens.observe(request.params.max_tokens)
