@@ -152,3 +152,10 @@ def test_bodies_that_arrive_together_fill_a_bounded_memory(
     monkeypatch.setattr(serve_server, "BODIES_AT_A_TIME", 0.0001)
     answer = httpx.post(f"{server.url}/tokenize", content=b"a" * 100_000, headers=JSON)
     assert answer.status_code == 429 and "too many long requests" in answer.json()["error"]["message"]
+
+
+def test_methods_that_clients_make_up_are_counted_as_one(server: RunningServer) -> None:
+    for number in range(3):
+        assert httpx.request(f"MADE-UP-{number}", f"{server.url}/version").status_code == 405
+    text = httpx.get(f"{server.url}/metrics").text
+    assert "MADE-UP" not in text and 'method="other"' in text

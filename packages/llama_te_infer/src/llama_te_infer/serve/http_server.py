@@ -10,6 +10,7 @@ from types import FrameType
 import uvicorn
 
 from ..engine.client import EngineClient
+from .connections import Connection
 
 SECONDS_FOR_LAST_BYTES = 5  # to send the end of the last answers, after draining
 
@@ -31,6 +32,7 @@ class HttpServer(uvicorn.Server):
         self, config: uvicorn.Config, engine: EngineClient, drain_timeout: float, when_ready: Callable[[int], None]
     ) -> None:
         config.timeout_graceful_shutdown = SECONDS_FOR_LAST_BYTES
+        config.http, config.ws = Connection, "none"
         super().__init__(config)
         self._engine, self._drain_timeout, self._when_ready = engine, drain_timeout, when_ready
         self._draining: asyncio.Task[None] | None = None
