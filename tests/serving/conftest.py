@@ -55,9 +55,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def make_engine(byte_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Engine]:
     """Makes an engine for a tiny model with random weights, which writes any bytes; EOS is `<|end|>`."""
 
-    def make(**options: Any) -> Engine:
+    def make(max_position_embeddings: int = 512, **options: Any) -> Engine:
         torch.manual_seed(0)
-        fields = {"vocab_size": 259, "initializer_range": 0.3, "num_hidden_layers": 1, "max_position_embeddings": 512}
+        fields = {"vocab_size": 259, "initializer_range": 0.3, "num_hidden_layers": 1}
+        fields["max_position_embeddings"] = max_position_embeddings
         config = LlamaConfig(**{**TINY, **fields, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258})
         model = convert_llama_hf_to_te(LlamaForCausalLM(config).eval())
         return Engine(model, byte_tokenizer, **{"max_batch_size": 4, "page_size": 8, **options})

@@ -96,7 +96,7 @@ def test_many_clients_at_once(server: RunningServer, reference: Engine) -> None:
     ("fields", "param", "message"),
     [
         ({"messages": []}, "messages", "messages=[] is not possible"),
-        ({"messages": [{"content": "a"}]}, "messages", "is no conversation"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role", "messages.0.role=None is not possible"),
         ({"messages": "a"}, "messages", "messages='a' is not possible"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs=2 needs logprobs=true"),
         ({"chat_template": "x"}, "chat_template", "chat_template is not supported: a template is a program"),

@@ -39,9 +39,6 @@ VLLM_CHATS = {
     *("return_prompt_text",),
 }
 
-# Fields that follow.
-FOLLOWING = {"parallel_tool_calls", "tool_choice", "tools"}
-
 
 def known(body_class: type[SamplingFields]) -> set[str]:
     return body_class.model_fields.keys() | body_class.unsupported.keys()
@@ -57,7 +54,7 @@ def known(body_class: type[SamplingFields]) -> set[str]:
 def test_every_field_is_known(body_class: type[SamplingFields], params: Any, more: set[str]) -> None:
     openais = get_type_hints(params.CompletionCreateParamsBase) | get_type_hints(params.CompletionCreateParamsStreaming)
     assert {"model", "stream", "temperature"} < openais.keys()
-    assert openais.keys() | more <= known(body_class) | FOLLOWING
+    assert openais.keys() | more <= known(body_class)
     assert not body_class.model_fields.keys() & body_class.unsupported.keys()
 
 

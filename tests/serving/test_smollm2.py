@@ -6,6 +6,7 @@ The oracles are an engine of its own on the converted float32 model, and transfo
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -182,3 +184,27 @@ def test_characters_of_several_tokens_come_whole(client: OpenAI, engine: Engine)
             model="smol", prompt=tokens[:index], max_tokens=1, temperature=0, logit_bias={str(tokens[index]): 100}
         )
         assert answer.choices[0].text == engine.tokenizer.decode(tokens[index : index + 1])
+
+
+def test_required_calls_fit_their_schemas(client: OpenAI) -> None:
+    """The chat template of SmolLM2 does not write tools, so a system message describes them."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "unit": {"enum": ["C", "F"]}},
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    }
+    function: Any = {"name": "weather", "description": "Weather of a city.", "parameters": schema}
+    for question in ("How warm is it in Rome?", "Zürich!"):
+        answer = client.chat.completions.create(
+            model="smol",
+            messages=chat(question),
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            temperature=0,
+        )
+        assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+        (call,) = answer.choices[0].message.tool_calls or []
+        assert call.type == "function" and call.function.name == "weather"
+        jsonschema.validate(json.loads(call.function.arguments), schema)

@@ -16,6 +16,8 @@ from .protocol.chat import ChatRequest
 from .requests import body_of
 from .server import Server, new_id, refusals
 from .token_texts import TokenTexts, prompt_logprobs_of
+from .tool_calls import Arguments, CallBegin, Part, Text
+from .tools import AnswerReader, ToolUse, new_call_id
 
 router = APIRouter()
 
@@ -31,6 +33,7 @@ async def _answer(server: Server, body: ChatRequest, name: str) -> ChatAnswer:
         raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true.", "top_logprobs")
     if body.prompt_logprobs is not None and body.stream:
         raise ApiError(400, "prompt_logprobs with stream=true is not possible: leave one out.", "prompt_logprobs")
+    tools = ToolUse.of(body.tools, body.tool_choice, body.parallel_tool_calls)
     with refusals():
         params = body.sampling_params(
             server.settings.default_params,
@@ -38,19 +41,28 @@ async def _answer(server: Server, body: ChatRequest, name: str) -> ChatAnswer:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             prompt_logprobs=body.prompt_logprobs,
         )
-        prompt = await server.tokens_of_chat(body)
-    return ChatAnswer(server, prompt, params, body, name)
+        prompt = await server.tokens_of_chat(body, tools)
+        params = server.params_with_tools(params, tools)
+    return ChatAnswer(server, prompt, params, tools, body, name)
 
 
 class ChatAnswer(ChunkedAnswer):
     """Writes an answer to a conversation, whole or in chunks."""
 
-    def __init__(self, server: Server, prompt: list[int], params: SamplingParams, body: ChatRequest, name: str) -> None:
+    def __init__(
+        self,
+        server: Server,
+        prompt: list[int],
+        params: SamplingParams,
+        tools: ToolUse,
+        body: ChatRequest,
+        name: str,
+    ) -> None:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = {"id": new_id("chatcmpl", body.request_id), "object": kind, "created": server.now(), "model": name}
         super().__init__(server, [prompt], params, head, body.stream_options)
-        self._body = body
-        self._begun: set[int] = set()
+        self._body, self._tools = body, tools
+        self._texts: dict[int, AnswerReader] = {}  # of each choice that has begun
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer."""
@@ -64,19 +76,27 @@ class ChatAnswer(ChunkedAnswer):
         return answer | ({"prompt_token_ids": output.prompt_token_ids} if self._body.return_token_ids else {})
 
     def _whole_choice(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": piece.index, "message": message, **self._about(piece)}
+        reader = self.server.answer_reader(self._tools)
+        delta = _delta(reader.read(piece.text, is_end=True))
+        message = {"role": "assistant", "content": None if reader.num_calls else "", "refusal": None, **delta}
+        for call in message.get("tool_calls", ()):
+            del call["index"]
+        return {"index": piece.index, "message": message, **self._about(piece, reader)}
 
     def choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield the role before the first piece of a choice, and each piece."""
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
-            role = {"role": "assistant", "content": ""}
+        reader = self._texts.get(piece.index)
+        if reader is None:
+            reader = self._texts[piece.index] = self.server.answer_reader(self._tools)
+            role = {"role": "assistant", "content": "" if self._tools.mode == "none" else None}
             yield {"index": piece.index, "delta": role, "logprobs": None, "finish_reason": None}
-        delta = {"content": piece.text} if piece.text else {}
-        yield {"index": piece.index, "delta": delta, **self._about(piece)}
+        delta = _delta(reader.read(piece.text, is_end=piece.finish_reason is not None))
+        about = self._about(piece, reader)
+        # Text that may become a call waits, and a chunk without it says nothing, unless it has other news.
+        if delta or any(about.values()):
+            yield {"index": piece.index, "delta": delta, **about}
 
-    def _about(self, piece: Piece) -> dict[str, Any]:
+    def _about(self, piece: Piece, reader: AnswerReader) -> dict[str, Any]:
         """Return what a choice says about its text, whole or in chunks."""
         body = self._body
         self.usage.completion += len(piece.token_ids)
@@ -89,10 +109,29 @@ class ChatAnswer(ChunkedAnswer):
             }
             if body.logprobs
             else None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": "tool_calls"
+            if reader.num_calls and piece.finish_reason == "stop"
+            else piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
         return about | ({"token_ids": piece.token_ids} if body.return_token_ids else {})
+
+
+def _delta(parts: Sequence[Part]) -> dict[str, Any]:
+    """Return the fields of a message for parts of its text; each call has one entry."""
+    delta: dict[str, Any] = {}
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        match part:
+            case Text(text):
+                delta["content"] = delta.get("content", "") + text
+            case CallBegin(index, name):
+                function = {"name": name, "arguments": ""}
+                calls[index] = {"index": index, "id": new_call_id(), "type": "function", "function": function}
+            case Arguments(index, text):
+                call = calls.setdefault(index, {"index": index, "function": {"arguments": ""}})
+                call["function"]["arguments"] += text
+    return delta | ({"tool_calls": list(calls.values())} if calls else {})
 
 
 def logprobs_of(piece: Piece, texts: TokenTexts, count: int, as_token_ids: bool | None = None) -> list[dict[str, Any]]:

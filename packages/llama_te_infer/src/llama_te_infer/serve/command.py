@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.client import EngineFailedError
 from .loading import Task, check_source, make_engine, make_pooling_engine, task_of
+from .tool_calls import TOOL_FORMATS, ToolFormat
 
 if TYPE_CHECKING:
     from ..engine.async_engine import AsyncEngine
@@ -87,6 +88,10 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     group.add_argument("--tokenizer", help="another tokenizer's folder or hub id")
     group.add_argument("--revision", help="of a hub repository")
     group.add_argument("--chat-template", metavar="FILE", help="a Jinja template instead of the tokenizer's own")
+    group.add_argument("--tool-call-parser", default="auto", choices=["auto", *TOOL_FORMATS],
+                       help="the format of the model's calls of tools; auto knows all")  # fmt: skip
+    group.add_argument("--enable-auto-tool-choice", action=argparse.BooleanOptionalAction, default=True,
+                       help='answer requests with tool_choice "auto" (default: yes)')  # fmt: skip
     group.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"],
                        help="default: the checkpoint's own")  # fmt: skip
     group.add_argument("--device", help="such as cuda:0; default: a GPU if there is one")
@@ -326,6 +331,7 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
         model_names=tuple(options.served_model_name or [options.model]),
         api_keys=tuple(options.api_key),
         chat_template=Path(options.chat_template).read_text() if options.chat_template else None,
+        tool_formats=_tool_formats(options),
         max_body_bytes=options.max_body_bytes,
         request_timeout=options.request_timeout,
         allowed_origins=tuple(options.allowed_origins),
@@ -333,6 +339,12 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
         log_interval=None if options.disable_log_stats else options.log_interval,
         otlp_traces_endpoint=options.otlp_traces_endpoint,
     )
+
+
+def _tool_formats(options: argparse.Namespace) -> tuple[ToolFormat, ...]:
+    if not options.enable_auto_tool_choice:
+        return ()
+    return TOOL_FORMATS if options.tool_call_parser == "auto" else (options.tool_call_parser,)
 
 
 def with_defaults(

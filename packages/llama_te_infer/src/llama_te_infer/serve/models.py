@@ -12,6 +12,7 @@ from .errors import ApiError
 from .protocol.tokens import DetokenizeRequest, TokenizeRequest
 from .requests import body_of
 from .server import Server, refusals
+from .tools import ToolUse
 
 router = APIRouter()
 
@@ -54,7 +55,7 @@ async def tokenize(request: Request) -> dict[str, Any]:
         if body.prompt is not None:
             tokens = await server.tokens_of(body.prompt, body.add_special_tokens is not False)
         else:
-            tokens = await server.tokens_of_chat(body)
+            tokens = await server.tokens_of_chat(body, ToolUse.of(body.tools))
     answer = {"tokens": tokens, "count": len(tokens), "max_model_len": server.engine.max_sequence_length}
     texts = [server.token_texts.text_of(token) for token in tokens] if body.return_token_strs else None
     return answer | {"token_strs": texts}

@@ -6,8 +6,10 @@ import asyncio
 import functools
 import inspect
 import time
+import warnings
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -15,16 +17,19 @@ from pydantic import BaseModel
 
 from ..engine.client import DrainingError, EngineClient, QueueFullError, RequestStream
 from ..engine.outputs import RequestOutput
-from ..engine.tokenization import tokens_of_chats
+from ..engine.tokenization import special_tokens_of, tokens_of_chats
 from ..sampling_params import SamplingParams, shown
-from ..structured_outputs import GrammarError
+from ..structured_outputs import GrammarError, StructuredOutputs
 from .errors import ApiError, api_error_of
 from .logs import RequestLog, ThroughputLog, logger
+from .messages import for_template, writes_tools
 from .metrics import Metrics
 from .observation import HttpContext, ServedRequest, http_context
 from .protocol.tokens import ChatFields
 from .settings import ServerSettings
 from .token_texts import TokenTexts
+from .tool_calls import CALL_TAG
+from .tools import AnswerReader, ToolUse
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
@@ -47,6 +52,7 @@ class Server:
         self.engine, self.settings = engine, settings
         self.token_texts = TokenTexts(engine.tokenizer)
         self.tokenizer = engine.tokenizer
+        self._special_tokens = special_tokens_of(engine.tokenizer)
         self.created = self.now()
         self.metrics = Metrics(engine, settings.model_names[0])
         self._log = None
@@ -112,20 +118,36 @@ class Server:
         """
         return await self.engine.tokenize(prompt, add_special_tokens)
 
-    async def tokens_of_chat(self, body: ChatFields) -> list[int]:
-        """Return the tokens of a conversation, as the chat template writes it.
+    def chat_template(self, tools: ToolUse) -> str:
+        """Return the source of the chat template; some tokenizers have one of its own for tools.
 
         Raises:
+            ValueError: There is none.
+        """
+        template: str = self.tokenizer.get_chat_template(self.settings.chat_template, tools.for_template)
+        return template
+
+    async def tokens_of_chat(self, body: ChatFields, tools: ToolUse) -> list[int]:
+        """Return the tokens of a conversation, as the chat template writes it.
+
+        Args:
+            body: The request.
+            tools: Its tools.
+
+        Raises:
+            ApiError: A message has something that is no text, or a variable of the template cannot be given.
             ValueError: The messages do not fit the template.
         """
+        template = self.chat_template(tools)
         continues = bool(body.continue_final_message)
         options: dict[str, Any] = {
             "continue_final_message": continues,
             "add_generation_prompt": not continues
             if body.add_generation_prompt is None
             else body.add_generation_prompt,
-            "chat_template": self.settings.chat_template,
+            "chat_template": template,
             "documents": body.documents,
+            "tools": tools.for_template,
         }
         variables = body.chat_template_kwargs or {}
         if taken := sorted(self._template_arguments & variables.keys()):
@@ -135,12 +157,47 @@ class Server:
                 "the template that requests may set, such as add_generation_prompt, are fields of their own.",
                 "chat_template_kwargs",
             )
+        if tools.for_template and not writes_tools(template):
+            warnings.warn(
+                "The chat template does not write tools, so a system message describes them in Hermes' format. "
+                "--chat-template can give another template.",
+                stacklevel=2,
+            )
+        messages = for_template(body.messages or [], template, tools.for_template)
         try:
-            return await self.engine.tokenize_chat(body.conversation(), **options, **variables)
+            return await self.engine.tokenize_chat(messages, **options, **variables)
         except ValueError as error:
             refusal = api_error_of(error)
             refusal.param = refusal.param or "messages"
             raise refusal from error
+
+    def params_with_tools(self, params: SamplingParams, tools: ToolUse) -> SamplingParams:
+        """Return the parameters with which the model can call tools, and must if a call is required.
+
+        Raises:
+            ApiError: The operator does not let the model decide whether it calls tools.
+            ValueError: The parameters have another form for the text.
+        """
+        if tools.mode == "none":
+            return params
+        if tools.mode == "auto" and not self.settings.tool_formats:
+            message = 'tool_choice="auto" is turned off on this server: give "required", "none" or a function.'
+            raise ApiError(400, message, "tool_choice")
+        if CALL_TAG in self._special_tokens:
+            params = replace(params, skip_special_tokens=False)  # else the text would not show the tag
+        has_tags = CALL_TAG in self.chat_template(tools) or not writes_tools(self.chat_template(tools))
+        grammar = tools.grammar("hermes" if has_tags else "llama3_json")
+        if grammar is None:
+            return params
+        if params.structured_outputs is not None:
+            raise ValueError(
+                "tool_choice requires a call, so the text cannot have another form: leave one of them out."
+            )
+        return replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
+
+    def answer_reader(self, tools: ToolUse) -> AnswerReader:
+        """Return what finds the calls of tools in the text of an answer."""
+        return AnswerReader(tools, self.settings.tool_formats)
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a prompt, with its special tokens."""

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .tool_calls import TOOL_FORMATS, ToolFormat
+
 
 @dataclass(frozen=True)
 class ServerSettings:
@@ -17,6 +19,7 @@ class ServerSettings:
         default_params: Fields of `SamplingParams` that hold where a request leaves them out, such as the temperature of
             the model's `generation_config.json`.
         chat_template: Instead of the tokenizer's own.
+        tool_formats: The formats in which an answer may call tools if the model decides; none refuses such requests.
         max_body_bytes: Most bytes of a request's body.
         request_timeout: Seconds after which a request ends with status 408; `None` for never.
         keep_alive_interval: Seconds without an event after which a stream gets a comment, so that no proxy ends it.
@@ -31,6 +34,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     default_params: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    tool_formats: tuple[ToolFormat, ...] = TOOL_FORMATS
     max_body_bytes: int = 16 << 20
     request_timeout: float | None = None
     keep_alive_interval: float = 15.0

@@ -28,6 +28,11 @@ def event(content: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
 
 
+def typed_event(content: dict[str, Any]) -> bytes:
+    """Return one event whose name is its content's type."""
+    return b"event: " + content["type"].encode() + b"\n" + event(content)
+
+
 def event_stream(
     streams: Sequence[RequestStream],
     parts: AsyncIterator[bytes],

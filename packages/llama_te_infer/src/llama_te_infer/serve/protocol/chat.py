@@ -9,6 +9,7 @@ from pydantic import Field
 
 from .sampling import PartsOf, SamplingFields
 from .tokens import ChatFields
+from .tools import ToolChoice
 from .unsupported import FOR_ALL, FOR_CHATS, Unsupported
 
 
@@ -18,6 +19,8 @@ class ChatRequest(SamplingFields, ChatFields):
     unsupported: ClassVar[Mapping[str, Unsupported]] = FOR_ALL | FOR_CHATS
 
     messages: PartsOf[dict[str, Any]] = Field(min_length=1)
+    tool_choice: ToolChoice | None = Field(None, description="auto by default: the model decides.")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, description="Most likely tokens to report at each position; with logprobs.")
     prompt_logprobs: int | None = Field(None, description="The same for the prompt; not for streams.")

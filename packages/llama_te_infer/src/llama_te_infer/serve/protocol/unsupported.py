@@ -70,6 +70,26 @@ FOR_CHATS: dict[str, Unsupported] = {
     "return_prompt_text": Unsupported("return_token_ids returns the prompt's tokens", (False,)),
 }
 
+_NO_STATE = "the server keeps no responses, so send the whole conversation as input"
+FOR_RESPONSES: dict[str, Unsupported] = {
+    "access_programs": Unsupported("they are OpenAI's"),
+    "background": Unsupported(_NO_STATE, (False,)),
+    "background_options": Unsupported(_NO_STATE, ({},)),
+    "context_management": Unsupported(_NO_STATE, ([],)),
+    "conversation": Unsupported(_NO_STATE),
+    "image": Unsupported(_TEXT_ALONE),
+    "max_tool_calls": Unsupported("it limits hosted tools, and the server runs none"),
+    "moderation": Unsupported("no second model looks at texts"),
+    "previous_response_id": Unsupported(_NO_STATE),
+    "prompt": Unsupported("the server keeps no prompts"),
+    "reasoning": Unsupported(_NO_REASONING, ({}, {"effort": "none"})),
+    # vLLM's
+    "enable_response_messages": Unsupported("the items of the output have all that the model wrote", (False,)),
+    "mm_processor_kwargs": Unsupported(_TEXT_ALONE, ({},)),
+    "previous_input_messages": Unsupported(_NO_STATE),
+    "previous_response": Unsupported(_NO_STATE),
+}
+
 
 def without_unsupported(fields: Any, unsupported: Mapping[str, Unsupported]) -> Any:
     """Return a body without the fields that this server does not have.
