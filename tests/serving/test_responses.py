@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_type_hints
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai import AsyncOpenAI
@@ -195,6 +196,24 @@ def test_parsed_texts_and_calls(plain_server: RunningServer) -> None:
         model="tiny", input="Hi", text={"format": {"type": "json_object"}}, max_output_tokens=20, extra_body=extra
     )
     assert anything.output_text.startswith("{")
+
+
+def test_a_text_in_json_or_calls(plain_server: RunningServer) -> None:
+    """The model decides whether it calls tools; if not, the text fits the schema."""
+    schema = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+    kinds = set()
+    for seed in range(8):
+        fields: Any = {"tools": TOOLS, "parallel_tool_calls": False, "extra_body": {"seed": seed}}
+        form: Any = {
+            "format": {"type": "json_schema", "name": "a", "schema": {**schema, "additionalProperties": False}}
+        }
+        (item,) = plain_server.client.responses.create(model="tiny", input="Hi", text=form, **fields).output
+        kinds.add(item.type)
+        if item.type == "function_call":
+            jsonschema.validate(json.loads(item.arguments), SCHEMA if item.name == "weather" else {"maxProperties": 0})
+        else:
+            jsonschema.validate(json.loads(item.content[0].text), schema)
+    assert kinds == {"function_call", "message"}
 
 
 def test_the_async_client(server: RunningServer) -> None:

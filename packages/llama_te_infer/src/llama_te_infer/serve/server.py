@@ -29,7 +29,7 @@ from .protocol.tokens import ChatFields
 from .settings import ServerSettings
 from .token_texts import TokenTexts
 from .tool_calls import CALL_TAG
-from .tools import AnswerReader, ToolUse
+from .tools import AnswerReader, ToolUse, schema_of
 
 Body = TypeVar("Body", bound=BaseModel)
 Answer = TypeVar("Answer")
@@ -186,14 +186,12 @@ class Server:
         if CALL_TAG in self._special_tokens:
             params = replace(params, skip_special_tokens=False)  # else the text would not show the tag
         has_tags = CALL_TAG in self.chat_template(tools) or not writes_tools(self.chat_template(tools))
-        grammar = tools.grammar("hermes" if has_tags else "llama3_json")
-        if grammar is None:
-            return params
-        if params.structured_outputs is not None:
-            raise ValueError(
-                "tool_choice requires a call, so the text cannot have another form: leave one of them out."
-            )
-        return replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
+        form = params.structured_outputs
+        schema = None if form is None else schema_of(form)
+        if tools.mode == "required" and form is not None and schema is None:
+            raise ValueError("tool_choice requires a call, so structured_outputs cannot give the text another form.")
+        grammar = tools.grammar("hermes" if has_tags else "llama3_json", schema)
+        return params if grammar is None else replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
 
     def answer_reader(self, tools: ToolUse) -> AnswerReader:
         """Return what finds the calls of tools in the text of an answer."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..structured_outputs import StructuredOutputs
 from .errors import ApiError
 from .protocol.tools import AllowedToolsChoice, Function, Tool, ToolChoice, ToolName
 from .tool_calls import CALL_END_TAG, CALL_TAG, TOOL_FORMATS, Part, Text, ToolCallParser, ToolFormat
@@ -83,28 +84,38 @@ class ToolUse:
             for function in self.functions
         ]
 
-    def grammar(self, tool_format: ToolFormat) -> str | None:
-        """Return the grammar of required calls, in llguidance's variant of Lark; `None` if none are required.
+    def grammar(self, tool_format: ToolFormat, answer: Mapping[str, Any] | None = None) -> str | None:
+        """Return the grammar of the text, in llguidance's variant of Lark; `None` if it may be any text.
 
         Args:
             tool_format: "hermes" for its tags and names of fields, or anything else for Llama 3's JSON.
+            answer: A JSON schema of the text, if the model calls no tool.
         """
-        if self.mode != "required":
+        if self.mode == "none" or (self.mode == "auto" and answer is None):
             return None
         is_hermes = tool_format == "hermes"
-        begin, end = f"{CALL_TAG}\n", f"\n{CALL_END_TAG}"
         key, between = ("arguments", "\n") if is_hermes else ("parameters", "; ")
-        call = f"{json.dumps(begin)} call {json.dumps(end)}" if is_hermes else "call"
+        begin, end = json.dumps(CALL_TAG + "\n"), json.dumps("\n" + CALL_END_TAG)
+        call = f"{begin} call {end}" if is_hermes else "call"
         more = f" ({json.dumps(between)} {call})*" if self.is_parallel else ""
-        lines = [f"start: {call}{more}"]
         names = [f"call{index}" for index in range(len(self.callable))]
-        lines.append(f"call: {' | '.join(names)}")
+        lines = [f"calls: {call}{more}", f"call: {' | '.join(names)}"]
         for index, function in enumerate(self.callable):
             head = f'{{"name": {json.dumps(function.name)}, "{key}": '
             schema = {"type": "object", **(function.parameters or NO_ARGUMENTS), "x-guidance": _COMPACT}
             lines.append(f'call{index}: {json.dumps(head)} arguments{index} "}}"')
             lines.append(f"arguments{index}: %json {json.dumps(schema)}")
-        return "\n".join(lines)
+        if self.mode == "auto":
+            return "\n".join(["start: calls | answer", f"answer: %json {json.dumps(answer)}", *lines])
+        return "\n".join(["start: calls", *lines])
+
+
+def schema_of(form: StructuredOutputs) -> dict[str, Any] | None:
+    """Return the JSON schema of a form; `None` if the form is no JSON."""
+    if form.json_object:
+        return {"type": "object"}
+    schema: dict[str, Any] | None = None if form.json is None else json.loads(str(form.json))
+    return schema
 
 
 class AnswerReader:
