@@ -149,3 +149,9 @@ def test_arguments_in_python_survive(calls: list[tuple[str, dict[str, Any]]]) ->
 )
 def test_deep_brackets(text: str) -> None:
     parse([text])
+
+
+def test_parts_of_one_piece_are_joined() -> None:
+    parser = ToolCallParser(NAMES)
+    found = parser.feed('A\n{"name": "f", "parameters": {"a": "\\n"}}') + parser.end()
+    assert found == [Text("A"), CallBegin(0, "f"), Arguments(0, '{"a": "\\n"}')]

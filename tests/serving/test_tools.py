@@ -254,6 +254,8 @@ NO_SCHEMA = {"type": "object", "properties": {"b": {"type": "x"}}}
         ({"tools": [tool("a", parameters=NO_SCHEMA)], "tool_choice": "required"}, None, "llguidance refuses"),
         ({"messages": calling({"id": "c"})}, "messages.0.tool_calls.0", "is no call of a function"),
         ({"messages": calling(tool("a", arguments="[1]"))}, "messages.0.tool_calls.0", "no JSON object"),
+        ({"messages": calling({**tool("a"), "id": []})}, "messages.0.tool_calls.0.id", "is no text"),
+        ({"messages": [{"role": "tool", "tool_call_id": {}}]}, "messages.0.tool_call_id", "is no text"),
         ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages.0", "audio is not supported"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs", "'tokenize', which is no variable"),
     ],

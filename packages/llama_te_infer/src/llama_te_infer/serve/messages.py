@@ -69,9 +69,17 @@ def _prepared(message: Mapping[str, Any], place: str, names: dict[str, str]) -> 
         prepared["tool_calls"] = [
             _call(call, f"{place}.tool_calls.{index}", names) for index, call in enumerate(_list(calls, place))
         ]
-    if role == "tool" and prepared.get("tool_call_id") in names:
-        prepared.setdefault("name", names[prepared["tool_call_id"]])
+    identity = _id(prepared, "tool_call_id", place)
+    if role == "tool" and identity in names:
+        prepared.setdefault("name", names[identity])
     return prepared
+
+
+def _id(fields: Mapping[str, Any], name: str, place: str) -> str | None:
+    identity = fields.get(name)
+    if identity is not None and not isinstance(identity, str):
+        raise ApiError(400, f"{place}.{name} is no text: give the id of a call.", f"{place}.{name}")
+    return identity
 
 
 def text_of(content: Any, place: str) -> str:
@@ -119,8 +127,9 @@ def _call(call: Any, place: str, names: dict[str, str]) -> dict[str, Any]:
             arguments = None
     if not isinstance(arguments, dict):
         raise ApiError(400, f"{place}.function.arguments is no JSON object: give one, as a text.", place)
-    if isinstance(call.get("id"), str):
-        names[call["id"]] = function["name"]
+    identity = _id(call, "id", place)
+    if identity is not None:
+        names[identity] = function["name"]
     return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 

@@ -12,10 +12,11 @@ Llama 3 may write `<|python_tag|>` before the first and the last of them.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 ToolFormat = Literal["llama3_json", "hermes", "pythonic"]
@@ -83,7 +84,7 @@ class ToolCallParser:
         self.num_calls = 0
         self._parts: list[Part] = []
         self._ahead = ""  # the next character, if it has been looked at
-        self._held = ""  # characters that are text if no call comes of them
+        self._held: list[str] = []  # characters that are text if no call comes of them
         self._is_line_empty = True  # whether only white space is before them in their line
         self._is_in_call = False  # whether they are syntax of a call that has begun
         self._reader = self._read_all()
@@ -100,7 +101,7 @@ class ToolCallParser:
         self._reader.close()
         self._held += self._ahead
         self._ahead = ""
-        is_rest_of_calls = self.num_calls > 0 and not self._held.strip(_BETWEEN_CALLS)
+        is_rest_of_calls = self.num_calls > 0 and all(character in _BETWEEN_CALLS for character in self._held)
         if not self._is_in_call and not is_rest_of_calls:
             self._release()
         return self._take_parts()
@@ -108,37 +109,39 @@ class ToolCallParser:
     # --- parts --------------------------------------------------------------------------------------------------------
 
     def _take_parts(self) -> list[Part]:
+        """Return the parts so far, with neighbours of one kind as one part."""
         parts, self._parts = self._parts, []
-        return parts
+        joined: list[Part] = []
+        for kind, group in itertools.groupby(parts, lambda part: (type(part), getattr(part, "index", None))):
+            first, *more = group
+            if isinstance(first, CallBegin) or not more:
+                joined += [first, *more]
+            else:
+                text = "".join(part.text for part in (first, *more) if not isinstance(part, CallBegin))
+                joined.append(Text(text) if kind[0] is Text else replace(first, text=text))
+        return joined
 
     def _release(self) -> None:
         """Turn what is held into text."""
-        text, self._held = self._held, ""
+        text = "".join(self._held)
+        self._held = []
         line = text.rpartition("\n")
         self._is_line_empty = (self._is_line_empty or bool(line[1])) and not line[2].strip()
         if text:
-            last = self._parts[-1] if self._parts else None
-            if isinstance(last, Text):
-                self._parts[-1] = Text(last.text + text)
-            else:
-                self._parts.append(Text(text))
+            self._parts.append(Text(text))
 
     def _begin_call(self, name: str) -> None:
-        self._held, self._is_in_call = "", True
+        self._held, self._is_in_call = [], True
         self._parts.append(CallBegin(self.num_calls, name))
         self.num_calls += 1
 
     def _add_arguments(self, text: str) -> None:
-        self._held = ""
-        index, last = self.num_calls - 1, self._parts[-1] if self._parts else None
-        if isinstance(last, Arguments) and last.index == index:
-            self._parts[-1] = Arguments(index, last.text + text)
-        else:
-            self._parts.append(Arguments(index, text))
+        self._held = []
+        self._parts.append(Arguments(self.num_calls - 1, text))
 
     def _end_call(self) -> None:
         """Note that what has been read is complete, and what follows may be text."""
-        self._held, self._is_in_call, self._is_line_empty = "", False, True
+        self._held, self._is_in_call, self._is_line_empty = [], False, True
 
     # --- characters: each of these functions is a coroutine that waits for the next one -------------------------------
 
@@ -150,7 +153,7 @@ class ToolCallParser:
     def _next(self) -> StringReader:
         character = yield from self._peek()
         self._ahead = ""
-        self._held += character
+        self._held.append(character)
         return character
 
     def _skip(self, characters: str = " \t\r\n") -> Reader:
@@ -218,7 +221,7 @@ class ToolCallParser:
         yield from self._expect(CALL_TAG[1:])
         yield from self._skip()
         yield from self._read_object()
-        self._held = ""  # a tag that does not follow leaves the call as it is
+        self._held = []  # a tag that does not follow leaves the call as it is
         yield from self._skip()
         yield from self._expect(CALL_END_TAG)
         return ""
@@ -301,7 +304,8 @@ class ToolCallParser:
 
     def _read_arguments(self, are_known: bool) -> StringReader:
         """Read an object up to its last bracket; pass it on as it comes if the call's name is known."""
-        content, depth, is_string = "", 0, False
+        content: list[str] = []
+        depth, is_string = 0, False
         while True:
             part = yield from self._next()
             if part == "\\" and is_string:
@@ -310,11 +314,11 @@ class ToolCallParser:
                 is_string = not is_string
             elif not is_string:
                 depth += (part in "{[") - (part in "}]")
-            content += part
+            content.append(part)
             if are_known:
                 self._add_arguments(part)
             if depth == 0:
-                return content
+                return "".join(content)
 
     # --- calls in Python ----------------------------------------------------------------------------------------------
 
