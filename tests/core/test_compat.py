@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -52,6 +53,25 @@ class TestTransformers:
         ours = inspect.signature(getattr(CachedGenerationMixin, name)).parameters.values()
         positional = [each.name for each in ours if each.kind is each.POSITIONAL_OR_KEYWORD]
         assert theirs[: len(positional)] == positional, moved("transformers", f"GenerationMixin.{name}")
+
+    def test_tokenizers_need_no_torch(self) -> None:
+        program = """
+import sys
+import llama_te_core
+from llama_te_core.compat.transformers import import_for_tokenizers
+import_for_tokenizers()
+from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models
+letters = Tokenizer(models.BPE({"a": 0}, []))
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, chat_template="{{ messages }}")
+assert tokenizer("aa")["input_ids"] == [0, 0] and tokenizer.decode([0]) == "a"
+assert "'b'" in tokenizer.apply_chat_template([{"role": "b", "content": "c"}], tokenize=False)
+assert "torch" not in sys.modules
+"""
+        ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (ran.returncode, ran.stderr) == (0, ""), moved(
+            "transformers", f"tokenizers without torch ({ran.stderr})"
+        )
 
     def test_gradient_checkpointing_sets_a_function(self) -> None:
         from transformers import LlamaConfig, LlamaModel

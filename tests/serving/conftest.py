@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,3 +124,57 @@ def server(make_engine: Callable[..., Engine]) -> Iterator[RunningServer]:
 def reference(make_engine: Callable[..., Engine]) -> Engine:
     """A second engine for the same model: the oracle of the server's answers."""
     return make_engine()
+
+
+@pytest.fixture(scope="session")
+def folder(make_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tiny model; its generation_config draws tokens."""
+    path = tmp_path_factory.mktemp("tiny")
+    engine = make_engine()
+    engine.model.generation_config.do_sample, engine.model.generation_config.temperature = True, 0.5
+    engine.model.save_pretrained(path)
+    engine.tokenizer.save_pretrained(path)
+    return path
+
+
+@dataclass
+class RunningCommand:
+    """`llama-te-serve` as a process of its own."""
+
+    popen: subprocess.Popen[str]
+    url: str
+
+    @property
+    def engine_pid(self) -> int:
+        """The process that runs the engine."""
+        (pid,) = children_of(self.popen.pid)
+        return pid
+
+
+@contextmanager
+def running_command(folder: Path, *options: str) -> Iterator[RunningCommand]:
+    """Run `llama-te-serve` on a free port."""
+    command = [sys.executable, "-m", "llama_te_infer.serve", str(folder), "--port", "0"]
+    command += ["--served-model-name", "tiny", "alias", "--max-batch-size", "4", "--page-size", "8", *options]
+    popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert popen.stdout is not None
+        line = popen.stdout.readline()
+        sizes = r"4 sequences of up to 512 tokens on cpu; weights 0\.00 GiB, cache 0\.00 GiB \(256 pages of 8 tokens\)"
+        found = re.fullmatch(rf"Ready after [\d.]+ s: tiny at (http://127.0.0.1:\d+), {sizes}\n", line)
+        assert found, line + (popen.stderr.read() if popen.stderr and popen.poll() is not None else "")
+        yield RunningCommand(popen, found[1])
+    finally:
+        popen.kill()
+        popen.communicate()
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started and that still run."""
+    children = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                children.append(int(status.parent.name))
+    return children

@@ -3,81 +3,58 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from llama_te_infer import Engine
 from llama_te_infer.serve.command import main, make_parser
-
-COMMAND = [sys.executable, "-m", "llama_te_infer.serve"]
-
-
-@pytest.fixture(scope="module")
-def folder(make_engine: Callable[..., Engine], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    engine = make_engine()
-    engine.model.generation_config.do_sample, engine.model.generation_config.temperature = True, 0.5
-    engine.model.save_pretrained(path)
-    engine.tokenizer.save_pretrained(path)
-    return path
+from serving.conftest import RunningCommand, children_of, running_command
 
 
 @pytest.fixture
-def process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    options = ["--port", "0", "--served-model-name", "tiny", "alias", "--max-batch-size", "4", "--page-size", "8"]
-    running = subprocess.Popen(
-        [*COMMAND, str(folder), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert running.stdout is not None
-        line = running.stdout.readline()
-        found = re.fullmatch(r"Ready after [\d.]+ s: tiny at (http://127.0.0.1:\d+), Engine\(4 rows .*\)\n", line)
-        assert found, line + (running.stderr.read() if running.stderr and running.poll() is not None else "")
-        yield running, found[1]
-    finally:
-        running.kill()
-        running.communicate()
+def process(folder: Path) -> Iterator[RunningCommand]:
+    with running_command(folder) as running:
+        yield running
 
 
-def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(process: Any) -> None:
-    running, url = process
-    body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "stream": True}
-    reached, texts = threading.Event(), []
+def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(process: RunningCommand) -> None:
+    body = {"prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    count = 12  # four run, and eight wait
+    reached, texts = threading.Barrier(count + 1), []
 
     def read() -> None:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
-            for line in answer.iter_lines():
-                texts.append(line)
-                reached.set()
+        with httpx.stream("POST", f"{process.url}/v1/completions", json=body, timeout=300) as answer:
+            reached.wait(60)  # the engine has accepted the request
+            texts.append(list(answer.iter_lines()))
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    assert reached.wait(30)
-    running.send_signal(signal.SIGTERM)
+    readers = [threading.Thread(target=read) for _ in range(count)]
+    for reader in readers:
+        reader.start()
+    reached.wait(60)
+    process.popen.send_signal(signal.SIGTERM)
     statuses = set()
-    while running.poll() is None and reader.is_alive():
+    while process.popen.poll() is None and readers[-1].is_alive():
         try:
-            statuses.add(httpx.get(f"{url}/ready").status_code)
+            statuses.add(httpx.get(f"{process.url}/ready").status_code)
             if 503 in statuses:
-                refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b"})
+                refused = httpx.post(f"{process.url}/v1/completions", json={"prompt": "b"})
                 assert refused.status_code == 503 and refused.headers["Retry-After"]
                 break
         except httpx.TransportError:
             break
-    reader.join(60)
-    chunks = [json.loads(line.removeprefix("data: ")) for line in texts if line.startswith("data: {")]
-    assert chunks[-1]["choices"][0]["finish_reason"] == "length" and texts[-2:] == ["data: [DONE]", ""]
-    assert running.wait(30) == 0
-    assert "Traceback" not in running.stderr.read()
+    for reader in readers:
+        reader.join(300)
+    assert len(texts) == count
+    for lines in texts:
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length" and lines[-2:] == ["data: [DONE]", ""]
+    assert process.popen.wait(30) == 0
+    assert "Traceback" not in process.popen.stderr.read()
+    assert not children_of(process.popen.pid)
 
 
 @pytest.mark.parametrize(

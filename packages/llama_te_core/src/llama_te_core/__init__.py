@@ -8,6 +8,7 @@ machine with a GPU.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from .compat.transformers import when_imported
@@ -91,6 +92,8 @@ def _version() -> str:
 
 
 def _register() -> None:
+    if importlib.util.find_spec("torch") is None:
+        return  # see `import_for_tokenizers`
     from .models.auto_classes import register
 
     register()

@@ -81,6 +81,8 @@ class Engine:
         page_size: Tokens of a page of the cache.
         total_num_pages: Pages of the cache. By default as many as `max_batch_size` sequences of
             `max_sequence_length` need, at most as many as fit 85 % of the GPU's free memory, or 2 GiB on a CPU.
+        gpu_memory_utilization: The share of the device's whole memory that the weights and the cache take, if
+            `total_num_pages` is not given; from 0 to 1. A forward pass needs memory beside it.
         prefill_budget: Most tokens of prompts that a step reads.
         prefix_caching: Whether prompts with the prefix of an earlier text reuse its keys and values.
         decode_implementation: How decoding steps are computed, as in `InferenceParams`: "layers", by the layers of the
@@ -110,6 +112,7 @@ class Engine:
         max_sequence_length: int | None = None,
         page_size: int = 64,
         total_num_pages: int | None = None,
+        gpu_memory_utilization: float | None = None,
         prefill_budget: int = 2048,
         prefix_caching: bool = True,
         decode_implementation: str = "auto",
@@ -130,7 +133,9 @@ class Engine:
         self.eos_token_ids = eos_token_ids_of(model, tokenizer)
         if total_num_pages is None:
             wanted = max_batch_size * -(-self.max_sequence_length // page_size)
-            total_num_pages = max(1, min(wanted, fitting_pages(model, page_size)))
+            total_num_pages = max(1, min(wanted, fitting_pages(model, page_size, gpu_memory_utilization)))
+        elif gpu_memory_utilization is not None:
+            raise ValueError(f"{total_num_pages=} and {gpu_memory_utilization=}: give one of them.")
         check_memory(
             model,
             max_batch_size=max_batch_size,

@@ -9,7 +9,7 @@ from typing import Any
 from llama_te_core.layers.kv_cache import computing_dtype
 
 from ..integers import as_integer
-from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory
+from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory, total_memory
 from ..ops.library import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
@@ -112,11 +112,53 @@ def _warn_of_unknown_eos(name: str, token: int, vocab_size: int) -> None:
     )
 
 
-def fitting_pages(model: Any, page_size: int) -> int:
-    """Return the number of pages of the model's cache that fit into the free memory."""
+def fitting_pages(model: Any, page_size: int, gpu_memory_utilization: float | None) -> int:
+    """Return the number of pages of the model's cache that fit into the memory.
+
+    Args:
+        model: The model, on its device.
+        page_size: Tokens of a page.
+        gpu_memory_utilization: See `Engine`.
+
+    Raises:
+        ValueError: `gpu_memory_utilization` is no share, or too small for the weights and one page.
+    """
     page_bytes = _page_bytes(model, page_size)
+    if gpu_memory_utilization is not None:
+        return _pages_of_share(model, page_bytes, gpu_memory_utilization)
     free = free_memory(model.device) if model.device.type == "cuda" else None
     return HOST_BYTES // page_bytes if free is None else int(free * GPU_SHARE) // page_bytes
+
+
+def _pages_of_share(model: Any, page_bytes: int, share: float) -> int:
+    if not 0 < share <= 1:
+        raise ValueError(f"gpu_memory_utilization={share!r} is not possible: give a number above 0, up to 1 for all.")
+    total, weights = total_memory(model.device), weight_bytes(model)
+    if total is None:
+        raise ValueError(f"gpu_memory_utilization={share!r}: nobody says how much memory {model.device} has.")
+    pages = int(share * total - weights) // page_bytes
+    if pages < 1:
+        raise ValueError(
+            f"gpu_memory_utilization={share!r} is {share * total / 2**30:,.1f} of the {total / 2**30:,.1f} GiB of "
+            f"{model.device}, but the weights take {weights / 2**30:,.1f} GiB, and a page of the cache "
+            f"{page_bytes / 2**30:,.3f} GiB: give more than {(weights + page_bytes) / total:.3f}."
+        )
+    return pages
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the memory of a model's weights on its device; on a GPU of all that this process has allocated there."""
+    if model.device.type == "cuda":
+        import torch
+
+        # Parameters in FP8 do not say their true size.
+        return int(torch.cuda.memory_allocated(model.device))
+    return int(model.get_memory_footprint())
+
+
+def cache_bytes(model: Any, page_size: int, total_num_pages: int) -> int:
+    """Return the memory of the keys and values in so many pages."""
+    return total_num_pages * _page_bytes(model, page_size)
 
 
 def check_memory(

@@ -34,7 +34,7 @@ SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
 # Options that mean nothing to embeddings and scores.
 _OF_GENERATION = ["fp8_recipe", "generation_config", "max_batch_size", "page_size", "total_num_pages"]
-_OF_GENERATION += ["no_enable_prefix_caching"]
+_OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching"]
 FAILED = 1
 WRONG_ARGUMENTS = 2
 
@@ -109,6 +109,8 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
                        help="most tokens of a sequence; default: the model's limit")  # fmt: skip
     group.add_argument("--page-size", "--block-size", type=_positive, default=64, metavar="N", help="tokens of a page")
     group.add_argument("--total-num-pages", type=_positive, metavar="N", help="default: what fits into the memory")
+    group.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="of the GPU's whole memory, for "
+                       "weights and cache, from 0 to 1; default: 85%% of what the weights leave")  # fmt: skip
     group.add_argument("--prefill-budget", "--max-num-batched-tokens", type=_positive, default=2048, metavar="N",
                        help="most prompt tokens in a step (default: %(default)s)")  # fmt: skip
     group.add_argument("--no-enable-prefix-caching", action="store_true", help="compute each prompt from its beginning")
@@ -184,6 +186,10 @@ async def _serve_at(address: socket.socket, options: argparse.Namespace) -> int:
 
         starting = asyncio.ensure_future(asyncio.to_thread(load))
     await asyncio.sleep(0)  # the process starts before the imports
+    if task == "generate" and not options.model.endswith(".gguf"):  # transformers needs torch to read these
+        from llama_te_core.compat.transformers import import_for_tokenizers
+
+        import_for_tokenizers()
     import uvicorn
 
     from .app import create_app
@@ -314,6 +320,7 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         max_sequence_length=options.max_sequence_length,
         page_size=options.page_size,
         total_num_pages=options.total_num_pages,
+        gpu_memory_utilization=options.gpu_memory_utilization,
         prefill_budget=options.prefill_budget,
         prefix_caching=not options.no_enable_prefix_caching,
     )

@@ -110,6 +110,7 @@ def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[E
         max_sequence_length=settings.max_sequence_length,
         page_size=settings.page_size,
         total_num_pages=settings.total_num_pages,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
         prefill_budget=settings.prefill_budget,
         prefix_caching=settings.prefix_caching,
     )

@@ -64,6 +64,7 @@ class EngineSettings:
         max_sequence_length: See there.
         page_size: See there.
         total_num_pages: See there.
+        gpu_memory_utilization: See there.
         prefill_budget: See there.
         prefix_caching: See there.
     """
@@ -78,5 +79,6 @@ class EngineSettings:
     max_sequence_length: int | None = None
     page_size: int = 64
     total_num_pages: int | None = None
+    gpu_memory_utilization: float | None = None
     prefill_budget: int = 2048
     prefix_caching: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import socket
 import threading
 import traceback
@@ -50,7 +49,7 @@ class EngineServer:
         message = receive(self._connection)
         if not isinstance(message, Load):
             return None
-        threading.Thread(target=self._listen, name="requests", daemon=True).start()
+        threading.Thread(target=self.listen, name="requests", daemon=True).start()
         try:
             return make_engine(message.settings, lambda stage: self._send(Loading(stage)))
         except Exception as error:
@@ -68,14 +67,12 @@ class EngineServer:
         """
         from ...engine.loop import EngineLoop
 
-        # What loading has made stays, so the garbage collector need not look at it between steps.
-        gc.collect()
-        gc.freeze()
         self._loop = EngineLoop(engine, self._deliver)
-        self._send(Ready(repr(engine), engine.max_sequence_length, sampling_defaults, engine.stats()))
+        self._send(Ready(_description(engine), engine.max_sequence_length, sampling_defaults, engine.stats()))
         self._loop.run()
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Pass the other process's requests on, until that closes the connection."""
         while (message := receive(self._connection)) is not None:
             assert self._loop is not None, "requests come after Ready"
             self._take(self._loop, message)
@@ -105,5 +102,20 @@ class EngineServer:
         self._send(Step(news))
 
     def _send(self, message: FromEngine) -> None:
-        with suppress(ConnectionError):  # `_listen` sees that the other end is closed
+        with suppress(ConnectionError):  # `listen` sees that the other end is closed
             self._connection.sendall(encode(message))
+
+
+def _description(engine: Engine) -> str:
+    """Return the sizes and the memory of an engine."""
+    from ...engine.limits import cache_bytes, weight_bytes
+
+    pool = engine.scheduler.blocks.pool
+    cache = cache_bytes(engine.model, pool.page_size, pool.total_num_pages)
+    everything = weight_bytes(engine.model)
+    weights = everything - cache if engine.model.device.type == "cuda" else everything
+    rows, length, device = engine.scheduler.max_rows, engine.max_sequence_length, engine.model.device
+    return (
+        f"{rows} sequences of up to {length:,} tokens on {device}; weights {weights / 2**30:.2f} GiB, "
+        f"cache {cache / 2**30:.2f} GiB ({pool.total_num_pages:,} pages of {pool.page_size} tokens)"
+    )
