@@ -63,6 +63,8 @@ class Mailbox:
         self.output: RequestOutput | None = None
         self.error: Exception | None = None
         self.waiter: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._deadline = 0.0  # of the waiting task
 
     @property
     def is_complete(self) -> bool:
@@ -74,8 +76,39 @@ class Mailbox:
         self.events += events
         self.output, self.error = output, error
         self.wake()
-        if self.is_complete and self._on_end is not None:
-            self._on_end(output, error)
+        if self.is_complete:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            if self._on_end is not None:
+                self._on_end(output, error)
+
+    async def wait(self, timeout: float | None) -> None:
+        """Wait for events, for the end of the request, or until the time is over.
+
+        Args:
+            timeout: Most seconds; `None` for any time.
+        """
+        self.waiter = self.loop.create_future()
+        if timeout is not None:
+            # One alarm serves many waits: it rings once in `timeout` seconds, and mostly the deadline has moved on.
+            self._deadline = self.loop.time() + timeout
+            if self._alarm is None or self._alarm.cancelled() or self._alarm.when() > self._deadline:
+                self._set_alarm()
+        await self.waiter
+
+    def _set_alarm(self) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = self.loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self.waiter is None or self.waiter.done():
+            return  # nobody waits
+        if self.loop.time() < self._deadline:
+            self._set_alarm()
+        else:
+            self.wake()
 
     def wake(self) -> None:
         """Let the waiting task go on."""
@@ -130,13 +163,7 @@ class RequestStream(AsyncIterator[list[TokenEvent]]):
         """
         box = self._mailbox
         if not box.events and not box.is_complete and not self._is_closed:
-            box.waiter = box.loop.create_future()
-            timer = None if timeout is None else box.loop.call_later(timeout, box.wake)
-            try:
-                await box.waiter
-            finally:
-                if timer is not None:
-                    timer.cancel()
+            await box.wait(timeout)
         if not box.events and box.error is not None:
             raise box.error
         events, box.events = box.events, []

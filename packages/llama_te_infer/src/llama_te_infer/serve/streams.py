@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
+import msgspec
 from fastapi.responses import StreamingResponse
 
 from ..engine.client import RequestStream
@@ -20,12 +21,18 @@ from .server import Server, check_output
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+# Some clients take these characters for the end of a line.
+_LINE_SEPARATORS = [(each.encode(), json.dumps(each)[1:-1].encode()) for each in "\x85\u2028\u2029"]
+_encode = msgspec.json.Encoder().encode  # a tenth of the time of `json.dumps`
 
 
 def event(content: dict[str, Any]) -> bytes:
     """Return one event."""
-    # In ASCII: some clients take characters such as U+2028 for the end of a line.
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+    encoded = _encode(content)
+    if not encoded.isascii():
+        for separator, escaped in _LINE_SEPARATORS:
+            encoded = encoded.replace(separator, escaped)
+    return b"data: " + encoded + b"\n\n"
 
 
 def typed_event(content: dict[str, Any]) -> bytes:
