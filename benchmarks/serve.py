@@ -1,12 +1,19 @@
-"""Measure a server with OpenAI's API under load: time to the first token, time between tokens, throughput.
+r"""Measure servers with OpenAI's API under load: time to the first token, time between tokens, throughput.
 
-    python benchmarks/serve.py --size 8B --rates 1 4 16 32 --json benchmarks/results/DATE_GPU_serve.json
-    python benchmarks/serve.py --url http://127.0.0.1:8000 --model llama --rates 16   # any other server
+    python benchmarks/serve.py --size 8B --rates 1 4 16 32 inf --output results
+    python benchmarks/serve.py --size 8B --rates 1 4 16 32 inf --output results \
+        --server vllm "vllm serve {config} --load-format dummy --served-model-name model --port {port}"
+    python benchmarks/serve.py --url other http://127.0.0.1:8000 --rates 16
 
-With `--size` the program builds a model of that shape with random weights, serves it in this process, and first times
-the engine alone with the same requests. Clients run in processes of their own and speak plain HTTP/1.1 over sockets.
-Requests are random tokens and arrive as a Poisson process; the rate `inf` sends all at once. Times between tokens are
-those between the chunks of a stream: a chunk may have more than one token.
+With `--size` the program writes a checkpoint of that shape with random weights, times `Engine.generate` with the
+requests of the rate `inf` in a process of its own, and then starts `llama-te-serve` and each further `--server`, one
+after the other. In their commands `{checkpoint}` is the folder with the weights in Transformer Engine's layout,
+`{config}` a folder with Hugging Face's configuration and the tokenizer alone, and `{port}` a free port.
+
+Clients run in processes of their own and speak plain HTTP/1.1 over sockets. Requests are random tokens and arrive as a
+Poisson process; the rate `inf` sends all at once. All servers get the same requests, no two of which begin alike. Times
+between tokens are those between the chunks of a stream: a chunk may have more than one token. `--output` is a folder;
+each result is a line of JSON in its file serve.jsonl.
 """
 
 from __future__ import annotations
@@ -15,18 +22,30 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
+import queue
 import random
+import shlex
+import signal
+import socket
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import urllib.parse
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shapes import LLAMA_3, VOCABULARY
+
 PROCESSES = 4  # of clients, so that reading thousands of chunks a second is not the limit
-VOCABULARY = {"tiny": 1024}
+JSON_TYPE = {"Content-Type": "application/json"}
+TINY_VOCABULARY = 1024
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -184,7 +203,7 @@ def _percentiles(seconds: Sequence[float]) -> tuple[float, float]:
     return (round(1000 * cuts[49], 3), round(1000 * cuts[98], 3))
 
 
-# --- our server -------------------------------------------------------------------------------------------------------
+# --- servers ----------------------------------------------------------------------------------------------------------
 
 
 def make_tokenizer(size: int) -> Any:
@@ -203,61 +222,129 @@ def make_tokenizer(size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def make_model(size: str) -> Any:
-    """Build a model with random weights: on the GPU, or a tiny one on the CPU."""
-    if size != "tiny":
-        import decode
+def write_checkpoint(size: str, vocabulary: int, positions: int, checkpoint: Path, config: Path) -> None:
+    """Write a checkpoint with random weights, and a folder with Hugging Face's configuration. Runs in its own process.
 
-        return decode.make_model(size)
+    Args:
+        size: "1B", "8B", or "tiny" for a CPU.
+        vocabulary: Its tokens.
+        positions: Most tokens of a sequence.
+        checkpoint: The folder with the weights.
+        config: The folder without.
+    """
     import torch
+    from transformers import LlamaConfig
 
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 
+    fields = (TINY if size == "tiny" else LLAMA_3[size]) | {
+        "vocab_size": vocabulary,
+        "max_position_embeddings": positions,
+        "eos_token_id": None,
+    }
     torch.manual_seed(0)
-    return NVLlamaForCausalLM(NVLlamaConfig(vocab_size=VOCABULARY["tiny"], max_position_embeddings=2048, **TINY)).eval()
+    torch.set_default_dtype(torch.float32 if size == "tiny" else torch.bfloat16)
+    with torch.device("cpu" if size == "tiny" else "cuda"):
+        model = NVLlamaForCausalLM(NVLlamaConfig(**fields)).eval()
+    model.save_pretrained(checkpoint)
+    llama = LlamaConfig(**fields, architectures=["LlamaForCausalLM"], dtype=torch.get_default_dtype())
+    llama.save_pretrained(config)
+    tokenizer = make_tokenizer(vocabulary)
+    for folder in (checkpoint, config):
+        tokenizer.save_pretrained(folder)
 
 
-def offline(engine: Any, prompts: Sequence[list[int]], new_tokens: int, sampling: dict[str, Any]) -> float:
-    """Return the tokens a second of `Engine.generate` with the same requests."""
+def offline(
+    checkpoint: Path, length: int, rows: int, prompts: Sequence[list[int]], new_tokens: int, sampling: dict[str, Any]
+) -> float:
+    """Return the tokens a second of `Engine.generate` for a checkpoint."""
     from llama_te_infer import SamplingParams
+    from llama_te_infer.serve.loading import make_engine
+    from llama_te_infer.serve.settings import EngineSettings
 
+    settings = EngineSettings(str(checkpoint), max_batch_size=rows, max_sequence_length=length)
+    engine, _ = make_engine(settings, lambda stage: None)
     params = SamplingParams(max_tokens=new_tokens, ignore_eos=True, **sampling)
-    engine.generate(prompts[:8], params)
-    engine.reset_prefix_cache()
+    rates = []
+    for _ in range(3):  # the first time captures CUDA graphs and warms caches
+        engine.reset_prefix_cache()
+        begin = time.perf_counter()
+        outputs = engine.generate(list(prompts), params)
+        seconds = time.perf_counter() - begin
+        rates.append(sum(len(output.outputs[0].token_ids) for output in outputs) / seconds)
+    return max(rates)
+
+
+def _call(results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    results.put(function(*arguments))
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a new process, so that its memory on the GPU is free afterwards."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_call, args=(results, function, arguments))
+    process.start()
+    while True:
+        with suppress(queue.Empty):
+            result = results.get(timeout=1)
+            break
+        if not process.is_alive() and results.empty():
+            raise SystemExit(f"{function.__name__} has failed")
+    process.join()
+    return result
+
+
+def free_port() -> int:
+    """Return a port that nobody uses."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@contextmanager
+def started(command: Sequence[str], url: str, prompt: list[int], log: Path) -> Iterator[dict[str, float]]:
+    """Run a server; yield the seconds until it is healthy and until its first token."""
     begin = time.perf_counter()
-    outputs = engine.generate(list(prompts), params)
-    seconds = time.perf_counter() - begin
-    engine.reset_prefix_cache()
-    return sum(len(output.outputs[0].token_ids) for output in outputs) / seconds
-
-
-async def serve_and_measure(engine: Any, measure: Any) -> Any:
-    """Serve an engine in this process while `measure(url)` runs in another thread."""
-    import uvicorn
-
-    from llama_te_infer import AsyncEngine
-    from llama_te_infer.serve import ServerSettings, create_app
-    from llama_te_infer.serve.http_server import HttpServer
-
-    async with AsyncEngine(engine) as requests:
-        app = create_app(requests, ServerSettings(("model",)))
-        port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
-        server = HttpServer(config, requests, 10, port.set_result)
-        serving = asyncio.ensure_future(server.serve())
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        while not _is_healthy(url):
+            if process.poll() is not None:
+                raise SystemExit(f"{' '.join(command)} has ended with status {process.returncode}: see {log}")
+            time.sleep(0.05)
+        seconds = {"seconds_to_ready": time.perf_counter() - begin}
+        request = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps({"prompt": prompt, "max_tokens": 1}).encode(), JSON_TYPE
+        )
+        with urllib.request.urlopen(request) as answer:
+            answer.read()
+        yield seconds | {"seconds_to_first_token": time.perf_counter() - begin}
+    finally:
+        process.terminate()
         try:
-            return await asyncio.to_thread(measure, f"http://127.0.0.1:{await port}")
-        finally:
-            server.should_exit = True
-            await serving
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "1B", "8B"], help="serve a model of this shape")
-    parser.add_argument("--url", help="of a server that runs already")
-    parser.add_argument("--model", default="model", help="its model's name (default: %(default)s)")
+    parser.add_argument("--size", choices=["tiny", "1B", "8B"], help="measure llama-te with a model of this shape")
+    parser.add_argument("--server", nargs=2, action="append", default=[], metavar=("NAME", "COMMAND"),
+                        help="start this server too; needs --size")  # fmt: skip
+    parser.add_argument("--url", nargs=2, action="append", default=[], metavar=("NAME", "URL"),
+                        help="measure a server that runs already")  # fmt: skip
+    parser.add_argument("--model", default="model", help="the served model's name (default: %(default)s)")
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[float("inf")], help="requests a second; inf: at once"
     )
@@ -266,50 +353,80 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--max-batch-size", type=int, default=256)
     parser.add_argument("--greedy", action="store_true", help="instead of temperature 0.8 and top_p 0.95")
-    parser.add_argument("--vocabulary", type=int, default=128256, help="of the random tokens (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--vocabulary", type=int, help="of the random tokens (default: the model's)")
+    parser.add_argument("--output", type=Path, help="a folder; add lines to its serve.jsonl")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="keep the checkpoint in this folder, and read it if it is there"
+    )
     options = parser.parse_args()
-    if (options.size is None) == (options.url is None):
-        parser.error("give either --size or --url")
-    source = random.Random(1)
-    vocabulary = VOCABULARY.get(options.size, options.vocabulary)
-    prompts = [
-        [source.randrange(300, vocabulary) for _ in range(options.prompt_tokens)] for _ in range(options.requests)
-    ]
+    if options.size is None and (options.server or not options.url):
+        parser.error("give --size, or --url alone")
+    vocabulary = options.vocabulary or (TINY_VOCABULARY if options.size == "tiny" else VOCABULARY)
     sampling = {"temperature": 0} if options.greedy else {"temperature": 0.8, "top_p": 0.95}
+    record = _recorder(options, vocabulary)
 
-    def measure(url: str) -> list[Figure]:
-        figures = []
+    def prompts(rate: float) -> list[list[int]]:
+        source = random.Random(rate)
+        return [
+            [source.randrange(300, vocabulary) for _ in range(options.prompt_tokens)] for _ in range(options.requests)
+        ]
+
+    def measure(name: str, url: str, **more: Any) -> None:
+        load(url, options.model, prompts(-1)[: options.max_batch_size], 16, float("inf"), sampling)  # warms up
         for rate in options.rates:
-            figures.append(load(url, options.model, prompts, options.new_tokens, rate, sampling))
-            print(figures[-1], flush=True)
-        return figures
+            figure = load(url, options.model, prompts(rate), options.new_tokens, rate, sampling)
+            print(f"{name}: {figure}", flush=True)
+            record(server=name, **more, **asdict(figure))
 
-    record: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(options).items()}, **versions()}
-    if options.url is not None:
-        record["figures"] = [asdict(figure) for figure in measure(options.url)]
-    else:
-        from llama_te_infer import Engine
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.size is not None:
+            folder = options.checkpoint or Path(temporary)
+            places = {"checkpoint": folder / "checkpoint", "config": folder / "config"}
+            length = -(-(options.prompt_tokens + options.new_tokens) // 64) * 64
+            if not places["config"].exists():
+                in_own_process(write_checkpoint, options.size, vocabulary, length, *places.values())
+            arguments = (options.max_batch_size, prompts(float("inf")), options.new_tokens, sampling)
+            alone = in_own_process(offline, places["checkpoint"], length, *arguments)
+            print(f"engine alone: {alone:,.0f} tok/s", flush=True)
+            record(server="engine alone", tokens_per_second=alone)
+            ours = [sys.executable, "-m", "llama_te_infer.serve", "{checkpoint}", "--served-model-name", "model"]
+            ours += ["--port", "{port}", "--max-batch-size", str(options.max_batch_size)]
+            ours += ["--max-sequence-length", str(length)]
+            servers = [("llama-te", ours), *((name, shlex.split(command)) for name, command in options.server)]
+            for name, command in servers:
+                port = free_port()
+                command = [part.format(port=port, **places) for part in command]
+                url, log = f"http://127.0.0.1:{port}", (options.output or Path(temporary)) / f"{name}.log"
+                with started(command, url, prompts(0)[0], log) as seconds:
+                    print(f"{name}: " + ", ".join(f"{value:.1f} {key}" for key, value in seconds.items()), flush=True)
+                    measure(name, url, **seconds)
+    for name, url in options.url:
+        measure(name, url)
 
-        model = make_model(options.size)
-        length = -(-(options.prompt_tokens + options.new_tokens) // 64) * 64
-        engine = Engine(
-            model, make_tokenizer(vocabulary), max_batch_size=options.max_batch_size, max_sequence_length=length
-        )
-        record["offline_tokens_per_second"] = offline(engine, prompts, options.new_tokens, sampling)
-        print(f"engine alone: {record['offline_tokens_per_second']:,.0f} tok/s", flush=True)
-        record["figures"] = [asdict(figure) for figure in asyncio.run(serve_and_measure(engine, measure))]
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
-
-def versions() -> dict[str, str]:
-    """Return the software and the GPU."""
+def _recorder(options: argparse.Namespace, vocabulary: int) -> Callable[..., None]:
+    """Return a function that adds a line to the results."""
     import torch
 
-    found = {"python": sys.version.split()[0], "torch": torch.__version__}
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return found
+    about = {
+        "size": options.size,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "greedy": options.greedy,
+        "vocabulary": vocabulary,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+    }
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+
+    def record(**values: Any) -> None:
+        if options.output is not None:
+            with (options.output / "serve.jsonl").open("a") as file:
+                file.write(json.dumps(about | values) + "\n")
+
+    return record
 
 
 if __name__ == "__main__":
