@@ -93,7 +93,7 @@ def test_variables_of_the_template_cannot_replace_its_options(server: RunningSer
 
 
 def test_what_a_template_refuses_concerns_the_messages(server: RunningServer) -> None:
-    body = {"messages": [{"role": "user", "content": 1}], "continue_final_message": True}
+    body = {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True}
     assert refusal(server, "/v1/chat/completions", body)["param"] == "messages"
 
 
