@@ -512,3 +512,10 @@ def test_a_grammar_is_compiled_once(model: Any, tokenizer: PreTrainedTokenizerFa
         engine.grammars.compile(StructuredOutputs(regex=f"a{{{number + 1}}}"))
     engine.grammars.compile(StructuredOutputs(json={"const": 1}))
     assert len(compiled) == MAX_GRAMMARS + 3
+
+
+@pytest.mark.parametrize("vocab_size", [447, 448, 449])
+def test_a_model_may_have_more_tokens_than_its_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
+    """Masks have words of 32 tokens: the vocabulary may fill its last word or not."""
+    grammar = GrammarCompiler(tokenizer, vocab_size, [EOS]).compile(StructuredOutputs(regex="ab"))
+    assert not grammar.is_empty()

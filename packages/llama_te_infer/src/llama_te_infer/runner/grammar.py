@@ -50,7 +50,8 @@ class Grammar:
 
     def is_empty(self) -> bool:
         """Return whether no token can follow at the beginning of a text."""
-        mask_W = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)
+        # llguidance adds a word to vocabularies of whole words.
+        mask_W = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
         return not (mask_W & ~self.unknown_W).any()
 
     def begin(self, end_tokens: Iterable[int], allowed: Iterable[int] | None, forbidden: Iterable[int]) -> GrammarText:
