@@ -44,6 +44,7 @@ from typing import Any
 from shapes import LLAMA_3, VOCABULARY
 
 PROCESSES = 4  # of clients, so that reading thousands of chunks a second is not the limit
+LEAST_REQUESTS = 24  # for percentiles
 JSON_TYPE = {"Content-Type": "application/json"}
 TINY_VOCABULARY = 1024
 TINY = {
@@ -348,7 +349,10 @@ def main() -> None:
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[float("inf")], help="requests a second; inf: at once"
     )
-    parser.add_argument("--requests", type=int, default=256, help="for each rate (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=256, help="most for each rate (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="most seconds in which requests arrive (default: %(default)s)"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--max-batch-size", type=int, default=256)
@@ -374,7 +378,10 @@ def main() -> None:
     def measure(name: str, url: str, **more: Any) -> None:
         load(url, options.model, prompts(-1)[: options.max_batch_size], 16, float("inf"), sampling)  # warms up
         for rate in options.rates:
-            figure = load(url, options.model, prompts(rate), options.new_tokens, rate, sampling)
+            sent = prompts(rate)
+            if rate < float("inf"):
+                sent = sent[: max(int(options.seconds * rate), LEAST_REQUESTS)]
+            figure = load(url, options.model, sent, options.new_tokens, rate, sampling)
             print(f"{name}: {figure}", flush=True)
             record(server=name, **more, **asdict(figure))
 
