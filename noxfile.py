@@ -44,7 +44,7 @@ IMPORT_LINTER = "import-linter==2.16"
 # The requirements of llama-te-infer's extras `serve` and `otel`, and what its tests need.
 SERVER = ["fastapi", "llguidance", "msgspec", "prometheus-client", "uvicorn"]
 TRACING = ["opentelemetry-exporter-otlp", "opentelemetry-sdk"]
-CLIENTS_OF_SERVER = ["httpx", "jsonschema", "openai", "openapi-spec-validator", "schemathesis"]
+CLIENTS_OF_SERVER = ["httpx", "jsonschema", "openai", "openapi-spec-validator"]
 BROWSER = ["playwright>=1.50"]
 
 # Libraries of users, always in their current releases. llguidance is a backend of outlines.

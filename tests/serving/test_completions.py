@@ -142,7 +142,12 @@ def test_a_stream_echoes_as_the_whole_answer_does(server: RunningServer, max_tok
 
 def test_beams(server: RunningServer, reference: Engine) -> None:
     answer = server.client.completions.create(
-        model="tiny", prompt=PROMPT, n=2, max_tokens=6, extra_body={"use_beam_search": True, "best_of": 4}
+        model="tiny",
+        prompt=PROMPT,
+        n=2,
+        max_tokens=6,
+        temperature=0,
+        extra_body={"use_beam_search": True, "best_of": 4},
     )
     (output,) = reference.generate([PROMPT], SamplingParams(max_tokens=6, num_beams=4, n=2))
     assert [choice.text for choice in answer.choices] == [completion.text for completion in output.outputs]

@@ -139,7 +139,7 @@ class SamplingFields(GeneratingFields):
             defaults = {name: value for name, value in defaults.items() if name not in drawing}
         elif self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of={self.best_of} needs use_beam_search=true: it is the number of beams.")
-        if given.get("temperature", defaults.get("temperature")) == 0 and given.get("n", 1) > 1:
+        elif given.get("temperature", defaults.get("temperature")) == 0 and given.get("n", 1) > 1:
             raise ValueError(f"n={self.n} with temperature=0 gives equal answers: raise the temperature, or give n=1.")
         more = {"max_tokens": max_tokens, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         return SamplingParams(**{**defaults, **given, **more})
