@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -101,6 +102,7 @@ def fuzz(
         status = 1
         try:
             os.close(reading)
+            gc.freeze()  # each collection would look at all that pytest has loaded
             resident = _size("VmRSS")
             limit = _size("VmSize") + megabytes * 2**20
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

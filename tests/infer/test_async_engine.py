@@ -248,7 +248,7 @@ def _no_memory(engine: Engine) -> Callable[[], Any]:
 
 def test_without_its_device_the_engine_refuses_everything(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     async def use(requests: AsyncEngine) -> None:
-        monkeypatch.setattr("llama_te_infer.engine.loop._has_lost_device", lambda engine: True)
+        monkeypatch.setattr("llama_te_infer.engine.loop.has_lost_device", lambda device: True)
         monkeypatch.setattr(engine, "step", _no_memory(engine))
         with pytest.raises(EngineFailedError, match="out of memory"):
             await requests.generate(PROMPTS[1], LONG)

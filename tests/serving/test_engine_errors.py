@@ -78,7 +78,7 @@ def test_a_failed_step_ends_requests_with_a_500_and_health_is_red_until_one_succ
 def test_a_lost_gpu_ends_the_server(make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(make_engine()) as server:
         fail_after(3, monkeypatch)
-        monkeypatch.setattr(loop, "_has_lost_device", lambda engine: True)
+        monkeypatch.setattr(loop, "has_lost_device", lambda device: True)
         answer = httpx.post(f"{server.url}/v1/completions", json={**BODY, "stream": True}, timeout=60)
         *_, error, done = events_of(answer)
         assert json.loads(error)["error"]["message"] == REASON and done == "[DONE]"
