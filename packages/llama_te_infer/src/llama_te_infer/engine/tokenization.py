@@ -127,9 +127,9 @@ def tokens_of_text(
     """
     if tokenizer is None:
         raise ValueError(f"{name} is a text, but the engine has no tokenizer: give it one, or give tokens.")
-    tokens = _encode(text, tokenizer, most, name, add_special_tokens=add_special_tokens)
     if not add_special_tokens:
-        return tokens
+        return _encode(text, tokenizer, most, name, add_special_tokens=False)
+    tokens = _encode(text, tokenizer, most, name)
     bos, bos_id = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
     if bos and bos_id is not None:
         in_text = 0
