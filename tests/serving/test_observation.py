@@ -240,7 +240,8 @@ def test_no_line_has_a_part_of_a_request(
 
         assert [ask(), ask(stream=True), ask(max_tokens=-1), ask(unknown="Sesame")] == [200, 200, 400, 400]
         assert httpx.post(url, headers={"Authorization": "Bearer sk-secret2"}).status_code == 401
-        assert httpx.post(url, headers=headers, content=b'{"prompt": "Sesame').status_code == 400
+        as_json = headers | {"Content-Type": "application/json"}
+        assert httpx.post(url, headers=as_json, content=b'{"prompt": "Sesame').status_code == 400
         assert httpx.get(f"{server.url}/v1/Sesame", headers=headers).status_code == 404
         chat = {"messages": [{"role": "user", "content": "Sesame"}], "chat_template_kwargs": {"tokenize": 3}}
         httpx.post(f"{server.url}/v1/chat/completions", headers=headers, json=chat)
