@@ -19,7 +19,7 @@ COMMANDS = {
     page.name: found[1] for page in sorted(PAGES.glob("*.md")) if (found := WRITTEN_BY.search(page.read_text()))
 }
 LARGEST_PLOT = 60_000  # bytes
-PLOTS = sorted(path for path in (ROOT / "docs").rglob("*") if path.suffix in {".png", ".svg"})
+PLOTS = sorted(path for path in PAGES.rglob("*") if path.suffix in {".png", ".svg"})
 
 
 def test_pages_and_plots_are_found() -> None:
