@@ -136,7 +136,8 @@ def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
 @nox.session
 def clients(session: nox.Session) -> None:
     """Compare lm-eval, TRL, PEFT, accelerate, sentence-transformers and outlines on our models and on transformers'."""
-    install(session, *SERVER, *CLIENTS_OF_SERVER, "pytest", "pytest-xdist")
+    install(session, *MODEL_READERS, *SERVER, *CLIENTS_OF_SERVER, "hypothesis", "pytest", "pytest-xdist")
+    install_model(session)
     say(session, "Installing the current releases of the libraries", "2 min")
     session.install("--no-compile", "--upgrade", *CLIENTS)
     say(session, "Running the tests", "2 min")
