@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from .sampling import PartsOf, SamplingFields
+from .sampling import SamplingFields
+from .strict import PartsOf
 from .tokens import ChatFields
 from .tools import ToolChoice
 from .unsupported import FOR_ALL, FOR_CHATS, Unsupported

@@ -7,7 +7,8 @@ from typing import ClassVar, cast
 
 from pydantic import Field
 
-from .sampling import ListOf, PartsOf, SamplingFields
+from .sampling import SamplingFields
+from .strict import ListOf, PartsOf
 from .unsupported import FOR_ALL, FOR_COMPLETIONS, Unsupported
 
 

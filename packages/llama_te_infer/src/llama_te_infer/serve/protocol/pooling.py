@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .sampling import ListOf, PartsOf, Strict
+from .strict import ListOf, PartsOf, Strict
 
 
 class PoolingFields(Strict):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from ...structured_outputs import StructuredOutputs
-from .sampling import SamplingFields, Strict
+from .sampling import SamplingFields
+from .strict import Strict
 from .tools import AllowedTools, AllowedToolsChoice, Function, FunctionName, Tool, ToolChoice, ToolName
 from .unsupported import FOR_ALL, FOR_RESPONSES, Unsupported
 

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ...sampling_params import SamplingParams, shown
+from .strict import ListOf, Strict
 from .structured_outputs import ResponseFormat, StructuredOutputsFields, form_of
 from .unsupported import FOR_ALL, Unsupported, without_unsupported
 
-# OpenAI allows null for each optional field; it means the default.
 SEEDS = 2**63
-
-Item = TypeVar("Item")
-ListOf = Annotated[list[Item], Field(fail_fast=True)]
-"""A list that is refused at its first wrong item: pydantic takes a kilobyte for each error, and a body has millions."""
-MAX_PARTS = 16_384  # prompts, messages or documents of one request
-PartsOf = Annotated[list[Item], Field(fail_fast=True, max_length=MAX_PARTS)]
-"""A list of dicts or lists, of which Python makes some hundred bytes each: they must not be millions."""
-
-
-class Strict(BaseModel):
-    """A part of a request: no unknown fields, no conversions of types, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ...structured_outputs import StructuredOutputs
+from .strict import Strict
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A JSON schema, as OpenAI's API writes it."""
 
     name: str
@@ -22,7 +19,7 @@ class JsonSchema(_Strict):
     strict: bool | None = Field(None, description="The text keeps to the schema in any case.")
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """The form of an answer."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -45,7 +42,7 @@ class ResponseFormat(_Strict):
         return StructuredOutputs(json_object=True) if schema is None else StructuredOutputs(json=schema)
 
 
-class StructuredOutputsFields(_Strict):
+class StructuredOutputsFields(Strict):
     """vLLM's `StructuredOutputsParams`: exactly one of the first five."""
 
     json_schema: dict[str, Any] | str | None = Field(None, alias="json", description="A JSON schema.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from .sampling import ListOf, PartsOf, Strict
+from .strict import ListOf, PartsOf, Strict
 from .tools import Tool
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .sampling import Strict
+from .strict import Strict
 
 
 class Function(Strict):
