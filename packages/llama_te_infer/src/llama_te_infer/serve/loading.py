@@ -86,22 +86,19 @@ def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[E
         ValueError: A setting or the checkpoint does not fit.
     """
     say("importing torch")
-    import torch
-
     from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
     from llama_te_core.compat.transformer_engine import make_recipe
 
     from ..engine.engine import Engine
 
     say("loading the weights")
-    place, fields = _place_of(settings)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": settings.dtype, "device_map": device, **fields}
+    options: dict[str, Any] = {}
     if settings.fp8_recipe is not None:
+        place, fields = _place_of(settings)
         content, _ = NVLlamaConfig.get_config_dict(place, **fields)
         options["fp8_recipe"] = make_recipe(FP8_RECIPES[settings.fp8_recipe])
         options["layer_precision"] = ["fp8"] * content["num_hidden_layers"]
-    model = NVLlamaForCausalLM.from_pretrained(place, **options).eval()
+    model = _load_model(NVLlamaForCausalLM, settings, **options)
     say("making the engine")
     engine = Engine(
         model,
@@ -134,17 +131,12 @@ def make_pooling_engine(
         ValueError: A setting or the checkpoint does not fit.
     """
     say("importing torch")
-    import torch
-
     from llama_te_core import NVLlamaForSequenceClassification, NVLlamaModel
 
     from ..engine.pooling import PoolingEngine
 
     say("loading the weights")
-    place, fields = _place_of(settings)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model_class = NVLlamaModel if task == "embed" else NVLlamaForSequenceClassification
-    model = model_class.from_pretrained(place, dtype=settings.dtype, device_map=device, **fields).eval()
+    model = _load_model(NVLlamaModel if task == "embed" else NVLlamaForSequenceClassification, settings)
     return PoolingEngine(
         model,
         load_tokenizer(settings),
@@ -152,6 +144,21 @@ def make_pooling_engine(
         max_batch_tokens=settings.prefill_budget,
         max_requests=max_requests,
     )
+
+
+def _load_model(model_class: Any, settings: EngineSettings, **options: Any) -> Any:
+    """Load the weights of a checkpoint, in evaluation mode, on the settings' device or else a GPU if there is one.
+
+    Args:
+        model_class: The class of the model.
+        settings: The operator's settings.
+        options: Further ones of `from_pretrained`.
+    """
+    import torch
+
+    place, fields = _place_of(settings)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model_class.from_pretrained(place, dtype=settings.dtype, device_map=device, **fields, **options).eval()
 
 
 def load_tokenizer(settings: EngineSettings) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 
 from ..engine.pooling import PoolingEngine
-from .errors import ApiError, api_error_of
+from .errors import ApiError
 from .protocol.pooling import EmbeddingRequest, ScoreRequest
 from .requests import body_of
-from .server import Server, new_id, refusals, while_connected
+from .server import Server, new_id, refusals
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,7 @@ async def embeddings(request: Request) -> dict[str, Any]:
     adds_special = body.add_special_tokens is not False
     with refusals():
         prompts = [await server.tokens_of(each, adds_special) for each in inputs]
-    vectors = (await _pool(request, server, engine, prompts))[:, :size]
+        vectors = (await server.wait(request, engine.pool(prompts)))[:, :size]
     if body.use_activation is not False:
         vectors = _normalized(vectors)
     data = [
@@ -65,7 +64,7 @@ async def score(request: Request) -> dict[str, Any]:
             prompts = [await server.tokens_of(text) for pair in pairs for text in pair]
         else:
             prompts = [await engine.tokenize_pair(first, second) for first, second in pairs]
-    vectors = await _pool(request, server, engine, prompts)
+        vectors = await server.wait(request, engine.pool(prompts))
     if engine.classes is None:
         vectors = _normalized(vectors)
         scores = (vectors[::2] * vectors[1::2]).sum(-1)
@@ -108,15 +107,6 @@ def _dimensions(engine: PoolingEngine, asked: int | None) -> int:
         listed = ", ".join(map(str, [*(trained or ()), size]))
         raise ApiError(400, f"dimensions={asked} is not possible: the model was trained for {listed}.", "dimensions")
     return asked
-
-
-async def _pool(request: Request, server: Server, engine: PoolingEngine, prompts: Sequence[list[int]]) -> torch.Tensor:
-    with refusals():
-        try:
-            async with asyncio.timeout(server.settings.request_timeout):
-                return await while_connected(request, engine.pool(prompts))
-        except TimeoutError as error:
-            raise api_error_of(error) from error
 
 
 def _normalized(vectors: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,8 @@ class Server:
             raise ApiError(400, message, "tool_choice")
         if CALL_TAG in self._special_tokens:
             params = replace(params, skip_special_tokens=False)  # else the text would not show the tag
-        has_tags = CALL_TAG in self.chat_template(tools) or not writes_tools(self.chat_template(tools))
+        template = self.chat_template(tools)
+        has_tags = CALL_TAG in template or not writes_tools(template)
         form = params.structured_outputs
         schema = None if form is None else schema_of(form)
         if tools.mode == "required" and form is not None and schema is None:
@@ -259,16 +260,25 @@ class Server:
             ApiError: A request failed, the client has left, or the time is over.
         """
         try:
-            async with asyncio.timeout(self.settings.request_timeout):
-                outputs = await while_connected(request, _all_of(streams))
-        except TimeoutError as error:
-            raise api_error_of(error) from error
+            outputs = await self.wait(request, _all_of(streams))
         finally:
             for stream in streams:
                 stream.close()
         for output in outputs:
             check_output(output)
         return outputs
+
+    async def wait(self, request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+        """Return the answer to a request; stop working on it if the client leaves or the time is over.
+
+        Raises:
+            ApiError: The client has left, or the time is over.
+        """
+        try:
+            async with asyncio.timeout(self.settings.request_timeout):
+                return await _while_connected(request, answer)
+        except TimeoutError as error:
+            raise api_error_of(error) from error
 
 
 async def content_of(request: Request, limit: int, arriving: list[int] | None = None) -> bytes:
@@ -318,7 +328,7 @@ async def _all_of(streams: Sequence[RequestStream]) -> list[RequestOutput]:
     return [await stream.finish() for stream in streams]
 
 
-async def while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
     """Return the answer; stop working on it if the client closes the connection.
 
     Raises:
