@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from byte_tokenizers import tokenizer_of_bytes
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Engine, RequestOutput, SamplingParams, StructuredOutputs
 from llama_te_infer.runner import model_runner
@@ -30,12 +30,7 @@ PROMPTS = ["hello", "a longer prompt than the others", "b", "12:30"]
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Bytes, and one special token; the model's other 7,935 tokens are none of the tokenizer's."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_alone = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    bytes_alone.add_special_tokens(["<|end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="<|end|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_bytes("<|end|>"), eos_token="<|end|>")
 
 
 def make_engine(make_llama: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> Engine:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerFast
 
+from byte_tokenizers import chat_tokenizer
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Engine, SamplingParams
 from llama_te_infer.engine.outputs import Completion
@@ -32,18 +32,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, and the special tokens 256 to 258. It writes BOS before each text, as Llama 3's does."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_alone = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
-    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_alone.decoder = decoders.ByteLevel()
-    bytes_alone.add_special_tokens(["<|bos|>", "<|end|>", "<|pad|>"])
-    bytes_alone.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", 256)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_alone, bos_token="<|bos|>", pad_token="<|pad|>", chat_template=TEMPLATE
-    )
+    return chat_tokenizer(TEMPLATE)
 
 
 @pytest.fixture
