@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ApiError
+from .tool_calls import CALL_END_TAG, CALL_TAG
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _ONE_CALL = "only supports single tool-calls at once"  # with these words templates of Llama 3 refuse several calls
@@ -16,9 +17,9 @@ _WITHOUT_TOOLS = """You can call functions. Each line between the tags describes
 {tools}
 </tools>
 To call a function, write its name and its arguments as JSON:
-<tool_call>
+{begin}
 {{"name": "...", "arguments": {{...}}}}
-</tool_call>"""
+{end}"""
 
 
 def for_template(
@@ -159,7 +160,7 @@ def _without_tools(
     for message in messages:
         content = message["content"]
         calls = [
-            f"<tool_call>\n{_json({key: call['function'][key] for key in ('name', 'arguments')})}\n</tool_call>"
+            f"{CALL_TAG}\n{_json({key: call['function'][key] for key in ('name', 'arguments')})}\n{CALL_END_TAG}"
             for call in message.get("tool_calls", ())
         ]
         if calls:
@@ -170,7 +171,7 @@ def _without_tools(
         rest = {key: value for key, value in message.items() if key != "tool_calls"}
         plain.append({**rest, "role": role, "content": content})
     if tools:
-        text = _WITHOUT_TOOLS.format(tools="\n".join(map(_json, tools)))
+        text = _WITHOUT_TOOLS.format(tools="\n".join(map(_json, tools)), begin=CALL_TAG, end=CALL_END_TAG)
         if plain and plain[0]["role"] == "system":
             plain[0]["content"] = "\n\n".join([*filter(None, [plain[0]["content"]]), text])
         else:
