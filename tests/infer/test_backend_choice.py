@@ -136,16 +136,18 @@ def test_both_backends_write_the_same_text(model: PreTrainedModel, params: Sampl
         assert text == generated(model, "fused") == generated(model)
 
 
+@pytest.mark.parametrize("reads", [True, False], ids=["prompts too", "prompts by the layers"])
 def test_the_fused_backend_computes_every_decoding_step(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, reads: bool
 ) -> None:
     calls = []
     forward = model.model.layers[0].forward
+    monkeypatch.setattr(backend, "reads_prompts", lambda device: reads)
     fused = Engine(model, decode_implementation="fused", page_size=16)
     model.model.layers[0].forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     monkeypatch.setattr(backend, "has_own_forward", lambda *arguments: False)
     written(fused)
-    assert len(calls) == 1, "the layers read the prompt, and compute nothing else"
+    assert len(calls) == (0 if reads else 1), "the layers read the prompt at most, and compute nothing else"
 
 
 def test_unknown_implementation(model: PreTrainedModel) -> None:

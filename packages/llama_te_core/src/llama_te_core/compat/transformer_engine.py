@@ -125,6 +125,78 @@ def set_softmax_scale(layer: nn.Module, softmax_scale: float) -> None:
             module.softmax_scale = softmax_scale
 
 
+def computes_quantized() -> bool:
+    """Tell whether a `te.autocast` is active: TE's layers compute quantized products then. TE is not imported."""
+    state = getattr(sys.modules.get("transformer_engine.pytorch.quantization"), "FP8GlobalStateManager", None)
+    return state is not None and bool(state.is_fp8_enabled())
+
+
+def paged_attention(
+    query_THD: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    cu_new: torch.Tensor,
+    cu_all: torch.Tensor,
+    page_table: torch.Tensor,
+    *,
+    most_new: int,
+    most_keys: int,
+    softmax_scale: float,
+) -> torch.Tensor:
+    """Compute causal attention of packed queries over paged keys and values by cuDNN, without TE's modules.
+
+    `te.TransformerLayer` computes the same; its modules take a millisecond of the host's time before they call this.
+    cuDNN plans once for each power of two of T from 1024 on, and of the rows from 32 on.
+
+    Args:
+        query_THD: bfloat16 or float16 [T, heads, D] of packed rows: the rotated queries of each row's last tokens.
+        key_pages: [pages, page size, key/value heads, D].
+        value_pages: Likewise.
+        cu_new: int32 [rows + 1], running sums of the rows' queries.
+        cu_all: int32 [rows + 1], running sums of the rows' tokens in the pages, those of the queries included.
+        page_table: int32 [rows, pages of a row]. cuDNN plans for a power of two of rows, so there must be as many
+            rows of memory; see `planned_rows`.
+        most_new: The largest number of queries of a row.
+        most_keys: Most tokens of a row. A part of the plan, so it should not change from call to call.
+        softmax_scale: The factor on query·key.
+
+    Returns:
+        [T, heads, D].
+
+    Raises:
+        RuntimeError: TE or cuDNN cannot compute this.
+    """
+    module = importlib.import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
+    output: torch.Tensor = module.fused_attn_fwd(
+        is_training=False,
+        max_seqlen_q=most_new,
+        max_seqlen_kv=most_keys,
+        cu_seqlens_q=cu_new,
+        cu_seqlens_kv=cu_all,
+        q=query_THD,
+        k=key_pages,
+        v=value_pages,
+        fake_dtype=query_THD.dtype,
+        fused_attention_backend=module.FusedAttnBackend["F16_arbitrary_seqlen"],
+        cu_seqlens_q_padded=cu_new,
+        cu_seqlens_kv_padded=cu_all,
+        page_table_k=page_table,
+        page_table_v=page_table,
+        attn_scale=softmax_scale,
+        qkv_layout="paged_kv_thd_bshd_bshd",
+        o_format="thd",
+        attn_mask_type="padding_causal_bottom_right",
+        window_size=(-1, 0),
+        bottom_right_diagonal=True,
+    )[0]
+    return output
+
+
+def planned_rows(rows: int) -> int:
+    """Return how many rows cuDNN's plan of `paged_attention` has for a number of rows. TE decides it."""
+    return max(32, 1 << (rows - 1).bit_length()) if rows <= 512 else -(-rows // 512) * 512
+
+
 def quantizes_new_weights() -> bool:
     """Tell whether a `te.quantized_model_init` is active: modules then quantize their weights when they are built."""
     state = importlib.import_module("transformer_engine.pytorch.quantization").FP8GlobalStateManager

@@ -1,4 +1,4 @@
-"""The choice between the two backends of a decoding step: the fused kernels, or the model's layers."""
+"""The choice between the two backends of a step, which decodes or reads prompts: the kernels, or the model's layers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from llama_te_core.compat.torch import forward_hooks
 from ..kv_cache.step import CacheStep
 from ..ops import library
 from ..ops.library import name_of
+from ..ops.prefill_attention import prefill_attention_problem
 from .fused import FusedDecode, takes_fused_decode
 from .inputs import StepInputs
+from .prefill import FusedPrefill, takes_fused_prefill
 from .weights import LAYER_PARAMETERS, LayerWeights, layer_weights
 
 IMPLEMENTATIONS = ("auto", "fused", "layers")
@@ -86,13 +88,45 @@ def select_backend(
             f"decode_implementation='fused', but {problem}. Use 'auto' or 'layers' to compute steps of one token by "
             "the model's layers."
         )
-    _warn_once(problem)
+    _warn_once("Steps of one token are computed", problem)
     return None, problem
+
+
+def select_prefill(
+    model: Any, cache: CacheStep, decode: FusedDecode | None, current: FusedPrefill | None = None
+) -> FusedPrefill | None:
+    """Choose how the next prompts are read.
+
+    Args:
+        model: An `NVLlamaForCausalLM`.
+        cache: Of this model, paged, with the memory of all layers.
+        decode: The choice of `select_backend`.
+        current: An earlier choice; it is returned again if it still fits.
+
+    Returns:
+        The kernels, or `None` for the model's layers.
+    """
+    if decode is None or not reads_prompts(cache.device) or not takes_fused_prefill(model, decode):
+        return None
+    if current is not None and current.decode is decode:
+        return current
+    heads, rows, most = model.config.num_attention_heads, cache.max_batch_size, cache.max_sequence_length
+    problem = prefill_attention_problem(*decode.caches[1], heads, rows, most, decode.scale)
+    if problem is None:
+        return FusedPrefill(decode)
+    _warn_once("Prompts are read", problem)
+    return None
 
 
 def gains_from_kernels(device: torch.device) -> bool:
     """Return whether fused steps are faster than the layers on this device."""
     return device.type == "cuda"
+
+
+def reads_prompts(device: torch.device) -> bool:
+    """Return whether the kernels read prompts on this device."""
+    # On a GPU it has not been compared with the layers yet, neither in its results nor in its time.
+    return device.type != "cuda"
 
 
 def has_own_forward(model: Any, module: Any) -> bool:
@@ -151,5 +185,5 @@ def _structure_problem(model: Any, cache: CacheStep, rows: int) -> str | None:
 
 
 @functools.cache
-def _warn_once(problem: str) -> None:
-    warnings.warn(f"Steps of one token are computed by the model's layers, since {problem}.", stacklevel=2)
+def _warn_once(what: str, problem: str) -> None:
+    warnings.warn(f"{what} by the model's layers, since {problem}.", stacklevel=2)

@@ -24,9 +24,16 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llama_te_core.layers.kv_cache import computing_dtype
 
-from ..decode.backend import DecodeBackend, check_implementation, has_own_forward, select_backend
+from ..decode.backend import (
+    DecodeBackend,
+    check_implementation,
+    has_own_forward,
+    select_backend,
+    select_prefill,
+)
 from ..decode.fused import FusedDecode
 from ..decode.layers import LayersDecode, padded_multiple
+from ..decode.prefill import FusedPrefill
 from ..integers import checked_integer
 from ..kv_cache.engine_cache import EngineCache
 from ..ops.greedy import NO_TOKEN
@@ -169,6 +176,7 @@ class Engine:
         self._counters = Counters()
         self._layers = LayersDecode(model, self._cache)
         self._fused: FusedDecode | None = None
+        self._fused_prefill: FusedPrefill | None = None
         self._decode = self._select_backend()
         self._start_over()
 
@@ -537,13 +545,13 @@ class Engine:
         self._pending: Pending | None = None
         self._is_stepping = False
         self.scheduler = self._make_scheduler()
-        self._runner = ModelRunner(self.model, self._cache, self._decode)
+        self._runner = ModelRunner(self.model, self._cache, self._decode, self._fused_prefill)
 
     def _recover(self, error: BaseException) -> None:
         """Start over after a step that failed. If that fails too, further requests are refused."""
         for state in self._requests.values():
             state.lost_in = f"{type(error).__name__}: {error}"
-        self._fused, self._backend_is_current = None, False
+        self._fused, self._fused_prefill, self._backend_is_current = None, None, False
         try:
             self._start_over()
         except Exception as failure:  # such as a CUDA error, which stays until the process ends
@@ -553,6 +561,7 @@ class Engine:
         if has_own_forward(self.model, self.model):
             _warn_of_unused_hooks()
         self._fused, _ = select_backend(self.model, self._cache, self._rows, self.decode_implementation, self._fused)
+        self._fused_prefill = select_prefill(self.model, self._cache, self._fused, self._fused_prefill)
         self._backend_is_current = True
         return self._layers if self._fused is None else self._fused
 
@@ -571,6 +580,7 @@ class Engine:
             self._cache.convert(computing_dtype(self.model.get_input_embeddings().weight))
             self.scheduler.blocks.forget_prefixes()
         self._decode = self._runner.decode = self._select_backend()
+        self._runner.prefill.fused = self._fused_prefill
 
     def _fits_autocast(self) -> bool:
         """Return whether the cache has the dtype that the layers compute in, which autocast changes."""

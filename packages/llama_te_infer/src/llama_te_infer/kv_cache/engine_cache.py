@@ -67,9 +67,14 @@ class EngineCache(CacheStep):
     # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def make_page_table(self) -> torch.Tensor:
-        """Return the table of rows without pages, int32 [R, P]: all entries are the padding page."""
-        return torch.full_like(self.storage.page_table, self.padding_page)
+    def make_page_table(self, rows: int | None = None) -> torch.Tensor:
+        """Return the table of rows without pages, int32 [rows, P]: all entries are the padding page.
+
+        Args:
+            rows: R by default.
+        """
+        table_RP = self.storage.page_table
+        return table_RP.new_full((len(table_RP) if rows is None else rows, table_RP.shape[1]), self.padding_page)
 
     def open_rows(self, page_table_RP: torch.Tensor, starts: Sequence[int], new: Sequence[int]) -> None:
         """Set the rows of the next forward pass: row i of its batch continues `starts[i]` tokens in the cache.

@@ -152,6 +152,11 @@ class CacheStep:
         """Allocate the tensors of a layer ahead of its first use."""
         self.cache_manager.allocate_memory(layer_number)
 
+    @property
+    def new_lengths(self) -> list[int]:
+        """The tokens that each row gets in this step."""
+        return self._new
+
     def longest(self) -> int:
         """Return how many tokens the longest row has after this step."""
         return max((start + new for start, new in zip(self._starts, self._new, strict=True)), default=0)

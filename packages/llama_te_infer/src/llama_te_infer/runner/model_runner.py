@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..decode.backend import DecodeBackend
+from ..decode.prefill import FusedPrefill
 from ..kv_cache.engine_cache import EngineCache
 from ..transfers import to_device
 from .beam_search import BeamStep, select_beams
@@ -29,11 +30,14 @@ class ModelRunner:
         model: An `NVLlamaForCausalLM` in evaluation mode.
         cache: Of this model.
         decode: The backend of decoding steps. It may be replaced between steps.
+        fused_prefill: See `Prefill`. It may be replaced between steps.
     """
 
-    def __init__(self, model: Any, cache: EngineCache, decode: DecodeBackend) -> None:
+    def __init__(
+        self, model: Any, cache: EngineCache, decode: DecodeBackend, fused_prefill: FusedPrefill | None = None
+    ) -> None:
         self.cache, self.decode = cache, decode
-        self.prefill = Prefill(model, cache)
+        self.prefill = Prefill(model, cache, fused_prefill)
         self.state = DecodeState(cache.max_batch_size, cache, model.lm_head.out_features)
 
     def launch(self, plan: Plan, previous: Pending | None = None) -> Pending:

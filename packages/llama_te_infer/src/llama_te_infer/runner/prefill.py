@@ -1,18 +1,22 @@
 """Prefill: reading chunks of prompts.
 
-Shapes: R rows, P pages per row, M chunks that complete their prompts, B chunks of a padded batch, S columns, X columns
-and pages, E hidden size, V vocabulary, T tokens.
+Shapes: R rows, P pages per row, M chunks that complete their prompts, B chunks of a batch, S columns or tokens of a
+chunk, X columns and pages, E hidden size, V vocabulary, T packed tokens.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from typing import Any
 
 import torch
 
 from ..decode.layers import padded_multiple
+from ..decode.prefill import FusedPrefill
 from ..kv_cache.engine_cache import EngineCache
+from ..ops.prefill_attention import table_rows
 from ..transfers import to_device
 from .plan import Chunk
 from .results import PromptLogprobs
@@ -22,16 +26,17 @@ LOGITS_AT_ONCE = 256  # most tokens of a prompt whose logits are in memory toget
 
 
 class Prefill:
-    """Computes chunks of prompts by the model's forward pass, and stores their keys and values.
+    """Computes chunks of prompts, and stores their keys and values.
 
     Args:
         model: An `NVLlamaForCausalLM` in evaluation mode.
         cache: Of this model.
+        fused: The kernels that read prompts; `None` for the model's forward pass. It may be replaced between steps.
     """
 
-    def __init__(self, model: Any, cache: EngineCache) -> None:
-        self.model, self.cache = model, cache
-        self._table_RP = cache.make_page_table()
+    def __init__(self, model: Any, cache: EngineCache, fused: FusedPrefill | None = None) -> None:
+        self.model, self.cache, self.fused = model, cache, fused
+        self._table_RP = cache.make_page_table(table_rows(cache.max_batch_size, cache.device))
 
     def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, list[PromptLogprobs]]:
         """Compute chunks.
@@ -41,12 +46,11 @@ class Prefill:
         """
         last: dict[int, torch.Tensor] = {}
         scores: list[PromptLogprobs] = []
-        for group in similar_lengths(chunks):
-            for chunk, hidden_SE in zip(group, self._forward(group), strict=True):
-                if chunk.beginning:
-                    last[id(chunk)] = hidden_SE[-1]
-                if chunk.sequence.request.params.prompt_logprobs is not None:
-                    scores += self._score(chunk, hidden_SE)
+        for chunk, hidden_SE in self._read(chunks):
+            if chunk.beginning:
+                last[id(chunk)] = hidden_SE[-1]
+            if chunk.sequence.request.params.prompt_logprobs is not None:
+                scores += self._score(chunk, hidden_SE)
         beginning = [chunk for chunk in chunks if chunk.beginning]
         if not beginning:
             head = self.model.lm_head
@@ -56,6 +60,33 @@ class Prefill:
         if len(rows) > len(beginning):
             logits_MV = logits_MV[to_device(rows, torch.int64, logits_MV.device)]
         return logits_MV, scores
+
+    def _read(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Yield each chunk with the last hidden states [S, E] of its tokens, as far as something needs them."""
+        if self.fused is not None and self.fused.fits_precision():
+            yield from zip(chunks, self._read_fused(self.fused, chunks), strict=True)
+            return
+        for group in similar_lengths(chunks):
+            yield from zip(group, self._forward(group), strict=True)
+
+    def _read_fused(self, fused: FusedPrefill, chunks: list[Chunk]) -> list[torch.Tensor]:
+        """Return last hidden states of chunks computed as one packed batch; none of chunks that need none."""
+        new = [len(chunk.tokens) for chunk in chunks]
+        scored = any(chunk.sequence.request.params.prompt_logprobs is not None for chunk in chunks)
+        ends = list(itertools.accumulate(new))
+        last = [] if scored else [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.beginning]
+        pages = max(len(chunk.sequence.pages) for chunk in chunks)
+        values = [token for chunk in chunks for token in chunk.tokens]
+        for chunk in chunks:
+            values += chunk.sequence.pages
+            values += [self.cache.padding_page] * (pages - len(chunk.sequence.pages))
+        # One copy: the tokens, their rows' pages, and the tokens whose hidden states are wanted.
+        sent = to_device(values + last, torch.int32, self.cache.device)
+        token_T, page, last_M = sent.split([ends[-1], len(chunks) * pages, len(last)])
+        self._table_RP[: len(chunks), :pages] = page.view(len(chunks), pages)
+        self.cache.open_rows(self._table_RP, [chunk.start for chunk in chunks], new)
+        hidden_TE = fused(token_T, self.cache, None if scored else last_M)
+        return list(hidden_TE.split(new if scored else [int(bool(chunk.beginning)) for chunk in chunks]))
 
     def _forward(self, chunks: list[Chunk]) -> list[torch.Tensor]:
         """Return the last hidden states [tokens, E] of each chunk, computed as one padded batch."""

@@ -1,0 +1,111 @@
+"""The fused prefill: a step that reads prompts, whose kernels are launched directly.
+
+Transformer Engine's modules take 1 to 2 ms of the host's time for each layer, whatever the number of tokens. For
+prompts of a few hundred tokens the GPU needs less, and waits. This prefill follows the model's layers in the same order
+and with the same roundings, over packed tokens without padding.
+
+Shapes: T packed tokens, M tokens whose last hidden states are wanted, E hidden size, K key/value heads, G a key/value
+head's share of the fused projection, H query heads, D size of a head, P pages of a row, R rows of a page table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from llama_te_core.compat.transformer_engine import computes_quantized
+
+from ..kv_cache.step import CacheStep
+from ..ops.append_rope import append_rope
+from ..ops.prefill_attention import prefill_attention
+from ..ops.rms_norm import rms_norm
+from ..ops.swiglu import swiglu
+from .fused import FusedDecode
+from .weights import Weight
+
+
+class FusedPrefill:
+    """Reads chunks of prompts by few kernels per layer.
+
+    Args:
+        decode: The model's fused decoding step. The prefill uses its weights and caches, and is valid as long as it is.
+    """
+
+    def __init__(self, decode: FusedDecode) -> None:
+        self.decode = decode
+
+    def __call__(self, token_T: torch.Tensor, cache: CacheStep, last_M: torch.Tensor | None = None) -> torch.Tensor:
+        """Store the keys and values of tokens; return last hidden states.
+
+        Args:
+            token_T: int32 or int64, packed tokens of the rows that `cache` was opened for.
+            cache: Paged. Its page table has `table_rows` rows.
+            last_M: The indices of the tokens whose hidden states are wanted; `None` for all tokens.
+
+        Returns:
+            [M, E] or [T, E], after the model's last norm.
+        """
+        decode = self.decode
+        ends = slice(0, cache.batch_size + 1)
+        cu_new, cu_all = cache.cu_seqlens_q[ends], cache.cu_seqlens_kv[ends]
+        assert cache.page_table is not None
+        hidden_TE = F.embedding(token_T, decode.table_VE)
+        addend_TE: torch.Tensor | None = None  # the last product, which the next norm adds to the hidden states
+        for number, layer in enumerate(decode.layers, 1):
+            normed_TE = torch.empty_like(hidden_TE)
+            rms_norm(hidden_TE, layer.attention_norm_E, decode.epsilon, normed_TE, addend=addend_TE)
+            qkv_TKGD = F.linear(normed_TE, layer.qkv_QE.values).unflatten(1, decode.shape_KGD)
+            query_THD = qkv_TKGD.new_empty(len(token_T), *decode.context_RHD.shape[1:])
+            append_rope(
+                qkv_TKGD,
+                decode.cos_sin_PD,
+                cu_new,
+                cache.pre_step_seqlens,
+                cache.page_table,
+                0,
+                query_THD,
+                *decode.caches[number],
+            )
+            is_last = number == len(decode.layers)
+            if is_last and last_M is not None and not len(last_M):
+                return hidden_TE[:0]
+            context_THD = prefill_attention(
+                query_THD,
+                *decode.caches[number],
+                cu_new,
+                cu_all,
+                cache.page_table,
+                most_new=max(cache.new_lengths),
+                most_keys=cache.max_sequence_length,
+                scale=decode.scale,
+            )
+            context_TX = context_THD.flatten(1)
+            if is_last and last_M is not None:  # no token reads the others any more
+                hidden_TE, context_TX = hidden_TE[last_M], context_TX[last_M]
+                normed_TE = torch.empty_like(hidden_TE)
+            product_TE = F.linear(context_TX, layer.proj_EX.values)
+            rms_norm(hidden_TE, layer.mlp_norm_E, decode.epsilon, normed_TE, addend=product_TE)
+            gate_up_TF = F.linear(normed_TE, layer.fc1_FE.values)
+            activation_TF = gate_up_TF.new_empty(len(gate_up_TF), gate_up_TF.shape[1] // 2)
+            swiglu(gate_up_TF, activation_TF)
+            addend_TE = F.linear(activation_TF, layer.fc2_EF.values)
+        normed_TE = torch.empty_like(hidden_TE)
+        rms_norm(hidden_TE, decode.norm_E, decode.epsilon, normed_TE, addend=addend_TE)
+        return normed_TE
+
+    def fits_precision(self) -> bool:
+        """Return whether the layers would compute in bfloat16 now: not under the user's own `te.autocast`."""
+        return not computes_quantized()
+
+
+def takes_fused_prefill(model: Any, decode: FusedDecode) -> bool:
+    """Return whether the layers would multiply bfloat16 weights and activations, as the kernels do.
+
+    Args:
+        model: An `NVLlamaForCausalLM`.
+        decode: Its fused decoding step.
+    """
+    weights = (part for layer in decode.layers for part in layer if isinstance(part, Weight))
+    return not model.model.precision.quantized and all(weight.scale is None for weight in weights)
