@@ -273,21 +273,14 @@ def test_beams_with_any_number_of_ending_tokens(hf: PreTrainedModel, thd: PreTra
         assert beam.score == pytest.approx(score.item(), rel=1e-5)  # sums of float32 in another order
 
 
-def test_beams_that_may_write_nothing(thd: PreTrainedModel) -> None:
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"temperature": 0}])
+def test_parameters_that_forbid_every_token_together(thd: PreTrainedModel, way: dict[str, Any]) -> None:
     """All tokens end a text, and none may end it yet."""
-    engine, other = Engine(thd), prompt_of(9, 2)
-    params = SamplingParams(max_tokens=6, min_tokens=2, num_beams=3, stop_token_ids=range(257))
-    beams, greedy = engine.generate([prompt_of(7, 1), other], [params, GREEDY])
-    assert isinstance(beams.error, FloatingPointError) and "the request's parameters forbid every" in str(beams.error)
-    assert written(greedy) == written(engine.generate([other], GREEDY)[0])
-
-
-def test_parameters_that_forbid_every_token_together(thd: PreTrainedModel) -> None:
-    params = SamplingParams(max_tokens=6, min_tokens=2, stop_token_ids=range(257), temperature=0)
-    engine, other = Engine(thd), prompt_of(9, 2)
-    nothing, greedy = engine.generate([prompt_of(7, 1), other], [params, GREEDY])
-    assert isinstance(nothing.error, FloatingPointError) and nothing.outputs[0].token_ids == []
-    assert written(greedy) == written(engine.generate([other], GREEDY)[0])
+    params = SamplingParams(max_tokens=6, min_tokens=2, stop_token_ids=range(257), **way)
+    engine = Engine(thd)
+    with pytest.raises(ValueError, match="allowed_token_ids=None leaves no token that min_tokens=2 and bad_words="):
+        engine.submit(prompt_of(7, 1), params)
+    assert not engine.has_unfinished
 
 
 # --- steps that fail --------------------------------------------------------------------------------------------------

@@ -470,8 +470,53 @@ def test_a_contradiction_ends_its_own_request(engine: Engine) -> None:
     outputs = engine.generate(["hello"] * 4, [*contradictions, params(StructuredOutputs(choice=["no"]))])
     for output in outputs[:3]:
         assert output.outputs[0].finish_reason == "error" and isinstance(output.error, GrammarError)
-        assert "the grammar allows no token here that allowed_token_ids and bad_words allow" in str(output.error)
+        assert "the grammar allows no token here that allowed_token_ids, bad_words and min_" in str(output.error)
     assert outputs[3].outputs[0].text == "no"
+
+
+def test_what_contradicts_the_form_within_a_text_ends_its_own_request(model: Any, tokenizer: Any) -> None:
+    """Bad words of several tokens leave nothing after some tokens; so do stop tokens before `min_tokens`."""
+    engine = Engine(model, tokenizer, max_batch_size=8, page_size=4)
+    x, z = tokenizer.convert_tokens_to_ids(["x", "z"])
+    prompt = "abc " * 9
+    free = params(StructuredOutputs(regex="[xz]{9}"), seed=1)
+    engine.generate(prompt, free)
+    contradictions = [
+        params(StructuredOutputs(choice=["xz"]), bad_words=["xz"]),
+        params(StructuredOutputs(choice=["xz"]), bad_words=["xz"], temperature=0),
+        params(StructuredOutputs(regex="x[xz]{5}"), bad_words=["xx", "xzz", "zx"]),
+        params(
+            StructuredOutputs(regex="[xz]{9}"),
+            bad_words=["xxx", "xz", "zzz", "zx"],
+            allowed_token_ids=[x, z, EOS],
+            n=2,
+        ),
+        params(StructuredOutputs(choice=["xz"]), stop_token_ids=[z], min_tokens=5),
+        params(StructuredOutputs(choice=["xz"]), stop_token_ids=[z], min_tokens=5, num_beams=2),
+    ]
+    ids = [engine.submit(prompt, each) for each in [*contradictions, free]]
+    outputs: dict[int, RequestOutput] = {}
+    while engine.has_unfinished:
+        outputs |= {output.request_id: output for output in engine.step()}
+    for request_id in ids[:-1]:
+        output = outputs[request_id]
+        assert output.outputs[0].finish_reason == "error" and isinstance(output.error, GrammarError)
+        assert "the grammar allows no token here that allowed_token_ids, bad_words and min_tokens" in str(output.error)
+    assert outputs[ids[2]].outputs[0].text == "xz" and outputs[ids[0]].outputs[0].text == "x"
+    (again,) = engine.generate(prompt, free)
+    assert outputs[ids[-1]].outputs == again.outputs
+    assert again.num_cached_tokens > 0, "the prefix cache has forgotten nothing"
+
+
+def test_bad_words_within_a_form_leave_the_rest_of_it(engine: Engine) -> None:
+    for seed in range(20):
+        text = one(engine, StructuredOutputs(regex="[xz]{2}"), bad_words=["xz", "zz"], seed=seed).text
+        assert text in ("xx", "zx")
+    x = engine.tokenizer.convert_tokens_to_ids("x")
+    form = StructuredOutputs(regex="(xa|z){3}")
+    for fields in ({}, {"num_beams": 3}):
+        stopped = one(engine, form, stop_token_ids=[x], min_tokens=3, **fields)
+        assert (stopped.text, stopped.finish_reason) == ("zzz", "stop")
 
 
 def test_without_a_tokenizer_or_llguidance_forms_are_refused(

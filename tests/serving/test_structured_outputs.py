@@ -112,10 +112,22 @@ def test_what_is_not_possible_is_refused_with_status_400(
 
 
 def test_a_request_that_contradicts_itself_is_told_so(server: RunningServer) -> None:
-    body = {"prompt": "a", "structured_outputs": {"choice": ["ab", "cd"]}, "allowed_token_ids": [66, 257]}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body)
-    assert answer.status_code == 400
-    assert "the grammar allows no token here that allowed_token_ids and bad_words allow" in answer.text
+    prompt = "a" * 20
+    a, b, c = server.engine.tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    for fields in (
+        {"structured_outputs": {"choice": ["ab", "ac"]}, "allowed_token_ids": [b, c, 257]},
+        {"structured_outputs": {"choice": ["ab"]}, "bad_words": ["ab"]},
+        {"structured_outputs": {"choice": ["ab"]}, "bad_words": ["ab"], "allowed_token_ids": [a, b, c]},
+        {"structured_outputs": {"choice": ["ab"]}, "stop_token_ids": [b], "min_tokens": 5},
+    ):
+        for stream in (False, True):
+            body = {"prompt": prompt, "stream": stream, **fields}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body)
+            assert "the grammar allows no token here that allowed_token_ids, bad_words and min_tokens" in answer.text
+            assert answer.status_code == (200 if stream else 400)
+            assert '"type":"invalid_request_error"' in answer.text.replace(" ", "")
+    usage = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt, "max_tokens": 1}).json()["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] > 0, "the prefix cache has forgotten nothing"
 
 
 def test_a_grammar_that_takes_long_delays_no_other_request(

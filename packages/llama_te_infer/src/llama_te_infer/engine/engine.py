@@ -42,7 +42,7 @@ from ..runner.plan import Plan
 from ..runner.results import BeamResult, Pending, StepResult
 from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
-from ..sampling_params import SamplingParams, checked_params
+from ..sampling_params import SamplingParams, checked_params, shown
 from .grammars import GrammarCompiler
 from .limits import check_memory, check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
 from .model_watch import ModelWatch
@@ -511,16 +511,16 @@ class Engine:
                 f"bad_words={params.bad_words!r} needs tokens, but the engine has no tokenizer: give it one, or use "
                 "logit_bias or allowed_token_ids."
             )
-        if params.allowed_token_ids is not None:
-            forbidden = {word[-1] for word in bad_words}
-            if params.min_tokens:
-                forbidden.update(params.stop_token_ids, special_stops.values())
-                forbidden.update(() if params.ignore_eos else self.eos_token_ids)
-            if forbidden.issuperset(params.allowed_token_ids):
-                raise ValueError(
-                    f"allowed_token_ids={params.allowed_token_ids!r} leaves no token that min_tokens="
-                    f"{params.min_tokens} and bad_words={params.bad_words!r} do not forbid: allow more tokens."
-                )
+        allowed: Sequence[int] | None = params.allowed_token_ids
+        forbidden = {word[-1] for word in bad_words}
+        if params.min_tokens:
+            forbidden.update(params.stop_token_ids, special_stops.values())
+            forbidden.update(() if params.ignore_eos else self.eos_token_ids)
+        if all(token in forbidden for token in (range(vocab_size) if allowed is None else allowed)):
+            raise ValueError(
+                f"allowed_token_ids={shown(allowed)} leaves no token that min_tokens={params.min_tokens} and bad_words="
+                f"{shown(params.bad_words)} do not forbid: allow more tokens, or give fewer stop_token_ids."
+            )
 
     def _check_usable(self) -> None:
         if self._failure is not None:

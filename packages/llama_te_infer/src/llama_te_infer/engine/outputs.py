@@ -56,8 +56,9 @@ class RequestOutput:
         outputs: `n` completions.
         prompt_logprobs: For each token of the prompt given the tokens before it, `None` for the first one, if
             `SamplingParams.prompt_logprobs` asks for them and the prompt was read to its end.
-        error: The exception that ended the request: of its callback or of the tokenizer, or a FloatingPointError if the
-            model's logits for it are not finite. `None` if all is well.
+        error: The exception that ended the request: of its callback or of the tokenizer, a GrammarError if its text
+            cannot go on in its form, or a FloatingPointError if the model's logits for it are not finite. `None` if all
+            is well.
         num_cached_tokens: Tokens of the prompt that came from the prefix cache.
         times: When it arrived, began and wrote its tokens.
     """

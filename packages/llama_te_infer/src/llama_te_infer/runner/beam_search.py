@@ -17,7 +17,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from .grammar import GrammarText
+from ..structured_outputs import GrammarError
+from .grammar import NOTHING_ALLOWED, GrammarText
 from .sampler import largest
 from .stopping import NOT_FINITE, StopRule
 
@@ -236,12 +237,15 @@ class BeamHistory:
             top: For each beam before the step, the most likely tokens and their log-probabilities.
 
         Raises:
-            FloatingPointError: A beam's logits are not finite, or no token has a probability.
+            FloatingPointError: A beam's logits are not finite.
+            GrammarError: The grammar and the stop rule leave no token to any beam.
         """
         if self.done:
             return
-        if not math.isfinite(scores[0]):
+        if math.isnan(scores[0]):
             raise FloatingPointError(NOT_FINITE)
+        if scores[0] == -math.inf:
+            raise GrammarError(NOTHING_ALLOWED)
         length = len(self._token_SB) + 1
         at_limit = self.stop.is_complete(length)
         # `select_beams` excludes end tokens in beams that are too short, so there is no length check here.

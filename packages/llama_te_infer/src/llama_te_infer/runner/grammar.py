@@ -8,6 +8,7 @@ Shapes: M texts with a grammar, W words of 32 tokens each.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,12 @@ import torch
 
 from ..ops.greedy import NO_TOKEN
 from ..structured_outputs import GrammarError
+from .stopping import StopRule
+
+NOTHING_ALLOWED = (
+    "structured_outputs: the grammar allows no token here that allowed_token_ids, bad_words and min_tokens allow: "
+    "leave them out, or allow more."
+)
 
 
 class TokenMasks(NamedTuple):
@@ -54,20 +61,25 @@ class Grammar:
         mask_W = np.frombuffer(self.matcher.compute_bitmask(), np.uint32)[: self.words]
         return not (mask_W & ~self.unknown_W).any()
 
-    def begin(self, end_tokens: Iterable[int], allowed: Iterable[int] | None, forbidden: Iterable[int]) -> GrammarText:
+    def begin(
+        self, stop: StopRule, allowed: Iterable[int] | None = None, bad_words: Sequence[Sequence[int]] = ()
+    ) -> GrammarText:
         """Return a text without tokens.
 
         Args:
-            end_tokens: Tokens that end the text. They may follow where the grammar lets the text end.
+            stop: When the text ends. End tokens may follow where the grammar lets the text end.
             allowed: The request's `allowed_token_ids`.
-            forbidden: Tokens that may never follow.
+            bad_words: The tokens of each word that must not be written.
         """
         forbidden_W = np.zeros(self.words, np.uint32)
         if allowed is not None:
             _set_bits(forbidden_W, allowed)
             forbidden_W = ~forbidden_W
-        _set_bits(forbidden_W, forbidden)
-        return GrammarText(self, self.matcher.deep_copy(), frozenset(end_tokens), forbidden_W)
+        _set_bits(forbidden_W, [word[0] for word in bad_words if len(word) == 1])
+        ends_W = np.zeros(self.words, np.uint32)
+        _set_bits(ends_W, stop.end_tokens)
+        words = [(list(word[:-1]), word[-1]) for word in bad_words if len(word) > 1]
+        return GrammarText(self, self.matcher.deep_copy(), stop, ends_W, forbidden_W, words)
 
 
 class GrammarText:
@@ -79,23 +91,37 @@ class GrammarText:
         has_failed: Whether its last token was chosen all the same.
     """
 
-    def __init__(self, grammar: Grammar, matcher: Any, end_tokens: frozenset[int], forbidden_W: np.ndarray) -> None:
-        self.grammar, self.matcher, self.end_tokens, self.forbidden_W = grammar, matcher, end_tokens, forbidden_W
+    def __init__(
+        self,
+        grammar: Grammar,
+        matcher: Any,
+        stop: StopRule,
+        ends_W: np.ndarray,
+        forbidden_W: np.ndarray,
+        bad_words: list[tuple[list[int], int]],
+    ) -> None:
+        self.grammar, self.matcher, self.stop = grammar, matcher, stop
+        self.ends_W, self.forbidden_W = ends_W, forbidden_W
+        self._bad_words = bad_words  # of several tokens: those before the last one, and the last one
+        self._written: list[int] = []
         self.is_complete = False
         self.error: GrammarError | None = None
         self.has_failed = False
 
     def copy(self) -> GrammarText:
         """Return a text with the same tokens that continues in its own way."""
-        return GrammarText(self.grammar, self.matcher.deep_copy(), self.end_tokens, self.forbidden_W)
+        other = copy.copy(self)
+        other.matcher, other._written = self.matcher.deep_copy(), list(self._written)
+        return other
 
     def add(self, token: int) -> None:
         """Add a token. A token that ends the text is not part of it."""
         if self.error is not None:
             self.has_failed = True
-        elif token in self.end_tokens or token == NO_TOKEN:
+        elif token in self.stop.end_tokens or token == NO_TOKEN:
             return
         elif self.matcher.consume_token(token):
+            self._written.append(token)
             self.is_complete = self.matcher.is_stopped()
         else:
             self.has_failed = True
@@ -123,14 +149,15 @@ class GrammarText:
         # A token that the tokenizer takes for text may be an EOS token of the model.
         _clear_bits(mask_W, grammar.eos_token_ids)
         if may_end:
-            _set_bits(mask_W, self.end_tokens)
+            mask_W |= self.ends_W
         mask_W &= ~self.forbidden_W
+        # The sampler forbids these tokens too. Here they show whether any token is left.
+        if not self.stop.may_end(len(self._written)):
+            mask_W &= ~self.ends_W
+        _clear_bits(mask_W, [last for before, last in self._bad_words if self._written[-len(before) :] == before])
         if not mask_W.any():
             if not self.is_complete and self.error is None:
-                self.error = GrammarError(
-                    "structured_outputs: the grammar allows no token here that allowed_token_ids and bad_words allow: "
-                    "leave them out, or allow more."
-                )
+                self.error = GrammarError(NOTHING_ALLOWED)
             mask_W.fill(0xFFFFFFFF)  # the text has ended, and the sampler needs some token
 
     def _problem(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..sampling_params import SamplingParams
 from .beam_search import BeamTexts
@@ -94,8 +94,9 @@ class Request:
         """Return a text without tokens in the request's grammar, if it has one."""
         if self.grammar is None:
             return None
-        single_words = [word[0] for word in self.bad_words if len(word) == 1]
-        return self.grammar.begin(self.stop.end_tokens, self.params.allowed_token_ids, single_words)
+        # A beam without tokens before `min_tokens` is no error: other beams may go on.
+        stop = replace(self.stop, min_tokens=0) if self.has_beams else self.stop
+        return self.grammar.begin(stop, self.params.allowed_token_ids, self.bad_words)
 
     @property
     def longest(self) -> int:

@@ -11,10 +11,7 @@ from ..sampling_params import SamplingParams
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
-NOT_FINITE = (
-    "logits are not finite: the model computed NaN or infinity for this text, or the request's parameters forbid every "
-    "token"
-)
+NOT_FINITE = "logits are not finite: the model computed NaN or infinity for this text"
 """Why a request without a next token ends."""
 
 
