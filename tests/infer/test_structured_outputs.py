@@ -30,6 +30,7 @@ from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Completion, Engine, RequestOutput, SamplingParams, StructuredOutputs
 from llama_te_infer.engine import grammars
 from llama_te_infer.engine.grammars import MAX_GRAMMARS, GrammarCompiler
+from llama_te_infer.runner import grammar, mask_workers
 from llama_te_infer.runner.grammar import TokenMasks
 from llama_te_infer.runner.sampler import RowSampling, SamplingNeeds, sample, unpacked
 from llama_te_infer.runner.stopping import StopRule
@@ -538,6 +539,55 @@ def test_a_grammar_that_takes_long_is_refused(
         Engine(model, tokenizer).submit("a", params(StructuredOutputs(regex="a")))
 
 
+def ambiguous(rules: int) -> StructuredOutputs:
+    """First xz, behind which any text has so many parses that a mask takes seconds."""
+    pairs = " | ".join(f"s{first} s{second}" for first in range(rules) for second in range(rules))
+    return StructuredOutputs(
+        grammar='start: "x" "z" s0\n' + "\n".join(f"s{rule}: {pairs} | /[a-z]/" for rule in range(rules))
+    )
+
+
+@pytest.mark.parametrize("way", ["sampled", "beams"])
+def test_a_text_whose_masks_take_too_long_ends_alone(
+    model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The first mask has x alone. The second one takes more than a second, in which all others would wait."""
+    monkeypatch.setattr(mask_workers, "SECONDS_IN_RESERVE", 0.2)
+    engine, prompt = Engine(model, tokenizer, max_batch_size=8, page_size=4), "abc " * 9
+    others = [params(StructuredOutputs(regex="[xz]{60}"), seed=1), SamplingParams(max_tokens=60, temperature=0)]
+    expected = [engine.generate(prompt, each)[0].outputs[0].text for each in others]
+    ids = [engine.submit(prompt, each) for each in [*others, params(ambiguous(9), **WAYS[way])]]
+    outputs: dict[int, RequestOutput] = {}
+    while engine.has_unfinished:
+        outputs |= {output.request_id: output for output in engine.step()}
+    assert [outputs[request_id].outputs[0].text for request_id in ids[:2]] == expected
+    slow = outputs[ids[2]]
+    assert isinstance(slow.error, GrammarError) and slow.outputs[0].finish_reason == "error"
+    assert "llguidance needs too long for the next token of this text" in str(slow.error)
+    (again,) = engine.generate(prompt, others[1])
+    assert again.num_cached_tokens > 0
+
+
+@pytest.mark.parametrize("way", ["sampled", "several", "beams"])
+def test_masks_that_take_long_together_end_their_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(mask_workers, "SECONDS_OF_A_MASK", -0.02)  # as if each took so much longer
+    form = StructuredOutputs(regex="[xz]{200}")
+    slow, quick = engine.generate(["hello"] * 2, [params(form, **WAYS[way]), params(StructuredOutputs(choice=["no"]))])
+    assert "llguidance needs too long for the next token" in str(slow.error) and quick.outputs[0].text == "no"
+    assert {completion.finish_reason for completion in slow.outputs} == {"error"}
+    assert all(len(completion.token_ids) <= 50 for completion in slow.outputs)
+
+
+def test_a_first_mask_that_takes_long_is_refused(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "SECONDS_IN_RESERVE", 0)
+    with pytest.raises(
+        GrammarError, match="structured_outputs has regex that takes 0.0 s for the first token, and 0 s"
+    ):
+        Engine(model, tokenizer).submit("a", params(StructuredOutputs(regex="a")))
+
+
 def test_a_grammar_is_compiled_once(model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: Any) -> None:
     compiled: list[StructuredOutputs] = []
     compile_form = GrammarCompiler._compile
@@ -562,5 +612,9 @@ def test_a_grammar_is_compiled_once(model: Any, tokenizer: PreTrainedTokenizerFa
 @pytest.mark.parametrize("vocab_size", [447, 448, 449])
 def test_a_model_may_have_more_tokens_than_its_tokenizer(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
     """Masks have words of 32 tokens: the vocabulary may fill its last word or not."""
-    grammar = GrammarCompiler(tokenizer, vocab_size, [EOS]).compile(StructuredOutputs(regex="ab"))
-    assert not grammar.is_empty()
+    compiled = GrammarCompiler(tokenizer, vocab_size, [EOS]).compile(StructuredOutputs(regex="x*"))
+    assert not compiled.is_empty()
+    text = compiled.begin(StopRule.of(SamplingParams(), [EOS]), mask_workers.Allowance())
+    allowed_V = unpacked(grammar.compute_masks([None, text], False), vocab_size)
+    assert allowed_V[0].all()
+    assert tokenizer.convert_ids_to_tokens(allowed_V[1].nonzero().flatten().tolist()) == ["<|end|>", "x"]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..runner.grammar import Grammar
+from ..runner.mask_workers import SECONDS_IN_RESERVE
 from ..structured_outputs import GrammarError, StructuredOutputs
 
 MAX_GRAMMARS = 64  # that are kept
@@ -77,23 +78,28 @@ class GrammarCompiler:
         except Exception as error:  # of any kind: llguidance's reader of GBNF is Python code
             raise _refusal(form, str(error)) from error
         begin = time.thread_time()
-        # With llguidance's own limits a mask may take seconds, in which all requests would wait.
+        # With llguidance's own limits a mask takes longer, and only `compute_masks` bounds its time.
         limits = LLParserLimits(
             initial_lexer_fuel=50_000, step_max_items=5_000, max_grammar_size=100_000, verbose_errors=False
         )
         matcher = LLMatcher(tokens, source, log_level=0, limits=limits)
         grammar = Grammar(matcher, end_token, -(-tokens.vocab_size // 32), self._vocab_size, self._eos_token_ids)
+        begin_of_mask = time.thread_time()
         is_empty = grammar.is_empty()
-        seconds = time.thread_time() - begin
+        end = time.thread_time()
         if matcher.is_error():
             raise _refusal(form, matcher.get_error())
         if is_empty:
             raise _refusal(form, "no text but the empty one fits")
-        if seconds > MAX_SECONDS:
-            raise GrammarError(
-                f"structured_outputs has {form.kind} that takes {seconds:.1f} s before the first token, and "
-                f"{MAX_SECONDS:g} s is the limit: give a simpler one."
-            )
+        for what, seconds, most in (
+            ("before", end - begin, MAX_SECONDS),
+            ("for", end - begin_of_mask, SECONDS_IN_RESERVE),
+        ):
+            if seconds > most:
+                raise GrammarError(
+                    f"structured_outputs has {form.kind} that takes {seconds:.1f} s {what} the first token, and "
+                    f"{most:g} s is the limit: give a simpler one."
+                )
         return grammar
 
     def _llguidance_tokens(self) -> tuple[Any, int]:

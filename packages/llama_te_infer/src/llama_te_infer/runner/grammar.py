@@ -18,8 +18,13 @@ import torch
 
 from ..ops.greedy import NO_TOKEN
 from ..structured_outputs import GrammarError
+from .mask_workers import SECONDS_IN_RESERVE, SECONDS_OF_A_MASK, Allowance, MaskTask, MaskWorkers
 from .stopping import StopRule
 
+TOO_SLOW = (
+    "structured_outputs: llguidance needs too long for the next token of this text. A request has "
+    f"{SECONDS_IN_RESERVE:g} s, and {1000 * SECONDS_OF_A_MASK:g} ms more for each token: give a simpler form."
+)
 NOTHING_ALLOWED = (
     "structured_outputs: the grammar allows no token here that allowed_token_ids, bad_words and min_tokens allow: "
     "leave them out, or allow more."
@@ -62,12 +67,17 @@ class Grammar:
         return not (mask_W & ~self.unknown_W).any()
 
     def begin(
-        self, stop: StopRule, allowed: Iterable[int] | None = None, bad_words: Sequence[Sequence[int]] = ()
+        self,
+        stop: StopRule,
+        allowance: Allowance,
+        allowed: Iterable[int] | None = None,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> GrammarText:
         """Return a text without tokens.
 
         Args:
             stop: When the text ends. End tokens may follow where the grammar lets the text end.
+            allowance: The time for its masks.
             allowed: The request's `allowed_token_ids`.
             bad_words: The tokens of each word that must not be written.
         """
@@ -79,7 +89,7 @@ class Grammar:
         ends_W = np.zeros(self.words, np.uint32)
         _set_bits(ends_W, stop.end_tokens)
         words = [(list(word[:-1]), word[-1]) for word in bad_words if len(word) > 1]
-        return GrammarText(self, self.matcher.deep_copy(), stop, ends_W, forbidden_W, words)
+        return GrammarText(self, self.matcher.deep_copy(), stop, allowance, ends_W, forbidden_W, words)
 
 
 class GrammarText:
@@ -89,6 +99,7 @@ class GrammarText:
         is_complete: Whether no token can follow.
         error: Why the text cannot go on.
         has_failed: Whether its last token was chosen all the same.
+        allowance: The time for its masks.
     """
 
     def __init__(
@@ -96,11 +107,12 @@ class GrammarText:
         grammar: Grammar,
         matcher: Any,
         stop: StopRule,
+        allowance: Allowance,
         ends_W: np.ndarray,
         forbidden_W: np.ndarray,
         bad_words: list[tuple[list[int], int]],
     ) -> None:
-        self.grammar, self.matcher, self.stop = grammar, matcher, stop
+        self.grammar, self.matcher, self.stop, self.allowance = grammar, matcher, stop, allowance
         self.ends_W, self.forbidden_W = ends_W, forbidden_W
         self._bad_words = bad_words  # of several tokens: those before the last one, and the last one
         self._written: list[int] = []
@@ -129,7 +141,7 @@ class GrammarText:
 
     def accepts(self, token: int) -> bool:
         """Return whether a token may follow that does not end the text."""
-        return bool(self.matcher.validate_tokens([token]) == 1)
+        return self.error is None and bool(self.matcher.validate_tokens([token]) == 1)
 
     def is_complete_with(self, token: int) -> bool:
         """Return whether no token could follow this one, which `accepts` has accepted."""
@@ -141,6 +153,8 @@ class GrammarText:
     def finish_mask(self, mask_W: np.ndarray) -> None:
         """Complete the mask that llguidance has computed for the next token."""
         grammar = self.grammar
+        if self.allowance.seconds < 0:
+            self.error = GrammarError(TOO_SLOW)
         may_end = bool(mask_W[grammar.end_token >> 5] >> np.uint32(grammar.end_token & 31) & 1)
         mask_W &= ~grammar.unknown_W
         if self.matcher.is_error():
@@ -160,6 +174,11 @@ class GrammarText:
                 self.error = GrammarError(NOTHING_ALLOWED)
             mask_W.fill(0xFFFFFFFF)  # the text has ended, and the sampler needs some token
 
+    def give_up(self, mask_W: np.ndarray) -> None:
+        """Complete the mask instead that llguidance takes too long for."""
+        self.error = GrammarError(TOO_SLOW)
+        mask_W.fill(0xFFFFFFFF)
+
     def _problem(self) -> str:
         return str(self.matcher.get_error()).split("\n", 1)[0] or "of an unknown reason"
 
@@ -178,11 +197,20 @@ def compute_masks(texts: Sequence[GrammarText | None], pin_memory: bool) -> torc
     for row, text in enumerate(texts):
         if text is not None:
             first.setdefault(text, row)
-    _executor().unsafe_compute_mask_ptr(
-        [(text.matcher, row) for text, row in first.items()], bits_MW.data_ptr(), 4 * words, len(texts)
-    )
-    for text, row in first.items():
-        text.finish_mask(mask_MW[row])
+    tasks = {
+        text: MaskTask(text.matcher, bits_MW.data_ptr() + 4 * words * row, 4 * words, bits_MW, text.allowance)
+        for text, row in first.items()
+        if text.error is None
+    }
+    _workers().compute(tasks.values())
+    if any(task.is_given_up for task in tasks.values()):
+        bits_MW = torch.empty_like(bits_MW, pin_memory=pin_memory).copy_(bits_MW)  # llguidance still writes the other
+        mask_MW = bits_MW.numpy().view(np.uint32)
+    for text, task in tasks.items():
+        if task.is_given_up:
+            text.give_up(mask_MW[first[text]])
+        else:
+            text.finish_mask(mask_MW[first[text]])
     for row, text in enumerate(texts):
         if text is not None and first[text] != row:
             mask_MW[row] = mask_MW[first[text]]
@@ -190,10 +218,8 @@ def compute_masks(texts: Sequence[GrammarText | None], pin_memory: bool) -> torc
 
 
 @functools.cache
-def _executor() -> Any:
-    from llguidance import LLExecutor
-
-    return LLExecutor()
+def _workers() -> MaskWorkers:
+    return MaskWorkers()
 
 
 def _set_bits(mask_W: np.ndarray, tokens: Iterable[int]) -> None:

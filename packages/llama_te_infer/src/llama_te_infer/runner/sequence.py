@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from ..sampling_params import SamplingParams
 from .beam_search import BeamTexts
 from .grammar import Grammar, GrammarText
+from .mask_workers import Allowance
 from .stopping import FinishReason, StopRule
 
 
@@ -68,6 +69,7 @@ class Request:
         stop: When its sequences end.
         sequences: `n` of them, or one for each beam.
         beam_texts: The texts of a search with stop strings or a grammar.
+        mask_time: For the masks of its grammar.
     """
 
     id: int
@@ -81,6 +83,7 @@ class Request:
     stop: StopRule = field(init=False)
     sequences: list[Sequence] = field(init=False)
     beam_texts: BeamTexts | None = field(default=None, init=False)
+    mask_time: Allowance = field(default_factory=Allowance, init=False)
 
     def __post_init__(self) -> None:
         self.stop = StopRule.of(self.params, self.eos_token_ids, self.special_stops)
@@ -96,7 +99,7 @@ class Request:
             return None
         # A beam without tokens before `min_tokens` is no error: other beams may go on.
         stop = replace(self.stop, min_tokens=0) if self.has_beams else self.stop
-        return self.grammar.begin(stop, self.params.allowed_token_ids, self.bad_words)
+        return self.grammar.begin(stop, self.mask_time, self.params.allowed_token_ids, self.bad_words)
 
     @property
     def longest(self) -> int:
