@@ -30,13 +30,16 @@ def make(tiny_llama: Callable[..., PreTrainedModel]) -> Callable[..., Engine]:
 
 
 def test_a_histogram() -> None:
-    histogram = Histogram((1.0, 2.0))
+    class Small(Histogram):
+        bounds = (1.0, 2.0)
+
+    histogram = Small()
     histogram.add(1.0)
     histogram.add(1.5, 3)
     copy = histogram.copy()
     histogram.add(9.0)
     assert (histogram.counts, histogram.total) == ([1, 3, 1], 14.5)
-    assert (copy.counts, copy.total) == ([1, 3, 0], 5.5)
+    assert (copy.counts, copy.total, copy.bounds) == ([1, 3, 0], 5.5, (1.0, 2.0))
 
 
 def test_tokens_and_prefixes(make: Callable[..., Engine]) -> None:

@@ -24,6 +24,7 @@ import torch
 from llama_te_infer import Engine, SamplingParams
 from llama_te_infer.engine.client import DrainingError, EngineFailedError
 from llama_te_infer.engine.outputs import Completion, News, RequestOutput, TokenEvent, TokenLogprobs
+from llama_te_infer.engine.statistics import Counters, EngineStats
 from llama_te_infer.serve.engine_process.client import EngineProcess, Wire
 from llama_te_infer.serve.engine_process.messages import Incoming, Step, Submit, encode, from_server
 from llama_te_infer.serve.engine_process.server import EngineServer
@@ -51,6 +52,22 @@ def test_messages_cross_in_parts_and_unchanged() -> None:
     content, incoming = b"".join(map(encode, steps)), Incoming()
     messages = [message for byte in content for message in incoming.add(bytes([byte]))]
     assert messages == steps and incoming.add(content) == steps
+
+
+def test_counters_cross_without_the_bounds_of_their_histograms() -> None:
+    """The bounds never change, and would be half of a step's message."""
+    counters = Counters(1, 2, 3, 4, 5)
+    counters.add_tokens(1.5, [0.25, None, 1.0])
+    counters.step_tokens.add(7)
+    counters.time_to_first_token_seconds.add(0.03)
+    step = Step(News(stats=EngineStats(1, 2, 3, 4, 64, True, counters)))
+    content = encode(step)
+    (message,) = Incoming().add(content)
+    assert message == step and isinstance(message, Step) and message.news.stats is not None
+    crossed = message.news.stats.counters
+    for name in ("step_tokens", "time_to_first_token_seconds", "inter_token_seconds"):
+        assert getattr(crossed, name).bounds == getattr(counters, name).bounds != ()
+    assert len(content) < 500, "888 bytes with the bounds"
 
 
 def test_parameters_cross_unchanged() -> None:

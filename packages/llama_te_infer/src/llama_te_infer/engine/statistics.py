@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Self
 
 # The upper bounds of vLLM's histograms, so that its dashboards fit.
 INTER_TOKEN_SECONDS = (
@@ -24,7 +25,7 @@ STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass
 class Histogram:
-    """Counts values by size.
+    """Counts values by size. Each kind of histogram has its bounds, so they are not sent between processes.
 
     Attributes:
         bounds: The largest value of each bucket, in ascending order.
@@ -32,7 +33,7 @@ class Histogram:
         counts: The number of values in each bucket; the last bucket has the values above all bounds.
     """
 
-    bounds: tuple[float, ...]
+    bounds: ClassVar[tuple[float, ...]] = ()
     total: float = 0.0
     counts: list[int] = field(default_factory=list)
 
@@ -44,9 +45,27 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += count
         self.total += value * count
 
-    def copy(self) -> Histogram:
+    def copy(self) -> Self:
         """Return a histogram that does not change any more."""
-        return Histogram(self.bounds, self.total, list(self.counts))
+        return type(self)(self.total, list(self.counts))
+
+
+class StepTokens(Histogram):
+    """Tokens of steps."""
+
+    bounds = STEP_TOKENS
+
+
+class FirstTokenSeconds(Histogram):
+    """Seconds before first tokens."""
+
+    bounds = FIRST_TOKEN_SECONDS
+
+
+class InterTokenSeconds(Histogram):
+    """Seconds between tokens."""
+
+    bounds = INTER_TOKEN_SECONDS
 
 
 @dataclass
@@ -69,9 +88,9 @@ class Counters:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     num_preemptions: int = 0
-    step_tokens: Histogram = field(default_factory=lambda: Histogram(STEP_TOKENS))
-    time_to_first_token_seconds: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_SECONDS))
-    inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_SECONDS))
+    step_tokens: StepTokens = field(default_factory=StepTokens)
+    time_to_first_token_seconds: FirstTokenSeconds = field(default_factory=FirstTokenSeconds)
+    inter_token_seconds: InterTokenSeconds = field(default_factory=InterTokenSeconds)
 
     def add_tokens(self, now: float, before: Sequence[float | None]) -> None:
         """Count tokens that have arrived together.
