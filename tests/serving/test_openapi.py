@@ -39,6 +39,13 @@ def test_the_schema_is_valid_and_every_reference_leads_somewhere(schema: Any) ->
     assert "$defs" not in json.dumps(schema)
 
 
+def test_metrics_are_text(schema: Any, server: RunningServer) -> None:
+    assert schema["paths"]["/metrics"]["get"]["responses"]["200"]["content"] == {
+        "text/plain": {"schema": {"type": "string"}}
+    }
+    assert httpx.get(f"{server.url}/metrics").headers["Content-Type"].startswith("text/plain")
+
+
 def test_every_endpoint_has_a_description_and_openais_errors(schema: Any, server: RunningServer) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": 1})
     error = {"$ref": "#/components/schemas/Error", "components": schema["components"]}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
@@ -34,7 +34,7 @@ _COMPLETIONS = (1, 2, 5, 10, 20)
 router = APIRouter()
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Return all metrics in the format that Prometheus asks for."""
     own: Metrics = request.app.state.server.metrics
