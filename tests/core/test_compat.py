@@ -73,6 +73,32 @@ assert "torch" not in sys.modules
             "transformers", f"tokenizers without torch ({ran.stderr})"
         )
 
+    def test_lists_of_tokens_are_decoded_as_by_decode(self) -> None:
+        from tokenizers import AddedToken, Tokenizer, decoders, models
+        from transformers import PreTrainedTokenizerFast
+
+        class Own(PreTrainedTokenizerFast):
+            def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+                return "own"
+
+        words = Tokenizer(models.WordPiece({"[UNK]": 0, "do": 1, "n": 2, "'": 3, "t": 4, ".": 5}, unk_token="[UNK]"))
+        words.decoder = decoders.WordPiece(cleanup=False)
+        for clean_up in (False, True):
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_object=words,
+                eos_token=AddedToken("<end>", special=True),
+                clean_up_tokenization_spaces=clean_up,
+            )
+            decode = compat_transformers.list_decoder(tokenizer)
+            assert decode != tokenizer.decode, moved("transformers", "PreTrainedTokenizerBase._decode")
+            for tokens in ([], [1], [1, 2, 3, 4, 5, 6], [0, 5], [6, 6], [99]):
+                for skip in (False, True):
+                    expected = tokenizer.decode(tokens, skip_special_tokens=skip)
+                    assert decode(tokens, skip_special_tokens=skip) == expected, moved("transformers", "_decode")
+        assert compat_transformers.list_decoder(Own(tokenizer_object=words))([1]) == "own"
+        tokenizer.decode = lambda *_, **__: "replaced"
+        assert compat_transformers.list_decoder(tokenizer)([1]) == "replaced"
+
     def test_gradient_checkpointing_sets_a_function(self) -> None:
         from transformers import LlamaConfig, LlamaModel
 

@@ -120,6 +120,18 @@ class _ImportObserver(MetaPathFinder):
         return spec
 
 
+def list_decoder(tokenizer: Any) -> Callable[..., str]:
+    """Return what decodes a list of token ids as `tokenizer.decode` does.
+
+    transformers' own `decode` first looks for arrays and tensors, which takes longer than decoding.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    decode = tokenizer.decode
+    is_own = getattr(decode, "__func__", None) is PreTrainedTokenizerBase.decode  # and not a subclass's
+    return tokenizer._decode if is_own else decode
+
+
 def import_for_tokenizers() -> None:
     """Import transformers without torch: a process that needs tokenizers alone starts sooner and takes less memory.
 

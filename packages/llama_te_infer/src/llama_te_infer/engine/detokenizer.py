@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama_te_core.compat.tokenizers import panics_as_errors
+from llama_te_core.compat.transformers import list_decoder
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # tokenizers decode the first tokens of a character to it
 # A character has four bytes at most, so more tokens that cannot be read are no text. They are decoded once: a model can
@@ -44,6 +45,7 @@ class Detokenizer:
         self.text = ""
         self.stopped_by: str | None = None
         self._tokens: list[int] = []
+        self._decode_list = None if tokenizer is None else list_decoder(tokenizer)
         self._piece = 0  # the index of the last readable piece's first token
         self._readable = 0  # the index behind its last token
         self._given = 0  # characters that `take` has returned
@@ -59,13 +61,15 @@ class Detokenizer:
         if self.tokenizer is None:
             return
         self._tokens.append(token)
-        known, text = self._decode(self._readable), self._decode(len(self._tokens))
+        with panics_as_errors():
+            known, text = self._decode(self._readable), self._decode(len(self._tokens))
         if len(text) > len(known) and not text.endswith(_UNFINISHED):
             self._piece, self._readable = self._readable, len(self._tokens)
             self._append(text[len(known) :], may_stop)
         elif len(self._tokens) - self._readable > _MOST_UNFINISHED:
             end = len(self._tokens) - _LAST
-            text = self._decode(end)
+            with panics_as_errors():
+                text = self._decode(end)
             self._piece, self._readable = self._readable, end
             self._append(text[len(known) :], may_stop)
 
@@ -78,7 +82,9 @@ class Detokenizer:
     def end(self) -> None:
         """Complete the text: no tokens follow. Incomplete characters stay as the tokenizer decodes them."""
         if self.tokenizer is not None and self.stopped_by is None:
-            self._append(self._decode(len(self._tokens))[len(self._decode(self._readable)) :], False)
+            with panics_as_errors():
+                known, text = self._decode(self._readable), self._decode(len(self._tokens))
+            self._append(text[len(known) :], False)
             self._readable = len(self._tokens)
 
     def take(self, is_whole: bool) -> str:
@@ -92,12 +98,8 @@ class Detokenizer:
         return self.text[given : self._given]
 
     def _decode(self, end: int) -> str:
-        assert self.tokenizer is not None
-        with panics_as_errors():
-            text: str = self.tokenizer.decode(
-                self._tokens[self._piece : end], skip_special_tokens=self.skip_special_tokens
-            )
-        return text
+        assert self._decode_list is not None
+        return self._decode_list(self._tokens[self._piece : end], skip_special_tokens=self.skip_special_tokens)
 
     def _append(self, piece: str, may_stop: bool) -> None:
         before = len(self.text)
