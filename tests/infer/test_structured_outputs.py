@@ -539,6 +539,20 @@ def test_a_grammar_that_takes_long_is_refused(
         Engine(model, tokenizer).submit("a", params(StructuredOutputs(regex="a")))
 
 
+def test_preparing_says_nothing_where_forms_are_not_possible(
+    model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Engine(model).grammars.prepare()
+    compiler = Engine(model, tokenizer).grammars
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "llguidance", None)
+        compiler.prepare()
+    compiler.prepare()
+    monkeypatch.setattr(grammars, "_tokens_of", lambda *_: pytest.fail("the tokenizer has been prepared"))
+    compiler.prepare()
+    compiler.compile(StructuredOutputs(regex="a"))
+
+
 def ambiguous(rules: int) -> StructuredOutputs:
     """First xz, behind which any text has so many parses that a mask takes seconds."""
     pairs = " | ".join(f"s{first} s{second}" for first in range(rules) for second in range(rules))

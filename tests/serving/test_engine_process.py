@@ -123,6 +123,16 @@ async def split(engine: Engine) -> AsyncIterator[EngineProcess]:
     )
 
 
+def test_the_first_form_finds_its_tokenizer_prepared(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine()
+
+    async def main() -> None:
+        async with split(engine):
+            await asyncio.to_thread(wait_for, lambda: engine.grammars._tokens is not None)
+
+    asyncio.run(main())
+
+
 def test_a_failed_step_ends_what_runs_and_the_next_request_succeeds(
     make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..runner.grammar import Grammar
@@ -36,8 +37,18 @@ class GrammarCompiler:
         self._tokens: tuple[Any, int] | None = None  # llguidance's tokenizer, and its end token
         self._tokens_lock = threading.Lock()
 
+    def prepare(self) -> None:
+        """Make llguidance's view of the tokenizer, so that the first request need not wait for it.
+
+        It takes a second or two, in which llguidance and tokenizers let no other thread run Python code. Where it is
+        not possible, `compile` says why.
+        """
+        if self._tokenizer is not None:
+            with suppress(ImportError, ValueError):
+                self._llguidance_tokens()
+
     def compile(self, form: StructuredOutputs) -> Grammar:
-        """Return the grammar of a form. The first call for a tokenizer takes about a second.
+        """Return the grammar of a form. The first call takes a second or two more, unless `prepare` has been called.
 
         Raises:
             GrammarError: llguidance refuses the form.

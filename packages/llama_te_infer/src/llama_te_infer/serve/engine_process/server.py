@@ -69,6 +69,8 @@ class EngineServer:
 
         self._loop = EngineLoop(engine, self._deliver)
         self._send(Ready(_description(engine), engine.max_sequence_length, sampling_defaults, engine.stats()))
+        # Now, since hardly any request has come, and it would delay those that run later.
+        threading.Thread(target=engine.grammars.prepare, name="grammars", daemon=True).start()
         self._loop.run()
 
     def listen(self) -> None:
