@@ -77,5 +77,6 @@ void bind_cache(py::module_ &module);
 void bind_attention(py::module_ &module);
 void bind_linear(py::module_ &module);
 void bind_elementwise(py::module_ &module);
+void bind_sampling(py::module_ &module);
 
 }  // namespace llama_te::bindings

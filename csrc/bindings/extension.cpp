@@ -101,6 +101,7 @@ PYBIND11_MODULE(_extension, module) {
     bind_attention(module);
     bind_linear(module);
     bind_elementwise(module);
+    bind_sampling(module);
 }
 
 }  // namespace llama_te::bindings

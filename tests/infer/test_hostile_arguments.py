@@ -22,6 +22,7 @@ from infer.operator_oracle import AppendCase, ReorderCase, make_append, make_pag
 from infer.step_oracle import LinearCase, make_linear
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
+from llama_te_infer.ops.draw import draw
 from llama_te_infer.ops.embed import embed
 from llama_te_infer.ops.greedy import greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
@@ -103,6 +104,15 @@ def greedy_arguments(source: random.Random) -> Arguments:
     }
 
 
+def draw_arguments(source: random.Random) -> Arguments:
+    return {
+        "logits": torch.rand(3, 8).to(source.choice([torch.bfloat16, torch.float16, torch.float32])),
+        "numbers": torch.tensor([[1.0, 0.9, 0.1]] * 3),
+        "integers": torch.tensor([[7, 4, 5]] * 3),
+        "tokens": torch.zeros(3, dtype=torch.int64),
+    }
+
+
 def workspace_arguments(source: random.Random) -> Arguments:
     return {"rows": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "capacity": 4096}
 
@@ -112,6 +122,7 @@ Make = Callable[[random.Random], Arguments]
 OPERATORS: dict[str, Make] = {
     "append_rope": append_arguments,
     "decode_attention": decode_arguments,
+    "draw": draw_arguments,
     "embed": embed_arguments,
     "greedy": greedy_arguments,
     "linear": operator_linear_arguments,
@@ -123,6 +134,7 @@ OPERATORS: dict[str, Make] = {
 PUBLIC: dict[Callable[..., Any], Make] = {
     append_rope: append_arguments,
     decode_attention: decode_arguments,
+    draw: draw_arguments,
     embed: embed_arguments,
     greedy: greedy_arguments,
     linear: wrapped_linear_arguments,

@@ -156,19 +156,20 @@ def kernel(name: str) -> Callable[..., None]:
 # --- operators -------------------------------------------------------------------------------------------------------
 
 
-def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None]) -> None:
+def register(schema: str, *, cpu: Callable[..., None], cuda: Callable[..., None] | None = None) -> None:
     """Register an operator of `torch.ops.llama_te` that writes to its arguments and returns nothing.
 
     Args:
         schema: A schema for `torch.library.define`, with the operator's name in front.
         cpu: Implementation for CPU tensors.
-        cuda: Implementation for CUDA tensors.
+        cuda: Implementation for CUDA tensors; `None` if there is no kernel.
     """
     operator, parameters = schema.split("(", 1)
     name = f"llama_te::{operator}"
     torch.library.define(name, f"({parameters}")
     torch.library.impl(name, "cpu", cpu)
-    torch.library.impl(name, "cuda", cuda)
+    if cuda is not None:
+        torch.library.impl(name, "cuda", cuda)
     torch.library.register_fake(name, _fake)
 
 

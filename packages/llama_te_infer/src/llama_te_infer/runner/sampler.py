@@ -17,6 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from ..decode.greedy import GreedyWorkspace, take_likeliest
+from ..ops import library
+from ..ops.draw import draw
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from .grammar import TokenMasks
 from .stopping import StopRule
@@ -86,6 +88,7 @@ class RowSampling:
         device: The device of the tensors.
 
     Attributes:
+        number_R3: float32: temperature, top_p and min_p.
         seen_RV: bool, the tokens of a row's prompt and output. Only rows with a repetition penalty or `min_tokens` have
             entries; `None` until the first such row is set.
         ending_RV: bool, the tokens that would end a row. The same rows have entries.
@@ -101,6 +104,7 @@ class RowSampling:
         self._number_RF = torch.zeros(rows, 6, dtype=torch.float32, device=device)
         self._integer_RF = torch.zeros(rows, 3, dtype=torch.int64, device=device)
         self.temperature_R, self.top_p_R, self.min_p_R, *penalties = self._number_RF.unbind(1)
+        self.number_R3 = self._number_RF[:, :3]
         self.repetition_penalty_R, self.presence_penalty_R, self.frequency_penalty_R = penalties
         self.seed_R, self.top_k_R, self.min_length_R = self._integer_RF.unbind(1)
         self.seen_RV: torch.Tensor | None = None
@@ -342,10 +346,14 @@ def sample(
         count_BV = sampling.count_RV[rows]
         choice_BV = choice_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
         choice_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
-    if needs.random:
-        choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
-    take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
+    if needs.random and draws_by_operator(choice_BV.device):
+        integer_B3 = torch.stack([sampling.seed_R[rows], sampling.top_k_R[rows], position_B.long()], dim=1)
+        draw(choice_BV, sampling.number_R3[rows].contiguous(), integer_B3, token_B)
+    else:
+        if needs.random:
+            choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
+        take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
 
     known_B = token_B.clamp(min=0)  # a row with NO_TOKEN ends, so its records may be wrong
     if needs.masked or needs.counted:
@@ -367,6 +375,11 @@ def sample(
     if needs.top_logprobs == 0:
         return Sampled(token_B, logprob_B)
     return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
+
+
+def draws_by_operator(device: torch.device) -> bool:
+    """Return whether the compiled operator draws tokens on this device. On others PyTorch's operations do."""
+    return device.type == "cpu" and library.available("cpu")
 
 
 def unpacked(bits_MW: torch.Tensor, vocab_size: int) -> torch.Tensor:
