@@ -55,3 +55,22 @@ def test_every_endpoint_has_a_description_and_openais_errors(schema: Any, server
             assert operation["description"], (method, path)
             assert operation["responses"]["4XX"] == {"$ref": "#/components/responses/Error"}
             assert ("requestBody" in operation) == (method == "post")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
+    ],
+)
+def test_answers_and_streams_have_the_media_types_of_the_schema(
+    schema: Any, server: RunningServer, path: str, body: dict[str, Any]
+) -> None:
+    described = schema["paths"][path]["post"]["responses"]["200"]["content"]
+    found = []
+    for stream in (False, True):
+        answer = httpx.post(f"{server.url}{path}", json={**body, "stream": stream})
+        found.append(answer.headers["content-type"].partition(";")[0])
+    assert found == list(described)

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 _SCHEMAS = "#/components/schemas/"
 _JSON = "application/json"
+_EVENTS = "text/event-stream"
 _ERROR = {
     "type": "object",
     "required": ["error"],
@@ -29,9 +30,12 @@ _ERROR = {
 
 
 def body_of(body_class: type[BaseModel]) -> dict[str, Any]:
-    """Return the part of the OpenAPI schema for a body that the endpoint reads itself, within its limits."""
+    """Return the OpenAPI schema of a body that the endpoint reads itself within its limits, and of the stream."""
     schema = body_class.model_json_schema(ref_template=f"{_SCHEMAS}{{model}}")
-    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+    part: dict[str, Any] = {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
+    if "stream" in body_class.model_fields:
+        part["responses"] = {"200": {"content": {_EVENTS: {"schema": {}}}}}
+    return part
 
 
 def openapi_of(app: FastAPI, needs_key: bool) -> dict[str, Any]:
