@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from ..sampling_params import SamplingParams
-from .client import EngineClient, Mailbox, step_failed
+from .client import EndFor, EngineClient, EventFor, Mailbox, hand_over, sort_news
 from .engine import Engine
 from .loop import EngineLoop
-from .outputs import News, RequestOutput, TokenEvent
+from .outputs import News
 from .statistics import EngineStats
 
 
@@ -126,37 +127,16 @@ class AsyncEngine(EngineClient):
     def _deliver(self, news: News) -> None:
         """Hand the news over, with one call for each event loop."""
         self.failure = news.failure
-        parts: dict[Mailbox, _Part] = {}
-        for event in news.events:
-            mailbox = self._mailboxes[event.request_id]
-            if mailbox not in parts:
-                parts[mailbox] = _Part()
-            parts[mailbox].events.append(event)
-        for output in news.outputs:
-            parts.setdefault(self._mailboxes.pop(output.request_id), _Part()).output = output
-        for request_id in news.lost:
-            assert news.failure is not None
-            parts.setdefault(self._mailboxes.pop(request_id), _Part()).error = step_failed(news.failure)
-        self._release(len(news.outputs) + len(news.lost))
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Mailbox, _Part]]] = {}
-        for mailbox, part in parts.items():
-            by_loop.setdefault(mailbox.loop, []).append((mailbox, part))
-        for loop, each in by_loop.items():
-            _tell(loop, _take_all, each)
-
-
-class _Part:
-    """The part of the news that one request gets."""
-
-    def __init__(self) -> None:
-        self.events: list[TokenEvent] = []
-        self.output: RequestOutput | None = None
-        self.error: Exception | None = None
-
-
-def _take_all(each: list[tuple[Mailbox, _Part]]) -> None:
-    for mailbox, part in each:
-        mailbox.take(part.events, part.output, part.error)
+        events, ends = sort_news(news, self._mailboxes)
+        self._release(len(ends))
+        by_loop: defaultdict[asyncio.AbstractEventLoop, tuple[list[EventFor], list[EndFor]]]
+        by_loop = defaultdict(lambda: ([], []))
+        for event in events:
+            by_loop[event[0].loop][0].append(event)
+        for end in ends:
+            by_loop[end[0].loop][1].append(end)
+        for loop, parts in by_loop.items():
+            _tell(loop, hand_over, *parts)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:

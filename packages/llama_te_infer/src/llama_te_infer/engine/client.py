@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..sampling_params import SamplingParams
-from .outputs import RequestOutput, TokenEvent
+from .outputs import News, RequestOutput, TokenEvent
 from .statistics import EngineStats
 from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt, tokens_of_text
 
@@ -71,16 +71,14 @@ class Mailbox:
         """Whether the request has ended."""
         return self.output is not None or self.error is not None
 
-    def take(self, events: list[TokenEvent], output: RequestOutput | None, error: Exception | None) -> None:
-        """Receive events, and perhaps the end of the request."""
-        self.events += events
+    def end(self, output: RequestOutput | None, error: Exception | None) -> None:
+        """Receive the end of the request."""
         self.output, self.error = output, error
         self.wake()
-        if self.is_complete:
-            if self._alarm is not None:
-                self._alarm.cancel()
-            if self._on_end is not None:
-                self._on_end(output, error)
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._on_end is not None:
+            self._on_end(output, error)
 
     async def wait(self, timeout: float | None) -> None:
         """Wait for events, for the end of the request, or until the time is over.
@@ -114,6 +112,29 @@ class Mailbox:
         """Let the waiting task go on."""
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
+
+
+EventFor = tuple[Mailbox, TokenEvent]
+EndFor = tuple[Mailbox, RequestOutput | None, Exception | None]
+
+
+def sort_news(news: News, mailboxes: dict[int, Mailbox]) -> tuple[list[EventFor], list[EndFor]]:
+    """Return the events and the ends of requests with their mailboxes. Requests that have ended leave `mailboxes`."""
+    events = [(mailboxes[event.request_id], event) for event in news.events]
+    ends: list[EndFor] = [(mailboxes.pop(output.request_id), output, None) for output in news.outputs]
+    for request_id in news.lost:
+        assert news.failure is not None
+        ends.append((mailboxes.pop(request_id), None, step_failed(news.failure)))
+    return events, ends
+
+
+def hand_over(events: list[EventFor], ends: list[EndFor]) -> None:
+    """Put news into mailboxes. The event loop of the mailboxes calls this."""
+    for mailbox, event in events:
+        mailbox.events.append(event)
+        mailbox.wake()
+    for mailbox, output, error in ends:
+        mailbox.end(output, error)
 
 
 class RequestStream(AsyncIterator[list[TokenEvent]]):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from ...engine.client import ENDING, DrainingError, EngineClient, EngineFailedError, Mailbox, step_failed
+from ...engine.client import ENDING, DrainingError, EngineClient, EngineFailedError, Mailbox, hand_over, sort_news
 from ...engine.outputs import News
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams, checked_params
@@ -159,17 +159,9 @@ class EngineProcess(EngineClient):
     def _take(self, news: News) -> None:
         self.failure = news.failure
         self._stats = news.stats or self._stats
-        mailboxes = self._mailboxes
-        for event in news.events:
-            mailbox = mailboxes[event.request_id]
-            mailbox.events.append(event)
-            mailbox.wake()
-        for output in news.outputs:
-            mailboxes.pop(output.request_id).take([], output, None)
-        for request_id in news.lost:
-            assert news.failure is not None
-            mailboxes.pop(request_id).take([], None, step_failed(news.failure))
-        self._release(len(news.outputs) + len(news.lost))
+        events, ends = sort_news(news, self._mailboxes)
+        hand_over(events, ends)
+        self._release(len(ends))
 
     def _end(self, reason: str) -> None:
         """End all requests, since the process has ended."""
@@ -181,7 +173,7 @@ class EngineProcess(EngineClient):
             error = EngineFailedError(reason)
             self.failure = self.failure or error
         for mailbox in self._mailboxes.values():
-            mailbox.take([], None, error)
+            mailbox.end(None, error)
         for _, answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
