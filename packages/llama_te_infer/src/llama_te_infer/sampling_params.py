@@ -14,6 +14,7 @@ from .structured_outputs import StructuredOutputs
 MAX_LOGPROBS = 20
 MIN_TEMPERATURE = 1e-6  # below it, logits / temperature would come close to float32's range
 MAX_PENALTY = 2.0  # of presence and frequency
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-4, 1e4  # keep logits within float32
 MAX_BIAS = 100.0  # of a logit
 MAX_INTEGER = 2**63 - 1  # what kernels and messages between processes hold
 MAX_LENGTH_PENALTY = 5.0  # keeps length ** length_penalty a float32 for any length
@@ -41,7 +42,7 @@ class SamplingParams:
         top_p: Draw only from the most likely tokens that together reach this probability.
         min_p: Draw only from tokens with at least `min_p` times the probability of the most likely one.
         repetition_penalty: Divides the positive logits of tokens in the prompt or the output, and multiplies their
-            negative ones.
+            negative ones. From 0.0001 to 10,000.
         presence_penalty: Is subtracted from the logits of tokens that the output has. From -2 to 2.
         frequency_penalty: Is subtracted from the logit of a token as often as the output has the token. From -2 to 2.
         logit_bias: Numbers to add to the logits of tokens, by token id. From -100 to 100.
@@ -146,8 +147,9 @@ class SamplingParams:
         self._need("min_p", _is_number(self.min_p, 0, 1), "give a number from 0, for all, to 1")
         self._need(
             "repetition_penalty",
-            _is_number(self.repetition_penalty, 0) and self.repetition_penalty > 0,
-            "give a number above 0; 1 changes nothing, more discourages repetition",
+            _is_number(self.repetition_penalty, MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+            f"give a number from {MIN_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g}; 1 changes nothing, more "
+            "discourages repetition",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             self._need(
