@@ -135,15 +135,19 @@ def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
 
 @nox.session
 def clients(session: nox.Session) -> None:
-    """Compare lm-eval, TRL, PEFT, accelerate, sentence-transformers and outlines on our models and on transformers'."""
+    """Compare lm-eval, TRL, PEFT, accelerate, sentence-transformers and outlines on our models and on transformers'.
+
+    OpenAI's client and lm-eval also ask `llama-te-serve`, which serves the real model.
+    """
     install(session, *MODEL_READERS, *SERVER, *CLIENTS_OF_SERVER, "hypothesis", "pytest", "pytest-xdist")
     install_model(session)
     say(session, "Installing the current releases of the libraries", "2 min")
     session.install("--no-compile", "--upgrade", *CLIENTS)
-    say(session, "Running the tests", "2 min")
+    say(session, "Running the tests", "5 min")
     arguments = session.posargs or ["--durations=10"]
     env = OFFLINE | {"OMP_NUM_THREADS": "1"}
-    session.run("pytest", "--numprocesses=2", "--dist=worksteal", "tests/clients", *arguments, env=env)
+    # The tests of a file share what is slow to make, such as running servers, so one process runs them all.
+    session.run("pytest", "--numprocesses=2", "--dist=loadfile", "tests/clients", *arguments, env=env)
 
 
 @nox.session

@@ -10,22 +10,25 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import AsyncOpenAI, OpenAI
 from transformers import PreTrainedModel
 
+from clients.test_lm_eval_server import check_scores
+from infer.test_structured_outputs import CHECKED, random_schemas
 from llama_te_convert import convert_llama_hf_to_te, convert_llama_te_to_hf
 from llama_te_infer import Engine, SamplingParams
 
-OPTIONS = {"max_batch_size": 8, "max_sequence_length": 256, "page_size": 16, "total_num_pages": 128}
+OPTIONS = {"max_batch_size": 16, "max_sequence_length": 256, "page_size": 16, "total_num_pages": 128}
 QUESTIONS = ["Why is the sky blue?", "What is the capital of France?", "Say 😀🎉 in three languages."]
 NEW = 16
 Url = str
@@ -37,21 +40,37 @@ def engine(smollm2: PreTrainedModel, smollm2_tokenizer: Any) -> Engine:
 
 
 @pytest.fixture(scope="module")
-def urls(engine: Engine, smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Url]]:
-    """Servers of a GGUF file, of a folder of transformers and of a converted folder, which start at the same time."""
+def checkpoints(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model as a folder of transformers and as a converted folder."""
     folder = tmp_path_factory.mktemp("smollm2")
     # transformers does not save the model that it has read from a GGUF file.
     for name, model in (("hf", convert_llama_te_to_hf(engine.model)), ("te", engine.model)):
         model.save_pretrained(folder / name)
         engine.tokenizer.save_pretrained(folder / name)
-    sources = {"gguf": smollm2_file, "hf": folder / "hf", "te": folder / "te"}
-    options = ["--port=0", "--served-model-name=smol", "--dtype=float32"]
-    options += [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+    return {"hf": folder / "hf", "te": folder / "te"}
+
+
+def start(source: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "llama_te_infer.serve", str(source), "--port=0", "--served-model-name=smol"]
+    command += ["--dtype=float32", *(f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items())]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_of_the_file(smollm2_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """A server of the GGUF file, which begins to load before the tests themselves load the model."""
+    with start(smollm2_file) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def urls(server_of_the_file: subprocess.Popen[str], checkpoints: dict[str, Path]) -> Iterator[dict[str, Url]]:
+    """Servers of all formats."""
     with ExitStack() as ended:
-        processes = {}
-        for name, source in sources.items():
-            command = [sys.executable, "-m", "llama_te_infer.serve", str(source), *options]
-            processes[name] = ended.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        processes = {"gguf": server_of_the_file}
+        for name, source in checkpoints.items():
+            processes[name] = ended.enter_context(start(source))
             ended.callback(processes[name].kill)
         found = {}
         for name, process in processes.items():
@@ -208,3 +227,102 @@ def test_required_calls_fit_their_schemas(client: OpenAI) -> None:
         (call,) = answer.choices[0].message.tool_calls or []
         assert call.type == "function" and call.function.name == "weather"
         jsonschema.validate(json.loads(call.function.arguments), schema)
+
+
+def test_both_clients_get_the_same_answers_whole_and_in_streams(urls: dict[str, Url], client: OpenAI) -> None:
+    chats: Any = {"model": "smol", "messages": chat(QUESTIONS[0]), "max_tokens": 8, "n": 3, "seed": 5}
+    texts: Any = {"model": "smol", "prompt": ["The sky is", "Two and two"], "max_tokens": 8, "seed": 5}
+
+    def joined(chunks: list[Any]) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for choice in (choice for chunk in chunks for choice in chunk.choices):
+            part = choice.text if hasattr(choice, "text") else choice.delta.content
+            found[choice.index] = found.get(choice.index, "") + (part or "")
+        return found
+
+    async def ask() -> list[Any]:
+        async with AsyncOpenAI(base_url=urls["te"], api_key="none", max_retries=0) as other:
+            return [
+                await other.chat.completions.create(**chats),
+                [chunk async for chunk in await other.chat.completions.create(**chats, stream=True)],
+                await other.completions.create(**texts),
+                [chunk async for chunk in await other.completions.create(**texts, stream=True)],
+            ]
+
+    def plain(answer: Any) -> list[Any]:
+        return [choice.to_dict() for choice in answer.choices]
+
+    whole_chat, chat_chunks, whole_text, text_chunks = asyncio.run(ask())
+    contents = {choice.index: choice.message.content for choice in whole_chat.choices}
+    assert len(set(contents.values())) == 3, "each answer is drawn by itself"
+    assert plain(client.chat.completions.create(**chats)) == plain(whole_chat)
+    assert joined(chat_chunks) == joined(list(client.chat.completions.create(**chats, stream=True))) == contents
+    continued = {choice.index: choice.text for choice in whole_text.choices}
+    assert plain(client.completions.create(**texts)) == plain(whole_text)
+    assert joined(text_chunks) == joined(list(client.completions.create(**texts, stream=True))) == continued
+
+
+def test_a_stop_string_ends_a_text_before_it(client: OpenAI, engine: Engine) -> None:
+    (output,) = engine.chat(chat(QUESTIONS[1]), SamplingParams(max_tokens=NEW, temperature=0))
+    text = output.outputs[0].text
+    stop = text[8:12]  # it may begin and end within a token
+    arguments: Any = {"model": "smol", "messages": chat(QUESTIONS[1]), "max_tokens": NEW, "temperature": 0}
+    (choice,) = client.chat.completions.create(**arguments, stop=["never", stop]).choices
+    chunks = list(client.chat.completions.create(**arguments, stop=stop, stream=True))
+    assert choice.message.content == text[: text.index(stop)]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == choice.message.content
+    assert choice.finish_reason == chunks[-1].choices[0].finish_reason == "stop" and choice.stop_reason == stop
+
+
+def test_answers_validate_under_200_random_schemas(urls: dict[str, Url], counts: Callable[[str], None]) -> None:
+    schemas = random_schemas(200)
+
+    async def ask() -> list[Any]:
+        async with AsyncExitStack() as opened:
+            clients = [
+                await opened.enter_async_context(AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600))
+                for url in urls.values()
+            ]
+
+            def answer(index: int) -> Any:
+                schema = schemas[index]
+                fields: dict[str, Any] = {
+                    "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+                }
+                if index % 4:
+                    fields = {"structured_outputs": {"json": schema, "disable_any_whitespace": True}}
+                return clients[index % len(clients)].chat.completions.create(
+                    model="smol", messages=chat("Answer."), max_tokens=32, temperature=0, extra_body=fields
+                )
+
+            return await asyncio.gather(*map(answer, range(len(schemas))))
+
+    stopped = 0
+    for schema, answer in zip(schemas, asyncio.run(ask()), strict=True):
+        if answer.choices[0].finish_reason == "stop":
+            stopped += 1
+            content = json.loads(answer.choices[0].message.content)
+            jsonschema.Draft202012Validator(schema, format_checker=CHECKED).validate(content)
+    counts(f"{stopped} of 200 answers in JSON were whole after 32 tokens, and each fits its schema")
+    assert stopped > 60
+
+
+def test_errors_name_the_field(client: OpenAI) -> None:
+    def refused(kind: type[openai.APIStatusError], message: str, **fields: Any) -> Any:
+        arguments: dict[str, Any] = {"model": "smol", "messages": chat("Hi"), "max_tokens": 1}
+        with pytest.raises(kind, match=message) as caught:
+            client.chat.completions.create(**arguments | fields)
+        return caught.value.body
+
+    assert refused(openai.BadRequestError, "temperature=-1", temperature=-1)["param"] == "temperature"
+    assert refused(openai.NotFoundError, "other", model="other")["code"] == "model_not_found"
+    refused(openai.BadRequestError, "colour is no field", extra_body={"colour": 1})
+    refused(openai.BadRequestError, "256", messages=chat("word " * 300))
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}
+    refused(openai.BadRequestError, "llguidance", response_format=form)
+
+
+def test_lm_eval_scores_as_on_transformers_model(
+    urls: dict[str, Url], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    check_scores(urls["te"], "smol", checkpoints["hf"], tmp_path)
