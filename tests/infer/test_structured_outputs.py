@@ -11,9 +11,11 @@ import enum
 import json
 import re
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from random import Random
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import jsonschema
@@ -566,7 +568,7 @@ def test_a_text_whose_masks_take_too_long_ends_alone(
     model: Any, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """The first mask has x alone. The second one takes more than a second, in which all others would wait."""
-    monkeypatch.setattr(mask_workers, "SECONDS_IN_RESERVE", 0.2)
+    monkeypatch.setattr(mask_workers, "SECONDS_IN_RESERVE", 0.1)
     engine, prompt = Engine(model, tokenizer, max_batch_size=8, page_size=4), "abc " * 9
     others = [params(StructuredOutputs(regex="[xz]{60}"), seed=1), SamplingParams(max_tokens=60, temperature=0)]
     expected = [engine.generate(prompt, each)[0].outputs[0].text for each in others]
@@ -592,6 +594,23 @@ def test_masks_that_take_long_together_end_their_request(
     assert "llguidance needs too long for the next token" in str(slow.error) and quick.outputs[0].text == "no"
     assert {completion.finish_reason for completion in slow.outputs} == {"error"}
     assert all(len(completion.token_ids) <= 50 for completion in slow.outputs)
+
+
+def test_the_time_for_tokens_counts_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    def spin(_: Any) -> int:
+        end = time.thread_time() + 0.03
+        while time.thread_time() < end:
+            pass
+        return 1
+
+    compiled = GrammarCompiler(tokenizer, len(tokenizer), [EOS]).compile(StructuredOutputs(regex="x*"))
+    text = compiled.begin(StopRule.of(SamplingParams(), [EOS]), mask_workers.Allowance())
+    text.matcher = SimpleNamespace(
+        consume_token=spin, validate_tokens=spin, is_stopped=lambda: False, rollback=lambda count: True
+    )
+    text.add(5)
+    assert text.accepts(5) and not text.is_complete_with(5)
+    assert text.allowance.seconds < mask_workers.SECONDS_IN_RESERVE - 3 * 0.03
 
 
 def test_a_first_mask_that_takes_long_is_refused(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

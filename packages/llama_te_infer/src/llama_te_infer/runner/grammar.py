@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,7 +133,7 @@ class GrammarText:
             self.has_failed = True
         elif token in self.stop.end_tokens or token == NO_TOKEN:
             return
-        elif self.matcher.consume_token(token):
+        elif self._spend_time(self.matcher.consume_token, token):
             self._written.append(token)
             self.is_complete = self.matcher.is_stopped()
         else:
@@ -141,11 +142,11 @@ class GrammarText:
 
     def accepts(self, token: int) -> bool:
         """Return whether a token may follow that does not end the text."""
-        return self.error is None and bool(self.matcher.validate_tokens([token]) == 1)
+        return self.error is None and self._spend_time(self.matcher.validate_tokens, [token]) == 1
 
     def is_complete_with(self, token: int) -> bool:
         """Return whether no token could follow this one, which `accepts` has accepted."""
-        self.matcher.consume_token(token)
+        self._spend_time(self.matcher.consume_token, token)
         is_complete: bool = self.matcher.is_stopped()
         self.matcher.rollback(1)
         return is_complete
@@ -178,6 +179,13 @@ class GrammarText:
         """Complete the mask instead that llguidance takes too long for."""
         self.error = GrammarError(TOO_SLOW)
         mask_W.fill(0xFFFFFFFF)
+
+    def _spend_time(self, function: Callable[[Any], int], argument: Any) -> int:
+        """Call a function of llguidance in the time of the request. It takes no longer than the mask before."""
+        begin = time.thread_time()
+        result = function(argument)
+        self.allowance.spend(time.thread_time() - begin, is_mask=False)
+        return result
 
     def _problem(self) -> str:
         return str(self.matcher.get_error()).split("\n", 1)[0] or "of an unknown reason"

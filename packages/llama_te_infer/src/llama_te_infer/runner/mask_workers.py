@@ -18,14 +18,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# The CPU time of a request for masks: so much for each, and so much in reserve. Other requests wait meanwhile.
+# The CPU time of a request in llguidance: so much for each mask, and so much in reserve. Other requests wait meanwhile.
 SECONDS_OF_A_MASK, SECONDS_IN_RESERVE = 0.01, 1.0
 
 _LOOK_SECONDS = 0.02  # how often the waiting thread looks for masks that take too long
 
 
 class Allowance:
-    """The CPU time that a request may still take for the masks of its texts.
+    """The CPU time that a request may still take for its texts in their grammar.
 
     Attributes:
         seconds: The time; less than 0 where the request has taken more.
@@ -34,10 +34,11 @@ class Allowance:
     def __init__(self) -> None:
         self.seconds = SECONDS_IN_RESERVE
 
-    def spend(self, seconds: float) -> None:
-        """Count a mask."""
+    def spend(self, seconds: float, is_mask: bool = True) -> None:
+        """Count the time that llguidance has taken, for a mask or for something else."""
         if self.seconds >= 0:
-            self.seconds = min(SECONDS_IN_RESERVE, self.seconds + SECONDS_OF_A_MASK - seconds)
+            more = SECONDS_OF_A_MASK if is_mask else 0.0
+            self.seconds = min(SECONDS_IN_RESERVE, self.seconds + more - seconds)
 
 
 @dataclass(eq=False)
