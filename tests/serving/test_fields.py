@@ -93,6 +93,12 @@ def test_what_asks_for_nothing_passes_and_the_rest_is_refused_with_a_reason(
 def test_false_is_not_zero(server: RunningServer) -> None:
     assert refusal(server, "completions", {"prompt": "a", "priority": 0}) is None
     assert refusal(server, "completions", {"prompt": "a", "priority": False}) is not None
+    for fields in ({"return_token_ids": 0}, {"n": True}, {"stream_options": {"include_obfuscation": 0}}):
+        answer = httpx.post(f"{server.url}/v1/responses", json={"input": "a", "max_output_tokens": 1, **fields})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] is not None
+    fields = {"return_token_ids": False, "n": 1, "stream_options": {"include_obfuscation": False}}
+    answer = httpx.post(f"{server.url}/v1/responses", json={"input": "a", "max_output_tokens": 1, **fields})
+    assert answer.status_code == 200, answer.text
 
 
 def test_fields_without_effect(server: RunningServer) -> None:

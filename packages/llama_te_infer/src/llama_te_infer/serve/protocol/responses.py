@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ...structured_outputs import StructuredOutputs
 from .sampling import SamplingFields
-from .strict import Strict
+from .strict import OnlyFalse, Strict
 from .tools import AllowedTools, AllowedToolsChoice, Function, FunctionName, Tool, ToolChoice, ToolName
 from .unsupported import FOR_ALL, FOR_RESPONSES, Unsupported
 
@@ -91,7 +91,7 @@ class TextConfig(Strict):
 class ResponseStreamOptions(Strict):
     """Options of a stream."""
 
-    include_obfuscation: Literal[False] | None = Field(None, description="Only false: no event has padding.")
+    include_obfuscation: OnlyFalse | None = Field(None, description="Only false: no event has padding.")
 
 
 class ResponsesRequest(SamplingFields):
@@ -116,8 +116,8 @@ class ResponsesRequest(SamplingFields):
     )
     truncation: Literal["disabled"] | None = Field(None, description="Only disabled: a long prompt is refused.")
 
-    n: Literal[1] | None = None
-    return_token_ids: Literal[False] | None = None
+    n: int | None = Field(None, ge=1, le=1)
+    return_token_ids: OnlyFalse | None = None
     stream_options: ResponseStreamOptions | None = None  # type: ignore[assignment]
 
     def chat_tools(self) -> list[Tool]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from ...sampling_params import SamplingParams, shown
-from .strict import ListOf, Strict
+from .strict import ListOf, OnlyFalse, Strict
 from .structured_outputs import ResponseFormat, StructuredOutputsFields, form_of
 from .unsupported import FOR_ALL, Unsupported, without_unsupported
 
@@ -20,7 +20,7 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = Field(None, description="End with a chunk that has the usage and no choices.")
     continuous_usage_stats: bool | None = Field(None, description="Report the usage so far in each chunk.")
-    include_obfuscation: Literal[False] | None = Field(None, description="Only false: no chunk has padding.")
+    include_obfuscation: OnlyFalse | None = Field(None, description="Only false: no chunk has padding.")
 
 
 class GeneratingFields(Strict):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Item = TypeVar("Item")
 ListOf = Annotated[list[Item], Field(fail_fast=True)]
@@ -12,6 +12,16 @@ ListOf = Annotated[list[Item], Field(fail_fast=True)]
 MAX_PARTS = 16_384  # prompts, messages or documents of one request
 PartsOf = Annotated[list[Item], Field(fail_fast=True, max_length=MAX_PARTS)]
 """A list of dicts or lists, of which Python makes some hundred bytes each: they must not be millions."""
+
+
+def _checked_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+    raise ValueError("give false, or leave it out")
+
+
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_checked_bool)]
+"""A switch that cannot be on; pydantic's literal alone takes 0 for false."""
 
 
 class Strict(BaseModel):
