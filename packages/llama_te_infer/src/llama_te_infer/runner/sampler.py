@@ -25,7 +25,7 @@ from .stopping import StopRule
 
 
 class SamplingNeeds(NamedTuple):
-    """The kinds of work that `sample` has to do for a batch. The host knows them; each combination has a CUDA graph.
+    """The kinds of work that `sample` has to do for a batch. The host knows them.
 
     Attributes:
         random: At least one row draws its token.
