@@ -42,7 +42,10 @@ def test_each_mask_is_computed_once(count: int, masks: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_masks_that_take_too_long_are_given_up(count: int) -> None:
+@pytest.mark.parametrize("has_clocks", [True, False], ids=["clocks of threads", "no clocks of threads"])
+def test_masks_that_take_too_long_are_given_up(count: int, has_clocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_clocks:
+        monkeypatch.delattr(time, "pthread_getcpuclockid")
     workers, stop = MaskWorkers(count), threading.Event()
 
     def spin() -> None:

@@ -120,14 +120,17 @@ class _Worker(threading.Thread):
         # What the thread does at present, under the lock.
         self.batch: _Batch | None = None
         self.task: MaskTask | None = None
-        self._begin = 0.0
+        self._begin = self._began = 0.0  # of the mask, in CPU time and in time
         self.start()
 
     def takes_too_long(self) -> bool:
         """Return whether the present mask has taken more CPU time than its request has."""
         assert self.ident is not None and self.task is not None
-        clock = time.pthread_getcpuclockid(self.ident)
-        return time.clock_gettime(clock) - self._begin > self.task.allowance.seconds
+        if hasattr(time, "pthread_getcpuclockid"):
+            seconds = time.clock_gettime(time.pthread_getcpuclockid(self.ident)) - self._begin
+        else:  # macOS has no such clock of another thread
+            seconds = time.monotonic() - self._began
+        return seconds > self.task.allowance.seconds
 
     def run(self) -> None:
         """Compute masks until one is given up."""
@@ -149,7 +152,7 @@ class _Worker(threading.Thread):
             if task.allowance.seconds < 0:
                 task.is_given_up = True
                 return True
-            self.batch, self.task, self._begin = batch, task, begin
+            self.batch, self.task, self._begin, self._began = batch, task, begin, time.monotonic()
         try:
             task.matcher.unsafe_compute_mask_ptr(task.pointer, task.size)
         except Exception as problem:  # of any kind: the thread that waits raises it
