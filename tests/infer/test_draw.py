@@ -20,7 +20,7 @@ from llama_te_infer.runner.sampler import RowSampling, sample
 from llama_te_infer.runner.stopping import StopRule
 from llama_te_infer.sampling_params import SamplingParams
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]  # the sampler converts the last one
 PARAMS = st.builds(
     SamplingParams,
     max_tokens=st.just(9),

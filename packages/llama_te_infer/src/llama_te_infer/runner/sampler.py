@@ -321,7 +321,7 @@ def sample(
     """Choose the next token of each row. Can be captured in a CUDA graph; does not wait for the device.
 
     Args:
-        logits_BV: bfloat16, float16 or float32; `sample` does not change them.
+        logits_BV: bfloat16, float16, float32 or float64; `sample` does not change them.
         sampling: The rows' parameters. `sample` adds the new tokens to its record of seen tokens, where rows need it.
         position_B: int32 or int64, the position of the new token in its sequence: the number of tokens before it.
         needs: The result of `sampling.needs` for these rows, or a superset.
@@ -349,7 +349,8 @@ def sample(
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
     if needs.random and draws_by_operator(choice_BV.device):
         integer_B3 = torch.stack([sampling.seed_R[rows], sampling.top_k_R[rows], position_B.long()], dim=1)
-        draw(choice_BV, sampling.number_R3[rows].contiguous(), integer_B3, token_B)
+        drawn_BV = choice_BV.float() if choice_BV.dtype == torch.float64 else choice_BV
+        draw(drawn_BV, sampling.number_R3[rows].contiguous(), integer_B3, token_B)
     else:
         if needs.random:
             choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
