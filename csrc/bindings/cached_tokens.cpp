@@ -14,19 +14,6 @@ CacheMemory memory_of(const Tensor &cache) {
     return {cache.data, cache.byte_stride(0), cache.byte_stride(1), cache.byte_stride(2)};
 }
 
-ElementType element_of(const Tensor &qkv) {
-    switch (qkv.dtype) {
-        case DType::kBFloat16:
-            return ElementType::kBFloat16;
-        case DType::kFloat16:
-            return ElementType::kFloat16;
-        case DType::kFloat32:
-            return ElementType::kFloat32;
-        default:
-            refuse(text_of(qkv.name, " is ", qkv.dtype_name(), ": allowed are bfloat16, float16, float32."));
-    }
-}
-
 }  // namespace
 
 Pages::Pages(const Tensor &cache, py::handle page_table, const py::object &device) : name(cache.name) {

@@ -10,20 +10,6 @@ namespace llama_te::bindings {
 
 namespace {
 
-ElementType element_of(const Tensor &tensor) {
-    switch (tensor.dtype) {
-        case DType::kBFloat16:
-            return ElementType::kBFloat16;
-        case DType::kFloat16:
-            return ElementType::kFloat16;
-        case DType::kFloat32:
-            return ElementType::kFloat32;
-        default:
-            refuse(text_of(tensor.name, " is ", tensor.dtype_name(),
-                           ": allowed are bfloat16, float16 and float32. Convert it."));
-    }
-}
-
 template <Where kWhere>
 std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::handle numbers_tensor,
                                                   py::handle integers_tensor, py::handle tokens_tensor) {

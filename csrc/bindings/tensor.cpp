@@ -276,6 +276,19 @@ void check_like(const Tensor &tensor, const Tensor &like, std::initializer_list<
     check(tensor, like.dtype, like.device, shape, meaning);
 }
 
+ElementType element_of(const Tensor &tensor) {
+    switch (tensor.dtype) {
+        case DType::kBFloat16:
+            return ElementType::kBFloat16;
+        case DType::kFloat16:
+            return ElementType::kFloat16;
+        case DType::kFloat32:
+            return ElementType::kFloat32;
+        default:
+            refuse(text_of(tensor.name, " is ", tensor.dtype_name(), ": allowed are bfloat16, float16, float32."));
+    }
+}
+
 void check_floating(const Tensor &tensor) {
     if (tensor.dtype > DType::kFloat64) {
         refuse(text_of(tensor.name, " is ", tensor.dtype_name(),

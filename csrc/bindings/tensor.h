@@ -11,6 +11,8 @@
 #include <string>
 #include <type_traits>
 
+#include "include/element.h"
+
 namespace llama_te::bindings {
 
 namespace py = pybind11;
@@ -92,6 +94,8 @@ void check(const Tensor &tensor, DType dtype, const py::object &device, std::ini
 // The same for a tensor of the dtype of `like`.
 void check_like(const Tensor &tensor, const Tensor &like, std::initializer_list<std::int64_t> shape,
                 const char *meaning);
+// The element of caches and activations that the dtype is: bfloat16, float16 or float32.
+ElementType element_of(const Tensor &tensor);
 // The dtype is bfloat16, float16, float32 or float64.
 void check_floating(const Tensor &tensor);
 void check_contiguous(const Tensor &tensor);

@@ -137,7 +137,7 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.randn(3, 8).double()}, "logits is float64: allowed are bfloat16, float16 and float32"),
+        ({"logits": torch.randn(3, 8).double()}, "logits is float64: allowed are bfloat16, float16, float32."),
         ({"logits": torch.randn(3)}, "logits"),
         ({"logits": torch.randn(3, 0)}, "there must be a token to draw"),
         ({"numbers": torch.zeros(3, 2)}, "numbers"),
