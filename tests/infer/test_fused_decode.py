@@ -14,7 +14,7 @@ from llama_te_core import NVLlamaConfig, NVLlamaForCausalLM
 from llama_te_infer.decode import fused as fused_decode
 from llama_te_infer.decode import weights as weights_module
 from llama_te_infer.decode.backend import decode_problem
-from llama_te_infer.decode.fused import FusedDecode, _multiply_many, takes_fused_decode
+from llama_te_infer.decode.fused import FusedDecode, multiply_many, takes_fused_decode
 from llama_te_infer.decode.layers import LayersDecode
 from llama_te_infer.decode.weights import Weight, layer_weights
 from llama_te_infer.kv_cache.engine_cache import EngineCache
@@ -150,7 +150,7 @@ def multiply_by_single_operations(product: Product) -> None:
 def test_many_rows_round_where_single_operations_would(first: int, last: int) -> None:
     """Bits are equal wherever a chain begins and ends: any part of a layer may lie between FP8 weights."""
     fused, single = Layer(), Layer()
-    _multiply_many(fused.products[first:last])
+    multiply_many(fused.products[first:last])
     for product in single.products[first:last]:
         multiply_by_single_operations(product)
     for one, other, before in zip(fused.outputs(), single.outputs(), Layer().outputs(), strict=True):
@@ -172,7 +172,7 @@ def test_a_sum_that_no_norm_follows(number: int, change: dict[str, Any]) -> None
     fused, single = Layer(), Layer()
     for layer in (fused, single):
         layer.products[number] = layer.products[number]._replace(**change)
-    _multiply_many(fused.products)
+    multiply_many(fused.products)
     for product in single.products:
         multiply_by_single_operations(product)
     for one, other in zip(fused.outputs(), single.outputs(), strict=True):
@@ -189,7 +189,7 @@ def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         rms_norm(*arguments, addend=addend)
 
     monkeypatch.setattr(fused_decode, "rms_norm", record)
-    _multiply_many(Layer().products)
+    multiply_many(Layer().products)
     assert added == [True, True]
 
 

@@ -150,11 +150,7 @@ class FusedDecode:
         context_BHD, activation_BF = self.context_RHD[:rows], self.activation_RF[:rows]
         qkv_BKGD, context_BX = qkv_BQ.unflatten(1, self.shape_KGD), context_BHD.flatten(1)
         embed(inputs.token_R[:rows], self.table_VE, hidden_BE)
-
-        def projection(layer: LayerWeights) -> Product:
-            return self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
-
-        products = [projection(self.layers[0])]
+        products = [self.projection(0, hidden_BE, qkv_BQ)]
         for number, layer in enumerate(self.layers, 1):
             self._multiply(products)
             decode_attention(
@@ -167,19 +163,45 @@ class FusedDecode:
                 context_BHD,
                 self.attention_workspace,
             )
-            products = [
-                self._product(context_BX, layer.proj_EX, hidden_BE, residual=hidden_BE),
-                self._product(hidden_BE, layer.fc1_FE, activation_BF, norm_weight=layer.mlp_norm_E, swiglu=True),
-                self._product(activation_BF, layer.fc2_EF, hidden_BE, residual=hidden_BE),
-                projection(self.layers[number])
-                if number < len(self.layers)
-                else self._product(hidden_BE, self.head, self.logits_RV[:rows], norm_weight=self.norm_E),
-            ]
+            products = self.after_attention(layer, context_BX, hidden_BE, activation_BF)
+            if number < len(self.layers):
+                products.append(self.projection(number, hidden_BE, qkv_BQ))
+            else:
+                logits_BV = self.logits_RV[:rows]
+                products.append(self._product(hidden_BE, self.head, logits_BV, norm_weight=self.norm_E))
         self._multiply(products)
 
     def _advance(self, inputs: StepInputs, rows: int) -> None:
         self._compute(inputs, rows)
         take_likeliest(self.logits_RV[:rows], inputs.token_R[:rows], self.greedy_workspace, inputs.length_R[:rows])
+
+    def projection(self, index: int, hidden_BE: torch.Tensor, qkv_BQ: torch.Tensor) -> Product:
+        """Return a layer's product before attention, of any number of rows.
+
+        Args:
+            index: Of the layer, from 0.
+            hidden_BE: The hidden states.
+            qkv_BQ: The output.
+        """
+        layer = self.layers[index]
+        return self._product(hidden_BE, layer.qkv_QE, qkv_BQ, norm_weight=layer.attention_norm_E)
+
+    def after_attention(
+        self, layer: LayerWeights, context_BX: torch.Tensor, hidden_BE: torch.Tensor, activation_BF: torch.Tensor
+    ) -> list[Product]:
+        """Return a layer's products after attention, of any number of rows.
+
+        Args:
+            layer: The layer's weights.
+            context_BX: Attention's output.
+            hidden_BE: The hidden states, to which the products add.
+            activation_BF: Memory for the activation.
+        """
+        return [
+            self._product(context_BX, layer.proj_EX, hidden_BE, residual=hidden_BE),
+            self._product(hidden_BE, layer.fc1_FE, activation_BF, norm_weight=layer.mlp_norm_E, swiglu=True),
+            self._product(activation_BF, layer.fc2_EF, hidden_BE, residual=hidden_BE),
+        ]
 
     def _product(
         self,
@@ -205,7 +227,7 @@ class FusedDecode:
                     linear_chain([_rows_of(product, part) for product in whole], self.linear_workspace)
             else:
                 # Arithmetic limits products of more rows, and cuBLAS reaches that limit.
-                _multiply_many(list(some))
+                multiply_many(list(some))
 
 
 def _rows_of(product: Product, rows: slice) -> Product:
@@ -213,7 +235,7 @@ def _rows_of(product: Product, rows: slice) -> Product:
     return product._replace(input=product.input[rows], output=product.output[rows], residual=residual)
 
 
-def _multiply_many(products: list[Product]) -> None:
+def multiply_many(products: list[Product]) -> None:
     """Compute products of bfloat16 weights with any number of rows, in order: each may read the previous output."""
     addend_BK: torch.Tensor | None = None  # a product that the following norm adds to the residual
     for product, following in zip_longest(products, products[1:]):

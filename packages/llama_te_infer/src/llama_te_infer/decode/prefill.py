@@ -21,8 +21,7 @@ from ..kv_cache.step import CacheStep
 from ..ops.append_rope import append_rope
 from ..ops.prefill_attention import prefill_attention
 from ..ops.rms_norm import rms_norm
-from ..ops.swiglu import swiglu
-from .fused import FusedDecode
+from .fused import FusedDecode, multiply_many
 from .weights import Weight
 
 
@@ -51,13 +50,16 @@ class FusedPrefill:
         ends = slice(0, cache.batch_size + 1)
         cu_new, cu_all = cache.cu_seqlens_q[ends], cache.cu_seqlens_kv[ends]
         assert cache.page_table is not None
+        most_new = max(cache.new_lengths)
         hidden_TE = F.embedding(token_T, decode.table_VE)
-        addend_TE: torch.Tensor | None = None  # the last product, which the next norm adds to the hidden states
+        tokens = len(token_T)
+        qkv_TQ = hidden_TE.new_empty(tokens, decode.qkv_RQ.shape[1])
+        qkv_TKGD = qkv_TQ.unflatten(1, decode.shape_KGD)
+        query_THD = hidden_TE.new_empty(tokens, *decode.context_RHD.shape[1:])
+        activation_TF = hidden_TE.new_empty(tokens, decode.activation_RF.shape[1])
+        products = [decode.projection(0, hidden_TE, qkv_TQ)]
         for number, layer in enumerate(decode.layers, 1):
-            normed_TE = torch.empty_like(hidden_TE)
-            rms_norm(hidden_TE, layer.attention_norm_E, decode.epsilon, normed_TE, addend=addend_TE)
-            qkv_TKGD = F.linear(normed_TE, layer.qkv_QE.values).unflatten(1, decode.shape_KGD)
-            query_THD = qkv_TKGD.new_empty(len(token_T), *decode.context_RHD.shape[1:])
+            multiply_many(products)
             append_rope(
                 qkv_TKGD,
                 decode.cos_sin_PD,
@@ -77,22 +79,20 @@ class FusedPrefill:
                 cu_new,
                 cu_all,
                 cache.page_table,
-                most_new=max(cache.new_lengths),
+                most_new=most_new,
                 most_keys=cache.max_sequence_length,
                 scale=decode.scale,
             )
             context_TX = context_THD.flatten(1)
             if is_last and last_M is not None:  # no token reads the others any more
                 hidden_TE, context_TX = hidden_TE[last_M], context_TX[last_M]
-                normed_TE = torch.empty_like(hidden_TE)
-            product_TE = F.linear(context_TX, layer.proj_EX.values)
-            rms_norm(hidden_TE, layer.mlp_norm_E, decode.epsilon, normed_TE, addend=product_TE)
-            gate_up_TF = F.linear(normed_TE, layer.fc1_FE.values)
-            activation_TF = gate_up_TF.new_empty(len(gate_up_TF), gate_up_TF.shape[1] // 2)
-            swiglu(gate_up_TF, activation_TF)
-            addend_TE = F.linear(activation_TF, layer.fc2_EF.values)
+                activation_TF = activation_TF[: len(last_M)]
+            products = decode.after_attention(layer, context_TX, hidden_TE, activation_TF)
+            if not is_last:
+                products.append(decode.projection(number, hidden_TE, qkv_TQ))
+        multiply_many(products)
         normed_TE = torch.empty_like(hidden_TE)
-        rms_norm(hidden_TE, decode.norm_E, decode.epsilon, normed_TE, addend=addend_TE)
+        rms_norm(hidden_TE, decode.norm_E, decode.epsilon, normed_TE)
         return normed_TE
 
     def fits_precision(self) -> bool:
