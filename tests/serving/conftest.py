@@ -71,7 +71,9 @@ def serving(
 
     async def main() -> None:
         async with AsyncEngine(engine, max_requests=max_requests) as requests:
-            app = create_app(requests, ServerSettings(**{"model_names": ("tiny",), **settings}))
+            # A server that several tests share writes no lines of its own into the log that one of them reads.
+            quiet = {"model_names": ("tiny",), "log_interval": None}
+            app = create_app(requests, ServerSettings(**{**quiet, **settings}))
             config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
 
             def note(port: int) -> None:

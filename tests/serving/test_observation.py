@@ -266,7 +266,7 @@ def test_no_line_has_a_part_of_a_request(
 @pytest.mark.parametrize("content", [False, True])
 def test_lines_of_requests(make_engine: Callable[..., Engine], log: pytest.LogCaptureFixture, content: bool) -> None:
     wanted = "content" if content else "parameters"
-    with serving(make_engine(), log_requests=wanted, log_interval=None) as server:
+    with serving(make_engine(), log_requests=wanted) as server:
         fields: dict[str, Any] = {"n": 2, "temperature": 0.5, "stop": ["never"], "seed": 1}
         answer = complete(server, "Sesame", {"X-Request-Id": "one"}, **fields)
         complete(server, ["Sesame", "Sesame"], {"X-Request-Id": "two"})
