@@ -252,7 +252,7 @@ def test_no_line_has_a_part_of_a_request(
             patch.setattr("llama_te_infer.serve.server.Server.begin", _fail)
             assert ask() == 500
         with monkeypatch.context() as patch:
-            patch.setattr(RequestStream, "next", _fail)
+            patch.setattr(RequestStream, "take", _fail)
             assert '"error"' in complete(server, "Sesame", headers, stream=True).text
         assert complete(server, "Sesame", headers, max_tokens=100).status_code == 200
     lines = [log.handler.format(record) for record in log.records]

@@ -51,7 +51,7 @@ class Mailbox:
         events: Those that nobody has read yet.
         output: Once the request has ended.
         error: Instead of an output, if a step failed.
-        waiter: Of the task that waits for events.
+        listener: Called when events or the end have come. It must not raise.
     """
 
     def __init__(self, on_end: OnEnd | None) -> None:
@@ -62,9 +62,7 @@ class Mailbox:
         self.events: list[TokenEvent] = []
         self.output: RequestOutput | None = None
         self.error: Exception | None = None
-        self.waiter: asyncio.Future[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-        self._deadline = 0.0  # of the waiting task
+        self.listener: Callable[[], None] = lambda: None
 
     @property
     def is_complete(self) -> bool:
@@ -74,44 +72,25 @@ class Mailbox:
     def end(self, output: RequestOutput | None, error: Exception | None) -> None:
         """Receive the end of the request."""
         self.output, self.error = output, error
-        self.wake()
-        if self._alarm is not None:
-            self._alarm.cancel()
         if self._on_end is not None:
             self._on_end(output, error)
 
-    async def wait(self, timeout: float | None) -> None:
-        """Wait for events, for the end of the request, or until the time is over.
+    async def wait(self, for_end: bool = False) -> None:
+        """Wait for events or the end of the request.
 
         Args:
-            timeout: Most seconds; `None` for any time.
+            for_end: Wait for the end alone, and drop the events.
         """
-        self.waiter = self.loop.create_future()
-        if timeout is not None:
-            # One alarm serves many waits: it rings once in `timeout` seconds, and mostly the deadline has moved on.
-            self._deadline = self.loop.time() + timeout
-            if self._alarm is None or self._alarm.cancelled() or self._alarm.when() > self._deadline:
-                self._set_alarm()
-        await self.waiter
+        waiter = self.loop.create_future()
 
-    def _set_alarm(self) -> None:
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._alarm = self.loop.call_at(self._deadline, self._ring)
+        def listen() -> None:
+            if for_end:
+                self.events.clear()
+            if not waiter.done() and (self.is_complete or not for_end):
+                waiter.set_result(None)
 
-    def _ring(self) -> None:
-        self._alarm = None
-        if self.waiter is None or self.waiter.done():
-            return  # nobody waits
-        if self.loop.time() < self._deadline:
-            self._set_alarm()
-        else:
-            self.wake()
-
-    def wake(self) -> None:
-        """Let the waiting task go on."""
-        if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result(None)
+        self.listener = listen
+        await waiter
 
 
 EventFor = tuple[Mailbox, TokenEvent]
@@ -130,11 +109,15 @@ def sort_news(news: News, mailboxes: dict[int, Mailbox]) -> tuple[list[EventFor]
 
 def hand_over(events: list[EventFor], ends: list[EndFor]) -> None:
     """Put news into mailboxes. The event loop of the mailboxes calls this."""
+    has_news: dict[Mailbox, None] = {}
     for mailbox, event in events:
         mailbox.events.append(event)
-        mailbox.wake()
+        has_news[mailbox] = None
     for mailbox, output, error in ends:
         mailbox.end(output, error)
+        has_news[mailbox] = None
+    for mailbox in has_news:
+        mailbox.listener()
 
 
 class RequestStream(AsyncIterator[list[TokenEvent]]):
@@ -158,6 +141,11 @@ class RequestStream(AsyncIterator[list[TokenEvent]]):
         """The complete output, once the request has ended."""
         return self._mailbox.output
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the request has ended, with an output or in a step that failed."""
+        return self._mailbox.is_complete
+
     def __aiter__(self) -> RequestStream:
         """Return the stream itself."""
         return self
@@ -168,23 +156,27 @@ class RequestStream(AsyncIterator[list[TokenEvent]]):
         Raises:
             EngineFailedError: A step failed.
         """
-        while not (events := await self.next(None)):
-            if self._mailbox.is_complete or self._is_closed:
+        while not (events := self.take()):
+            if self.is_complete or self._is_closed:
                 raise StopAsyncIteration
+            await self._mailbox.wait()
         return events
 
-    async def next(self, timeout: float | None) -> list[TokenEvent]:
-        """Return the events since the last call; none at the end, or if none has come in time.
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Let the event loop call a function whenever events or the end have come; no task iterates then.
 
         Args:
-            timeout: Most seconds to wait; `None` for any time.
+            listener: It calls `take`, and raises nothing.
+        """
+        self._mailbox.listener = listener
+
+    def take(self) -> list[TokenEvent]:
+        """Return the events since the last call, without waiting.
 
         Raises:
             EngineFailedError: A step failed.
         """
         box = self._mailbox
-        if not box.events and not box.is_complete and not self._is_closed:
-            await box.wait(timeout)
         if not box.events and box.error is not None:
             raise box.error
         events, box.events = box.events, []
@@ -198,13 +190,16 @@ class RequestStream(AsyncIterator[list[TokenEvent]]):
         Raises:
             EngineFailedError: A step failed.
         """
+        box = self._mailbox
         try:
-            async for _ in self:
-                pass
+            if not (box.is_complete or self._is_closed):
+                await box.wait(for_end=True)
         finally:
             self.close()
-        assert self.output is not None
-        return self.output
+        if box.error is not None:
+            raise box.error
+        assert box.output is not None
+        return box.output
 
     def close(self) -> None:
         """End the request before the next step, if it has not ended. No events follow."""

@@ -1,28 +1,22 @@
-"""What the generating endpoints share: they read a request, run it, and answer whole or in events as tokens come."""
+"""How the generating endpoints write an answer: whole, or in events as tokens come."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from fastapi import Request
-from fastapi.responses import JSONResponse, Response
-
-from ..engine.client import RequestStream
 from ..engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
 from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
 from .errors import ApiError
-from .protocol.sampling import GeneratingFields, StreamOptions
+from .protocol.sampling import StreamOptions
 from .server import Server
-from .streams import DONE, KEEP_ALIVE, by_choice, event, event_stream, events_of
+from .streams import DONE, encode, event
 from .usage import Usage
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive tokens of one text: all of them, or those since the last piece.
 
     Attributes:
@@ -36,8 +30,9 @@ class Piece:
         prompt_logprobs: For each token of the prompt, on the first piece, if the request asks for them.
     """
 
+    # A tuple, since each token makes one, and a frozen dataclass takes three times as long to make.
     prompt_index: int
-    index: int
+    index: int  # type: ignore[assignment]  # tuples have a method of this name
     token_ids: list[int]
     text: str
     logprobs: Sequence[TokenLogprobs | None]
@@ -98,9 +93,17 @@ class Answer(ABC):
         """Yield the events before the first token."""
         return iter(())
 
+    def write(self, prompt_index: int, tokens: Sequence[TokenEvent]) -> bytes:
+        """Return the events for further tokens of a prompt's texts."""
+        by_choice: dict[int, list[TokenEvent]] = {}
+        for token in tokens:
+            by_choice.setdefault(token.index, []).append(token)
+        pieces = (Piece.of_events(prompt_index, index, own) for index, own in by_choice.items())
+        return b"".join(part for piece in pieces for part in self.events(piece))
+
     @abstractmethod
     def events(self, piece: Piece) -> Iterator[bytes]:
-        """Yield the events for further tokens."""
+        """Yield the events for further tokens of one text."""
 
     @abstractmethod
     def end(self) -> Iterator[bytes]:
@@ -120,6 +123,7 @@ class ChunkedAnswer(Answer):
         params: As of `Answer`.
         head: The fields with which the answer and each chunk begin.
         options: The request's.
+        is_plain: Whether the chunks of one text, but for the first and the last, differ in the text alone.
     """
 
     def __init__(
@@ -129,20 +133,45 @@ class ChunkedAnswer(Answer):
         params: SamplingParams,
         head: dict[str, Any],
         options: StreamOptions | None,
+        is_plain: bool,
     ) -> None:
         super().__init__(server, prompts, params)
         self.head, self._options = head, options
+        self._reports_each = options is not None and bool(options.continuous_usage_stats)
+        self._is_plain = is_plain and not self._reports_each
+        # What stands before and behind the text in a chunk, by the numbers of the prompt and the choice.
+        self._plain_chunks: dict[tuple[int, int], tuple[bytes, bytes]] = {}
 
     @abstractmethod
     def choices(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """Yield the choices of the chunks for further tokens."""
 
+    def write(self, prompt_index: int, tokens: Sequence[TokenEvent]) -> bytes:
+        """Return the chunks for further tokens of a prompt's texts."""
+        token = tokens[0] if len(tokens) == 1 else None
+        if token is not None and token.text and token.finish_reason is None:
+            # Nearly all tokens are of this kind, and a new chunk takes ten times as long.
+            around = self._plain_chunks.get((prompt_index, token.index))
+            if around is not None:
+                self.usage.completion += 1
+                return around[0] + encode(token.text) + around[1]
+        written = super().write(prompt_index, tokens)
+        if self._is_plain:
+            for key in {(prompt_index, token.index) for token in tokens} - self._plain_chunks.keys():
+                self._plain_chunks[key] = self._around_text(*key)
+        return written
+
+    def _around_text(self, prompt_index: int, index: int) -> tuple[bytes, bytes]:
+        text = "text"  # the last of this name in the chunk, whatever the head has
+        (chunk,) = self.events(Piece(prompt_index, index, [], text, (), None, None, None))
+        before, _, behind = chunk.rpartition(encode(text))
+        return before, behind
+
     def events(self, piece: Piece) -> Iterator[bytes]:
         """Yield a chunk for each of the piece's choices."""
-        reports_each = self._options is not None and self._options.continuous_usage_stats
         for choice in self.choices(piece):
             chunk = {**self.head, "choices": [choice]}
-            yield event(chunk | {"usage": self.usage.to_dict()} if reports_each else chunk)
+            yield event(chunk | {"usage": self.usage.to_dict()} if self._reports_each else chunk)
 
     def end(self) -> Iterator[bytes]:
         """Yield the usage, if the request asks for it."""
@@ -154,49 +183,3 @@ class ChunkedAnswer(Answer):
         """Yield the error."""
         yield event(error.body())
         yield DONE
-
-
-Body = TypeVar("Body", bound=GeneratingFields)
-
-
-async def respond(
-    request: Request, body_class: type[Body], make: Callable[[Server, Body, str], Awaitable[Answer]]
-) -> Response:
-    """Answer a request of a generating endpoint.
-
-    Args:
-        request: The request.
-        body_class: Its pydantic model.
-        make: Makes the answer of the server, the request's body and the model's name.
-
-    Raises:
-        ApiError: The request is refused, or failed before anything was sent.
-    """
-    server: Server = request.app.state.server
-    body = await server.read(request, body_class)
-    answer = await make(server, body, server.model_name(body.model))
-    streams = await server.begin(answer.prompts, answer.params)
-    if body.stream:
-        return event_stream(streams, _events(streams, answer), answer.failure)
-    outputs = await server.finish(request, streams)
-    answer.usage.cached = _cached(outputs)
-    return JSONResponse(answer.whole(outputs))
-
-
-async def _events(streams: Sequence[RequestStream], answer: Answer) -> AsyncIterator[bytes]:
-    for part in answer.begin():
-        yield part
-    async for prompt_index, events in events_of(answer.server, streams):
-        if not events:
-            yield KEEP_ALIVE
-        for index, own in by_choice(events).items():
-            for part in answer.events(Piece.of_events(prompt_index, index, own)):
-                yield part
-    answer.usage.cached = _cached([stream.output for stream in streams])
-    for part in answer.end():
-        yield part
-
-
-def _cached(outputs: Sequence[RequestOutput | None]) -> int:
-    """Return how many tokens of the prompts came from the prefix cache."""
-    return sum(output.num_cached_tokens for output in outputs if output is not None)

@@ -10,10 +10,11 @@ from fastapi.responses import Response
 
 from ..engine.outputs import RequestOutput
 from ..sampling_params import SamplingParams
-from .answers import ChunkedAnswer, Piece, respond
+from .answers import ChunkedAnswer, Piece
 from .errors import ApiError
 from .protocol.chat import ChatRequest
 from .requests import body_of
+from .sending import respond
 from .server import Server, new_id, refusals
 from .token_texts import TokenTexts, prompt_logprobs_of
 from .tool_calls import Arguments, CallBegin, Part, Text
@@ -60,7 +61,8 @@ class ChatAnswer(ChunkedAnswer):
     ) -> None:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = {"id": new_id("chatcmpl", body.request_id), "object": kind, "created": server.now(), "model": name}
-        super().__init__(server, [prompt], params, head, body.stream_options)
+        is_plain = tools.mode == "none" and not body.logprobs and not body.return_token_ids
+        super().__init__(server, [prompt], params, head, body.stream_options, is_plain)
         self._body, self._tools = body, tools
         self._texts: dict[int, AnswerReader] = {}  # of each choice that has begun
 

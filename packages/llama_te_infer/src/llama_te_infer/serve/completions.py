@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,9 +10,10 @@ from fastapi.responses import Response
 
 from ..engine.outputs import RequestOutput, TokenLogprobs
 from ..sampling_params import SamplingParams
-from .answers import ChunkedAnswer, Piece, respond
+from .answers import ChunkedAnswer, Piece
 from .protocol.completions import CompletionRequest
 from .requests import body_of
+from .sending import respond
 from .server import Server, new_id, refusals
 from .token_texts import TokenTexts, prompt_logprobs_of
 
@@ -51,7 +51,8 @@ class CompletionAnswer(ChunkedAnswer):
             "created": server.now(),
             "model": name,
         }
-        super().__init__(server, prompts, params, head, body.stream_options)
+        is_plain = body.logprobs is None and not body.return_token_ids and not body.scores_alone
+        super().__init__(server, prompts, params, head, body.stream_options, is_plain)
         self._body, self._texts = body, server.token_texts
         self._lists: dict[int, LogprobLists] = {}  # of each choice that has begun
 
@@ -71,7 +72,7 @@ class CompletionAnswer(ChunkedAnswer):
     def _choice(self, piece: Piece) -> dict[str, Any]:
         body, prompt = self._body, self.prompts[piece.prompt_index]
         if body.scores_alone:
-            piece = replace(piece, text="", token_ids=[], logprobs=(), finish_reason="length", stop_reason=None)
+            piece = piece._replace(text="", token_ids=[], logprobs=(), finish_reason="length", stop_reason=None)
         self.usage.completion += len(piece.token_ids)
         index = piece.prompt_index * (body.n or 1) + piece.index
         is_first = index not in self._lists

@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from .errors import ApiError
+
+# The key of a function among the ASGI extensions of a request. After the response's start, the function sends a part of
+# the body at once. It returns whether the client keeps up; if not, the next message waits until the client does.
+SEND_PART = "llama_te.send_part"
 
 
 class Connection(H11Protocol):
@@ -34,6 +39,22 @@ class Connection(H11Protocol):
     _reading: asyncio.TimerHandle | None = None
     _writing: asyncio.TimerHandle | None = None
     _awaited: type[h11.IDLE] | type[h11.SEND_BODY] | None = None  # the part of a request that a timer waits for
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._application, self.app = self.app, self._run
+
+    async def _run(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["extensions"] = {SEND_PART: self._send_part}
+        await self._application(scope, receive, send)
+
+    def _send_part(self, part: bytes) -> bool:
+        """Do what `SEND_PART` says."""
+        if not self.cycle.disconnected:
+            # As h11 would frame it, in a tenth of the time.
+            is_chunked = self.scope["http_version"] >= "1.1"
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+        return not self.flow.write_paused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""

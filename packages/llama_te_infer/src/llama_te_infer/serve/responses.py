@@ -13,13 +13,14 @@ from pydantic import BaseModel
 
 from ..engine.outputs import RequestOutput
 from ..sampling_params import SamplingParams
-from .answers import Answer, Piece, respond
+from .answers import Answer, Piece
 from .chat import logprobs_of
 from .errors import ApiError
 from .messages import text_of
 from .protocol.responses import INCLUDES_LOGPROBS, ResponsesRequest
 from .protocol.tokens import ChatFields
 from .requests import body_of
+from .sending import respond
 from .server import Server, new_id, refusals
 from .streams import typed_event
 from .tool_calls import Arguments, CallBegin, Text

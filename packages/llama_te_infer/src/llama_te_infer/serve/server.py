@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from ..engine.client import DrainingError, EngineClient, QueueFullError, RequestStream
 from ..engine.outputs import RequestOutput
@@ -276,8 +278,8 @@ class Server:
         """
         try:
             async with asyncio.timeout(self.settings.request_timeout):
-                return await _while_connected(request, answer)
-        except TimeoutError as error:
+                return await while_connected(request.receive, answer)
+        except (ClientDisconnect, TimeoutError) as error:
             raise api_error_of(error) from error
 
 
@@ -328,27 +330,30 @@ async def _all_of(streams: Sequence[RequestStream]) -> list[RequestOutput]:
     return [await stream.finish() for stream in streams]
 
 
-async def _while_connected(request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
+async def while_connected(receive: Receive, answer: Coroutine[Any, Any, Answer]) -> Answer:
     """Return the answer; stop working on it if the client closes the connection.
 
+    Args:
+        receive: Returns what the client sends. The body has been read, so only the end of the connection can follow.
+        answer: The work.
+
     Raises:
-        ApiError: The client has closed it.
+        ClientDisconnect: The client has closed it.
     """
     task = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_disconnect(request))
+    gone = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ApiError(499, "The client has closed the connection.")
+            raise ClientDisconnect
         return await task
     finally:
         for each in (task, gone):
             each.cancel()
 
 
-async def _disconnect(request: Request) -> None:
-    # The body has been read, so the only message that can follow is that the client has left.
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 from ...engine.client import ENDING, DrainingError, EngineClient, EngineFailedError, Mailbox, hand_over, sort_news
 from ...engine.outputs import News
@@ -172,8 +172,7 @@ class EngineProcess(EngineClient):
         else:
             error = EngineFailedError(reason)
             self.failure = self.failure or error
-        for mailbox in self._mailboxes.values():
-            mailbox.end(None, error)
+        hand_over([], [(mailbox, None, error) for mailbox in self._mailboxes.values()])
         for _, answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(error)
@@ -260,8 +259,7 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Note the transport."""
-        assert isinstance(transport, asyncio.WriteTransport)
-        self._transport = transport
+        self._transport = cast(asyncio.WriteTransport, transport)  # uvloop's transports are no subclasses
 
     def data_received(self, data: bytes) -> None:
         """Pass on the messages that are complete."""
