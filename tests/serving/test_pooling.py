@@ -27,6 +27,7 @@ from llama_te_infer.serve import ServerSettings, create_app
 from llama_te_infer.serve.command import load_engine, main, make_parser
 from llama_te_infer.serve.loading import task_of
 from serving.conftest import RunningServer
+from serving.test_openapi import check, without_more_fields
 
 Result = TypeVar("Result")
 TEXTS = ["one", "a longer text", "é", "x" * 40]
@@ -164,6 +165,15 @@ def test_scores_of_a_classifier(
         wanted.sigmoid().tolist(), abs=1e-6
     )
     assert scores(text_1="query", text_2=TEXTS, use_activation=False) == pytest.approx(wanted.tolist(), abs=1e-5)
+
+
+def test_answers_fit_the_schema(engines: dict[str, PoolingEngine]) -> None:
+    schema = without_more_fields(ask(engines["text"], lambda client: client.get("/openapi.json")).json())
+    for encoding in ("float", "base64"):
+        answer = post(engines["text"], "/v1/embeddings", input=["a", "b"], encoding_format=encoding)
+        check(schema, "/v1/embeddings", answer)
+    for path in ("/score", "/v1/score"):
+        check(schema, path, post(engines["text"], path, text_1="a", text_2="b"))
 
 
 def test_metrics_count_tokens(engines: dict[str, PoolingEngine], rows: list[list[int]]) -> None:
