@@ -7,9 +7,9 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,14 +27,15 @@ static size_t folder_length;
 static long at;
 static int failure;  // an errno, or 0 for SIGKILL
 static int log_file = -1;
-static atomic_long changes;
+static long changes;
+static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;  // lines are in the order of their numbers
 
 void faults_begin(const char *path, long number, int error, int log) {
   strncpy(folder, path, sizeof folder - 1);
   at = number;
   failure = error;
   log_file = log;
-  atomic_store(&changes, 0);
+  changes = 0;
   folder_length = strlen(folder);
 }
 
@@ -65,10 +66,12 @@ static const char *absolute(int at_folder, const char *name, char *path) {
 // `grows`: whether the change needs room.
 static enum verdict change(const char *what, const char *path, int grows) {
   if (folder_length == 0 || !is_below(path)) return DO;
-  long number = atomic_fetch_add(&changes, 1);
   char line[5000];
   int length = snprintf(line, sizeof line, "%s %s\n", what, path + folder_length);
+  pthread_mutex_lock(&log_lock);
+  long number = changes++;
   REAL(write)(log_file, line, length);
+  pthread_mutex_unlock(&log_lock);
   if (number == at) return HALF;
   return at >= 0 && number > at && failure != 0 && grows ? FAIL : DO;
 }
