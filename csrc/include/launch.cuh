@@ -62,6 +62,7 @@ struct LaunchShape {
     dim3 grid;
     dim3 block;
     int shared_bytes = 0;  // dynamic shared memory of a block
+    int cluster = 1;       // blocks, side by side in the grid's first dimension, that read each other's shared memory
 };
 
 // Launches a kernel that may start before the previous kernel on the stream has ended, and that calls
@@ -74,11 +75,13 @@ void launch_overlapping(void (*kernel)(Arguments...), const LaunchShape &shape, 
     config.blockDim = shape.block;
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = shape.cluster > 1 ? 2 : 1;
     check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 

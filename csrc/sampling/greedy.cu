@@ -13,42 +13,26 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kVectorElements = 8;
 
-// Maps a logit (its float32 bits) and its token to an integer, so that the greatest integer belongs to the greatest logit
-// and, of equal ones, to the lowest token. NaN is above all numbers.
-__device__ std::uint64_t rank(unsigned bits, unsigned token) {
-    const float value = __uint_as_float(bits) + 0.0F;  // turns -0 into 0
-    bits = __float_as_uint(value);
-    const unsigned ordered = bits & 0x80000000U ? ~bits : bits | 0x80000000U;
-    return static_cast<std::uint64_t>(value == value ? ordered : 0xffffffffU) << 32 | (0xffffffffU - token);
-}
-
-// The token of a row's greatest rank, unless the logit is NaN or infinite.
-__device__ std::int64_t token_of(std::uint64_t rank) {
-    const auto ordered = static_cast<unsigned>(rank >> 32);
-    const bool is_finite = ordered >= 0x00800000U && ordered < 0xff800000U;  // from the lowest to the greatest float32
-    return is_finite ? 0xffffffffU - static_cast<unsigned>(rank) : kNoToken;
-}
-
 __global__ void __launch_bounds__(kThreads) greedy_kernel(const __grid_constant__ GreedyArguments a) {
     allow_next_kernel();
     wait_for_previous_kernel();
     const int row = blockIdx.y;
     const char *logits = a.logits + row * a.row_stride;
-    std::uint64_t best = 0;
+    Rank best = 0;
     const int step = gridDim.x * kThreads * kVectorElements;
     for (int first = (blockIdx.x * kThreads + threadIdx.x) * kVectorElements; first < a.vocabulary; first += step) {
         const uint4 vector = __ldcg(reinterpret_cast<const uint4 *>(logits + first * 2LL));
         const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            best = max(best, rank(words[i] << 16, first + 2 * i));
-            best = max(best, rank(words[i] & 0xffff0000U, first + 2 * i + 1));
+            best = max(best, rank_of(__uint_as_float(words[i] << 16), first + 2 * i));
+            best = max(best, rank_of(__uint_as_float(words[i] & 0xffff0000U), first + 2 * i + 1));
         }
     }
     for (int distance = kWarp / 2; distance > 0; distance /= 2) {
         best = max(best, __shfl_xor_sync(kWholeWarp, best, distance));
     }
-    __shared__ std::uint64_t best_of_warp[kThreads / kWarp];
+    __shared__ Rank best_of_warp[kThreads / kWarp];
     if (threadIdx.x % kWarp == 0) {
         best_of_warp[threadIdx.x / kWarp] = best;
     }

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace llama_te {
+#include "sampling/order.h"
 
-constexpr std::int64_t kNoToken = -1;  // of a row with NaN, or without a finite greatest logit
+namespace llama_te {
 
 struct GreedyArguments {
     const char *logits;  // bfloat16 [B, V]

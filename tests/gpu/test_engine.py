@@ -286,7 +286,7 @@ def test_changed_logits_give_the_tokens_of_the_cpu() -> None:
                 sampling.move(1, 2)
                 sampling.move(2, 4)
                 sampling.clear(4)
-            position_B = torch.full((4,), 4 + step, device=device)
+            position_B = torch.full((4,), 4 + step, dtype=torch.int32, device=device)
             with torch.inference_mode():
                 sampled = sample(logits_BV.to(device), sampling, position_B, sampling.needs(range(4)))
             tokens.append(sampled.token_B.tolist())

@@ -12,33 +12,33 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama_te_infer.decode.greedy import GreedyWorkspace, take_likeliest
-from llama_te_infer.ops.draw import draw
+from infer.draw_oracle import PARAMS, assert_same_choices
+from llama_te_infer.ops.draw import BIASED, COUNTED, MASKED, draw
 from llama_te_infer.ops.greedy import NO_TOKEN
-from llama_te_infer.runner import sampler
-from llama_te_infer.runner.sampler import RowSampling, sample
-from llama_te_infer.runner.stopping import StopRule
+from llama_te_infer.runner.grammar import TokenMasks
 from llama_te_infer.sampling_params import SamplingParams
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]  # the sampler converts the last one
-PARAMS = st.builds(
-    SamplingParams,
-    max_tokens=st.just(9),
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.9]),
-    top_k=st.sampled_from([0, 0, 1, 3, 40, 10**6]),
-    top_p=st.sampled_from([1.0, 1.0, 1e-6, 0.05, 0.5, 0.9, 0.999]),
-    min_p=st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0]),
-)
 
 
 def arguments(rows: int = 3, vocabulary: int = 8) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     return {
         "logits": torch.randn(rows, vocabulary, generator=generator),
-        "numbers": torch.tensor([[1.0, 0.9, 0.1]] * rows),
-        "integers": torch.tensor([[7, 4, 5]] * rows),
+        "numbers": torch.tensor([[1.0, 0.9, 0.1, 1.5, 0.1, 0.2]] * rows),
+        "integers": torch.tensor([[7, 4, 0, BIASED + MASKED + COUNTED]] * rows),
+        "positions": torch.arange(rows, dtype=torch.int32),
+        "bias": torch.randn(rows, vocabulary, generator=generator),
+        "seen": torch.rand(rows, vocabulary, generator=generator) < 0.5,
+        "ending": torch.rand(rows, vocabulary, generator=generator) < 0.5,
+        "counts": torch.randint(4, (rows, vocabulary), generator=generator, dtype=torch.int32),
+        "mask_index": torch.full((rows,), -1, dtype=torch.int32),
+        "masks": torch.full((1, -(-vocabulary // 32)), 0x55555555, dtype=torch.int32),
         "tokens": torch.zeros(rows, dtype=torch.int64),
     }
+
+
+NO_TABLES: dict[str, Any] = dict.fromkeys(("bias", "seen", "ending", "counts", "mask_index", "masks"))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -49,6 +49,8 @@ def arguments(rows: int = 3, vocabulary: int = 8) -> dict[str, Any]:
     scale=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
     special=st.sampled_from([None, None, torch.nan, torch.inf, -torch.inf]),
     are_whole=st.booleans(),
+    masked=st.booleans(),
+    shift=st.sampled_from([0, 29]),
     seed=st.integers(0, 2**31),
 )
 def test_tokens_are_those_of_pytorchs_operations(
@@ -58,51 +60,46 @@ def test_tokens_are_those_of_pytorchs_operations(
     scale: float,
     special: float | None,
     are_whole: bool,
+    masked: bool,
+    shift: int,
     seed: int,
 ) -> None:
     """Also with many equal logits, with infinite ones and NaN, and where nothing is left to draw."""
     generator = torch.Generator().manual_seed(seed)
-    sampling, rows = RowSampling(len(params), vocabulary, "cpu"), range(len(params))
-    for row in rows:
-        sampling.set(row, params[row], seed + row, [0], StopRule.of(params[row], []))
     logits_BV = torch.randn(len(params), vocabulary, generator=generator) * scale
     if are_whole:
         logits_BV = logits_BV.round()
     if special is not None:
         logits_BV[0, torch.randint(vocabulary, (1 + vocabulary // 3,), generator=generator)] = special
-    logits_BV = logits_BV.to(dtype)
-    position_B = torch.randint(2**31, (len(params),), generator=generator)
-    needs = sampling.needs(rows)._replace(random=True)
-    found_B = sample(logits_BV, sampling, position_B, needs).token_B
-    choice_BV = sampler._randomize(logits_BV, sampling, position_B, slice(len(params)), needs.filtered)
-    expected_B = torch.empty_like(found_B)
-    take_likeliest(choice_BV, expected_B, GreedyWorkspace(len(params), "cpu"))
-    assert found_B.tolist() == expected_B.tolist()
+    position_B = torch.randint(2**31, (len(params),), generator=generator, dtype=torch.int32) >> shift
+    masks = None
+    if masked:
+        bits_MW = torch.randint(-(2**31), 2**31, (2, 1 + vocabulary // 32), generator=generator, dtype=torch.int32)
+        index_B = torch.randint(-1, 2, (len(params),), generator=generator, dtype=torch.int32)
+        masks = TokenMasks(index_B, bits_MW)
+    assert_same_choices(logits_BV.to(dtype), params, position_B, masks, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_real_vocabulary_and_rows_that_lie_apart(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(1)
-    wide_BV = (torch.randn(4, 50_000, generator=generator) * 3).to(dtype)
-    params = [
-        SamplingParams(max_tokens=9, **fields) for fields in ({"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.02}, {})
+    wide_BV = (torch.randn(6, 50_000, generator=generator) * 3).to(dtype)
+    fields: list[dict[str, Any]] = [
+        *({"top_p": 0.95}, {"top_k": 50}, {"min_p": 0.02}, {}),
+        *({"top_k": 20, "top_p": 0.95}, {"top_k": 20_000, "top_p": 0.5, "temperature": 3.0}),
     ]
-    sampling = RowSampling(4, 49_152, "cpu")
-    for row, each in enumerate(params):
-        sampling.set(row, each, row, [0], StopRule.of(each, []))
-    for position in range(20):
-        position_B = torch.full((4,), position)
-        found_B = sample(wide_BV[:, :49_152], sampling, position_B, sampling.needs(range(4))).token_B
-        choice_BV = sampler._randomize(wide_BV[:, :49_152], sampling, position_B, slice(4), True)
-        assert found_B.tolist() == choice_BV.argmax(1).tolist()
+    params = [SamplingParams(max_tokens=9, **each) for each in fields]
+    for position in range(10):
+        assert_same_choices(wide_BV[:, :49_152], params, torch.full((6,), position, dtype=torch.int32))
 
 
 def test_frequencies_follow_the_softmax_of_what_is_left() -> None:
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0, -9.0])
     count = 20_000
-    given = arguments(count, 5) | {"logits": logits_V.expand(count, 5)}
-    given["numbers"] = torch.tensor([[0.7, 1.0, 0.0]]).repeat(count, 1)
-    given["integers"] = torch.stack([torch.arange(count), torch.full((count,), 3), torch.full((count,), 11)], dim=1)
+    given = arguments(count, 5) | NO_TABLES | {"logits": logits_V.expand(count, 5)}
+    given["numbers"] = torch.tensor([[0.7, 1.0, 0.0, 1.0, 0.0, 0.0]]).repeat(count, 1)
+    given["integers"] = torch.tensor([[0, 3, 0, 0]]).repeat(count, 1)
+    given["integers"][:, 0] = torch.arange(count)
     draw(**given)
     expected_V = (logits_V[:3] / 0.7).softmax(0)
     shares_V = given["tokens"].bincount(minlength=5) / count
@@ -123,10 +120,34 @@ def test_frequencies_follow_the_softmax_of_what_is_left() -> None:
         ([torch.inf, 0.5, 2.0], [0, 0, 0]),
     ],
 )
-def test_values_that_no_request_has(numbers: list[float], integers: list[int]) -> None:
-    given = arguments(1) | {"numbers": torch.tensor([numbers]), "integers": torch.tensor([integers])}
+@pytest.mark.parametrize("tables", [0, 7, 2**63 - 1, -1])
+@pytest.mark.parametrize("penalty", [0.0, torch.nan, torch.inf])
+def test_values_that_no_request_has(numbers: list[float], integers: list[int], tables: int, penalty: float) -> None:
+    given = arguments(1) | {"integers": torch.tensor([[*integers, tables]])}
+    given["numbers"] = torch.tensor([[*numbers, *[penalty] * 3]])
+    for index in (-1, 0, 1, 2**31 - 1, -(2**31)):
+        given["mask_index"][:] = index
+        draw(**given)
+        assert given["tokens"].item() in {*range(8), NO_TOKEN}
+
+
+def test_a_row_without_a_token_is_not_recorded() -> None:
+    given = arguments() | {"logits": torch.full((3, 8), torch.nan)}
+    before = {name: given[name].clone() for name in ("seen", "counts")}
     draw(**given)
-    assert given["tokens"].item() in {*range(8), NO_TOKEN}
+    assert given["tokens"].tolist() == [NO_TOKEN] * 3
+    assert all(torch.equal(given[name], table) for name, table in before.items())
+
+
+def test_tables_that_a_row_does_not_need_do_not_count() -> None:
+    given = arguments()
+    given["integers"][:, 3] = 0
+    before = {name: given[name].clone() for name in ("seen", "counts")}
+    plain = arguments() | NO_TABLES
+    draw(**given)
+    draw(**plain)
+    assert given["tokens"].tolist() == plain["tokens"].tolist()
+    assert all(torch.equal(given[name], table) for name, table in before.items())
 
 
 def test_no_rows() -> None:
@@ -140,11 +161,22 @@ def test_no_rows() -> None:
         ({"logits": torch.randn(3, 8).double()}, "logits is float64: allowed are bfloat16, float16, float32."),
         ({"logits": torch.randn(3)}, "logits"),
         ({"logits": torch.randn(3, 0)}, "there must be a token to draw"),
-        ({"numbers": torch.zeros(3, 2)}, "numbers"),
-        ({"numbers": torch.zeros(3, 3).double()}, "numbers"),
-        ({"numbers": torch.zeros(3, 6)[:, ::2]}, "numbers"),
-        ({"integers": torch.zeros(2, 3).long()}, "integers"),
-        ({"integers": torch.zeros(3, 3).int()}, "integers"),
+        ({"numbers": torch.zeros(3, 3)}, "numbers"),
+        ({"numbers": torch.zeros(3, 6).double()}, "numbers"),
+        ({"numbers": torch.zeros(3, 12)[:, ::2]}, "numbers"),
+        ({"integers": torch.zeros(2, 4).long()}, "integers has R=2 rows, and logits B=3: R must be at least B."),
+        ({"integers": torch.zeros(3, 4).int()}, "integers"),
+        ({"positions": torch.zeros(3).long()}, "positions is int64; it must be int32."),
+        ({"bias": torch.zeros(3, 7)}, "bias"),
+        ({"seen": torch.zeros(3, 8)}, "seen is float32; it must be bool."),
+        ({"seen": None}, "one of seen and ending is None: pass both or neither."),
+        ({"ending": None}, "one of seen and ending is None: pass both or neither."),
+        ({"ending": torch.zeros(2, 8).bool()}, "ending"),
+        ({"counts": torch.zeros(3, 8).long()}, "counts"),
+        ({"counts": torch.zeros(1, 8).int().expand(3, 8)}, "counts"),
+        ({"masks": None}, "one of mask_index and masks is None: pass both or neither."),
+        ({"mask_index": torch.zeros(2).int()}, "mask_index"),
+        ({"masks": torch.zeros(3, 0).int()}, "masks has W=0 words: they have no bits for all V=8 tokens."),
         ({"tokens": torch.zeros(3).int()}, "tokens"),
         ({"tokens": torch.zeros(1).long().expand(3)}, "tokens"),
     ],
@@ -155,10 +187,11 @@ def test_refusals(change: dict[str, torch.Tensor], message: str) -> None:
         draw(**given)
 
 
-def test_tokens_may_not_share_memory_with_what_is_read() -> None:
-    given = arguments()
-    given["tokens"] = given["integers"][0]
-    with pytest.raises(ValueError, match="tokens"):
+@pytest.mark.parametrize(("written", "read"), [("tokens", "integers"), ("seen", "ending"), ("counts", "bias")])
+def test_what_is_written_shares_no_memory_with_what_is_read(written: str, read: str) -> None:
+    given = arguments(4, 32)
+    given[written] = given[read].view(given[written].dtype).flatten()[: given[written].numel()].view_as(given[written])
+    with pytest.raises(ValueError, match=written):
         draw(**given)
 
 

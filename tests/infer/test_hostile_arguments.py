@@ -107,8 +107,15 @@ def greedy_arguments(source: random.Random) -> Arguments:
 def draw_arguments(source: random.Random) -> Arguments:
     return {
         "logits": torch.rand(3, 8).to(source.choice([torch.bfloat16, torch.float16, torch.float32])),
-        "numbers": torch.tensor([[1.0, 0.9, 0.1]] * 3),
-        "integers": torch.tensor([[7, 4, 5]] * 3),
+        "numbers": torch.tensor([[1.0, 0.9, 0.1, 1.5, 0.1, 0.2]] * 4),
+        "integers": torch.tensor([[7, 4, 5, source.randrange(8)]] * 4),
+        "positions": torch.arange(3, dtype=torch.int32),
+        "bias": torch.rand(4, 8),
+        "seen": torch.rand(4, 8) < 0.5,
+        "ending": torch.rand(4, 8) < 0.5,
+        "counts": torch.ones(4, 8, dtype=torch.int32),
+        "mask_index": torch.tensor([1, -1, 0], dtype=torch.int32),
+        "masks": torch.full((2, 1), 0x55, dtype=torch.int32),
         "tokens": torch.zeros(3, dtype=torch.int64),
     }
 
@@ -366,7 +373,19 @@ def hostile_call(number: bytes) -> HostileCall:
     return HostileCall(target, arguments, bad)
 
 
-WRITTEN = ("query", "key_cache", "value_cache", "caches", "page_table", "output", "hidden", "tokens", "lengths")
+WRITTEN = (
+    "query",
+    "key_cache",
+    "value_cache",
+    "caches",
+    "page_table",
+    "output",
+    "hidden",
+    "tokens",
+    "lengths",
+    "seen",
+    "counts",
+)
 
 
 def make_call(number: bytes) -> None:

@@ -379,9 +379,9 @@ def test_drawn_tokens_have_the_probabilities_of_the_allowed_ones() -> None:
         sampling.set(row, drawing, row, [1], StopRule.of(drawing, ()))
     words = [sum(1 << (token % 32) for token in allowed if token // 32 == word) for word in range(3)]
     bits_MW = torch.tensor([words] * (rows - 1), dtype=torch.int64).to(torch.int32)
-    masks = TokenMasks(torch.arange(1, rows), bits_MW)
+    masks = TokenMasks(torch.arange(-1, rows - 1, dtype=torch.int32), bits_MW)
     sampled = sample(
-        logits_V.repeat(rows, 1), sampling, torch.ones(rows, dtype=torch.int32), SamplingNeeds(random=True), None, masks
+        logits_V.repeat(rows, 1), sampling, torch.ones(rows, dtype=torch.int32), SamplingNeeds(random=True), masks
     )
     share_3 = torch.stack([(sampled.token_B[1:] == token).float().mean() for token in allowed])
     expected_3 = logits_V[allowed].softmax(0)

@@ -126,3 +126,42 @@ def swiglu_cuda(input: Tensor, output: Tensor) -> None: ...
 def greedy_cpu_check(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...
 def greedy_check(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...
 def greedy_cuda(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...
+def draw_cpu(
+    logits: Tensor,
+    numbers: Tensor,
+    integers: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    ending: Tensor | None,
+    counts: Tensor | None,
+    mask_index: Tensor | None,
+    masks: Tensor | None,
+    tokens: Tensor,
+) -> None: ...
+def draw_check(
+    logits: Tensor,
+    numbers: Tensor,
+    integers: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    ending: Tensor | None,
+    counts: Tensor | None,
+    mask_index: Tensor | None,
+    masks: Tensor | None,
+    tokens: Tensor,
+) -> None: ...
+def draw_cuda(
+    logits: Tensor,
+    numbers: Tensor,
+    integers: Tensor,
+    positions: Tensor,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    ending: Tensor | None,
+    counts: Tensor | None,
+    mask_index: Tensor | None,
+    masks: Tensor | None,
+    tokens: Tensor,
+) -> None: ...

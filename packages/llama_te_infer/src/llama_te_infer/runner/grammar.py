@@ -3,7 +3,7 @@
 llguidance computes a mask on the host, from the tokens written so far. The runner asks for the masks of a step when the
 device already computes the model's part of that step.
 
-Shapes: M texts with a grammar, W words of 32 tokens each.
+Shapes: B rows of the batch, M texts with a grammar, W words of 32 tokens each.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class TokenMasks(NamedTuple):
     """The tokens that rows may write.
 
     Attributes:
-        row_M: int64, the rows.
-        bits_MW: int32; the lowest bit of a row's first word is token 0. 1 for a token that may follow.
+        index_B: int32, each row's mask; -1 of a row that may write all tokens.
+        bits_MW: int32; the lowest bit of a mask's first word is token 0. 1 for a token that may follow.
     """
 
-    row_M: torch.Tensor
+    index_B: torch.Tensor
     bits_MW: torch.Tensor
 
 

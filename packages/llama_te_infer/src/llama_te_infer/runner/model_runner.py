@@ -86,10 +86,10 @@ class ModelRunner:
         if plan.beginning:
             state.begin(plan.beginning)
         if plan.lengths:
-            masks = self._masks(plan, previous)
-            self._choose(logits[0] if len(logits) == 1 else torch.cat(logits), plan, pending, masks)
+            logits_BV = logits[0] if len(logits) == 1 else torch.cat(logits)
+            self._choose(logits_BV, plan, pending, self._masks(len(logits_BV), plan, previous))
 
-    def _masks(self, plan: Plan, previous: Pending | None) -> TokenMasks | None:
+    def _masks(self, rows: int, plan: Plan, previous: Pending | None) -> TokenMasks | None:
         """Return the tokens that texts with grammars may write; `None` if there are no such texts."""
         texts = [(_row(s), s.grammar) for s in [*plan.running, *plan.beginning] if s.grammar is not None]
         if texts and previous is not None:
@@ -99,7 +99,10 @@ class ModelRunner:
         if not texts:
             return None
         bits_MW = self._bits([text for _, text in texts])
-        return TokenMasks(to_device([row for row, _ in texts], torch.int64, self.cache.device), bits_MW)
+        index = [-1] * rows
+        for number, (row, _) in enumerate(texts):
+            index[row] = number
+        return TokenMasks(to_device(index, torch.int32, self.cache.device), bits_MW)
 
     def _bits(self, texts: list[GrammarText | None]) -> torch.Tensor:
         return compute_masks(texts, self.cache.device.type == "cuda").to(self.cache.device, non_blocking=True)
@@ -109,7 +112,7 @@ class ModelRunner:
         state, rows = self.state, len(logits_BV)
         if pending.sequences:
             needs = state.sampling.needs(range(rows))
-            sampled = sample(logits_BV, state.sampling, state.length_R[:rows], needs, None, masks)
+            sampled = sample(logits_BV, state.sampling, state.length_R[:rows], needs, masks)
             pending.token_B, pending.logprob_B, pending.top_logprob_BK, pending.top_token_BK = sampled
             state.token_R[:rows] = sampled.token_B
         by_beams: dict[int, list[Search]] = {}

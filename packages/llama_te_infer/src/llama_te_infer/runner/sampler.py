@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..decode.greedy import GreedyWorkspace, take_likeliest
 from ..ops import library
-from ..ops.draw import draw
+from ..ops.draw import BIASED, COUNTED, MASKED, draw
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from .grammar import TokenMasks
 from .stopping import StopRule
@@ -88,7 +88,8 @@ class RowSampling:
         device: The device of the tensors.
 
     Attributes:
-        number_R3: float32: temperature, top_p and min_p.
+        number_RF: float32, the numbers that `ops.draw` takes.
+        integer_RF: int64, the integers that `ops.draw` takes.
         seen_RV: bool, the tokens of a row's prompt and output. Only rows with a repetition penalty or `min_tokens` have
             entries; `None` until the first such row is set.
         ending_RV: bool, the tokens that would end a row. The same rows have entries.
@@ -101,12 +102,11 @@ class RowSampling:
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
         self.rows, self.vocab_size, self.device = rows, vocab_size, torch.device(device)
         # One table for each type: two copies then set a row.
-        self._number_RF = torch.zeros(rows, 6, dtype=torch.float32, device=device)
-        self._integer_RF = torch.zeros(rows, 3, dtype=torch.int64, device=device)
-        self.temperature_R, self.top_p_R, self.min_p_R, *penalties = self._number_RF.unbind(1)
-        self.number_R3 = self._number_RF[:, :3]
+        self.number_RF = torch.zeros(rows, 6, dtype=torch.float32, device=device)
+        self.integer_RF = torch.zeros(rows, 4, dtype=torch.int64, device=device)
+        self.temperature_R, self.top_p_R, self.min_p_R, *penalties = self.number_RF.unbind(1)
         self.repetition_penalty_R, self.presence_penalty_R, self.frequency_penalty_R = penalties
-        self.seed_R, self.top_k_R, self.min_length_R = self._integer_RF.unbind(1)
+        self.seed_R, self.top_k_R, self.min_length_R, _ = self.integer_RF.unbind(1)
         self.seen_RV: torch.Tensor | None = None
         self.ending_RV: torch.Tensor | None = None
         self.bias_RV: torch.Tensor | None = None
@@ -159,6 +159,18 @@ class RowSampling:
                         "model's own tokenizer."
                     )
         prompt_length = len(token_ids) if prompt_length is None else prompt_length
+        random = params.temperature > 0
+        single = [word[0] for word in bad_words if len(word) == 1]
+        self._set_words(row, [list(word) for word in bad_words if len(word) > 1])
+        needs = SamplingNeeds(
+            random=random,
+            filtered=random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
+            masked=stop.forbids_end_tokens or params.repetition_penalty != 1,
+            biased=bool(params.logit_bias or single) or params.allowed_token_ids is not None,
+            counted=params.presence_penalty != 0 or params.frequency_penalty != 0,
+            bad_words=bool(self._words[row]),
+            top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
+        )
         self._write(
             row,
             [
@@ -173,19 +185,8 @@ class RowSampling:
                 seed,
                 min(params.top_k, self.vocab_size) or self.vocab_size,
                 prompt_length + stop.min_tokens if stop.forbids_end_tokens else 0,
+                BIASED * needs.biased + MASKED * needs.masked + COUNTED * needs.counted,
             ],
-        )
-        random = params.temperature > 0
-        single = [word[0] for word in bad_words if len(word) == 1]
-        self._set_words(row, [list(word) for word in bad_words if len(word) > 1])
-        needs = SamplingNeeds(
-            random=random,
-            filtered=random and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
-            masked=stop.forbids_end_tokens or params.repetition_penalty != 1,
-            biased=bool(params.logit_bias or single) or params.allowed_token_ids is not None,
-            counted=params.presence_penalty != 0 or params.frequency_penalty != 0,
-            bad_words=bool(self._words[row]),
-            top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
         )
         self._set_needs(row, needs)
         if self._needs[row].masked:
@@ -199,8 +200,8 @@ class RowSampling:
 
     def move(self, to: int, source: int) -> None:
         """Copy another row's parameters to a row."""
-        self._number_RF[to].copy_(self._number_RF[source])
-        self._integer_RF[to].copy_(self._integer_RF[source])
+        self.number_RF[to].copy_(self.number_RF[source])
+        self.integer_RF[to].copy_(self.integer_RF[source])
         self._set_needs(to, self._needs[source])
         if self._needs[to].masked:
             assert self.seen_RV is not None and self.ending_RV is not None
@@ -218,7 +219,7 @@ class RowSampling:
 
     def clear(self, row: int) -> None:
         """Make a row greedy, the mode with the least work."""
-        self._write(row, [0.0, 1.0, 0.0, 1.0, 0.0, 0.0], [0, self.vocab_size, 0])
+        self._write(row, [0.0, 1.0, 0.0, 1.0, 0.0, 0.0], [0, self.vocab_size, 0, 0])
         self._set_words(row, [])
         self._set_needs(row, SamplingNeeds())
 
@@ -295,8 +296,8 @@ class RowSampling:
         return self._on_host(list(tokens), torch.int64).to(self.device, non_blocking=True)
 
     def _write(self, row: int, numbers: list[float], integers: list[int]) -> None:
-        self._number_RF[row].copy_(self._on_host(numbers, torch.float32), non_blocking=True)
-        self._integer_RF[row].copy_(self._on_host(integers, torch.int64), non_blocking=True)
+        self.number_RF[row].copy_(self._on_host(numbers, torch.float32), non_blocking=True)
+        self.integer_RF[row].copy_(self._on_host(integers, torch.int64), non_blocking=True)
 
     def _mark(self, row: int, token_ids: Sequence[int], ending: Collection[int]) -> None:
         if self.seen_RV is None or self.ending_RV is None:
@@ -315,64 +316,29 @@ def sample(
     sampling: RowSampling,
     position_B: torch.Tensor,
     needs: SamplingNeeds,
-    row_B: torch.Tensor | None = None,
     masks: TokenMasks | None = None,
 ) -> Sampled:
-    """Choose the next token of each row. Can be captured in a CUDA graph; does not wait for the device.
+    """Choose the next token of each of the first B rows. Does not wait for the device.
 
     Args:
         logits_BV: bfloat16, float16, float32 or float64; `sample` does not change them.
         sampling: The rows' parameters. `sample` adds the new tokens to its record of seen tokens, where rows need it.
-        position_B: int32 or int64, the position of the new token in its sequence: the number of tokens before it.
+        position_B: int32, the position of the new token in its sequence: the number of tokens before it.
         needs: The result of `sampling.needs` for these rows, or a superset.
-        row_B: int64, the rows of the batch, each once; by default the first B.
         masks: The tokens that some rows of the logits may write.
     """
-    rows = slice(len(logits_BV)) if row_B is None else row_B
-    choice_BV = logits_BV
-    if masks is not None:
-        allowed_MV = unpacked(masks.bits_MW, sampling.vocab_size)
-        masked_MV = logits_BV[masks.row_M].masked_fill_(~allowed_MV, -torch.inf)
-        choice_BV = logits_BV.index_copy(0, masks.row_M, masked_MV)
-    if needs.biased:
-        assert sampling.bias_RV is not None
-        choice_BV = choice_BV.float() + sampling.bias_RV[rows]
-    if needs.bad_words:
-        choice_BV = _forbid_words(choice_BV, sampling, row_B)
-    if needs.masked:
-        choice_BV = _mask(choice_BV, sampling, position_B, rows)
-    if needs.counted:
-        assert sampling.count_RV is not None
-        count_BV = sampling.count_RV[rows]
-        choice_BV = choice_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
-        choice_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
+    choice_BV = _forbid_words(logits_BV, sampling) if needs.bad_words else logits_BV
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
-    if needs.random and draws_by_operator(choice_BV.device):
-        integer_B3 = torch.stack([sampling.seed_R[rows], sampling.top_k_R[rows], position_B.long()], dim=1)
-        drawn_BV = choice_BV.float() if choice_BV.dtype == torch.float64 else choice_BV
-        draw(drawn_BV, sampling.number_R3[rows].contiguous(), integer_B3, token_B)
-    else:
-        if needs.random:
-            choice_BV = _randomize(choice_BV, sampling, position_B, rows, needs.filtered)
-        take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
-
-    known_B = token_B.clamp(min=0)  # a row with NO_TOKEN ends, so its records may be wrong
-    if needs.masked or needs.counted:
-        number_B = torch.arange(len(token_B), device=token_B.device) if row_B is None else row_B
-        place_B = number_B * sampling.vocab_size + known_B
-        if needs.masked:
-            assert sampling.seen_RV is not None
-            sampling.seen_RV.view(-1).index_fill_(0, place_B, True)
-        if needs.counted:
-            assert sampling.count_RV is not None
-            sampling.count_RV.view(-1).index_add_(0, place_B, torch.ones_like(place_B, dtype=torch.int32))
+    choose = _choose_by_operator if draws_by_operator(choice_BV.device) else _choose_by_pytorch
+    choose(choice_BV, sampling, position_B, needs, masks, token_B)
     if needs.bad_words:
         assert sampling.recent_RL is not None
-        sampling.recent_RL[rows] = torch.cat([sampling.recent_RL[rows][:, 1:], token_B[:, None]], dim=1)
+        recent_BL = sampling.recent_RL[: len(token_B)]
+        recent_BL.copy_(torch.cat([recent_BL[:, 1:], token_B[:, None]], dim=1))
     if needs.top_logprobs is None:
         return Sampled(token_B)
     logprob_BV = logits_BV.float().log_softmax(dim=-1)
-    logprob_B = logprob_BV.gather(1, known_B[:, None])[:, 0]
+    logprob_B = logprob_BV.gather(1, token_B.clamp(min=0)[:, None])[:, 0]  # a row with NO_TOKEN ends
     if needs.top_logprobs == 0:
         return Sampled(token_B, logprob_B)
     return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
@@ -380,7 +346,73 @@ def sample(
 
 def draws_by_operator(device: torch.device) -> bool:
     """Return whether the compiled operator draws tokens on this device. On others PyTorch's operations do."""
+    # On a GPU the kernel has not been compared with them yet, neither in its tokens nor in its time.
     return device.type == "cpu" and library.available("cpu")
+
+
+def _choose_by_operator(
+    choice_BV: torch.Tensor,
+    sampling: RowSampling,
+    position_B: torch.Tensor,
+    needs: SamplingNeeds,
+    masks: TokenMasks | None,
+    token_B: torch.Tensor,
+) -> None:
+    """Write the chosen tokens to `token_B` and record them, in one launch."""
+    if needs._replace(bad_words=False, top_logprobs=None) == SamplingNeeds() and masks is None:
+        take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
+        return
+    draw(
+        choice_BV.float() if choice_BV.dtype == torch.float64 else choice_BV,
+        sampling.number_RF,
+        sampling.integer_RF,
+        position_B,
+        sampling.bias_RV if needs.biased else None,
+        sampling.seen_RV if needs.masked else None,
+        sampling.ending_RV if needs.masked else None,
+        sampling.count_RV if needs.counted else None,
+        None if masks is None else masks.index_B,
+        None if masks is None else masks.bits_MW,
+        token_B,
+    )
+
+
+def _choose_by_pytorch(
+    choice_BV: torch.Tensor,
+    sampling: RowSampling,
+    position_B: torch.Tensor,
+    needs: SamplingNeeds,
+    masks: TokenMasks | None,
+    token_B: torch.Tensor,
+) -> None:
+    """Write the chosen tokens to `token_B` and record them. Defines what the operator computes."""
+    rows = slice(len(choice_BV))
+    if masks is not None:
+        allowed_MV = unpacked(masks.bits_MW, sampling.vocab_size)
+        allowed_BV = allowed_MV[masks.index_B.clamp(min=0)] | (masks.index_B < 0)[:, None]
+        choice_BV = choice_BV.masked_fill(~allowed_BV, -torch.inf)
+    if needs.biased:
+        assert sampling.bias_RV is not None
+        choice_BV = choice_BV.float() + sampling.bias_RV[rows]
+    if needs.masked:
+        choice_BV = _mask(choice_BV, sampling, position_B)
+    if needs.counted:
+        assert sampling.count_RV is not None
+        count_BV = sampling.count_RV[rows]
+        choice_BV = choice_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
+        choice_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
+    if needs.random:
+        choice_BV = _randomize(choice_BV, sampling, position_B, needs.filtered)
+    take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
+    if needs.masked or needs.counted:
+        known_B = token_B.clamp(min=0)  # a row with NO_TOKEN ends, so its records may be wrong
+        place_B = torch.arange(len(token_B), device=token_B.device) * sampling.vocab_size + known_B
+        if needs.masked:
+            assert sampling.seen_RV is not None
+            sampling.seen_RV.view(-1).index_fill_(0, place_B, True)
+        if needs.counted:
+            assert sampling.count_RV is not None
+            sampling.count_RV.view(-1).index_add_(0, place_B, torch.ones_like(place_B, dtype=torch.int32))
 
 
 def unpacked(bits_MW: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -412,27 +444,20 @@ def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Ten
     return value_BV.gather(-1, index_BK), index_BK
 
 
-def _forbid_words(logits_BV: torch.Tensor, sampling: RowSampling, row_B: torch.Tensor | None) -> torch.Tensor:
+def _forbid_words(logits_BV: torch.Tensor, sampling: RowSampling) -> torch.Tensor:
     """Return float32 logits in which a token that would complete a bad word has -inf."""
     assert sampling.recent_RL is not None
     row_N, before_NL, last_N = sampling.word_table()
-    matches_N = ((sampling.recent_RL[row_N] == before_NL) | (before_NL < 0)).all(dim=1)
-    place_N = row_N
-    if row_B is not None:
-        place_R = torch.full((sampling.rows,), -1, dtype=torch.int64, device=row_B.device)
-        place_R[row_B] = torch.arange(len(row_B), device=row_B.device)
-        place_N = place_R[row_N]
-        matches_N &= place_N >= 0
-        place_N = place_N.clamp(min=0)
+    matches_N = ((sampling.recent_RL[row_N] == before_NL) | (before_NL < 0)).all(dim=1) & (row_N < len(logits_BV))
     added_N = torch.where(matches_N, -torch.inf, 0.0)
+    place_N = row_N.clamp(max=len(logits_BV) - 1)
     return logits_BV.float().index_put((place_N, last_N), added_N, accumulate=True)
 
 
-def _mask(
-    logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor, rows: slice | torch.Tensor
-) -> torch.Tensor:
+def _mask(logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor) -> torch.Tensor:
     """Return float32 logits with the repetition penalty. Tokens that would end a row too early get -inf."""
     assert sampling.seen_RV is not None and sampling.ending_RV is not None
+    rows = slice(len(logits_BV))
     logits_BV = logits_BV.float()
     penalty_B1 = sampling.repetition_penalty_R[rows, None]
     penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
@@ -442,13 +467,10 @@ def _mask(
 
 
 def _randomize(
-    logits_BV: torch.Tensor,
-    sampling: RowSampling,
-    position_B: torch.Tensor,
-    rows: slice | torch.Tensor,
-    filtered: bool,
+    logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor, filtered: bool
 ) -> torch.Tensor:
     """Return float32 [B, V] whose largest element is the drawn token (the Gumbel-max trick), or a greedy row's best."""
+    rows = slice(len(logits_BV))
     temperature_B1 = sampling.temperature_R[rows, None]
     is_random_B1 = temperature_B1 > 0
     scaled_BV = logits_BV.float() / torch.where(is_random_B1, temperature_B1, 1.0)
