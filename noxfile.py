@@ -200,7 +200,7 @@ def sanitize(session: nox.Session) -> None:
     found = [session.run("c++", f"-print-file-name={name}", external=True, silent=True).strip() for name in libraries]
     # Python keeps memory until it ends, which is no leak of the extension.
     env = OFFLINE | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
-    names = ("operators", "decode_attention", "step_operators", "draw")
+    names = ("operators", "decode_attention", "step_operators", "draw", "logprobs")
     names += ("hostile_arguments", "library", "kernels_in_cache")
     say(session, "Running the tests", "2 min")
     session.run("pytest", *(session.posargs or [f"tests/infer/test_{name}.py" for name in names]), env=env)

@@ -1,6 +1,6 @@
-// draw.
+// draw and logprobs.
 //
-// Shapes: B rows of the batch, R rows of the tables, V vocabulary, M masks of W words.
+// Shapes: B rows of the batch, R rows of the tables, V vocabulary, M masks of W words, K likeliest tokens.
 
 #include "sampling/draw.h"
 
@@ -9,6 +9,7 @@
 
 #include "arguments.h"
 #include "include/integer.h"
+#include "sampling/logprobs.h"
 
 namespace llama_te::bindings {
 
@@ -24,6 +25,17 @@ std::optional<Tensor> optional_tensor(const char *name, py::handle object) {
 template <typename Value>
 Value *data_of(const std::optional<Tensor> &tensor) {
     return tensor ? tensor->as<Value>() : nullptr;
+}
+
+// The element of logits [B, V] that the operator can read.
+ElementType element_of_logits(const char *operation, const Tensor &logits) {
+    const ElementType element = element_of(logits);
+    check_like(logits, logits, {kAny, kAny}, "[B, V]");
+    if (logits.shape[1] == 0) {
+        refuse(text_of("logits has the shape ", logits.shape_text(), ": there must be a token."));
+    }
+    check_no_gradient(operation, logits);
+    return element;
 }
 
 template <Where kWhere>
@@ -45,13 +57,9 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     const auto masks = optional_tensor("masks", masks_tensor);
     const Tensor tokens({"tokens"}, tokens_tensor);
 
-    const ElementType element = element_of(logits);
-    check_like(logits, logits, {kAny, kAny}, "[B, V]");
+    const ElementType element = element_of_logits("draw", logits);
     const std::int64_t rows = logits.shape[0];
     const std::int64_t vocabulary = logits.shape[1];
-    if (vocabulary == 0) {
-        refuse(text_of("logits has the shape ", logits.shape_text(), ": there must be a token to draw."));
-    }
     const auto check_table = [&](const Tensor &table, DType dtype, std::int64_t columns, const char *meaning) {
         check(table, dtype, logits.device, {kAny, columns}, meaning);
         check_contiguous(table);
@@ -97,7 +105,6 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
         others.push_back(&*mask_index);
         others.push_back(&*masks);
     }
-    check_no_gradient("draw", logits);
     std::vector<const Tensor *> written = {&tokens};
     if (seen) {
         written.push_back(&*seen);
@@ -139,6 +146,47 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     return Call<DrawArguments>{arguments, launch, {}};
 }
 
+template <Where kWhere>
+std::optional<Call<LogprobsArguments>> logprobs_arguments(py::handle logits_tensor, py::handle tokens_tensor,
+                                                          py::handle logprobs_tensor, py::handle top_logprobs_tensor,
+                                                          py::handle top_tokens_tensor) {
+    const Tensor logits({"logits"}, logits_tensor);
+    const Tensor tokens({"tokens"}, tokens_tensor);
+    const Tensor logprobs({"logprobs"}, logprobs_tensor);
+    const Tensor top_logprobs({"top_logprobs"}, top_logprobs_tensor);
+    const Tensor top_tokens({"top_tokens"}, top_tokens_tensor);
+    const ElementType element = element_of_logits("logprobs", logits);
+    const std::int64_t rows = logits.shape[0];
+    check(tokens, DType::kInt64, logits.device, {rows}, "[B]");
+    check(logprobs, DType::kFloat32, logits.device, {rows}, "[B]");
+    check(top_logprobs, DType::kFloat32, logits.device, {rows, kAny}, "[B, K]");
+    const std::int64_t likeliest = top_logprobs.shape[1];
+    check(top_tokens, DType::kInt64, logits.device, {rows, likeliest}, "[B, K]");
+    if (likeliest > logits.shape[1]) {
+        refuse(text_of("top_logprobs has K=", likeliest, " columns: logits has only V=", logits.shape[1], " tokens."));
+    }
+    const Tensor *const written[] = {&logprobs, &top_logprobs, &top_tokens};
+    check_contiguous(tokens);
+    for (const Tensor *const tensor : written) {
+        check_contiguous(*tensor);
+        check_written("logprobs", *tensor);
+        check_apart(*tensor, logits);
+        check_apart(*tensor, tokens);
+    }
+    check_apart(logprobs, top_logprobs);
+    check_apart(logprobs, top_tokens);
+    check_apart(top_logprobs, top_tokens);
+    const Launch launch = launch_for(kWhere, logits);
+    if (rows == 0) {
+        return std::nullopt;
+    }
+    return Call<LogprobsArguments>{{logits.data, logits.byte_stride(0), element, logits.size(0, "B"),
+                                    logits.size(1, "V"), top_logprobs.size(1, "K"), tokens.as<const std::int64_t>(),
+                                    logprobs.as<float>(), top_logprobs.as<float>(), top_tokens.as<std::int64_t>()},
+                                   launch,
+                                   {}};
+}
+
 }  // namespace
 
 void bind_sampling(py::module_ &module) {
@@ -146,10 +194,16 @@ void bind_sampling(py::module_ &module) {
         define(module, name, function, "logits", "numbers", "integers", "positions", "bias", "seen", "ending", "counts",
                "mask_index", "masks", "tokens");
     };
+    const auto define_logprobs = [&](const char *name, auto function) {
+        define(module, name, function, "logits", "tokens", "logprobs", "top_logprobs", "top_tokens");
+    };
+    define_logprobs("logprobs_cpu", on_host(logprobs_arguments<Where::kCpu>, logprobs_cpu));
+    define_logprobs("logprobs_check", checked(logprobs_arguments<Where::kChecks>));
     define_draw("draw_cpu", on_host(draw_arguments<Where::kCpu>, draw_cpu));
     define_draw("draw_check", checked(draw_arguments<Where::kChecks>));
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
     define_draw("draw_cuda", on_gpu(draw_arguments<Where::kCuda>, draw_cuda));
+    define_logprobs("logprobs_cuda", on_gpu(logprobs_arguments<Where::kCuda>, logprobs_cuda));
 #endif
 }
 

@@ -2,9 +2,9 @@
 
 #include "sampling/draw.h"
 
-#include <algorithm>
 #include <vector>
 
+#include "cpu/alone.h"
 #include "cpu/numbers.h"
 #include "include/dispatch.h"
 #include "sampling/draw_row.h"
@@ -12,40 +12,6 @@
 namespace llama_te {
 
 namespace {
-
-// A team of one thread; see draw_row.h.
-class Alone {
-public:
-    template <typename Visit>
-    void each(std::int32_t vocabulary, const Visit &visit) const {
-        for (std::int32_t token = 0; token < vocabulary; ++token) {
-            visit(token);
-        }
-    }
-
-    template <typename Part>
-    const Part &all(const Part &part) const {
-        return part;
-    }
-
-    template <typename BucketOf>
-    Bucket find(std::int32_t vocabulary, std::int32_t k, const BucketOf &bucket_of) {
-        std::fill(counts_.begin(), counts_.end(), 0);
-        for (std::int32_t token = 0; token < vocabulary; ++token) {
-            if (const int bucket = bucket_of(token); bucket != kNoBucket) {
-                ++counts_[static_cast<std::size_t>(bucket)];
-            }
-        }
-        int bucket = 0;
-        while (k > counts_[static_cast<std::size_t>(bucket)]) {
-            k -= counts_[static_cast<std::size_t>(bucket++)];
-        }
-        return {bucket, k};
-    }
-
-private:
-    std::vector<std::int32_t> counts_ = std::vector<std::int32_t>(kBuckets);
-};
 
 template <typename Element>
 void draw_rows(const DrawArguments &a) {

@@ -1,11 +1,4 @@
 // How a row's next token is chosen, on the host and on the GPU.
-//
-// The tokens are shared among the threads of a team: one on the host, a cluster of blocks on the GPU. A team has
-//   each(vocabulary, visit)     calls visit(token) for the thread's tokens, in ascending order
-//   all(part)                   merges the threads' parts, by Part::merge; every thread gets the result
-//   find(vocabulary, k, bucket) counts the tokens in each bucket(token) and returns the one that has the k-th token,
-//                               from bucket 0 on; a token in bucket kNoBucket does not count
-// All sums are of integers, so a token depends on nothing but its own row.
 
 #pragma once
 
@@ -16,6 +9,7 @@
 #include "sampling/draw.h"
 #include "sampling/noise.h"
 #include "sampling/order.h"
+#include "sampling/team.h"
 
 namespace llama_te {
 
@@ -122,15 +116,7 @@ LLAMA_TE_HOST_DEVICE inline void record(const DrawArguments &a, std::int32_t row
 
 // --- top-k -----------------------------------------------------------------------------------------------------------
 
-constexpr int kBuckets = 2048;
-constexpr int kNoBucket = -1;
 constexpr float kBucketsOfLogit = 64.0F;  // of a difference of 1 between logits
-
-// The bucket that has the k-th token, and which of the bucket's tokens that is, from 1 on.
-struct Bucket {
-    int bucket;
-    std::int32_t k;
-};
 
 struct KeyRange {
     std::uint32_t least = 0xffffffffU;

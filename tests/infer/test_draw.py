@@ -160,7 +160,7 @@ def test_no_rows() -> None:
     [
         ({"logits": torch.randn(3, 8).double()}, "logits is float64: allowed are bfloat16, float16, float32."),
         ({"logits": torch.randn(3)}, "logits"),
-        ({"logits": torch.randn(3, 0)}, "there must be a token to draw"),
+        ({"logits": torch.randn(3, 0)}, "there must be a token"),
         ({"numbers": torch.zeros(3, 3)}, "numbers"),
         ({"numbers": torch.zeros(3, 6).double()}, "numbers"),
         ({"numbers": torch.zeros(3, 12)[:, ::2]}, "numbers"),

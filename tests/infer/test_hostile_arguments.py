@@ -26,6 +26,7 @@ from llama_te_infer.ops.draw import draw
 from llama_te_infer.ops.embed import embed
 from llama_te_infer.ops.greedy import greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
+from llama_te_infer.ops.logprobs import logprobs
 from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
@@ -120,6 +121,16 @@ def draw_arguments(source: random.Random) -> Arguments:
     }
 
 
+def logprobs_arguments(source: random.Random) -> Arguments:
+    return {
+        "logits": torch.rand(3, 8).to(source.choice([torch.bfloat16, torch.float16, torch.float32])),
+        "tokens": torch.tensor([0, 7, -1]),
+        "logprobs": torch.zeros(3),
+        "top_logprobs": torch.zeros(3, 5),
+        "top_tokens": torch.zeros(3, 5, dtype=torch.int64),
+    }
+
+
 def workspace_arguments(source: random.Random) -> Arguments:
     return {"rows": 2, "kv_heads": 2, "group": 4, "head_dim": 64, "capacity": 4096}
 
@@ -133,6 +144,7 @@ OPERATORS: dict[str, Make] = {
     "embed": embed_arguments,
     "greedy": greedy_arguments,
     "linear": operator_linear_arguments,
+    "logprobs": logprobs_arguments,
     "reorder_pages": pages_arguments,
     "reorder_rows": rows_arguments,
     "rms_norm": rms_norm_arguments,
@@ -145,6 +157,7 @@ PUBLIC: dict[Callable[..., Any], Make] = {
     embed: embed_arguments,
     greedy: greedy_arguments,
     linear: wrapped_linear_arguments,
+    logprobs: logprobs_arguments,
     linear_chain: chain_arguments,
     reorder_pages: pages_arguments,
     reorder_rows: rows_arguments,

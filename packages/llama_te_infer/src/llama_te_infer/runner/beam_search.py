@@ -19,7 +19,7 @@ import torch
 
 from ..structured_outputs import GrammarError
 from .grammar import NOTHING_ALLOWED, GrammarText
-from .sampler import largest
+from .logprobs import largest
 from .stopping import NOT_FINITE, StopRule
 
 NO_BEAM = -1e9  # the score of beams that do not exist yet

@@ -18,9 +18,9 @@ from ..decode.prefill import FusedPrefill
 from ..kv_cache.engine_cache import EngineCache
 from ..ops.prefill_attention import table_rows
 from ..transfers import to_device
+from .logprobs import concatenated, token_logprobs
 from .plan import Chunk
 from .results import PromptLogprobs
-from .sampler import largest
 
 LOGITS_AT_ONCE = 256  # most tokens of a prompt whose logits are in memory together
 
@@ -123,16 +123,12 @@ class Prefill:
         if not following:
             return []
         token_S = to_device(following, torch.int64, self.cache.device)
-        pieces, tops, wanted = [], [], request.params.prompt_logprobs
+        pieces = []
         for start in range(0, len(following), LOGITS_AT_ONCE):
             piece_S = token_S[start : start + LOGITS_AT_ONCE]
             logits_SV = self.model.lm_head(hidden_SE[start : start + len(piece_S)])
-            logprob_SV = logits_SV.float().log_softmax(dim=-1)
-            pieces.append(logprob_SV.gather(1, piece_S[:, None])[:, 0])
-            if wanted:
-                tops.append(largest(logprob_SV, min(wanted, logprob_SV.shape[1])))
-        top = [torch.cat(each) for each in zip(*tops, strict=True)]
-        return [PromptLogprobs(request, chunk.start + 1, torch.cat(pieces), *top)]
+            pieces.append(token_logprobs(logits_SV, piece_S, request.params.prompt_logprobs or 0))
+        return [PromptLogprobs(request, chunk.start + 1, *concatenated(pieces))]
 
 
 def similar_lengths(chunks: Items[Chunk]) -> list[list[Chunk]]:

@@ -17,10 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from ..decode.greedy import GreedyWorkspace, take_likeliest
-from ..ops import library
 from ..ops.draw import BIASED, COUNTED, MASKED, draw
 from ..sampling_params import MAX_LOGPROBS, SamplingParams
 from .grammar import TokenMasks
+from .logprobs import samples_by_operators, token_logprobs
 from .stopping import StopRule
 
 
@@ -329,7 +329,7 @@ def sample(
     """
     choice_BV = _forbid_words(logits_BV, sampling) if needs.bad_words else logits_BV
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
-    choose = _choose_by_operator if draws_by_operator(choice_BV.device) else _choose_by_pytorch
+    choose = _choose_by_operator if samples_by_operators(choice_BV.device) else _choose_by_pytorch
     choose(choice_BV, sampling, position_B, needs, masks, token_B)
     if needs.bad_words:
         assert sampling.recent_RL is not None
@@ -337,17 +337,7 @@ def sample(
         recent_BL.copy_(torch.cat([recent_BL[:, 1:], token_B[:, None]], dim=1))
     if needs.top_logprobs is None:
         return Sampled(token_B)
-    logprob_BV = logits_BV.float().log_softmax(dim=-1)
-    logprob_B = logprob_BV.gather(1, token_B.clamp(min=0)[:, None])[:, 0]  # a row with NO_TOKEN ends
-    if needs.top_logprobs == 0:
-        return Sampled(token_B, logprob_B)
-    return Sampled(token_B, logprob_B, *largest(logprob_BV, min(needs.top_logprobs, sampling.vocab_size)))
-
-
-def draws_by_operator(device: torch.device) -> bool:
-    """Return whether the compiled operator draws tokens on this device. On others PyTorch's operations do."""
-    # On a GPU the kernel has not been compared with them yet, neither in its tokens nor in its time.
-    return device.type == "cpu" and library.available("cpu")
+    return Sampled(token_B, *token_logprobs(logits_BV, token_B, needs.top_logprobs))
 
 
 def _choose_by_operator(
@@ -425,23 +415,6 @@ def unpacked(bits_MW: torch.Tensor, vocab_size: int) -> torch.Tensor:
     byte_MX = bits_MW.view(torch.uint8)  # the hosts and GPUs that run this are little-endian
     shift_8 = torch.arange(8, dtype=torch.uint8, device=bits_MW.device)
     return ((byte_MX[:, :, None] >> shift_8) & 1).bool().flatten(1)[:, :vocab_size]
-
-
-def largest(value_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the largest float32 values of each row in descending order, and equal values in the order of their index.
-
-    `torch.topk` does not define its choice among equal values, nor their order. Many bfloat16 logits are equal.
-
-    Returns:
-        Values [B, count] and their indices, int64.
-    """
-    bits_BV = (value_BV + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    # Make integers with the order of the numbers: a negative number's bits ascend as the number descends.
-    order_BV = bits_BV ^ ((bits_BV >> 31) & 0x7FFFFFFF)
-    last_first_V = torch.arange(2**32 - 1, 2**32 - 1 - value_BV.shape[-1], -1, device=value_BV.device)
-    key_BK = ((order_BV.long() << 32) | last_first_V).topk(count, dim=-1).values
-    index_BK = (2**32 - 1) - (key_BK & (2**32 - 1))
-    return value_BV.gather(-1, index_BK), index_BK
 
 
 def _forbid_words(logits_BV: torch.Tensor, sampling: RowSampling) -> torch.Tensor:

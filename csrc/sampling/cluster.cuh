@@ -1,0 +1,220 @@
+// A cluster of blocks that shares the rows of logits: the fewer rows, the more blocks share each.
+
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "include/launch.cuh"
+#include "include/vector.cuh"
+#include "include/warp.cuh"
+#include "sampling/order.h"
+#include "sampling/team.h"
+
+namespace llama_te {
+
+constexpr int kClusterThreads = 512;  // of a block
+constexpr int kClusterWarps = kClusterThreads / kWarp;
+constexpr int kPartBytes = 32;
+constexpr int kBucketsOfThread = kBuckets / kClusterThreads;
+
+struct ClusterStorage {
+    std::int32_t counts[kBuckets];
+    std::int32_t counts_of_warp[kClusterWarps];
+    Bucket found;
+    alignas(16) unsigned char part_of_warp[kClusterWarps][kPartBytes];
+    // Of the block, which the others read. They may still read one of them when the block writes the other.
+    alignas(16) unsigned char part[2][kPartBytes];
+};
+
+template <typename Part>
+__device__ Part part_of_lane(const Part &part, int distance) {
+    unsigned words[sizeof(Part) / sizeof(unsigned)];
+    std::memcpy(words, &part, sizeof part);
+#pragma unroll
+    for (unsigned &word : words) {
+        word = __shfl_xor_sync(kWholeWarp, word, distance);
+    }
+    Part other;
+    std::memcpy(&other, words, sizeof other);
+    return other;
+}
+
+// See team.h.
+class Cluster {
+public:
+    explicit __device__ Cluster(ClusterStorage &shared)
+        : shared_(shared), blocks_(static_cast<int>(cluster_.num_blocks())) {
+    }
+
+    template <typename Visit>
+    __device__ void each(std::int32_t vocabulary, const Visit &visit) const {
+        const auto first = static_cast<std::int32_t>(cluster_.block_rank() * kClusterThreads + threadIdx.x);
+#pragma unroll 4
+        for (std::int32_t token = first; token < vocabulary; token += blocks_ * kClusterThreads) {
+            visit(token);
+        }
+    }
+
+    template <typename Part>
+    __device__ Part all(Part part) {
+        static_assert(sizeof(Part) <= kPartBytes && sizeof(Part) % sizeof(unsigned) == 0);
+        const int lane = threadIdx.x % kWarp;
+        const int warp = threadIdx.x / kWarp;
+#pragma unroll
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+            part.merge(part_of_lane(part, distance));
+        }
+        if (lane == 0) {
+            std::memcpy(shared_.part_of_warp[warp], &part, sizeof part);
+        }
+        __syncthreads();
+        unsigned char *const slot = shared_.part[turn_];
+        turn_ ^= 1;
+        if (warp == 0) {
+            Part merged;
+            if (lane < kClusterWarps) {
+                std::memcpy(&merged, shared_.part_of_warp[lane], sizeof merged);
+            }
+#pragma unroll
+            for (int distance = kClusterWarps / 2; distance > 0; distance /= 2) {
+                merged.merge(part_of_lane(merged, distance));
+            }
+            if (lane == 0) {
+                std::memcpy(slot, &merged, sizeof merged);
+            }
+        }
+        cluster_.sync();
+        Part whole;
+        for (int block = 0; block < blocks_; ++block) {
+            Part other;
+            std::memcpy(&other, cluster_.map_shared_rank(slot, block), sizeof other);
+            whole.merge(other);
+        }
+        return whole;
+    }
+
+    template <typename BucketOf>
+    __device__ Bucket find(std::int32_t vocabulary, std::int32_t k, const BucketOf &bucket_of) {
+        for (int bucket = threadIdx.x; bucket < kBuckets; bucket += kClusterThreads) {
+            shared_.counts[bucket] = 0;
+        }
+        __syncthreads();
+        each(vocabulary, [&](std::int32_t token) {
+            const int bucket = bucket_of(token);
+            if (bucket != kNoBucket) {
+                atomicAdd(shared_.counts + bucket, 1);
+            }
+        });
+        cluster_.sync();
+        // Every block finds the bucket by itself.
+        const int first = threadIdx.x * kBucketsOfThread;
+        std::int32_t counts[kBucketsOfThread] = {};
+        for (int block = 0; block < blocks_; ++block) {
+            const std::int32_t *const others = cluster_.map_shared_rank(shared_.counts, block);
+#pragma unroll
+            for (int i = 0; i < kBucketsOfThread; ++i) {
+                counts[i] += others[first + i];
+            }
+        }
+        std::int32_t own = 0;
+#pragma unroll
+        for (int i = 0; i < kBucketsOfThread; ++i) {
+            own += counts[i];
+        }
+        const int lane = threadIdx.x % kWarp;
+        const int warp = threadIdx.x / kWarp;
+        std::int32_t until = own;  // tokens in the buckets up to this thread's last one
+#pragma unroll
+        for (int distance = 1; distance < kWarp; distance *= 2) {
+            const std::int32_t below = __shfl_up_sync(kWholeWarp, until, distance);
+            until += lane >= distance ? below : 0;
+        }
+        if (lane == kWarp - 1) {
+            shared_.counts_of_warp[warp] = until;
+        }
+        __syncthreads();
+        for (int other = 0; other < warp; ++other) {
+            until += shared_.counts_of_warp[other];
+        }
+        std::int32_t left = k - (until - own);
+        if (left > 0 && k <= until) {
+#pragma unroll
+            for (int i = 0; i < kBucketsOfThread; ++i) {
+                if (left > 0 && left <= counts[i]) {
+                    shared_.found = {first + i, left};
+                }
+                left -= counts[i];
+            }
+        }
+        cluster_.sync();
+        return shared_.found;
+    }
+
+    // Waits until no block reads the memory of another one: then blocks may end.
+    __device__ void finish() const {
+        cluster_.sync();
+    }
+
+    __device__ bool is_first() const {
+        return cluster_.thread_rank() == 0;
+    }
+
+    // The row of this cluster.
+    __device__ std::int32_t row() const {
+        return static_cast<std::int32_t>(blockIdx.x) / blocks_;
+    }
+
+    template <typename RankOf, typename Visit>
+    __device__ void greatest(std::int32_t vocabulary, int count, const RankOf &rank_of, const Visit &visit) {
+        GreatestRank own;
+        each(vocabulary, [&](std::int32_t token) { own.merge({rank_of(token)}); });
+        for (int place = 0; place < count; ++place) {
+            const GreatestRank found = all(own);
+            if (is_first()) {
+                visit(place, found.rank);
+            }
+            if (own.rank == found.rank) {  // the thread with this token looks for its next one
+                own.rank = 0;
+                each(vocabulary, [&](std::int32_t token) {
+                    const Rank rank = rank_of(token);
+                    own.merge({rank < found.rank ? rank : 0});
+                });
+            }
+        }
+    }
+
+private:
+    cooperative_groups::cluster_group cluster_ = cooperative_groups::this_cluster();
+    ClusterStorage &shared_;
+    int blocks_;
+    int turn_ = 0;
+};
+
+template <ElementType kElement>
+__device__ float logit_at(const char *row, std::int32_t token) {
+    if constexpr (kElement == ElementType::kFloat32) {
+        return reinterpret_cast<const float *>(row)[token];
+    } else {
+        return Pair<kElement>::unpack(reinterpret_cast<const std::uint16_t *>(row)[token]).x;
+    }
+}
+
+
+// Launches a kernel of `Arguments` with as many blocks for each row as still run all at once. Blocks of a row are side by
+// side in the grid.
+template <typename Arguments>
+void launch_clusters(void (*kernel)(Arguments), std::int32_t rows, int device, std::uintptr_t stream, const char *name,
+                     const Arguments &arguments) {
+    const DeviceGuard guard(device);
+    int blocks = 8;  // the most that every GPU launches as a cluster
+    while (blocks > 1 && static_cast<std::int64_t>(blocks) * rows > multiprocessors(device)) {
+        blocks /= 2;
+    }
+    const LaunchShape shape = {dim3(static_cast<unsigned>(rows) * blocks), dim3(kClusterThreads), 0, blocks};
+    launch_overlapping(kernel, shape, reinterpret_cast<cudaStream_t>(stream), name, arguments);
+}
+
+}  // namespace llama_te
