@@ -171,6 +171,19 @@ def test_many_requests_come_and_go(make_llama: Any) -> None:
     assert not engine.has_unfinished and blocks.pool.used == len(blocks.prefixes.remembered)
 
 
+def test_after_warming_up_no_graph_is_captured(make_llama: Any) -> None:
+    model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()
+    engine = Engine(model, max_batch_size=24, max_sequence_length=256)
+    engine.warm_up()
+    assert engine._fused is not None
+    graphs = dict(engine._fused._graphs)
+    kinds = [SamplingParams(max_tokens=20, temperature=0), SamplingParams(max_tokens=20, temperature=1.0)]
+    for params in kinds:
+        for count in range(1, 25):
+            engine.generate(prompts(count), params)
+    assert engine._fused._graphs == graphs
+
+
 def test_two_engines_at_once(make_llama: Any) -> None:
     """Two engines launch steps in turn on separate streams: both end, each with the texts that it writes alone."""
     model = convert_llama_hf_to_te(make_llama(eos_token_id=None).bfloat16()).eval()

@@ -574,6 +574,43 @@ def test_the_model_can_be_trained_after_it_was_served(thd: PreTrainedModel) -> N
     assert all(parameter.grad is not None for parameter in thd.parameters())
 
 
+def test_warming_up_runs_all_sizes_and_leaves_nothing(thd: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(thd, max_batch_size=5, page_size=8, prefill_budget=32)
+    steps: list[tuple[int, int, bool]] = []
+    launch = engine._runner.launch
+
+    def note(plan: Any, previous: Any) -> Pending:
+        steps.append((len(plan.running), sum(len(c.tokens) for c in plan.chunks), engine._runner._is_plain(plan)))
+        return launch(plan, previous)
+
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "launch", note)
+        engine.warm_up()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {(rows, is_plain) for rows, read, is_plain in steps if not read} == {
+        (rows, is_plain) for rows in (1, 2, 4, 5) for is_plain in (False, True)
+    }
+    assert {1, 2, 4, 8, 16, 32} <= {read for _, read, _ in steps}
+    assert engine.stats() == Engine(thd, max_batch_size=5, page_size=8).stats()
+    prompt, params = list(range(20)), SamplingParams(max_tokens=4, temperature=0.0)
+    (output,) = engine.generate(prompt, params)
+    assert output.num_cached_tokens == 0 and not engine.has_unfinished
+    engine.submit(prompt, params)
+    with pytest.raises(ValueError, match="no request is in progress"):
+        engine.warm_up()
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"max_sequence_length": 3}, {"max_sequence_length": 4}, {"total_num_pages": 1}, {"prefill_budget": 1}]
+)
+def test_warming_up_small_engines(thd: PreTrainedModel, sizes: dict[str, int]) -> None:
+    engine = Engine(thd, **{"max_batch_size": 3, "page_size": 8, **sizes})  # type: ignore[arg-type]
+    engine.warm_up()
+    assert engine.stats().counters == Engine(thd, max_batch_size=3, page_size=8).stats().counters
+
+
 def test_many_requests_leave_nothing_behind(thd: PreTrainedModel) -> None:
     engine = Engine(thd, page_size=4, total_num_pages=60, max_batch_size=8)
     params = [SamplingParams(max_tokens=2, temperature=0), SamplingParams(max_tokens=2, n=2, seed=1)]

@@ -61,6 +61,7 @@ from .tokenization import (
     tokens_of_prompt,
     tokens_of_prompts,
 )
+from .warm_up import warm_ups
 
 SECONDS_BEFORE_PROGRESS = 2.0
 
@@ -241,6 +242,27 @@ class Engine:
         """
         with self._use():
             self.scheduler.blocks.forget_prefixes()
+
+    def warm_up(self) -> None:
+        """Run steps of all sizes, so that first requests do not wait for what a GPU makes once.
+
+        That is a CUDA graph for each size of a batch, cuDNN's plans for prompts, and kernels to load. It takes seconds
+        on a GPU; a CPU gains nothing. No cached prefix stays, and nothing is counted.
+
+        Raises:
+            ValueError: Requests are in progress.
+        """
+        with self._use():
+            if self.has_unfinished:
+                raise ValueError("warm_up runs steps of its own: call it while no request is in progress.")
+            scheduler, counters, pool = self.scheduler, self._counters.copy(), self.scheduler.blocks.pool
+            longest = min(self.max_sequence_length, pool.total_num_pages * pool.page_size)
+            batches = list(warm_ups(scheduler.max_rows, scheduler.prefill_budget, longest))
+            options: dict[str, Any] = {"disable": None, "delay": SECONDS_BEFORE_PROGRESS}
+            for prompts, params in tqdm(batches, desc="warming up", unit="batch", **options):
+                self._generate(prompts, params)
+                scheduler.blocks.forget_prefixes()  # the next prompts begin alike
+            self._counters = counters
 
     def stats(self) -> EngineStats:
         """Return the load and the counters. Any thread may ask; a step in progress may be counted in part."""

@@ -111,6 +111,9 @@ def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[E
         prefill_budget=settings.prefill_budget,
         prefix_caching=settings.prefix_caching,
     )
+    if model.device.type == "cuda":
+        say("warming up")
+        engine.warm_up()
     config = model.generation_config
     return engine, {name: value for name in _SAMPLING_FIELDS if (value := getattr(config, name, None)) is not None}
 
