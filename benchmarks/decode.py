@@ -29,10 +29,27 @@ from shapes import LLAMA_3, VOCABULARY
 
 CONTEXT = 128
 STEPS, REPEATS = 16, 5
-BATCHES = ["bf16, batch 1", "bf16, batch 32"]
-LONGER = ["bf16, 4 beams", "bf16, batch 32 at 8192", "bf16, prefill of 8192", "bf16, 256 requests of 512 + 256"]
-FP8 = ["8B FP8, batch 1", "8B FP8, batch 32", "8B FP8, prefill of 8192"]
-BF16_ROWS = {"1B": [f"1B {row}" for row in BATCHES], "8B": [f"8B {row}" for row in BATCHES + LONGER]}
+# What a request may ask for beside the likeliest token. Rows without a name are greedy.
+SAMPLED: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 1.0},
+    "top_p": {"temperature": 1.0, "top_p": 0.95},
+    "top_k": {"temperature": 1.0, "top_k": 50},
+    "top_k and top_p": {"temperature": 1.0, "top_k": 50, "top_p": 0.95},
+    "min_p": {"temperature": 1.0, "min_p": 0.05},
+    "penalties": {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
+    "logit_bias": {"logit_bias": {3: 1.0}},
+    "logprobs": {"logprobs": 5},
+}
+SIZES = (1, 32, 256)
+SAMPLED_ROWS = [f"batch {rows}, {name}" for rows in SIZES for name in SAMPLED]
+REQUESTS = ["256 requests of 512 + 256", "256 requests of 512 + 256, default settings"]
+BATCHES = [f"batch {rows}" for rows in SIZES]
+LONGER = ["4 beams", "batch 32 at 8192", "prefill of 8192", *REQUESTS]
+FP8 = [f"8B FP8, {row}" for row in ("batch 1", "batch 32", *LONGER[1:])]
+BF16_ROWS = {
+    "1B": [f"1B bf16, {row}" for row in (*BATCHES, *SAMPLED_ROWS)],
+    "8B": [f"8B bf16, {row}" for row in (*BATCHES, *SAMPLED_ROWS, *LONGER)],
+}
 COLOURS = {"engine": "#2a6f97", "TE layers in a CUDA graph": "#a9a9a9", "transformers, compiled": "#d4a373"}
 ORDER = [*BF16_ROWS["1B"], *BF16_ROWS["8B"][:2], "8B bf16, batch 4", *BF16_ROWS["8B"][2:], *FP8]
 
@@ -115,7 +132,7 @@ def clear() -> None:
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
+def step_time(model: Any, count: int, context: int, *, beams: int = 1, **sampling: Any) -> float:
     """Return the milliseconds from one token to the next, host included, while all requests are running."""
     from llama_te_infer import Engine, SamplingParams
 
@@ -129,7 +146,9 @@ def step_time(model: Any, count: int, context: int, *, beams: int = 1) -> float:
         prefill_budget=8192,
         prefix_caching=False,
     )
-    params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, num_beams=beams)
+    params = SamplingParams(
+        **{"max_tokens": new, "temperature": 0.0, "ignore_eos": True, "num_beams": beams, **sampling}
+    )
     for prompt in prompts(count, start):
         engine.submit(prompt, params)
     while len(engine.scheduler.rows) < count * beams:
@@ -177,20 +196,15 @@ def prefill_rate(model: Any, tokens: int = 8192) -> float:
     return (2 * weights * tokens + attention) / min(times) / 1e12
 
 
-def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256) -> float:
+def throughput(model: Any, count: int = 256, length: int = 512, new: int = 256, **settings: Any) -> float:
     """Return the output tokens per second of requests that are all submitted at the beginning."""
     from llama_te_infer import Engine, SamplingParams
 
-    engine = Engine(
-        model,
-        max_batch_size=count,
-        max_sequence_length=length + new,
-        prefill_budget=8192,
-        prefix_caching=False,
-    )
+    engine = Engine(model, max_batch_size=count, max_sequence_length=length + new, **settings)
     params = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True)
     requests = prompts(count, length)
     for _ in range(2):  # the first round captures a graph for each number of rows that occurs
+        engine.reset_prefix_cache()
         torch.cuda.synchronize()
         begin = time.perf_counter()
         engine.generate(requests, params)
@@ -340,7 +354,7 @@ class Table:
         try:
             figure = Figure(what, who, measure(), unit, limit)
         except Exception as error:  # a failed measurement must not lose the others
-            print(f"{what:<38} {who:<26} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            print(f"{what:<52} {who:<26} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             clear()
             return None
         self.figures.append(figure)
@@ -351,15 +365,35 @@ class Table:
     def line(figure: Figure) -> str:
         """Format a figure as one line of text."""
         share = "" if figure.limit is None else f"limit {figure.limit:9.2f}  {figure.share:5.0%}"
-        return f"{figure.what:<38} {figure.who:<26} {figure.value:10.3f} {figure.unit:<10} {share}"
+        return f"{figure.what:<52} {figure.who:<26} {figure.value:10.3f} {figure.unit:<10} {share}"
 
     def step(
-        self, model: Any, what: str, rows: int, *, context: int = CONTEXT, beams: int = 1, fp8: bool = False
+        self,
+        model: Any,
+        what: str,
+        rows: int,
+        *,
+        context: int = CONTEXT,
+        beams: int = 1,
+        fp8: bool = False,
+        **sampling: Any,
     ) -> None:
         """Measure a step of the engine."""
         total = read_bytes(model, fp8) + cache_bytes(model, rows * beams, context)
         limit = total / self.bandwidth * 1e3
-        self.add(what, "engine", "ms a step", functools.partial(step_time, model, rows, context, beams=beams), limit)
+        measure = functools.partial(step_time, model, rows, context, beams=beams, **sampling)
+        self.add(what, "engine", "ms a step", measure, limit)
+
+
+def run_longer(table: Table, model: Any, kind: str, wanted: Callable[[str], bool], fp8: bool = False) -> None:
+    """Measure the rows with thousands of tokens, as far as they are wanted."""
+    if wanted(what := f"{kind}, batch 32 at 8192"):
+        table.step(model, what, 32, context=8192, fp8=fp8)
+    if wanted(what := f"{kind}, prefill of 8192"):
+        table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
+    for what, settings in zip(REQUESTS, ({"prefill_budget": 8192, "prefix_caching": False}, {}), strict=True):
+        if wanted(f"{kind}, {what}"):
+            table.add(f"{kind}, {what}", "engine", "tok/s", functools.partial(throughput, model, **settings))
 
 
 def run(table: Table, rows: set[str], peers: set[str]) -> None:
@@ -371,10 +405,13 @@ def run(table: Table, rows: set[str], peers: set[str]) -> None:
     for size in ("1B", "8B"):
         if any(map(wanted, BF16_ROWS[size])):
             model = make_model(size)
-            for batch in (1, 32):
+            for batch in SIZES:
+                for name, fields in SAMPLED.items():
+                    if wanted(what := f"{size} bf16, batch {batch}, {name}"):
+                        table.step(model, what, batch, **fields)
                 if wanted(what := f"{size} bf16, batch {batch}"):
                     table.step(model, what, batch)
-                    if "te" in peers:
+                    if "te" in peers and batch < 256:
                         table.add(
                             what,
                             "TE layers in a CUDA graph",
@@ -386,21 +423,15 @@ def run(table: Table, rows: set[str], peers: set[str]) -> None:
                 if wanted(what := "8B bf16, 4 beams"):
                     table.step(model, "8B bf16, batch 4", 4)
                     table.step(model, what, 1, beams=4)
-                if wanted(what := "8B bf16, batch 32 at 8192"):
-                    table.step(model, what, 32, context=8192)
-                if wanted(what := "8B bf16, prefill of 8192"):
-                    table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
-                if wanted(what := "8B bf16, 256 requests of 512 + 256"):
-                    table.add(what, "engine", "tok/s", functools.partial(throughput, model))
+                run_longer(table, model, "8B bf16", wanted)
             del model
             clear()
-        if size == "8B" and wanted("8B FP8"):
+        if size == "8B" and any(map(wanted, FP8)):
             model = make_model(size, fp8=True)
             for batch in (1, 32):
                 if wanted(what := f"8B FP8, batch {batch}"):
                     table.step(model, what, batch, fp8=True)
-            if wanted(what := "8B FP8, prefill of 8192"):
-                table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
+            run_longer(table, model, "8B FP8", wanted, fp8=True)
             del model
             clear()
         if "transformers" in peers:
@@ -452,10 +483,11 @@ def write_page(record: dict[str, Any], page: Path) -> None:
         f"Written by `python benchmarks/decode.py --json {record['file']} --page {page.as_posix()}`.",
         "",
         f"Measured with torch {record['torch']}, Transformer Engine {record['transformer_engine']} and transformers "
-        f"{record['transformers']}. The models have the shapes of Llama 3 and random weights. Decoding is greedy, with "
-        f"a context of {CONTEXT} tokens unless the row names another. A step is the time from one token to the next, "
-        "the host's loop included. The limit of a step is the time to read the weights and the cached keys and values "
-        f"once, at the bandwidth of a large copy in the same run: {record['copy_bandwidth'] / 1e12:.2f} TB/s.",
+        f"{record['transformers']}. The models have the shapes of Llama 3 and random weights. Decoding is greedy "
+        f"unless the row names parameters, with a context of {CONTEXT} tokens unless it names another. A step is the "
+        "time from one token to the next, the host's loop included. The limit of a step is the time to read the "
+        "weights and the cached keys and values once, at the bandwidth of a large copy in the same run: "
+        f"{record['copy_bandwidth'] / 1e12:.2f} TB/s.",
         "",
         "[Decode performance](../internals/decode-performance.md) explains where the time goes and what was tried.",
         "",
@@ -474,7 +506,7 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="ROW",
-        help='measure the rows that begin with these words, such as "1B" "8B FP8"',
+        help='measure the rows that begin with these words, such as "1B" "8B FP8" "1B bf16, batch 256"',
     )
     parser.add_argument(
         "--peers", nargs="*", default=["te", "transformers"], choices=["te", "transformers"],
