@@ -21,7 +21,7 @@ from ..engine.client import DrainingError, EngineClient, QueueFullError, Request
 from ..engine.outputs import RequestOutput
 from ..engine.tokenization import special_tokens_of, tokens_of_chats
 from ..sampling_params import SamplingParams, shown
-from ..structured_outputs import GrammarError, StructuredOutputs
+from ..structured_outputs import MAX_CHARACTERS, GrammarError, StructuredOutputs
 from .errors import ApiError, api_error_of
 from .logs import RequestLog, ThroughputLog, logger
 from .messages import for_template, writes_tools
@@ -193,7 +193,16 @@ class Server:
         schema = None if form is None else schema_of(form)
         if tools.mode == "required" and form is not None and schema is None:
             raise ValueError("tool_choice requires a call, so structured_outputs cannot give the text another form.")
-        grammar = tools.grammar("hermes" if has_tags else "llama3_json", schema)
+        if tools.mode == "auto" and form is None:
+            grammar = tools.strict_grammar(self._special_tokens.values())
+        else:
+            grammar = tools.grammar("hermes" if has_tags else "llama3_json", schema)
+        if grammar is not None and len(grammar) > MAX_CHARACTERS:
+            message = (
+                f"tools make a grammar of {len(grammar):,} characters, and {MAX_CHARACTERS:,} is the limit where calls "
+                'must fit the schemas: shorten these, or leave out strict with tool_choice="auto".'
+            )
+            raise ApiError(400, message, "tools")
         return params if grammar is None else replace(params, structured_outputs=StructuredOutputs(grammar=grammar))
 
     def answer_reader(self, tools: ToolUse) -> AnswerReader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,36 @@ class ToolUse:
             for function in self.functions
         ]
 
+    def strict_grammar(self, special_tokens: Iterable[int]) -> str | None:
+        """Return the grammar of a text that may call tools, in llguidance's variant of Lark.
+
+        The text is free until the model has written the name of a strict function as its formats in JSON have it. Then
+        the arguments must fit the function's schema. `None` if no function that the model may call is strict.
+
+        Args:
+            special_tokens: Those of the tokenizer, which no expression matches.
+        """
+        strict = [function for function in self.callable if function.strict]
+        if not strict:
+            return None
+        parts = [f"call{index}" for index in range(len(strict))]
+        if tokens := ",".join(map(str, sorted(special_tokens))):
+            parts.append(f"TEXT <[{tokens}]>")
+        lines = [
+            f"start: ({' | '.join(parts)})* TEXT",
+            r"TEXT: /(.|\n)*/",
+            r'KEY: /[ \n]?,[ \n]?"(parameters|arguments)"[ \n]?:[ \n]?/',
+            r"END: /[ \n]?\}/",
+        ]
+        space = r"[ \t\r\n]*"
+        for index, function in enumerate(strict):
+            others = f'("(type|id)"{space}:{space}"[^"]*"{space},{space})*'
+            name = f'"name"{space}:{space}"{re.escape(function.name)}"'
+            lines.append(rf"head{index}[lazy]: /(.|\n)*\{{{space}{others}{name}/")
+            lines.append(f"call{index}: head{index} KEY arguments{index} END")
+            lines.append(f"arguments{index}: %json {json.dumps(_compact(function))}")
+        return "\n".join(lines)
+
     def grammar(self, tool_format: ToolFormat, answer: Mapping[str, Any] | None = None) -> str | None:
         """Return the grammar of the text, in llguidance's variant of Lark; `None` if it may be any text.
 
@@ -102,12 +133,16 @@ class ToolUse:
         lines = [f"calls: {call}{more}", f"call: {' | '.join(names)}"]
         for index, function in enumerate(self.callable):
             head = f'{{"name": {json.dumps(function.name)}, "{key}": '
-            schema = {"type": "object", **(function.parameters or NO_ARGUMENTS), "x-guidance": _COMPACT}
             lines.append(f'call{index}: {json.dumps(head)} arguments{index} "}}"')
-            lines.append(f"arguments{index}: %json {json.dumps(schema)}")
+            lines.append(f"arguments{index}: %json {json.dumps(_compact(function))}")
         if self.mode == "auto":
             return "\n".join(["start: calls | answer", f"answer: %json {json.dumps(answer)}", *lines])
         return "\n".join(["start: calls", *lines])
+
+
+def _compact(function: Function) -> dict[str, Any]:
+    """Return the schema of a function's arguments."""
+    return {"type": "object", **(function.parameters or NO_ARGUMENTS), "x-guidance": _COMPACT}
 
 
 def schema_of(form: StructuredOutputs) -> dict[str, Any] | None:

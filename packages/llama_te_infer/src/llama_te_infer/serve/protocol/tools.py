@@ -15,7 +15,9 @@ class Function(Strict):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="A JSON schema of an object; no arguments by default.")
-    strict: bool | None = Field(None, description="Changes nothing: calls that are required always fit the schema.")
+    strict: bool | None = Field(
+        None, description="Calls that the model chooses fit the schema, too. Calls that are required always do."
+    )
 
 
 class Tool(Strict):
