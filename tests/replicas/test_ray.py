@@ -245,7 +245,8 @@ def test_a_replica(folder: Path) -> None:
 
     async def main() -> None:
         body = json.dumps({**LONG, "stream": True}).encode()
-        answer = replica.answer(HttpRequest("POST", "/v1/completions", b"", [], body, ""))
+        headers = [(b"content-type", b"application/json")]
+        answer = replica.answer(HttpRequest("POST", "/v1/completions", b"", headers, body, ""))
         beginning = await anext(answer)
         assert isinstance(beginning, Beginning) and beginning.status == 200 and beginning.body.startswith(b"data: ")
         assert replica.engine.num_requests == 1
