@@ -17,16 +17,36 @@ namespace llama_te {
 
 constexpr int kClusterThreads = 512;  // of a block
 constexpr int kClusterWarps = kClusterThreads / kWarp;
-constexpr int kPartBytes = 32;
 constexpr int kBucketsOfThread = kBuckets / kClusterThreads;
 
+// A part of any kind on its way between threads, in vectors: the compiler would copy a part of unknown alignment byte by
+// byte.
+struct SharedPart {
+    uint4 vectors[2];
+
+    template <typename Part>
+    __device__ static SharedPart of(const Part &part) {
+        static_assert(sizeof(Part) <= sizeof(SharedPart) && sizeof(Part) % sizeof(unsigned) == 0);
+        SharedPart shared = {};
+        std::memcpy(&shared, &part, sizeof part);
+        return shared;
+    }
+
+    template <typename Part>
+    __device__ Part as() const {
+        Part part;
+        std::memcpy(&part, this, sizeof part);
+        return part;
+    }
+};
+
 struct ClusterStorage {
+    SharedPart part_of_warp[kClusterWarps];
+    // Of the block, which the others read. They may still read one of them when the block writes the other.
+    SharedPart part[2];
     std::int32_t counts[kBuckets];
     std::int32_t counts_of_warp[kClusterWarps];
     Bucket found;
-    alignas(16) unsigned char part_of_warp[kClusterWarps][kPartBytes];
-    // Of the block, which the others read. They may still read one of them when the block writes the other.
-    alignas(16) unsigned char part[2][kPartBytes];
 };
 
 template <typename Part>
@@ -60,7 +80,6 @@ public:
 
     template <typename Part>
     __device__ Part all(Part part) {
-        static_assert(sizeof(Part) <= kPartBytes && sizeof(Part) % sizeof(unsigned) == 0);
         const int lane = threadIdx.x % kWarp;
         const int warp = threadIdx.x / kWarp;
 #pragma unroll
@@ -68,30 +87,29 @@ public:
             part.merge(part_of_lane(part, distance));
         }
         if (lane == 0) {
-            std::memcpy(shared_.part_of_warp[warp], &part, sizeof part);
+            shared_.part_of_warp[warp] = SharedPart::of(part);
         }
         __syncthreads();
-        unsigned char *const slot = shared_.part[turn_];
+        SharedPart *const slot = shared_.part + turn_;
         turn_ ^= 1;
         if (warp == 0) {
             Part merged;
             if (lane < kClusterWarps) {
-                std::memcpy(&merged, shared_.part_of_warp[lane], sizeof merged);
+                merged = shared_.part_of_warp[lane].template as<Part>();
             }
 #pragma unroll
             for (int distance = kClusterWarps / 2; distance > 0; distance /= 2) {
                 merged.merge(part_of_lane(merged, distance));
             }
             if (lane == 0) {
-                std::memcpy(slot, &merged, sizeof merged);
+                *slot = SharedPart::of(merged);
             }
         }
         cluster_.sync();
         Part whole;
         for (int block = 0; block < blocks_; ++block) {
-            Part other;
-            std::memcpy(&other, cluster_.map_shared_rank(slot, block), sizeof other);
-            whole.merge(other);
+            const SharedPart other = *cluster_.map_shared_rank(slot, block);
+            whole.merge(other.template as<Part>());
         }
         return whole;
     }
