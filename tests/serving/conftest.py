@@ -106,15 +106,15 @@ def serving(
 
 @pytest.fixture(scope="session")
 def server(make_engine: Callable[..., Engine]) -> Iterator[RunningServer]:
-    """One server for all tests that change nothing about it."""
-    with serving(make_engine()) as running:
+    """One server for all tests that change nothing about it. Earlier prompts do not change its roundings."""
+    with serving(make_engine(prefix_caching=False)) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def reference(make_engine: Callable[..., Engine]) -> Engine:
     """A second engine for the same model: the oracle of the server's answers."""
-    return make_engine()
+    return make_engine(prefix_caching=False)
 
 
 @pytest.fixture(scope="session")

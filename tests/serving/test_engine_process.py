@@ -193,6 +193,14 @@ def test_closing_ends_what_runs(make_engine: Callable[..., Engine]) -> None:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[RunningCommand]:
+    # Without the cache, as `reference`: earlier prompts do not change its roundings.
+    with running_command(folder, "--no-enable-prefix-caching") as running:
+        yield running
+
+
+@pytest.fixture
+def own(folder: Path) -> Iterator[RunningCommand]:
+    """A server that a test may end."""
     with running_command(folder) as running:
         yield running
 
@@ -281,31 +289,31 @@ def test_thousands_of_requests_leave_nothing(running: RunningCommand) -> None:
         assert memory < memory_before + (8 << 20)
 
 
-def test_the_engines_death_ends_the_server_with_an_error(running: RunningCommand) -> None:
+def test_the_engines_death_ends_the_server_with_an_error(own: RunningCommand) -> None:
     # Each request alone fills the batch for hundreds of steps, so the first one runs and the others wait.
     body = {**LONG, "n": 4}
     results: list[tuple[int, str]] = []
 
     def read(stream: bool) -> None:
-        answer = httpx.post(f"{running.url}/v1/completions", json={**body, "stream": stream}, timeout=60)
+        answer = httpx.post(f"{own.url}/v1/completions", json={**body, "stream": stream}, timeout=60)
         results.append((answer.status_code, answer.text))
 
     def all_wait() -> bool:
-        metrics = httpx.get(f"{running.url}/metrics").text
+        metrics = httpx.get(f"{own.url}/metrics").text
         return re.search(r"^vllm:num_requests_waiting\{.*\} 8\.0$", metrics, re.MULTILINE) is not None
 
     threads = [threading.Thread(target=read, args=(number < 4,)) for number in range(8)]
-    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+    with httpx.stream("POST", f"{own.url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         for thread in threads:
             thread.start()
         wait_for(all_wait)
-        os.kill(running.engine_pid, signal.SIGKILL)
+        os.kill(own.engine_pid, signal.SIGKILL)
         streamed = "\n".join(lines)
     for thread in threads:
         thread.join()
-    assert running.popen.wait(30) == 1
+    assert own.popen.wait(30) == 1
     reason = "the engine's process has ended with signal 9 (SIGKILL)"
     assert reason in streamed and streamed.rstrip().endswith("data: [DONE]")
     assert all(reason in text for _, text in results)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ from llama_te_infer import AsyncEngine, Engine, SamplingParams, StructuredOutput
 from llama_te_infer.engine.grammars import GrammarCompiler
 from llama_te_infer.serve.engine_process.messages import Refused, Submit, encode, from_engine, from_server
 from llama_te_infer.structured_outputs import GrammarError
-from serving.conftest import RunningServer
+from serving.conftest import RunningServer, serving
 
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 SCHEMA = {
@@ -111,7 +111,15 @@ def test_what_is_not_possible_is_refused_with_status_400(
     assert message in error["message"]
 
 
-def test_a_request_that_contradicts_itself_is_told_so(server: RunningServer) -> None:
+@pytest.fixture
+def remembering(make_engine: Callable[..., Engine]) -> Iterator[RunningServer]:
+    """A server with a prefix cache."""
+    with serving(make_engine()) as server:
+        yield server
+
+
+def test_a_request_that_contradicts_itself_is_told_so(remembering: RunningServer) -> None:
+    server = remembering
     prompt = "a" * 20
     a, b, c = server.engine.tokenizer.convert_tokens_to_ids(["a", "b", "c"])
     for fields in (
