@@ -26,15 +26,8 @@ from transformers import (
 )
 
 from llama_te_infer.ops.greedy import NO_TOKEN
-from llama_te_infer.runner.sampler import (
-    RowSampling,
-    Sampled,
-    SamplingNeeds,
-    gumbel_noise,
-    keep_likely,
-    largest,
-    sample,
-)
+from llama_te_infer.runner.logprobs import largest
+from llama_te_infer.runner.sampler import RowSampling, Sampled, SamplingNeeds, gumbel_noise, keep_likely, sample
 from llama_te_infer.runner.stopping import StopRule
 from llama_te_infer.sampling_params import SamplingParams
 
