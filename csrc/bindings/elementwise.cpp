@@ -31,14 +31,6 @@ void check_bfloat16_vectors(const Tensor &matrix, const char *columns) {
     }
 }
 
-void check_all_apart(const std::vector<const Tensor *> &tensors) {
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-        for (std::size_t j = i + 1; j < tensors.size(); ++j) {
-            check_apart(*tensors[i], *tensors[j]);
-        }
-    }
-}
-
 template <Where kWhere>
 std::optional<Call<EmbedArguments>> embed_arguments(py::handle tokens_tensor, py::handle table_tensor,
                                                     py::handle output_tensor) {

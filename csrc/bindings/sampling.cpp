@@ -38,6 +38,18 @@ ElementType element_of_logits(const char *operation, const Tensor &logits) {
     return element;
 }
 
+// The operator may write tensors that share no memory, neither with each other nor with those that it reads.
+void check_written_apart(const char *operation, const std::vector<const Tensor *> &written,
+                         const std::vector<const Tensor *> &read) {
+    for (const Tensor *const tensor : written) {
+        check_written(operation, *tensor);
+        for (const Tensor *const other : read) {
+            check_apart(*tensor, *other);
+        }
+    }
+    check_all_apart(written);
+}
+
 template <Where kWhere>
 std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::handle numbers_tensor,
                                                   py::handle integers_tensor, py::handle positions_tensor,
@@ -74,10 +86,10 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     check(tokens, DType::kInt64, logits.device, {rows}, "[B]");
     check_contiguous(positions);
     check_contiguous(tokens);
-    std::vector<const Tensor *> others = {&logits, &numbers, &integers, &positions};
+    std::vector<const Tensor *> read = {&logits, &numbers, &integers, &positions};
     if (bias) {
         check_table(*bias, DType::kFloat32, vocabulary, "[R, V]");
-        others.push_back(&*bias);
+        read.push_back(&*bias);
     }
     if (seen.has_value() != ending.has_value()) {
         refuse(text_of("one of seen and ending is None: pass both or neither."));
@@ -85,7 +97,7 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     if (seen) {
         check_table(*seen, DType::kBool, vocabulary, "[R, V]");
         check_table(*ending, DType::kBool, vocabulary, "[R, V]");
-        others.push_back(&*ending);
+        read.push_back(&*ending);
     }
     if (counts) {
         check_table(*counts, DType::kInt32, vocabulary, "[R, V]");
@@ -102,8 +114,8 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
         }
         check_contiguous(*mask_index);
         check_contiguous(*masks);
-        others.push_back(&*mask_index);
-        others.push_back(&*masks);
+        read.push_back(&*mask_index);
+        read.push_back(&*masks);
     }
     std::vector<const Tensor *> written = {&tokens};
     if (seen) {
@@ -112,15 +124,7 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     if (counts) {
         written.push_back(&*counts);
     }
-    for (std::size_t i = 0; i < written.size(); ++i) {
-        check_written("draw", *written[i]);
-        for (const Tensor *const read : others) {
-            check_apart(*written[i], *read);
-        }
-        for (std::size_t j = 0; j < i; ++j) {
-            check_apart(*written[i], *written[j]);
-        }
-    }
+    check_written_apart("draw", written, read);
     const Launch launch = launch_for(kWhere, logits);
     if (rows == 0) {
         return std::nullopt;
@@ -165,17 +169,12 @@ std::optional<Call<LogprobsArguments>> logprobs_arguments(py::handle logits_tens
     if (likeliest > logits.shape[1]) {
         refuse(text_of("top_logprobs has K=", likeliest, " columns: logits has only V=", logits.shape[1], " tokens."));
     }
-    const Tensor *const written[] = {&logprobs, &top_logprobs, &top_tokens};
     check_contiguous(tokens);
+    const std::vector<const Tensor *> written = {&logprobs, &top_logprobs, &top_tokens};
     for (const Tensor *const tensor : written) {
         check_contiguous(*tensor);
-        check_written("logprobs", *tensor);
-        check_apart(*tensor, logits);
-        check_apart(*tensor, tokens);
     }
-    check_apart(logprobs, top_logprobs);
-    check_apart(logprobs, top_tokens);
-    check_apart(top_logprobs, top_tokens);
+    check_written_apart("logprobs", written, {&logits, &tokens});
     const Launch launch = launch_for(kWhere, logits);
     if (rows == 0) {
         return std::nullopt;

@@ -356,6 +356,14 @@ void check_apart(const Tensor &one, const Tensor &other) {
     }
 }
 
+void check_all_apart(const std::vector<const Tensor *> &tensors) {
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        for (std::size_t j = i + 1; j < tensors.size(); ++j) {
+            check_apart(*tensors[i], *tensors[j]);
+        }
+    }
+}
+
 void check_no_gradient(const char *operation, const Tensor &tensor) {
     const Torch &known = torch();
     if (property(known.requires_grad, tensor.object).cast<bool>() && known.is_grad_enabled().cast<bool>()) {

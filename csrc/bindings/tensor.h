@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "include/element.h"
 
@@ -105,6 +106,7 @@ void check_aligned(const Tensor &tensor);
 void check_written(const char *operation, const Tensor &tensor);
 bool overlap(const Tensor &one, const Tensor &other);
 void check_apart(const Tensor &one, const Tensor &other);
+void check_all_apart(const std::vector<const Tensor *> &tensors);
 // The tensor needs no gradient, which the operator does not have.
 void check_no_gradient(const char *operation, const Tensor &tensor);
 

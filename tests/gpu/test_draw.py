@@ -8,11 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from infer.draw_oracle import PARAMS, assert_same_choices
+from infer.draw_oracle import Case, assert_same_choices, cases
 from llama_te_infer.ops.draw import draw
-from llama_te_infer.runner.grammar import TokenMasks
 from llama_te_infer.runner.sampler import RowSampling
 from llama_te_infer.runner.stopping import StopRule
 from llama_te_infer.sampling_params import SamplingParams
@@ -41,39 +39,9 @@ def some_params(rows: int) -> list[SamplingParams]:
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    params=st.lists(PARAMS, min_size=1, max_size=4),
-    vocabulary=st.sampled_from([1, 2, 7, 100, 3001, 20_000]),
-    dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
-    special=st.sampled_from([None, None, torch.nan, torch.inf, -torch.inf]),
-    are_whole=st.booleans(),
-    masked=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-def test_tokens_are_those_of_pytorchs_operations(
-    params: list[SamplingParams],
-    vocabulary: int,
-    dtype: torch.dtype,
-    scale: float,
-    special: float | None,
-    are_whole: bool,
-    masked: bool,
-    seed: int,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits_BV = torch.randn(len(params), vocabulary, generator=generator) * scale
-    if are_whole:
-        logits_BV = logits_BV.round()
-    if special is not None:
-        logits_BV[0, torch.randint(vocabulary, (1 + vocabulary // 3,), generator=generator)] = special
-    position_B = torch.randint(2**31, (len(params),), generator=generator, dtype=torch.int32)
-    masks = None
-    if masked:
-        bits_MW = torch.randint(-(2**31), 2**31, (2, 1 + vocabulary // 32), generator=generator, dtype=torch.int32)
-        index_B = torch.randint(-1, 2, (len(params),), generator=generator, dtype=torch.int32)
-        masks = TokenMasks(index_B.cuda(), bits_MW.cuda())
-    assert_same_choices(logits_BV.to(dtype).cuda(), params, position_B.cuda(), masks, seed)
+@given(case=cases([1, 2, 7, 100, 3001, 20_000], DTYPES))
+def test_tokens_are_those_of_pytorchs_operations(case: Case) -> None:
+    assert_same_choices(*case.on("cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,8 @@ Shapes: B rows, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -31,6 +32,41 @@ PARAMS = st.builds(
     min_tokens=st.sampled_from([0, 0, 4]),
     logit_bias=st.sampled_from([None, None, {0: 3.0, 6: -1.5}]),
 )
+
+
+class Case(NamedTuple):
+    """What the sampler chooses from; see `assert_same_choices`."""
+
+    logits_BV: torch.Tensor
+    params: list[SamplingParams]
+    position_B: torch.Tensor
+    masks: TokenMasks | None
+    seed: int
+
+    def on(self, device: str) -> Case:
+        """Return the case with tensors on another device."""
+        masks = None if self.masks is None else TokenMasks(*(tensor.to(device) for tensor in self.masks))
+        return self._replace(logits_BV=self.logits_BV.to(device), position_B=self.position_B.to(device), masks=masks)
+
+
+@st.composite
+def cases(draw: st.DrawFn, vocabularies: Sequence[int], dtypes: Sequence[torch.dtype]) -> Case:
+    """Also with many equal logits, with infinite ones and NaN, and where nothing is left to draw."""
+    params = draw(st.lists(PARAMS, min_size=1, max_size=4))
+    rows, vocabulary, seed = len(params), draw(st.sampled_from(vocabularies)), draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    logits_BV = torch.randn(rows, vocabulary, generator=generator) * draw(st.sampled_from([0.0, 0.3, 3.0, 30.0]))
+    if draw(st.booleans()):
+        logits_BV = logits_BV.round()
+    special = draw(st.sampled_from([None, None, torch.nan, torch.inf, -torch.inf]))
+    if special is not None:
+        logits_BV[0, torch.randint(vocabulary, (1 + vocabulary // 3,), generator=generator)] = special
+    position_B = torch.randint(2**31, (rows,), generator=generator, dtype=torch.int32) >> draw(st.sampled_from([0, 29]))
+    masks = None
+    if draw(st.booleans()):
+        bits_MW = torch.randint(-(2**31), 2**31, (2, 1 + vocabulary // 32), generator=generator, dtype=torch.int32)
+        masks = TokenMasks(torch.randint(-1, 2, (rows,), generator=generator, dtype=torch.int32), bits_MW)
+    return Case(logits_BV.to(draw(st.sampled_from(dtypes))), params, position_B, masks, seed)
 
 
 def assert_same_choices(

@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from infer.draw_oracle import PARAMS, assert_same_choices
+from infer.draw_oracle import Case, assert_same_choices, cases
 from llama_te_infer.ops.draw import BIASED, COUNTED, MASKED, draw
 from llama_te_infer.ops.greedy import NO_TOKEN
-from llama_te_infer.runner.grammar import TokenMasks
 from llama_te_infer.sampling_params import SamplingParams
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]  # the sampler converts the last one
@@ -42,42 +40,9 @@ NO_TABLES: dict[str, Any] = dict.fromkeys(("bias", "seen", "ending", "counts", "
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    params=st.lists(PARAMS, min_size=1, max_size=4),
-    vocabulary=st.sampled_from([1, 2, 7, 100, 3001]),
-    dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([0.0, 0.3, 3.0, 30.0]),
-    special=st.sampled_from([None, None, torch.nan, torch.inf, -torch.inf]),
-    are_whole=st.booleans(),
-    masked=st.booleans(),
-    shift=st.sampled_from([0, 29]),
-    seed=st.integers(0, 2**31),
-)
-def test_tokens_are_those_of_pytorchs_operations(
-    params: list[SamplingParams],
-    vocabulary: int,
-    dtype: torch.dtype,
-    scale: float,
-    special: float | None,
-    are_whole: bool,
-    masked: bool,
-    shift: int,
-    seed: int,
-) -> None:
-    """Also with many equal logits, with infinite ones and NaN, and where nothing is left to draw."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_BV = torch.randn(len(params), vocabulary, generator=generator) * scale
-    if are_whole:
-        logits_BV = logits_BV.round()
-    if special is not None:
-        logits_BV[0, torch.randint(vocabulary, (1 + vocabulary // 3,), generator=generator)] = special
-    position_B = torch.randint(2**31, (len(params),), generator=generator, dtype=torch.int32) >> shift
-    masks = None
-    if masked:
-        bits_MW = torch.randint(-(2**31), 2**31, (2, 1 + vocabulary // 32), generator=generator, dtype=torch.int32)
-        index_B = torch.randint(-1, 2, (len(params),), generator=generator, dtype=torch.int32)
-        masks = TokenMasks(index_B, bits_MW)
-    assert_same_choices(logits_BV.to(dtype), params, position_B, masks, seed)
+@given(case=cases([1, 2, 7, 100, 3001], DTYPES))
+def test_tokens_are_those_of_pytorchs_operations(case: Case) -> None:
+    assert_same_choices(*case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

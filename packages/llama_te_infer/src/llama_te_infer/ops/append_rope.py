@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .library import checks_values, cuda_function, extension, limits, on_host, register
+from .library import checks_values, cpu_kernel, cuda_function, extension, limits, on_host, register
 
 
 def append_rope(
@@ -62,10 +62,6 @@ def takes_heads(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in most.element_types and head_dim % most.head_dim_multiple == 0 and 0 < head_dim <= most.max_head_dim
 
 
-def _append_rope_cpu(*arguments: Any) -> None:
-    extension().append_rope_cpu(*arguments)
-
-
 def _append_rope_cuda(*arguments: Any) -> None:
     if checks_values():
         qkv, cos_sin, cu_new, start, page_table, *others = arguments
@@ -77,6 +73,6 @@ def _append_rope_cuda(*arguments: Any) -> None:
 register(
     "append_rope(Tensor qkv, Tensor cos_sin, Tensor cu_new, Tensor start, Tensor? page_table, int width, "
     "Tensor(a!) query, Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()",
-    cpu=_append_rope_cpu,
+    cpu=cpu_kernel("append_rope_cpu"),
     cuda=_append_rope_cuda,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .library import extension, kernel, register
+from .library import cpu_kernel, kernel, register
 
 # Bits of the last column of `integers`: the tables that a row needs.
 BIASED, MASKED, COUNTED = 1, 2, 4
@@ -60,25 +60,9 @@ def draw(
     torch.ops.llama_te.draw(logits, numbers, integers, positions, bias, seen, ending, counts, mask_index, masks, tokens)
 
 
-def _draw_cpu(
-    logits: torch.Tensor,
-    numbers: torch.Tensor,
-    integers: torch.Tensor,
-    positions: torch.Tensor,
-    bias: torch.Tensor | None,
-    seen: torch.Tensor | None,
-    ending: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    mask_index: torch.Tensor | None,
-    masks: torch.Tensor | None,
-    tokens: torch.Tensor,
-) -> None:
-    extension().draw_cpu(logits, numbers, integers, positions, bias, seen, ending, counts, mask_index, masks, tokens)
-
-
 register(
     "draw(Tensor logits, Tensor numbers, Tensor integers, Tensor positions, Tensor? bias, Tensor(a!)? seen, "
     "Tensor? ending, Tensor(b!)? counts, Tensor? mask_index, Tensor? masks, Tensor(c!) tokens) -> ()",
-    cpu=_draw_cpu,
+    cpu=cpu_kernel("draw_cpu"),
     cuda=kernel("draw_cuda"),
 )

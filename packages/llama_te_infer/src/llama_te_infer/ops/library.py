@@ -144,6 +144,15 @@ def cuda_function(name: str) -> Callable[..., Any]:
     return function
 
 
+def cpu_kernel(name: str) -> Callable[..., None]:
+    """Return an operator's implementation for CPU tensors: a function of the extension."""
+
+    def run(*arguments: Any) -> None:
+        getattr(extension(), name)(*arguments)
+
+    return run
+
+
 def kernel(name: str) -> Callable[..., None]:
     """Return an operator's implementation for CUDA tensors: a function of the extension."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .library import extension, kernel, register
+from .library import cpu_kernel, kernel, register
 
 
 def logprobs(
@@ -38,18 +38,8 @@ def logprobs(
     torch.ops.llama_te.logprobs(logits, tokens, logprobs, top_logprobs, top_tokens)
 
 
-def _logprobs_cpu(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
-    logprobs: torch.Tensor,
-    top_logprobs: torch.Tensor,
-    top_tokens: torch.Tensor,
-) -> None:
-    extension().logprobs_cpu(logits, tokens, logprobs, top_logprobs, top_tokens)
-
-
 register(
     "logprobs(Tensor logits, Tensor tokens, Tensor(a!) logprobs, Tensor(b!) top_logprobs, Tensor(c!) top_tokens) -> ()",
-    cpu=_logprobs_cpu,
+    cpu=cpu_kernel("logprobs_cpu"),
     cuda=kernel("logprobs_cuda"),
 )

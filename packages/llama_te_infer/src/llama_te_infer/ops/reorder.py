@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .library import checks_values, cuda_function, extension, limits, on_host, register
+from .library import checks_values, cpu_kernel, cuda_function, extension, limits, on_host, register
 
 
 def reorder_rows(caches: list[torch.Tensor], source_rows: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -85,18 +85,10 @@ def takes_reorder(caches: Sequence[torch.Tensor], rows: int) -> bool:
     return alike and whole_vectors and rows <= most.max_reorder_rows and len(caches) <= most.max_reorder_caches
 
 
-def _reorder_rows_cpu(*arguments: Any) -> None:
-    extension().reorder_rows_cpu(*arguments)
-
-
 def _reorder_rows_cuda(caches: list[torch.Tensor], source_rows: torch.Tensor, lengths: torch.Tensor) -> None:
     if checks_values():
         extension().reorder_rows_check(caches, on_host(source_rows), on_host(lengths))
     cuda_function("reorder_rows_cuda")(caches, source_rows, lengths)
-
-
-def _reorder_pages_cpu(*arguments: Any) -> None:
-    extension().reorder_pages_cpu(*arguments)
 
 
 def _reorder_pages_cuda(*arguments: Any) -> None:
@@ -109,13 +101,13 @@ def _reorder_pages_cuda(*arguments: Any) -> None:
 
 register(
     "reorder_rows(Tensor(a!)[] caches, Tensor source_rows, Tensor lengths) -> ()",
-    cpu=_reorder_rows_cpu,
+    cpu=cpu_kernel("reorder_rows_cpu"),
     cuda=_reorder_rows_cuda,
 )
 register(
     "reorder_pages(Tensor(a!)[] caches, Tensor(b!) page_table, Tensor source_rows, Tensor lengths, int page_size, "
     "Tensor(c!) ticket) -> ()",
-    cpu=_reorder_pages_cpu,
+    cpu=cpu_kernel("reorder_pages_cpu"),
     cuda=_reorder_pages_cuda,
 )
 
