@@ -88,7 +88,8 @@ def test_prompts_read_by_kernels_are_no_farther_from_float32(
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, logprobs=0, ignore_eos=True)
     distances = {}
     for reads in (True, False):
-        monkeypatch.setattr(backend, "reads_prompts", lambda device, reads=reads: reads)
+        if not reads:
+            monkeypatch.setattr(backend, "takes_fused_prefill", lambda model, decode: False)
         engine = Engine(model, prefill_budget=prefill_budget, prefix_caching=False, max_batch_size=8)
         assert isinstance(engine._runner.prefill.fused, FusedPrefill) == reads
         found, exact = [], []
@@ -118,7 +119,8 @@ def test_texts_continue_over_what_the_kernels_stored(
     params = SamplingParams(max_tokens=4, seed=1, n=2, ignore_eos=True)
     results = []
     for reads in (True, False):
-        monkeypatch.setattr(backend, "reads_prompts", lambda device, reads=reads: reads)
+        if not reads:
+            monkeypatch.setattr(backend, "takes_fused_prefill", lambda model, decode: False)
         engine = Engine(model, prefill_budget=150, max_batch_size=16)
         outputs = [engine.generate(texts, params) for _ in range(2)]  # the second time from cached prefixes
         results.append([c.token_ids for each in outputs for output in each for c in output.outputs])

@@ -142,7 +142,8 @@ def test_the_fused_backend_computes_every_decoding_step(
 ) -> None:
     calls = []
     forward = model.model.layers[0].forward
-    monkeypatch.setattr(backend, "reads_prompts", lambda device: reads)
+    if not reads:
+        monkeypatch.setattr(backend, "takes_fused_prefill", lambda model, decode: False)
     fused = Engine(model, decode_implementation="fused", page_size=16)
     model.model.layers[0].forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
     monkeypatch.setattr(backend, "has_own_forward", lambda *arguments: False)

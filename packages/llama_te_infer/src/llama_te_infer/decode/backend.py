@@ -106,7 +106,7 @@ def select_prefill(
     Returns:
         The kernels, or `None` for the model's layers.
     """
-    if decode is None or not reads_prompts(cache.device) or not takes_fused_prefill(model, decode):
+    if decode is None or not takes_fused_prefill(model, decode):
         return None
     if current is not None and current.decode is decode:
         return current
@@ -121,12 +121,6 @@ def select_prefill(
 def gains_from_kernels(device: torch.device) -> bool:
     """Return whether fused steps are faster than the layers on this device."""
     return device.type == "cuda"
-
-
-def reads_prompts(device: torch.device) -> bool:
-    """Return whether the kernels read prompts on this device."""
-    # On a GPU it has not been compared with the layers yet, neither in its results nor in its time.
-    return device.type != "cuda"
 
 
 def has_own_forward(model: Any, module: Any) -> bool:

@@ -30,8 +30,7 @@ class Logprobs(NamedTuple):
 
 def samples_by_operators(device: torch.device) -> bool:
     """Return whether compiled operators sample on this device. On others PyTorch's operations do."""
-    # On a GPU the kernels have not been compared with them yet, neither in their results nor in their time.
-    return device.type == "cpu" and library.available("cpu")
+    return library.available(device.type)
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor, count: int) -> Logprobs:
