@@ -11,14 +11,40 @@
 
 namespace llama_te {
 
+// The logits of a row as float32.
+class RowOfFloats {
+public:
+    explicit RowOfFloats(std::int32_t vocabulary) : logits_(static_cast<std::size_t>(vocabulary)) {
+    }
+
+    void set(std::int32_t token, float logit) {
+        logits_[static_cast<std::size_t>(token)] = logit;
+    }
+
+    float read(std::int32_t token) const {
+        return logits_[static_cast<std::size_t>(token)];
+    }
+
+    static float of(float logit) {
+        return logit;
+    }
+
+private:
+    std::vector<float> logits_;
+};
+
 // See team.h.
 class Alone {
 public:
-    template <typename Visit>
-    void each(std::int32_t vocabulary, const Visit &visit) const {
+    template <typename Logits, typename Visit, typename After = Nothing>
+    void each(std::int32_t vocabulary, const Logits &logits, const Visit &visit, const After & = {}) const {
         for (std::int32_t token = 0; token < vocabulary; ++token) {
-            visit(token);
+            visit(token, logits.of(logits.read(token)));
         }
+    }
+
+    float greatest_nearby(float number) const {
+        return number;
     }
 
     template <typename Part>
@@ -26,26 +52,30 @@ public:
         return part;
     }
 
-    template <typename BucketOf>
-    Bucket find(std::int32_t vocabulary, std::int32_t k, const BucketOf &bucket_of) {
+    template <typename Logits, typename BucketOf>
+    Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of) {
         std::fill(counts_.begin(), counts_.end(), 0);
         for (std::int32_t token = 0; token < vocabulary; ++token) {
-            if (const int bucket = bucket_of(token); bucket != kNoBucket) {
+            if (const int bucket = bucket_of(logits.of(logits.read(token))); bucket != kNoBucket) {
                 ++counts_[static_cast<std::size_t>(bucket)];
             }
         }
-        int bucket = 0;
-        while (k > counts_[static_cast<std::size_t>(bucket)]) {
-            k -= counts_[static_cast<std::size_t>(bucket++)];
+        std::int32_t before = 0;
+        for (int bucket = 0; bucket < kBuckets; ++bucket) {
+            const std::int32_t until = before + counts_[static_cast<std::size_t>(bucket)];
+            if (k <= until) {
+                return {bucket, k - before, until};
+            }
+            before = until;
         }
-        return {bucket, k};
+        return {kNoBucket, k - before, vocabulary};
     }
 
-    template <typename RankOf, typename Visit>
-    void greatest(std::int32_t vocabulary, int count, const RankOf &rank_of, const Visit &visit) {
+    template <typename Logits, typename Visit>
+    void greatest(std::int32_t vocabulary, int count, float, const Logits &logits, const Visit &visit) {
         ranks_.clear();  // a heap with the least rank on top
         for (std::int32_t token = 0; token < vocabulary; ++token) {
-            const Rank rank = rank_of(token);
+            const Rank rank = rank_of(logits.of(logits.read(token)), token);
             if (static_cast<int>(ranks_.size()) == count) {
                 if (rank < ranks_.front()) {
                     continue;

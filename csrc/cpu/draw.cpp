@@ -2,8 +2,6 @@
 
 #include "sampling/draw.h"
 
-#include <vector>
-
 #include "cpu/alone.h"
 #include "cpu/numbers.h"
 #include "include/dispatch.h"
@@ -16,16 +14,14 @@ namespace {
 template <typename Element>
 void draw_rows(const DrawArguments &a) {
     Alone alone;
-    std::vector<float> logits(static_cast<std::size_t>(a.vocabulary));
-    const auto logit_of = [&](std::int32_t token) { return logits[static_cast<std::size_t>(token)]; };
+    RowOfFloats logits(a.vocabulary);
     for (std::int32_t row = 0; row < a.rows; ++row) {
         const auto *const numbers = reinterpret_cast<const Element *>(a.logits + row * a.row_bytes);
         const Adjustment adjusted = adjustment_of(a, row);
         for (std::int32_t token = 0; token < a.vocabulary; ++token) {
-            const auto number = static_cast<float>(numbers[token].get());
-            logits[static_cast<std::size_t>(token)] = adjusted(number, token);
+            logits.set(token, adjusted(static_cast<float>(numbers[token].get()), adjusted.read(token)));
         }
-        a.tokens[row] = draw_row(alone, logit_of, choice_of(a, row), a.vocabulary);
+        a.tokens[row] = draw_row(alone, logits, choice_of(a, row), a.vocabulary);
         record(a, row, a.tokens[row]);
     }
 }

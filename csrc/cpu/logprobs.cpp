@@ -2,8 +2,6 @@
 
 #include "sampling/logprobs.h"
 
-#include <vector>
-
 #include "cpu/alone.h"
 #include "cpu/numbers.h"
 #include "include/dispatch.h"
@@ -16,14 +14,13 @@ namespace {
 template <typename Element>
 void logprobs_rows(const LogprobsArguments &a) {
     Alone alone;
-    std::vector<float> logits(static_cast<std::size_t>(a.vocabulary));
-    const auto logit_of = [&](std::int32_t token) { return logits[static_cast<std::size_t>(token)]; };
+    RowOfFloats logits(a.vocabulary);
     for (std::int32_t row = 0; row < a.rows; ++row) {
         const auto *const numbers = reinterpret_cast<const Element *>(a.logits + row * a.row_bytes);
         for (std::int32_t token = 0; token < a.vocabulary; ++token) {
-            logits[static_cast<std::size_t>(token)] = static_cast<float>(numbers[token].get());
+            logits.set(token, static_cast<float>(numbers[token].get()));
         }
-        logprobs_row(alone, logit_of, a, row);
+        logprobs_row(alone, logits, a, row);
     }
 }
 

@@ -18,6 +18,8 @@ namespace llama_te {
 constexpr int kClusterThreads = 512;  // of a block
 constexpr int kClusterWarps = kClusterThreads / kWarp;
 constexpr int kBucketsOfThread = kBuckets / kClusterThreads;
+constexpr int kBlocksOfMultiprocessor = 2;  // blocks that run at once
+constexpr int kCandidates = 1024;             // most ranks to sort
 
 // A part of any kind on its way between threads, in vectors: the compiler would copy a part of unknown alignment byte by
 // byte.
@@ -44,7 +46,11 @@ struct ClusterStorage {
     SharedPart part_of_warp[kClusterWarps];
     // Of the block, which the others read. They may still read one of them when the block writes the other.
     SharedPart part[2];
-    std::int32_t counts[kBuckets];
+    union {
+        std::int32_t counts[kBuckets];
+        Rank candidates[kCandidates];  // of the cluster, in its first block
+    };
+    int candidate_count;
     std::int32_t counts_of_warp[kClusterWarps];
     Bucket found;
 };
@@ -69,13 +75,33 @@ public:
         : shared_(shared), blocks_(static_cast<int>(cluster_.num_blocks())) {
     }
 
-    template <typename Visit>
-    __device__ void each(std::int32_t vocabulary, const Visit &visit) const {
-        const auto first = static_cast<std::int32_t>(cluster_.block_rank() * kClusterThreads + threadIdx.x);
-#pragma unroll 4
-        for (std::int32_t token = first; token < vocabulary; token += blocks_ * kClusterThreads) {
-            visit(token);
+    template <typename Logits, typename Visit, typename After = Nothing>
+    __device__ void each(std::int32_t vocabulary, const Logits &logits, const Visit &visit,
+                         const After &after = {}) const {
+        constexpr int kAhead = Logits::kAhead;
+        const std::uint32_t step = blocks_ * kClusterThreads;
+        const std::uint32_t own = cluster_.block_rank() * kClusterThreads + threadIdx.x;
+        const auto end = static_cast<std::uint32_t>(vocabulary);
+        for (std::uint32_t start = 0; start < end; start += step * kAhead) {  // alike in all threads
+            decltype(logits.read(0)) read[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const std::uint32_t token = start + i * step + own;
+                read[i] = logits.read(static_cast<std::int32_t>(token < end ? token : end - 1));
+            }
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const std::uint32_t token = start + i * step + own;
+                if (token < end) {
+                    visit(static_cast<std::int32_t>(token), logits.of(read[i]));
+                }
+            }
+            after();
         }
+    }
+
+    __device__ float greatest_nearby(float number) const {
+        return number_of(__reduce_max_sync(kWholeWarp, ordered(number)));
     }
 
     template <typename Part>
@@ -105,7 +131,7 @@ public:
                 *slot = SharedPart::of(merged);
             }
         }
-        cluster_.sync();
+        sync();
         Part whole;
         for (int block = 0; block < blocks_; ++block) {
             const SharedPart other = *cluster_.map_shared_rank(slot, block);
@@ -114,19 +140,22 @@ public:
         return whole;
     }
 
-    template <typename BucketOf>
-    __device__ Bucket find(std::int32_t vocabulary, std::int32_t k, const BucketOf &bucket_of) {
+    template <typename Logits, typename BucketOf>
+    __device__ Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of) {
         for (int bucket = threadIdx.x; bucket < kBuckets; bucket += kClusterThreads) {
             shared_.counts[bucket] = 0;
         }
+        if (threadIdx.x == 0) {
+            shared_.candidate_count = 0;
+        }
         __syncthreads();
-        each(vocabulary, [&](std::int32_t token) {
-            const int bucket = bucket_of(token);
+        each(vocabulary, logits, [&](std::int32_t, float logit) {
+            const int bucket = bucket_of(logit);
             if (bucket != kNoBucket) {
                 atomicAdd(shared_.counts + bucket, 1);
             }
         });
-        cluster_.sync();
+        sync();
         // Every block finds the bucket by itself.
         const int first = threadIdx.x * kBucketsOfThread;
         std::int32_t counts[kBucketsOfThread] = {};
@@ -157,23 +186,26 @@ public:
         for (int other = 0; other < warp; ++other) {
             until += shared_.counts_of_warp[other];
         }
-        std::int32_t left = k - (until - own);
-        if (left > 0 && k <= until) {
+        std::int32_t before = until - own;
+        if (before < k && k <= until) {
 #pragma unroll
             for (int i = 0; i < kBucketsOfThread; ++i) {
-                if (left > 0 && left <= counts[i]) {
-                    shared_.found = {first + i, left};
+                if (before < k && k <= before + counts[i]) {
+                    shared_.found = {first + i, k - before, before + counts[i]};
                 }
-                left -= counts[i];
+                before += counts[i];
             }
         }
-        cluster_.sync();
+        if (threadIdx.x == kClusterThreads - 1 && until < k) {
+            shared_.found = {kNoBucket, k - until, vocabulary};
+        }
+        sync();
         return shared_.found;
     }
 
     // Waits until no block reads the memory of another one: then blocks may end.
     __device__ void finish() const {
-        cluster_.sync();
+        sync();
     }
 
     __device__ bool is_first() const {
@@ -185,41 +217,105 @@ public:
         return static_cast<std::int32_t>(blockIdx.x) / blocks_;
     }
 
-    template <typename RankOf, typename Visit>
-    __device__ void greatest(std::int32_t vocabulary, int count, const RankOf &rank_of, const Visit &visit) {
+    template <typename Logits, typename Visit>
+    __device__ void greatest(std::int32_t vocabulary, int count, float first, const Logits &logits,
+                             const Visit &visit) {
+        const LogitBuckets bucket_of{first};
+        const Bucket last = find(vocabulary, count, logits, bucket_of);
+        if (last.until <= kCandidates) {
+            sort(vocabulary, count, last, logits, bucket_of, visit);
+        } else {
+            take(vocabulary, count, logits, visit);
+        }
+    }
+
+private:
+    __device__ void sync() const {
+        if (blocks_ == 1) {
+            __syncthreads();  // without a fence of the GPU's memory
+        } else {
+            cluster_.sync();
+        }
+    }
+
+    // Collects the tokens up to a bucket in the first block, where the place of each is the number of greater ones.
+    template <typename Logits, typename Visit>
+    __device__ void sort(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
+                         const LogitBuckets &bucket_of, const Visit &visit) {
+        Rank *const candidates = cluster_.map_shared_rank(shared_.candidates, 0);
+        int *const candidate_count = cluster_.map_shared_rank(&shared_.candidate_count, 0);
+        each(vocabulary, logits, [&](std::int32_t token, float logit) {
+            // As unsigned integers, kNoBucket is the last bucket.
+            if (static_cast<unsigned>(bucket_of(logit)) <= static_cast<unsigned>(last.bucket)) {
+                candidates[atomicAdd(candidate_count, 1)] = rank_of(logit, token);
+            }
+        });
+        sync();
+        if (cluster_.block_rank() != 0) {
+            return;
+        }
+        for (int own = threadIdx.x; own < last.until; own += kClusterThreads) {
+            const Rank rank = shared_.candidates[own];
+            int place = 0;
+            for (int other = 0; other < last.until; ++other) {
+                place += shared_.candidates[other] > rank ? 1 : 0;
+            }
+            if (place < count) {
+                visit(place, rank);
+            }
+        }
+    }
+
+    // Takes one token after the other: each is the greatest one that its thread has left.
+    template <typename Logits, typename Visit>
+    __device__ void take(std::int32_t vocabulary, int count, const Logits &logits, const Visit &visit) {
         GreatestRank own;
-        each(vocabulary, [&](std::int32_t token) { own.merge({rank_of(token)}); });
+        each(vocabulary, logits, [&](std::int32_t token, float logit) { own.merge({rank_of(logit, token)}); });
         for (int place = 0; place < count; ++place) {
             const GreatestRank found = all(own);
             if (is_first()) {
                 visit(place, found.rank);
             }
-            if (own.rank == found.rank) {  // the thread with this token looks for its next one
+            if (own.rank == found.rank) {
                 own.rank = 0;
-                each(vocabulary, [&](std::int32_t token) {
-                    const Rank rank = rank_of(token);
+                each(vocabulary, logits, [&](std::int32_t token, float logit) {
+                    const Rank rank = rank_of(logit, token);
                     own.merge({rank < found.rank ? rank : 0});
                 });
             }
         }
     }
 
-private:
     cooperative_groups::cluster_group cluster_ = cooperative_groups::this_cluster();
     ClusterStorage &shared_;
     int blocks_;
     int turn_ = 0;
 };
 
+// A row of logits in memory.
 template <ElementType kElement>
-__device__ float logit_at(const char *row, std::int32_t token) {
-    if constexpr (kElement == ElementType::kFloat32) {
-        return reinterpret_cast<const float *>(row)[token];
-    } else {
-        return Pair<kElement>::unpack(reinterpret_cast<const std::uint16_t *>(row)[token]).x;
-    }
-}
+class RowOfElements {
+public:
+    static constexpr int kAhead = 4;  // tokens that a thread reads at once
 
+    explicit __device__ RowOfElements(const char *row) : row_(row) {
+    }
+
+    __device__ float read(std::int32_t token) const {
+        if constexpr (kElement == ElementType::kFloat32) {
+            return reinterpret_cast<const float *>(row_)[token];
+        } else {
+            return Pair<kElement>::unpack(reinterpret_cast<const std::uint16_t *>(row_)[token]).x;
+        }
+    }
+
+    __device__ static float of(float logit) {
+        return logit;
+    }
+
+private:
+    const char *row_;
+};
 
 // Launches a kernel of `Arguments` with as many blocks for each row as still run all at once. Blocks of a row are side by
 // side in the grid.
@@ -228,7 +324,7 @@ void launch_clusters(void (*kernel)(Arguments), std::int32_t rows, int device, s
                      const Arguments &arguments) {
     const DeviceGuard guard(device);
     int blocks = 8;  // the most that every GPU launches as a cluster
-    while (blocks > 1 && static_cast<std::int64_t>(blocks) * rows > multiprocessors(device)) {
+    while (blocks > 1 && static_cast<std::int64_t>(blocks) * rows > kBlocksOfMultiprocessor * multiprocessors(device)) {
         blocks /= 2;
     }
     const LaunchShape shape = {dim3(static_cast<unsigned>(rows) * blocks), dim3(kClusterThreads), 0, blocks};

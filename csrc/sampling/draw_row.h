@@ -25,6 +25,14 @@ LLAMA_TE_HOST_DEVICE inline float rounded_product(float one, float other) {
 
 // What changes a row's logits. Tables that the row does not need are null.
 struct Adjustment {
+    // What the tables have for a token.
+    struct Entry {
+        float bias;
+        std::int32_t count;
+        bool is_seen;
+        bool is_forbidden;
+    };
+
     const std::uint32_t *allowed;
     const float *bias;
     const std::uint8_t *seen;
@@ -33,27 +41,35 @@ struct Adjustment {
     float repetition_penalty;
     float presence_penalty;
     float frequency_penalty;
-    float temperature;  // 1 of a row that takes its likeliest token
+    float scale;  // 1 over the temperature; 1 of a row that takes its likeliest token
 
-    LLAMA_TE_HOST_DEVICE float operator()(float logit, std::int32_t token) const {
-        if (allowed != nullptr && (allowed[token / 32] >> (token % 32) & 1U) == 0) {
-            return -HUGE_VALF;
-        }
-        if (bias != nullptr) {
-            logit += bias[token];
-        }
-        if (seen != nullptr && seen[token] != 0) {
+    // Whether the row needs no table.
+    LLAMA_TE_HOST_DEVICE bool only_scales() const {
+        return allowed == nullptr && bias == nullptr && seen == nullptr && counts == nullptr;
+    }
+
+    LLAMA_TE_HOST_DEVICE Entry read(std::int32_t token) const {
+        Entry entry;
+        entry.bias = bias == nullptr ? 0.0F : bias[token];
+        entry.count = counts == nullptr ? 0 : counts[token];
+        entry.is_seen = seen != nullptr && seen[token] != 0;
+        // All tables are read before any value is used.
+        const std::uint32_t allowed_tokens = allowed == nullptr ? 0xffffffffU : allowed[token / 32];
+        const std::uint32_t is_ending = ending == nullptr ? 0 : ending[token];
+        entry.is_forbidden = ((~allowed_tokens >> (token % 32) & 1U) | is_ending) != 0;
+        return entry;
+    }
+
+    LLAMA_TE_HOST_DEVICE float operator()(float logit, const Entry &entry) const {
+        logit += entry.bias;
+        if (entry.is_seen) {
             logit = logit < 0 ? rounded_product(logit, repetition_penalty) : logit / repetition_penalty;
         }
-        if (ending != nullptr && ending[token] != 0) {
-            return -HUGE_VALF;
+        if (entry.count != 0) {
+            logit -= rounded_product(frequency_penalty, static_cast<float>(entry.count));
+            logit -= entry.count > 0 ? presence_penalty : 0.0F;
         }
-        if (counts != nullptr) {
-            const std::int32_t count = counts[token];
-            logit -= rounded_product(frequency_penalty, static_cast<float>(count));
-            logit -= count > 0 ? presence_penalty : 0.0F;
-        }
-        return logit / temperature;
+        return entry.is_forbidden ? -HUGE_VALF : rounded_product(logit, scale);
     }
 };
 
@@ -82,7 +98,7 @@ LLAMA_TE_HOST_DEVICE inline Adjustment adjustment_of(const DrawArguments &a, std
     made.repetition_penalty = numbers[3];
     made.presence_penalty = numbers[4];
     made.frequency_penalty = numbers[5];
-    made.temperature = numbers[0] > 0 ? numbers[0] : 1.0F;
+    made.scale = numbers[0] > 0 ? 1.0F / numbers[0] : 1.0F;
     return made;
 }
 
@@ -116,8 +132,6 @@ LLAMA_TE_HOST_DEVICE inline void record(const DrawArguments &a, std::int32_t row
 
 // --- top-k -----------------------------------------------------------------------------------------------------------
 
-constexpr float kBucketsOfLogit = 64.0F;  // of a difference of 1 between logits
-
 struct KeyRange {
     std::uint32_t least = 0xffffffffU;
     std::uint32_t greatest = 0;
@@ -128,20 +142,16 @@ struct KeyRange {
     }
 };
 
-// Returns `ordered` of the k-th greatest logit.
+// Returns the k-th greatest logit.
 template <typename Team, typename Logits>
-LLAMA_TE_HOST_DEVICE std::uint32_t kth_key(Team &team, const Logits &logit_of, std::int32_t vocabulary, float greatest,
-                                           std::int32_t k) {
-    // Buckets of one width spread the logits of a model well, and threads that count in one bucket wait for each other.
-    const auto bucket_of = [&](std::int32_t token) {
-        const float distance = (greatest - logit_of(token)) * kBucketsOfLogit;
-        return distance > 0 ? static_cast<int>(distance < kBuckets - 1 ? distance : kBuckets - 1) : 0;
-    };
-    const Bucket first = team.find(vocabulary, k, bucket_of);
+LLAMA_TE_HOST_DEVICE float kth_logit(Team &team, const Logits &logits, std::int32_t vocabulary, float greatest,
+                                     std::int32_t k) {
+    const LogitBuckets bucket_of{greatest};
+    const Bucket first = team.find(vocabulary, k, logits, bucket_of);
     KeyRange range;
-    team.each(vocabulary, [&](std::int32_t token) {
-        if (bucket_of(token) == first.bucket) {
-            const std::uint32_t key = ordered(logit_of(token));
+    team.each(vocabulary, logits, [&](std::int32_t, float logit) {
+        if (bucket_of(logit) == first.bucket) {
+            const std::uint32_t key = ordered(logit);
             range.merge({key, key});
         }
     });
@@ -153,8 +163,8 @@ LLAMA_TE_HOST_DEVICE std::uint32_t kth_key(Team &team, const Logits &logit_of, s
         while ((range.greatest - range.least) >> shift >= kBuckets) {
             ++shift;
         }
-        const Bucket found = team.find(vocabulary, k, [&](std::int32_t token) {
-            const std::uint32_t key = ordered(logit_of(token));
+        const Bucket found = team.find(vocabulary, k, logits, [&](float logit) {
+            const std::uint32_t key = ordered(logit);
             const bool is_inside = range.least <= key && key <= range.greatest;
             return is_inside ? static_cast<int>((range.greatest - key) >> shift) : kNoBucket;
         });
@@ -163,7 +173,7 @@ LLAMA_TE_HOST_DEVICE std::uint32_t kth_key(Team &team, const Logits &logit_of, s
         range.least = range.greatest - range.least > width ? range.greatest - width : range.least;
         k = found.k;
     }
-    return range.least;
+    return number_of(range.least);
 }
 
 // --- the choice ------------------------------------------------------------------------------------------------------
@@ -192,15 +202,13 @@ struct Greatest {
 
 // What a candidate is compared with.
 struct Round {
-    std::int64_t total = 0;    // shares of the tokens that top-k keeps
-    std::int64_t before = 0;   // shares of those before the candidate, in the order of falling logits
-    std::int32_t greater = 0;  // their number, without logits that equal the candidate's
-    Rank next = 0;             // the greatest sum of logit and noise among them
+    std::int64_t total = 0;   // shares of the tokens that top-k keeps
+    std::int64_t before = 0;  // shares of those before the candidate, in the order of falling logits
+    Rank next = 0;            // the greatest sum of logit and noise among them
 
     LLAMA_TE_HOST_DEVICE void merge(const Round &other) {
         total += other.total;
         before += other.before;
-        greater += other.greater;
         next = other.next > next ? other.next : next;
     }
 };
@@ -209,21 +217,23 @@ struct Round {
 //
 // The Gumbel-max trick draws from the whole vocabulary first. If top-k, top-p and min-p keep that token, it is the one
 // that they would let win. If not, they keep no token behind it either, so the draw is repeated among those before it.
-// So most rows read their logits twice, and nothing is sorted.
+// So with top-p most rows read their logits twice, and nothing is sorted. The logits that top-k and min-p keep are known
+// in advance: a second draw is the last one.
 template <typename Team, typename Logits>
-LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logit_of, const Choice &choice,
+LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logits, const Choice &choice,
                                            std::int32_t vocabulary) {
     Greatest mine;
     {
+        Best best;
         Noisiest noisiest(choice.noise);
-        team.each(vocabulary, [&](std::int32_t token) {
-            const float logit = logit_of(token);
-            mine.merge({rank_of(logit, token), 0});
+        const auto see = [&](std::int32_t token, float logit) {
+            best.see(token, logit);
             if (choice.is_random) {
                 noisiest.see(token, logit);
             }
-        });
-        mine.sum = noisiest.rank();
+        };
+        team.each(vocabulary, logits, see, [&] { noisiest.learn(team); });
+        mine = {best.rank(), noisiest.rank()};
     }
     const Greatest first = team.all(mine);
     if (!choice.is_random || token_of(first.logit) == kNoToken) {
@@ -231,41 +241,37 @@ LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logit_of, c
     }
     const bool cuts_k = choice.top_k < vocabulary;
     const bool cuts_p = choice.top_p < 1;
-    if (!cuts_k && !cuts_p && !(choice.min_p > 0)) {
-        return token_of(first.sum);
-    }
     const float greatest = number_of(key_of(first.logit));
-    const std::uint32_t least = cuts_k && cuts_p ? kth_key(team, logit_of, vocabulary, greatest, choice.top_k) : 0;
+    const float least = cuts_k ? kth_logit(team, logits, vocabulary, greatest, choice.top_k) : -HUGE_VALF;
     const auto weight_of = [&](float logit) { return expf(logit - greatest); };
+    const auto may_win = [&](float logit) { return logit >= least && weight_of(logit) >= choice.min_p; };
     Rank drawn = first.sum;
     while (token_of(drawn) != kNoToken) {
         const auto candidate = static_cast<std::int32_t>(token_of(drawn));
-        const float candidate_logit = logit_of(candidate);
-        const Rank candidate_rank = rank_of(candidate_logit, candidate);
+        const float limit = logits.of(logits.read(candidate));
+        if (!cuts_p && may_win(limit)) {
+            return candidate;
+        }
         Round part;
         Noisiest noisiest(choice.noise);
-        team.each(vocabulary, [&](std::int32_t token) {
-            const float logit = logit_of(token);
-            const Rank here = rank_of(logit, token);
-            if (key_of(here) < least) {
+        const auto see = [&](std::int32_t token, float logit) {
+            if (logit < least) {
                 return;
             }
             const float weight = weight_of(logit);
             const std::int64_t share = share_of(weight);
             part.total += share;
-            if (here > candidate_rank) {
+            if (logit > limit || (logit == limit && token < candidate)) {
                 part.before += share;
-                part.greater += key_of(here) > key_of(candidate_rank) ? 1 : 0;
                 if (weight >= choice.min_p) {
                     noisiest.see(token, logit);
                 }
             }
-        });
+        };
+        team.each(vocabulary, logits, see, [&] { noisiest.learn(team); });
         part.next = noisiest.rank();
         const Round round = team.all(part);
-        const bool is_kept = round.greater < choice.top_k && weight_of(candidate_logit) >= choice.min_p &&
-                             (!cuts_p || round.before < top_p_limit(round.total, choice.top_p));
-        if (is_kept) {
+        if (may_win(limit) && round.before < top_p_limit(round.total, choice.top_p)) {
             return candidate;
         }
         drawn = round.next;

@@ -11,15 +11,13 @@ namespace llama_te {
 namespace {
 
 template <ElementType kElement>
-__global__ void __launch_bounds__(kClusterThreads, 2) logprobs_kernel(const __grid_constant__ LogprobsArguments a) {
+__global__ void __launch_bounds__(kClusterThreads, kBlocksOfMultiprocessor) logprobs_kernel(const __grid_constant__ LogprobsArguments a) {
     __shared__ ClusterStorage storage;
     allow_next_kernel();
     wait_for_previous_kernel();
     Cluster cluster(storage);
     const std::int32_t row = cluster.row();
-    const char *const logits = a.logits + row * a.row_bytes;
-    const auto logit_of = [&](std::int32_t token) { return logit_at<kElement>(logits, token); };
-    logprobs_row(cluster, logit_of, a, row);
+    logprobs_row(cluster, RowOfElements<kElement>(a.logits + row * a.row_bytes), a, row);
     cluster.finish();
 }
 

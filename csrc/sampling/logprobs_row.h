@@ -28,29 +28,28 @@ struct UnitSum {
 };
 
 template <typename Team, typename Logits>
-LLAMA_TE_HOST_DEVICE void logprobs_row(Team &team, const Logits &logit_of, const LogprobsArguments &a,
+LLAMA_TE_HOST_DEVICE void logprobs_row(Team &team, const Logits &logits, const LogprobsArguments &a,
                                        std::int32_t row) {
-    GreatestRank own;
-    team.each(a.vocabulary, [&](std::int32_t token) { own.merge({rank_of(logit_of(token), token)}); });
-    const Rank first = team.all(own).rank;
+    Best best;
+    team.each(a.vocabulary, logits, [&](std::int32_t token, float logit) { best.see(token, logit); });
+    const Rank first = team.all(GreatestRank{best.rank()}).rank;
     const bool is_finite = token_of(first) != kNoToken;
     const float greatest = number_of(key_of(first));
     UnitSum part;
     if (is_finite) {
-        team.each(a.vocabulary, [&](std::int32_t token) { part.add(expf(logit_of(token) - greatest)); });
+        team.each(a.vocabulary, logits, [&](std::int32_t, float logit) { part.add(expf(logit - greatest)); });
     }
     const float log_sum = team.all(part).logarithm();
     const auto logprob_of = [&](float logit) { return is_finite ? logit - greatest - log_sum : NAN; };
     if (team.is_first()) {
         const std::int64_t token = a.tokens[row];
         const bool is_known = 0 <= token && token < a.vocabulary;
-        a.logprobs[row] = is_known ? logprob_of(logit_of(static_cast<std::int32_t>(token))) : NAN;
+        a.logprobs[row] = is_known ? logprob_of(logits.of(logits.read(static_cast<std::int32_t>(token)))) : NAN;
     }
     if (a.likeliest == 0) {
         return;
     }
-    const auto rank = [&](std::int32_t token) { return rank_of(logit_of(token), token); };
-    team.greatest(a.vocabulary, a.likeliest, rank, [&](int place, Rank found) {
+    team.greatest(a.vocabulary, a.likeliest, greatest, logits, [&](int place, Rank found) {
         const std::int64_t index = static_cast<std::int64_t>(row) * a.likeliest + place;
         a.top_logprobs[index] = logprob_of(number_of(key_of(found)));
         a.top_tokens[index] = 0xffffffffU - static_cast<std::uint32_t>(found);

@@ -65,14 +65,22 @@ public:
     LLAMA_TE_HOST_DEVICE void see(std::int32_t token, float logit) {
         const std::uint32_t bits = noise_bits(key_, token);
         // Few tokens can win, and the others need no logarithm. The bound's own rounding is less than the margin.
-        if (logit + gumbel_bound(bits) + 1e-3F < sum_) {
+        if (logit + gumbel_bound(bits) + 1e-3F < reached_) {
             return;
         }
         const float sum = logit + gumbel(bits);
         if (sum > sum_) {  // a thread sees the lower token first
             sum_ = sum;
             token_ = token;
+            reached_ = sum > reached_ ? sum : reached_;
         }
+    }
+
+    // Learns what other threads have reached. Otherwise in most steps one of the threads that run in step would need
+    // logarithms, and the others would wait.
+    template <typename Team>
+    LLAMA_TE_HOST_DEVICE void learn(const Team &team) {
+        reached_ = team.greatest_nearby(reached_);
     }
 
     // 0 if it has seen no token above -inf.
@@ -83,6 +91,7 @@ public:
 private:
     NoiseKey key_;
     float sum_ = -HUGE_VALF;
+    float reached_ = -HUGE_VALF;  // a sum of this thread or of another one
     std::int32_t token_ = -1;
 };
 

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -51,5 +52,25 @@ LLAMA_TE_HOST_DEVICE inline std::int64_t token_of(Rank rank) {
     const bool is_finite = key >= 0x00800000U && key < 0xff800000U;  // from the lowest to the greatest float32
     return is_finite ? static_cast<std::int64_t>(0xffffffffU - static_cast<std::uint32_t>(rank)) : kNoToken;
 }
+
+// The greatest logit that one thread has seen, in the order of ranks. The thread sees the lower token first.
+class Best {
+public:
+    LLAMA_TE_HOST_DEVICE void see(std::int32_t token, float logit) {
+        if (!(logit <= logit_) && logit_ == logit_) {  // NaN stays
+            logit_ = logit;
+            token_ = token;
+        }
+    }
+
+    // 0 if it has seen no token above -inf.
+    LLAMA_TE_HOST_DEVICE Rank rank() const {
+        return token_ < 0 ? 0 : rank_of(logit_, token_);
+    }
+
+private:
+    float logit_ = -HUGE_VALF;
+    std::int32_t token_ = -1;
+};
 
 }  // namespace llama_te

@@ -1,13 +1,19 @@
 // What the threads that share the tokens of a row do together.
 //
 // A team is one thread on the host, `Alone`, or a cluster of blocks on the GPU, `Cluster`. It has
-//   each(vocabulary, visit)     calls visit(token) for the thread's tokens, in ascending order
+//   each(vocabulary, logits, visit, after)
+//                               calls visit(token, logit) for the thread's tokens, in ascending order; now and then it
+//                               calls after(), in all threads that run in step
+//   greatest_nearby(number)     the greatest number of the threads that run in step; only `after` may call it
 //   all(part)                   merges the threads' parts, by Part::merge; every thread gets the result
-//   find(vocabulary, k, bucket) counts the tokens in each bucket(token) and returns the one that has the k-th token,
-//                               from bucket 0 on; a token in bucket kNoBucket does not count
-//   greatest(vocabulary, count, rank, visit)
-//                               calls visit(place, rank) for the greatest of rank(token), in falling order, in one thread
+//   find(vocabulary, k, logits, bucket_of)
+//                               counts the tokens in each bucket_of(logit) and returns the bucket that has the k-th token,
+//                               from bucket 0 on; tokens in kNoBucket come last
+//   greatest(vocabulary, count, first, logits, visit)
+//                               calls visit(place, rank) for each of the greatest ranks, in one thread each; `first` is
+//                               the greatest logit
 //   is_first()                  is true in one thread
+// `logits` has read(token), which reads memory alone, and of(what it read), the logit. So threads read several tokens ahead.
 // Parts are integers whose sums and maxima have no order. So the results of a row depend on nothing but the row.
 
 #pragma once
@@ -21,11 +27,24 @@ namespace llama_te {
 
 constexpr int kBuckets = 2048;
 constexpr int kNoBucket = -1;
+constexpr float kBucketsOfLogit = 64.0F;  // of a difference of 1 between logits
 
-// The bucket that has the k-th token, and which of the bucket's tokens that is, from 1 on.
+// The bucket that has the k-th token.
 struct Bucket {
     int bucket;
-    std::int32_t k;
+    std::int32_t k;      // which of the bucket's tokens that is, from 1 on
+    std::int32_t until;  // tokens in this bucket and in those before it
+};
+
+// Spreads the logits of a model well: threads that count in one bucket wait for each other. Most logits of a sure model
+// are so far from the greatest one that they are in no bucket.
+struct LogitBuckets {
+    float greatest;
+
+    LLAMA_TE_HOST_DEVICE int operator()(float logit) const {
+        const float distance = (greatest - logit) * kBucketsOfLogit;
+        return distance < kBuckets ? (distance > 0 ? static_cast<int>(distance) : 0) : kNoBucket;
+    }
 };
 
 struct GreatestRank {
@@ -33,6 +52,11 @@ struct GreatestRank {
 
     LLAMA_TE_HOST_DEVICE void merge(const GreatestRank &other) {
         rank = other.rank > rank ? other.rank : rank;
+    }
+};
+
+struct Nothing {
+    LLAMA_TE_HOST_DEVICE void operator()() const {
     }
 };
 

@@ -446,7 +446,8 @@ def _randomize(
     rows = slice(len(logits_BV))
     temperature_B1 = sampling.temperature_R[rows, None]
     is_random_B1 = temperature_B1 > 0
-    scaled_BV = logits_BV.float() / torch.where(is_random_B1, temperature_B1, 1.0)
+    # Training multiplies by 1 / temperature too (TRL's trainers), so both compute the same probabilities.
+    scaled_BV = logits_BV.float() * (1.0 / torch.where(is_random_B1, temperature_B1, 1.0))
     if filtered:  # the best token of a greedy row passes every filter
         scaled_BV = keep_likely(
             scaled_BV, sampling.top_k_R[rows, None], sampling.top_p_R[rows, None], sampling.min_p_R[rows, None]
