@@ -14,6 +14,9 @@ Clients run in processes of their own and speak plain HTTP/1.1 over sockets. Req
 Poisson process; the rate `inf` sends all at once. All servers get the same requests, no two of which begin alike. Times
 between tokens are those between the chunks of a stream: a chunk may have more than one token. `--output` is a folder;
 each result is a line of JSON in its file serve.jsonl.
+
+With `--leave 0.3` three of ten clients close their connection in the middle of an answer. Afterwards the program says
+what is left of their requests: running and waiting ones, pages of the cache, and the growth of memory and descriptors.
 """
 
 from __future__ import annotations
@@ -66,9 +69,11 @@ class Request:
         chunks: When each of these chunks came.
         tokens: The tokens that the usage reports.
         error: What went wrong.
+        patience: The client leaves after so many chunks.
     """
 
     due: float
+    patience: float = float("inf")
     first: float | None = None
     chunks: list[float] = field(default_factory=list)
     tokens: int = 0
@@ -82,7 +87,8 @@ class Figure:
     Attributes:
         rate: Requests a second; infinite if all came at once.
         requests: Their number.
-        failed: Those without a whole answer.
+        failed: Those without a whole answer, although the client stayed.
+        left: Those whose client left.
         tokens_per_second: Written tokens over the time from the first request to the last token.
         ttft_ms: The median and the 99th percentile of the time to the first chunk.
         inter_token_ms: The same of the time between chunks.
@@ -91,6 +97,7 @@ class Figure:
     rate: float
     requests: int
     failed: int
+    left: int
     tokens_per_second: float
     ttft_ms: tuple[float, float]
     inter_token_ms: tuple[float, float]
@@ -98,7 +105,7 @@ class Figure:
     def __str__(self) -> str:
         (ttft, ttft_99), (between, between_99) = self.ttft_ms, self.inter_token_ms
         return (
-            f"rate {self.rate:g}/s, {self.requests} requests, {self.failed} failed: "
+            f"rate {self.rate:g}/s, {self.requests} requests, {self.left} left, {self.failed} failed: "
             f"{self.tokens_per_second:,.0f} tok/s; first token p50 {ttft:.1f} p99 {ttft_99:.1f} ms; "
             f"between tokens p50 {between:.2f} p99 {between_99:.2f} ms"
         )
@@ -126,17 +133,20 @@ async def _send(request: Request, host: str, port: int, path: str, body: bytes, 
                 request.tokens = json.loads(line[6:])["usage"]["completion_tokens"]
             else:
                 request.chunks.append(time.time() - begin)
+                if len(request.chunks) >= request.patience:
+                    break
         writer.close()
         request.first = request.chunks[0] if request.chunks else None
+        if len(request.chunks) >= request.patience:
+            return
         if status != b"200" or not request.tokens:
             request.error = f"status {status.decode()}, {request.tokens} tokens"
     except (OSError, IndexError, ValueError) as error:
         request.error = repr(error)
 
 
-def _client(url: str, bodies: Sequence[bytes], dues: Sequence[float], begin: float, results: Any) -> None:
+def _client(url: str, bodies: Sequence[bytes], requests: Sequence[Request], begin: float, results: Any) -> None:
     parts = urllib.parse.urlsplit(url)
-    requests = [Request(due) for due in dues]
 
     async def main() -> None:
         await asyncio.gather(
@@ -150,21 +160,30 @@ def _client(url: str, bodies: Sequence[bytes], dues: Sequence[float], begin: flo
     results.put(requests)
 
 
-def load(url: str, model: str, prompts: Sequence[list[int]], new_tokens: int, rate: float, sampling: Any) -> Figure:
-    """Send requests at a rate, and return what the clients saw."""
+def load(
+    url: str,
+    model: str,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    rate: float,
+    sampling: dict[str, Any],
+    leave: float = 0.0,
+) -> Figure:
+    """Send requests at a rate, and return what the clients saw. A share of `leave` of them leave in the middle."""
     source = random.Random(0)
     body = {"model": model, "max_tokens": new_tokens, "ignore_eos": True, "stream": True, **sampling}
     body["stream_options"] = {"include_usage": True}
     bodies = [json.dumps({**body, "prompt": prompt}).encode() for prompt in prompts]
-    due, dues = 0.0, []
+    due, sent = 0.0, []
     for _ in prompts:
-        dues.append(due)
+        patience = source.randrange(1, new_tokens) if source.random() < leave else float("inf")
+        sent.append(Request(due, patience))
         due += 0 if rate == float("inf") else source.expovariate(rate)
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     begin = time.time() + 3  # the processes start meanwhile
     each = [
-        context.Process(target=_client, args=(url, bodies[n::PROCESSES], dues[n::PROCESSES], begin, results))
+        context.Process(target=_client, args=(url, bodies[n::PROCESSES], sent[n::PROCESSES], begin, results))
         for n in range(PROCESSES)
     ]
     for process in each:
@@ -177,7 +196,8 @@ def load(url: str, model: str, prompts: Sequence[list[int]], new_tokens: int, ra
 
 def figure_of(requests: Sequence[Request], rate: float) -> Figure:
     """Return the figure of a load."""
-    good = [request for request in requests if request.error is None and request.first is not None]
+    stayed = [request for request in requests if len(request.chunks) < request.patience]
+    good = [request for request in stayed if request.error is None and request.first is not None]
     for error in sorted({request.error for request in requests if request.error is not None}):
         print(f"  failed: {error}", file=sys.stderr)
     if not good:
@@ -190,7 +210,8 @@ def figure_of(requests: Sequence[Request], rate: float) -> Figure:
     return Figure(
         rate,
         len(requests),
-        len(requests) - len(good),
+        len(stayed) - len(good),
+        len(requests) - len(stayed),
         sum(request.tokens for request in good) / seconds,
         _percentiles(firsts),
         _percentiles(between),
@@ -303,8 +324,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(command: Sequence[str], url: str, prompt: list[int], log: Path) -> Iterator[dict[str, float]]:
-    """Run a server; yield the seconds until it is healthy and until its first token."""
+def started(
+    command: Sequence[str], url: str, prompt: list[int], log: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, float]]]:
+    """Run a server; yield its process, and the seconds until it is healthy and until its first token."""
     begin = time.perf_counter()
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -319,7 +342,7 @@ def started(command: Sequence[str], url: str, prompt: list[int], log: Path) -> I
         )
         with urllib.request.urlopen(request) as answer:
             answer.read()
-        yield seconds | {"seconds_to_first_token": time.perf_counter() - begin}
+        yield process, seconds | {"seconds_to_first_token": time.perf_counter() - begin}
     finally:
         process.terminate()
         try:
@@ -327,6 +350,38 @@ def started(command: Sequence[str], url: str, prompt: list[int], log: Path) -> I
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def leavings(url: str, process: subprocess.Popen[bytes] | None) -> dict[str, float]:
+    """Return what a server holds when all clients are gone. Waits until it has nothing to do, but at most 30 s.
+
+    Args:
+        url: Of a server with vLLM's metrics.
+        process: The server, if its memory and its descriptors count too.
+    """
+    names = {"running": "num_requests_running", "waiting": "num_requests_waiting", "cache": "kv_cache_usage_perc"}
+    held: dict[str, float] = {}
+    for _ in range(300):
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        held = {
+            key: sum(float(line.split()[-1]) for line in lines if line.startswith(f"vllm:{name}"))
+            for key, name in names.items()
+        }
+        if not any(held.values()):
+            break
+        time.sleep(0.1)
+    if process is not None:
+        pids = [process.pid, *_children(process.pid)]
+        held["descriptors"] = sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+        statuses = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in pids]
+        held["megabytes"] = sum(int(line.split()[1]) for lines in statuses for line in lines if "VmRSS" in line) / 1024
+    return held
+
+
+def _children(pid: int) -> list[int]:
+    found = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return found + [grandchild for child in found for grandchild in _children(child)]
 
 
 def _is_healthy(url: str) -> bool:
@@ -356,6 +411,9 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--max-batch-size", type=int, default=256)
+    parser.add_argument(
+        "--leave", type=float, default=0.0, help="the share of clients that leave (default: %(default)s)"
+    )
     parser.add_argument("--greedy", action="store_true", help="instead of temperature 0.8 and top_p 0.95")
     parser.add_argument("--vocabulary", type=int, help="of the random tokens (default: the model's)")
     parser.add_argument("--output", type=Path, help="a folder; add lines to its serve.jsonl")
@@ -370,19 +428,24 @@ def main() -> None:
     record = _recorder(options, vocabulary)
 
     def prompts(rate: float) -> list[list[int]]:
-        source = random.Random(rate)
+        source = random.Random(str(rate))  # a number and its negative would be the same seed
         return [
             [source.randrange(300, vocabulary) for _ in range(options.prompt_tokens)] for _ in range(options.requests)
         ]
 
-    def measure(name: str, url: str, **more: Any) -> None:
+    def measure(name: str, url: str, process: subprocess.Popen[bytes] | None = None, **more: Any) -> None:
         load(url, options.model, prompts(-1)[: options.max_batch_size], 16, float("inf"), sampling)  # warms up
         for rate in options.rates:
             sent = prompts(rate)
             if rate < float("inf"):
                 sent = sent[: max(int(options.seconds * rate), LEAST_REQUESTS)]
-            figure = load(url, options.model, sent, options.new_tokens, rate, sampling)
+            before = leavings(url, process) if options.leave else {}
+            figure = load(url, options.model, sent, options.new_tokens, rate, sampling, options.leave)
             print(f"{name}: {figure}", flush=True)
+            if options.leave:
+                after = leavings(url, process)
+                more["leavings"] = {key: round(value - before[key], 3) for key, value in after.items()}
+                print(f"{name}: left behind: {more['leavings']}", flush=True)
             record(server=name, **more, **asdict(figure))
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -404,9 +467,9 @@ def main() -> None:
                 port = free_port()
                 command = [part.format(port=port, **places) for part in command]
                 url, log = f"http://127.0.0.1:{port}", (options.output or Path(temporary)) / f"{name}.log"
-                with started(command, url, prompts(0)[0], log) as seconds:
+                with started(command, url, prompts(0)[0], log) as (process, seconds):
                     print(f"{name}: " + ", ".join(f"{value:.1f} {key}" for key, value in seconds.items()), flush=True)
-                    measure(name, url, **seconds)
+                    measure(name, url, process, **seconds)
     for name, url in options.url:
         measure(name, url)
 
