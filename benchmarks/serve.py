@@ -5,10 +5,10 @@ r"""Measure servers with OpenAI's API under load: time to the first token, time 
         --server vllm "vllm serve {config} --load-format dummy --served-model-name model --port {port}"
     python benchmarks/serve.py --url other http://127.0.0.1:8000 --rates 16
 
-With `--size` the program writes a checkpoint of that shape with random weights, times `Engine.generate` with the
-requests of the rate `inf` in a process of its own, and then starts `llama-te-serve` and each further `--server`, one
-after the other. In their commands `{checkpoint}` is the folder with the weights in Transformer Engine's layout,
-`{config}` a folder with Hugging Face's configuration and the tokenizer alone, and `{port}` a free port.
+With `--size` the program writes a checkpoint of that shape with random weights. If `inf` is one of the rates, it times
+`Engine.generate` with the same requests in a process of its own. Then it starts `llama-te-serve` and each further
+`--server`, one after the other. In their commands `{checkpoint}` is the folder with the weights in Transformer Engine's
+layout, `{config}` a folder with Hugging Face's configuration and the tokenizer alone, and `{port}` a free port.
 
 Clients run in processes of their own and speak plain HTTP/1.1 over sockets. Requests are random tokens and arrive as a
 Poisson process; the rate `inf` sends all at once. All servers get the same requests, no two of which begin alike. Times
@@ -455,10 +455,11 @@ def main() -> None:
             length = -(-(options.prompt_tokens + options.new_tokens) // 64) * 64
             if not places["config"].exists():
                 in_own_process(write_checkpoint, options.size, vocabulary, length, *places.values())
-            arguments = (options.max_batch_size, prompts(float("inf")), options.new_tokens, sampling)
-            alone = in_own_process(offline, places["checkpoint"], length, *arguments)
-            print(f"engine alone: {alone:,.0f} tok/s", flush=True)
-            record(server="engine alone", tokens_per_second=alone)
+            if float("inf") in options.rates:
+                arguments = (options.max_batch_size, prompts(float("inf")), options.new_tokens, sampling)
+                alone = in_own_process(offline, places["checkpoint"], length, *arguments)
+                print(f"engine alone: {alone:,.0f} tok/s", flush=True)
+                record(server="engine alone", tokens_per_second=alone)
             ours = [sys.executable, "-m", "llama_te_infer.serve", "{checkpoint}", "--served-model-name", "model"]
             ours += ["--port", "{port}", "--max-batch-size", str(options.max_batch_size)]
             ours += ["--max-sequence-length", str(length)]

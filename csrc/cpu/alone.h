@@ -71,22 +71,18 @@ public:
         return {kNoBucket, k - before, vocabulary};
     }
 
-    template <typename Logits, typename Visit>
-    void greatest(std::int32_t vocabulary, int count, float, const Logits &logits, const Visit &visit) {
-        ranks_.clear();  // a heap with the least rank on top
+    template <typename Logits, typename BucketOf, typename Visit>
+    void greatest(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
+                  const BucketOf &bucket_of, const Visit &visit) {
+        ranks_.clear();
         for (std::int32_t token = 0; token < vocabulary; ++token) {
-            const Rank rank = rank_of(logits.of(logits.read(token)), token);
-            if (static_cast<int>(ranks_.size()) == count) {
-                if (rank < ranks_.front()) {
-                    continue;
-                }
-                std::pop_heap(ranks_.begin(), ranks_.end(), std::greater<>());
-                ranks_.pop_back();
+            const float logit = logits.of(logits.read(token));
+            // As unsigned integers, kNoBucket is the last bucket.
+            if (static_cast<unsigned>(bucket_of(logit)) <= static_cast<unsigned>(last.bucket)) {
+                ranks_.push_back(rank_of(logit, token));
             }
-            ranks_.push_back(rank);
-            std::push_heap(ranks_.begin(), ranks_.end(), std::greater<>());
         }
-        std::sort_heap(ranks_.begin(), ranks_.end(), std::greater<>());
+        std::partial_sort(ranks_.begin(), ranks_.begin() + count, ranks_.end(), std::greater<>());
         for (int place = 0; place < count; ++place) {
             visit(place, ranks_[static_cast<std::size_t>(place)]);
         }

@@ -17,7 +17,9 @@ namespace llama_te {
 
 constexpr int kClusterThreads = 512;  // of a block
 constexpr int kClusterWarps = kClusterThreads / kWarp;
+constexpr int kMostBlocks = 8;  // of a cluster, the most that every GPU launches
 constexpr int kBucketsOfThread = kBuckets / kClusterThreads;
+static_assert(kBucketsOfThread == 4);  // a vector
 constexpr int kBlocksOfMultiprocessor = 2;  // blocks that run at once
 constexpr int kCandidates = 1024;             // most ranks to sort
 
@@ -46,7 +48,7 @@ struct ClusterStorage {
     SharedPart part_of_warp[kClusterWarps];
     // Of the block, which the others read. They may still read one of them when the block writes the other.
     SharedPart part[2];
-    union {
+    union alignas(16) {
         std::int32_t counts[kBuckets];
         Rank candidates[kCandidates];  // of the cluster, in its first block
     };
@@ -131,11 +133,19 @@ public:
                 *slot = SharedPart::of(merged);
             }
         }
+        if (blocks_ == 1) {
+            __syncthreads();
+            return slot->template as<Part>();
+        }
         sync();
+        // Each lane reads the part of one block, so that the answers of all blocks come together.
         Part whole;
-        for (int block = 0; block < blocks_; ++block) {
-            const SharedPart other = *cluster_.map_shared_rank(slot, block);
-            whole.merge(other.template as<Part>());
+        if (const int block = lane % kMostBlocks; block < blocks_) {
+            whole = cluster_.map_shared_rank(slot, block)->template as<Part>();
+        }
+#pragma unroll
+        for (int distance = kMostBlocks / 2; distance > 0; distance /= 2) {
+            whole.merge(part_of_lane(whole, distance));
         }
         return whole;
     }
@@ -155,49 +165,37 @@ public:
                 atomicAdd(shared_.counts + bucket, 1);
             }
         });
-        sync();
-        // Every block finds the bucket by itself.
-        const int first = threadIdx.x * kBucketsOfThread;
-        std::int32_t counts[kBucketsOfThread] = {};
-        for (int block = 0; block < blocks_; ++block) {
-            const std::int32_t *const others = cluster_.map_shared_rank(shared_.counts, block);
-#pragma unroll
-            for (int i = 0; i < kBucketsOfThread; ++i) {
-                counts[i] += others[first + i];
-            }
-        }
-        std::int32_t own = 0;
-#pragma unroll
-        for (int i = 0; i < kBucketsOfThread; ++i) {
-            own += counts[i];
-        }
+        __syncthreads();
         const int lane = threadIdx.x % kWarp;
         const int warp = threadIdx.x / kWarp;
-        std::int32_t until = own;  // tokens in the buckets up to this thread's last one
+        const int4 own = reinterpret_cast<const int4 *>(shared_.counts)[threadIdx.x];
+        const int sum = __reduce_add_sync(kWholeWarp, own.x + own.y + own.z + own.w);
+        if (lane == 0) {
+            shared_.counts_of_warp[warp] = sum;
+        }
+        sync();
+        if (warp == 0) {
+            // Other blocks' memory is far: the sums of the warps tell which warp's buckets to read.
+            Counted sums;
+            if (lane < kClusterWarps) {
 #pragma unroll
-        for (int distance = 1; distance < kWarp; distance *= 2) {
-            const std::int32_t below = __shfl_up_sync(kWholeWarp, until, distance);
-            until += lane >= distance ? below : 0;
-        }
-        if (lane == kWarp - 1) {
-            shared_.counts_of_warp[warp] = until;
-        }
-        __syncthreads();
-        for (int other = 0; other < warp; ++other) {
-            until += shared_.counts_of_warp[other];
-        }
-        std::int32_t before = until - own;
-        if (before < k && k <= until) {
-#pragma unroll
-            for (int i = 0; i < kBucketsOfThread; ++i) {
-                if (before < k && k <= before + counts[i]) {
-                    shared_.found = {first + i, k - before, before + counts[i]};
+                for (int block = 0; block < kMostBlocks; ++block) {
+                    if (block < blocks_) {
+                        sums.count += cluster_.map_shared_rank(shared_.counts_of_warp, block)[lane];
+                    }
                 }
-                before += counts[i];
             }
-        }
-        if (threadIdx.x == kClusterThreads - 1 && until < k) {
-            shared_.found = {kNoBucket, k - until, vocabulary};
+            sums.scan(0);
+            const unsigned reached = __ballot_sync(kWholeWarp, sums.until >= k);
+            if (reached == 0) {
+                if (lane == kWarp - 1) {
+                    shared_.found = {kNoBucket, k - sums.until, vocabulary};
+                }
+            } else {
+                const int place = __ffs(static_cast<int>(reached)) - 1;
+                const int before = __shfl_sync(kWholeWarp, sums.until - sums.count, place);
+                find_in_warp(place, before, k);
+            }
         }
         sync();
         return shared_.found;
@@ -217,11 +215,9 @@ public:
         return static_cast<std::int32_t>(blockIdx.x) / blocks_;
     }
 
-    template <typename Logits, typename Visit>
-    __device__ void greatest(std::int32_t vocabulary, int count, float first, const Logits &logits,
-                             const Visit &visit) {
-        const LogitBuckets bucket_of{first};
-        const Bucket last = find(vocabulary, count, logits, bucket_of);
+    template <typename Logits, typename BucketOf, typename Visit>
+    __device__ void greatest(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
+                             const BucketOf &bucket_of, const Visit &visit) {
         if (last.until <= kCandidates) {
             sort(vocabulary, count, last, logits, bucket_of, visit);
         } else {
@@ -230,6 +226,51 @@ public:
     }
 
 private:
+    // Numbers of tokens in the lanes of a warp.
+    struct Counted {
+        int count = 0;
+        int until = 0;  // in this lane and in those before it
+
+        __device__ void scan(int before) {
+            until = count;
+#pragma unroll
+            for (int distance = 1; distance < kWarp; distance *= 2) {
+                const int below = __shfl_up_sync(kWholeWarp, until, distance);
+                until += static_cast<int>(threadIdx.x % kWarp) >= distance ? below : 0;
+            }
+            until += before;
+        }
+    };
+
+    // Stores the bucket that has the k-th token, which is among the buckets of one warp.
+    __device__ void find_in_warp(int warp, int before, std::int32_t k) {
+        const int lane = threadIdx.x % kWarp;
+        int counts[kBucketsOfThread] = {};
+        Counted buckets;
+#pragma unroll
+        for (int block = 0; block < kMostBlocks; ++block) {
+            if (block < blocks_) {
+                const int *const others = cluster_.map_shared_rank(shared_.counts, block);
+                const int4 other = reinterpret_cast<const int4 *>(others)[warp * kWarp + lane];
+                counts[0] += other.x;
+                counts[1] += other.y;
+                counts[2] += other.z;
+                counts[3] += other.w;
+            }
+        }
+        buckets.count = counts[0] + counts[1] + counts[2] + counts[3];
+        buckets.scan(before);
+        before = buckets.until - buckets.count;
+#pragma unroll
+        for (int i = 0; i < kBucketsOfThread; ++i) {
+            if (before < k && k <= before + counts[i]) {
+                const int bucket = (warp * kWarp + lane) * kBucketsOfThread + i;
+                shared_.found = {bucket, k - before, before + counts[i]};
+            }
+            before += counts[i];
+        }
+    }
+
     __device__ void sync() const {
         if (blocks_ == 1) {
             __syncthreads();  // without a fence of the GPU's memory
@@ -239,9 +280,9 @@ private:
     }
 
     // Collects the tokens up to a bucket in the first block, where the place of each is the number of greater ones.
-    template <typename Logits, typename Visit>
+    template <typename Logits, typename BucketOf, typename Visit>
     __device__ void sort(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
-                         const LogitBuckets &bucket_of, const Visit &visit) {
+                         const BucketOf &bucket_of, const Visit &visit) {
         Rank *const candidates = cluster_.map_shared_rank(shared_.candidates, 0);
         int *const candidate_count = cluster_.map_shared_rank(&shared_.candidate_count, 0);
         each(vocabulary, logits, [&](std::int32_t token, float logit) {
@@ -323,7 +364,7 @@ template <typename Arguments>
 void launch_clusters(void (*kernel)(Arguments), std::int32_t rows, int device, std::uintptr_t stream, const char *name,
                      const Arguments &arguments) {
     const DeviceGuard guard(device);
-    int blocks = 8;  // the most that every GPU launches as a cluster
+    int blocks = kMostBlocks;
     while (blocks > 1 && static_cast<std::int64_t>(blocks) * rows > kBlocksOfMultiprocessor * multiprocessors(device)) {
         blocks /= 2;
     }

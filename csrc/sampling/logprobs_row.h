@@ -35,9 +35,17 @@ LLAMA_TE_HOST_DEVICE void logprobs_row(Team &team, const Logits &logits, const L
     const Rank first = team.all(GreatestRank{best.rank()}).rank;
     const bool is_finite = token_of(first) != kNoToken;
     const float greatest = number_of(key_of(first));
+    const LogitBuckets bucket_of{greatest};
     UnitSum part;
-    if (is_finite) {
-        team.each(a.vocabulary, logits, [&](std::int32_t, float logit) { part.add(expf(logit - greatest)); });
+    Bucket last = {};
+    if (a.likeliest > 0) {
+        last = team.find(a.vocabulary, a.likeliest, logits, [&](float logit) {
+            part.add(is_finite ? expf(logit - greatest) : 0.0F);
+            return bucket_of(logit);
+        });
+    } else {
+        team.each(a.vocabulary, logits,
+                  [&](std::int32_t, float logit) { part.add(is_finite ? expf(logit - greatest) : 0.0F); });
     }
     const float log_sum = team.all(part).logarithm();
     const auto logprob_of = [&](float logit) { return is_finite ? logit - greatest - log_sum : NAN; };
@@ -49,7 +57,7 @@ LLAMA_TE_HOST_DEVICE void logprobs_row(Team &team, const Logits &logits, const L
     if (a.likeliest == 0) {
         return;
     }
-    team.greatest(a.vocabulary, a.likeliest, greatest, logits, [&](int place, Rank found) {
+    team.greatest(a.vocabulary, a.likeliest, last, logits, bucket_of, [&](int place, Rank found) {
         const std::int64_t index = static_cast<std::int64_t>(row) * a.likeliest + place;
         a.top_logprobs[index] = logprob_of(number_of(key_of(found)));
         a.top_tokens[index] = 0xffffffffU - static_cast<std::uint32_t>(found);

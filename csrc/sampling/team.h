@@ -9,9 +9,9 @@
 //   find(vocabulary, k, logits, bucket_of)
 //                               counts the tokens in each bucket_of(logit) and returns the bucket that has the k-th token,
 //                               from bucket 0 on; tokens in kNoBucket come last
-//   greatest(vocabulary, count, first, logits, visit)
-//                               calls visit(place, rank) for each of the greatest ranks, in one thread each; `first` is
-//                               the greatest logit
+//   greatest(vocabulary, count, last, logits, bucket_of, visit)
+//                               calls visit(place, rank) for each of the greatest ranks, in one thread each; `last` is
+//                               what `find` has returned for the count-th token
 //   is_first()                  is true in one thread
 // `logits` has read(token), which reads memory alone, and of(what it read), the logit. So threads read several tokens ahead.
 // Parts are integers whose sums and maxima have no order. So the results of a row depend on nothing but the row.
