@@ -47,6 +47,7 @@ from typing import Any
 from shapes import LLAMA_3, VOCABULARY
 
 PROCESSES = 4  # of clients, so that reading thousands of chunks a second is not the limit
+POSITIONS = 8192  # of the models, so that a kept checkpoint serves other lengths too
 LEAST_REQUESTS = 24  # for percentiles
 JSON_TYPE = {"Content-Type": "application/json"}
 TINY_VOCABULARY = 1024
@@ -454,7 +455,7 @@ def main() -> None:
             places = {"checkpoint": folder / "checkpoint", "config": folder / "config"}
             length = -(-(options.prompt_tokens + options.new_tokens) // 64) * 64
             if not places["config"].exists():
-                in_own_process(write_checkpoint, options.size, vocabulary, length, *places.values())
+                in_own_process(write_checkpoint, options.size, vocabulary, max(length, POSITIONS), *places.values())
             if float("inf") in options.rates:
                 arguments = (options.max_batch_size, prompts(float("inf")), options.new_tokens, sampling)
                 alone = in_own_process(offline, places["checkpoint"], length, *arguments)

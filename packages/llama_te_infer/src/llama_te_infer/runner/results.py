@@ -142,7 +142,9 @@ class Pending:
         rows = [row for row, _ in self.sequences]
         tokens = [] if self.token_B is None else self.token_B.tolist()
         logprobs = None if self.logprob_B is None else self.logprob_B.tolist()
-        top = _pairs(self.top_token_BK, self.top_logprob_BK)
+        # The device reports as many tokens as the API allows; the host makes objects only of those that somebody wants.
+        wanted = max((sequence.request.params.logprobs or 0 for _, sequence in self.sequences), default=0)
+        top = _pairs(self.top_token_BK, self.top_logprob_BK, wanted)
         return StepResult(
             tokens=[(sequence, tokens[row]) for row, sequence in self.sequences],
             logprobs=None if logprobs is None else [logprobs[row] for row in rows],
@@ -159,11 +161,15 @@ def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else to_host(tensor)
 
 
-def _pairs(token_BK: torch.Tensor | None, logprob_BK: torch.Tensor | None) -> list[list[tuple[int, float]]] | None:
-    """Return pairs of a token and its log-probability for each row."""
+def _pairs(
+    token_BK: torch.Tensor | None, logprob_BK: torch.Tensor | None, wanted: int | None = None
+) -> list[list[tuple[int, float]]] | None:
+    """Return pairs of a token and its log-probability for each row, only the first `wanted` ones of a row."""
     if token_BK is None or logprob_BK is None:
         return None
-    return [list(zip(*pair, strict=True)) for pair in zip(token_BK.tolist(), logprob_BK.tolist(), strict=True)]
+    columns = slice(wanted)
+    rows = zip(token_BK[:, columns].tolist(), logprob_BK[:, columns].tolist(), strict=True)
+    return [list(zip(*pair, strict=True)) for pair in rows]
 
 
 def _beam_results(searches: list[Search], step: BeamStep) -> list[BeamResult]:
