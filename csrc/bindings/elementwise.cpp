@@ -1,4 +1,4 @@
-// embed, rms_norm, swiglu and greedy. On a CPU PyTorch does their work, after these checks.
+// embed, quantize_rows, rms_norm, swiglu and greedy. On a CPU PyTorch does their work, after these checks.
 //
 // Shapes: B rows, V vocabulary, E hidden size, K features, F features of the activation.
 
@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "elementwise/embed.h"
+#include "elementwise/quantize_rows.h"
 #include "elementwise/rms_norm.h"
 #include "elementwise/swiglu.h"
 #include "include/element.h"
@@ -24,8 +25,9 @@ void check_grid_rows(const Tensor &tensor) {
     }
 }
 
-void check_bfloat16_vectors(const Tensor &matrix, const char *columns) {
-    if (matrix.dtype != DType::kBFloat16 || matrix.shape[1] % kVectorElements != 0) {
+// The matrix has `parts` parts of `columns` columns.
+void check_bfloat16_vectors(const Tensor &matrix, const char *columns, int parts = 1) {
+    if (matrix.dtype != DType::kBFloat16 || matrix.shape[1] / parts % kVectorElements != 0) {
         refuse(text_of(matrix.name, " is ", matrix.dtype_name(), " ", matrix.shape_text(),
                        ": on a GPU allowed are bfloat16 and ", columns, " a multiple of ", kVectorElements, "."));
     }
@@ -65,10 +67,82 @@ std::optional<Call<EmbedArguments>> embed_arguments(py::handle tokens_tensor, py
                                 {}};
 }
 
+// The scales of an output in FP8, and what multiplies them. Neither is given for other outputs.
+struct Scales {
+    Scales(py::handle factor_tensor, py::handle scale_tensor) {
+        if (!scale_tensor.is_none()) {
+            scale.emplace(Name{"scale"}, scale_tensor);
+        }
+        if (!factor_tensor.is_none()) {
+            factor.emplace(Name{"factor"}, factor_tensor);
+        }
+    }
+
+    std::optional<Tensor> scale;
+    std::optional<Tensor> factor;
+
+    // Checks the output, which has the dtype of `input` or FP8, and adds the tensors of FP8 to those that lie apart.
+    void check_with(const char *operation, const Tensor &input, const Tensor &output,
+                    std::initializer_list<std::int64_t> shape, const char *meaning,
+                    std::vector<const Tensor *> &apart) const {
+        if (!scale) {
+            if (factor) {
+                refuse("factor is given without scale: it multiplies the scales of an output in FP8.");
+            }
+            check_like(output, input, shape, meaning);
+            return;
+        }
+        check(output, DType::kFloat8E4M3, input.device, shape, meaning);
+        check(*scale, DType::kFloat32, input.device, {output.shape[0]}, "[B]");
+        check_written(operation, *scale);
+        apart.push_back(&*scale);
+        if (factor) {
+            check(*factor, DType::kFloat32, input.device, {1}, "[1]");
+            apart.push_back(&*factor);
+        }
+    }
+
+    Quantization pointers() const {
+        return {factor ? factor->as<const float>() : nullptr, scale ? scale->as<float>() : nullptr};
+    }
+};
+
+template <Where kWhere>
+std::optional<Call<QuantizeRowsArguments>> quantize_rows_arguments(py::handle input_tensor, py::handle factor_tensor,
+                                                                   py::handle output_tensor, py::handle scale_tensor) {
+    const Tensor input({"input"}, input_tensor);
+    const Tensor output({"output"}, output_tensor);
+    if (scale_tensor.is_none()) {
+        refuse("scale is None: pass a tensor of float32 [B] for the rows' scales.");
+    }
+    const Scales scales(factor_tensor, scale_tensor);
+    check_floating(input);
+    check_like(input, input, {kAny, kAny}, "[B, K]");
+    std::vector<const Tensor *> tensors = {&input, &output};
+    scales.check_with("quantize_rows", input, output, {input.shape[0], input.shape[1]}, "[B, K]", tensors);
+    check_contiguous(input);
+    check_contiguous(output);
+    check_all_apart(tensors);
+    check_no_gradient("quantize_rows", input);
+    check_written("quantize_rows", output);
+    if constexpr (kWhere != Where::kCpu) {
+        check_bfloat16_vectors(input, "K");
+        check_aligned(input);
+        check_aligned(output);
+    }
+    const Launch launch = launch_for(kWhere, input);
+    if (input.shape[0] == 0) {
+        return std::nullopt;
+    }
+    return Call<QuantizeRowsArguments>{
+        {input.data, output.data, scales.pointers(), input.size(0, "B"), input.size(1, "K")}, launch, {}};
+}
+
 template <Where kWhere>
 std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tensor, py::handle weight_tensor,
                                                          py::handle epsilon_number, py::handle addend_tensor,
-                                                         py::handle output_tensor) {
+                                                         py::handle factor_tensor, py::handle output_tensor,
+                                                         py::handle scale_tensor) {
     const Tensor hidden({"hidden"}, hidden_tensor);
     const Tensor weight({"weight"}, weight_tensor);
     const float epsilon = real({"epsilon"}, epsilon_number);
@@ -78,8 +152,10 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
     const std::int64_t rows = hidden.shape[0];
     const std::int64_t features = hidden.shape[1];
     check_like(weight, hidden, {features}, "[K]");
-    check_like(output, hidden, {rows, features}, "[B, K]");
+    const Scales scales(factor_tensor, scale_tensor);
     std::vector<const Tensor *> matrices = {&hidden, &output};
+    std::vector<const Tensor *> apart = {&weight};
+    scales.check_with("rms_norm", hidden, output, {rows, features}, "[B, K]", apart);
     std::optional<Tensor> addend;
     if (!addend_tensor.is_none()) {
         addend.emplace(Name{"addend"}, addend_tensor);
@@ -89,11 +165,10 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
     for (const Tensor *const matrix : matrices) {
         check_contiguous(*matrix);
     }
-    check_all_apart(matrices);
+    apart.insert(apart.end(), matrices.begin(), matrices.end());
+    check_all_apart(apart);
     check_written("rms_norm", hidden);
     check_written("rms_norm", output);
-    check_apart(weight, hidden);
-    check_apart(weight, output);
     if constexpr (kWhere != Where::kCpu) {
         check_bfloat16_vectors(hidden, "K");
         check_aligned(weight);
@@ -106,13 +181,14 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
         return std::nullopt;
     }
     return Call<RmsNormArguments>{{hidden.data, addend ? addend->data : nullptr, weight.data, epsilon, output.data,
-                                   hidden.size(0, "B"), hidden.size(1, "K")},
+                                   scales.pointers(), hidden.size(0, "B"), hidden.size(1, "K")},
                                   launch,
                                   {}};
 }
 
 template <Where kWhere>
-std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, py::handle output_tensor) {
+std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, py::handle factor_tensor,
+                                                      py::handle output_tensor, py::handle scale_tensor) {
     const Tensor input({"input"}, input_tensor);
     const Tensor output({"output"}, output_tensor);
     check_floating(input);
@@ -121,14 +197,16 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
         refuse(text_of("input has ", input.shape[1],
                        " columns: half of them are the gate's, so pass an even number."));
     }
-    check_like(output, input, {input.shape[0], input.shape[1] / 2}, "[B, F]");
+    const Scales scales(factor_tensor, scale_tensor);
+    std::vector<const Tensor *> apart = {&input, &output};
+    scales.check_with("swiglu", input, output, {input.shape[0], input.shape[1] / 2}, "[B, F]", apart);
     check_contiguous(input);
     check_contiguous(output);
-    check_apart(input, output);
+    check_all_apart(apart);
     check_no_gradient("swiglu", input);
     check_written("swiglu", output);
     if constexpr (kWhere != Where::kCpu) {
-        check_bfloat16_vectors(output, "F");
+        check_bfloat16_vectors(input, "F", 2);
         check_aligned(input);
         check_aligned(output);
     }
@@ -137,7 +215,8 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
         return std::nullopt;
     }
     input.size(1, "2 F");
-    return Call<SwigluArguments>{{input.data, output.data, output.size(0, "B"), output.size(1, "F")}, launch, {}};
+    return Call<SwigluArguments>{
+        {input.data, output.data, scales.pointers(), output.size(0, "B"), output.size(1, "F")}, launch, {}};
 }
 
 template <Where kWhere>
@@ -192,17 +271,22 @@ void bind_elementwise(py::module_ &module) {
     const auto define_embed = [&](const char *name, auto function) {
         define(module, name, function, "tokens", "table", "output");
     };
+    const auto define_quantize_rows = [&](const char *name, auto function) {
+        define(module, name, function, "input", "factor", "output", "scale");
+    };
     const auto define_rms_norm = [&](const char *name, auto function) {
-        define(module, name, function, "hidden", "weight", "epsilon", "addend", "output");
+        define(module, name, function, "hidden", "weight", "epsilon", "addend", "factor", "output", "scale");
     };
     const auto define_swiglu = [&](const char *name, auto function) {
-        define(module, name, function, "input", "output");
+        define(module, name, function, "input", "factor", "output", "scale");
     };
     const auto define_greedy = [&](const char *name, auto function) {
         define(module, name, function, "logits", "tokens", "lengths", "best", "tickets");
     };
     define_embed("embed_cpu_check", checked(embed_arguments<Where::kCpu>));
     define_embed("embed_check", checked(embed_arguments<Where::kChecks>));
+    define_quantize_rows("quantize_rows_cpu_check", checked(quantize_rows_arguments<Where::kCpu>));
+    define_quantize_rows("quantize_rows_check", checked(quantize_rows_arguments<Where::kChecks>));
     define_rms_norm("rms_norm_cpu_check", checked(rms_norm_arguments<Where::kCpu>));
     define_rms_norm("rms_norm_check", checked(rms_norm_arguments<Where::kChecks>));
     define_swiglu("swiglu_cpu_check", checked(swiglu_arguments<Where::kCpu>));
@@ -211,6 +295,7 @@ void bind_elementwise(py::module_ &module) {
     define_greedy("greedy_check", checked(greedy_arguments<Where::kChecks>));
 #ifdef LLAMA_TE_CUDA_ARCHITECTURES
     define_embed("embed_cuda", on_gpu(embed_arguments<Where::kCuda>, embed_cuda));
+    define_quantize_rows("quantize_rows_cuda", on_gpu(quantize_rows_arguments<Where::kCuda>, quantize_rows_cuda));
     define_rms_norm("rms_norm_cuda", on_gpu(rms_norm_arguments<Where::kCuda>, rms_norm_cuda));
     define_swiglu("swiglu_cuda", on_gpu(swiglu_arguments<Where::kCuda>, swiglu_cuda));
     define_greedy("greedy_cuda", on_gpu(greedy_arguments<Where::kCuda>, greedy_cuda));

@@ -1,7 +1,11 @@
-// RMSNorm of many rows on the GPU, with a residual's addition before it. A block takes a row.
+// RMSNorm of many rows on the GPU, with a residual's addition before it and rounding to FP8 behind
+// it. A block takes a row.
 
 #include "rms_norm.h"
 
+#include <type_traits>
+
+#include "elementwise/quantize.cuh"
 #include "include/launch.cuh"
 #include "include/vector.cuh"
 #include "include/warp.cuh"
@@ -69,7 +73,7 @@ __device__ float sum_of_block(float value) {
     return sum;
 }
 
-template <bool kAdds>
+template <bool kAdds, bool kQuantizes>
 __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constant__ RmsNormArguments a) {
     // The next kernel starts only after this wait, so it finds everything before this kernel in memory.
     wait_for_previous_kernel();
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constan
     uint4 *hidden = reinterpret_cast<uint4 *>(a.hidden) + start;
     const uint4 *addend = reinterpret_cast<const uint4 *>(a.addend) + start;
     const uint4 *weight = reinterpret_cast<const uint4 *>(a.weight);
-    uint4 *output = reinterpret_cast<uint4 *>(a.output) + start;
+    auto *output = reinterpret_cast<std::conditional_t<kQuantizes, uint2, uint4> *>(a.output) + start;
 
     // All loads are issued before the first is used.
     uint4 held[kHeld] = {};
@@ -113,11 +117,27 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constan
     }
     const float factor = rsqrtf(sum_of_block(squares) / static_cast<float>(a.features) + a.epsilon);
 
+    float inverse = 0.0F;
+    if constexpr (kQuantizes) {
+        float greatest = 0.0F;
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+            greatest = fmaxf(greatest, greatest_of(scale(held[i], factor, weights[i])));
+        }
+        for (int at = threadIdx.x + kHeld * kThreads; at < vectors; at += kThreads) {
+            greatest = fmaxf(greatest, greatest_of(scale(sum_at(at), factor, __ldg(weight + at))));
+        }
+        inverse = store_scale(greatest_of_block<kThreads>(greatest), a.to, blockIdx.x);
+    }
     const auto write = [&](int at, const uint4 &sum, const uint4 &weight_vector) {
         if constexpr (kAdds) {
             hidden[at] = sum;
         }
-        output[at] = scale(sum, factor, weight_vector);
+        if constexpr (kQuantizes) {
+            output[at] = quantized(scale(sum, factor, weight_vector), inverse);
+        } else {
+            output[at] = scale(sum, factor, weight_vector);
+        }
     };
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
@@ -135,7 +155,10 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constan
 
 void rms_norm_cuda(const RmsNormArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
-    const auto kernel = arguments.addend == nullptr ? rms_norm_kernel<false> : rms_norm_kernel<true>;
+    const bool adds = arguments.addend != nullptr;
+    const auto kernel = arguments.to.scales == nullptr
+                            ? (adds ? rms_norm_kernel<true, false> : rms_norm_kernel<false, false>)
+                            : (adds ? rms_norm_kernel<true, true> : rms_norm_kernel<false, true>);
     launch_overlapping(kernel, {dim3(arguments.rows), dim3(kThreads)}, reinterpret_cast<cudaStream_t>(stream),
                        "rms_norm", arguments);
 }

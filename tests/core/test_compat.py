@@ -168,6 +168,18 @@ class TestTorch:
         with pytest.raises(RuntimeError, match="lengths must fit"):  # on the host it raises
             compat_torch.assert_on_device(torch.tensor(False), "lengths must fit")
 
+    def test_fp8_products_have_scales_of_rows_and_columns(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        value_BK, weight_NK = (torch.randn(rows, 32, generator=generator).to(torch.float8_e4m3fn) for rows in (5, 16))
+        scale_B1, scale_1N = torch.rand(5, 1, generator=generator), torch.rand(1, 16, generator=generator)
+        expected_BN = (value_BK.double() * scale_B1) @ weight_NK.double().T * scale_1N
+        output_BN = torch.empty(5, 16, dtype=torch.bfloat16)
+        arguments = (value_BK, weight_NK.T, scale_B1, scale_1N, torch.bfloat16)
+        for found in (compat_torch.fp8_product(*arguments), compat_torch.fp8_product(*arguments, output_BN)):
+            distance_BN = (found.double() - expected_BN).abs()
+            assert bool((distance_BN <= 2**-8 * expected_BN.abs() + 1e-5).all()), moved("torch", "_scaled_mm")
+        assert torch.equal(output_BN, compat_torch.fp8_product(*arguments))
+
     def test_each_process_holds_its_share_of_two_halves(self) -> None:
         placement = compat_torch.placement_of_two_halves()
         assert placement.is_shard() or type(placement).__name__ == "_StridedShard", moved("torch", "_StridedShard")

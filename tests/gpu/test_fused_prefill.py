@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformer_engine.common.recipe import Float8CurrentScaling
 from transformers import LlamaForCausalLM
 
 from gpu.small_llama import relative
 from llama_te_convert import convert_llama_hf_to_te
+from llama_te_core import NVLlamaForCausalLM
 from llama_te_infer import Engine, SamplingParams
-from llama_te_infer.decode import backend
+from llama_te_infer.decode import backend, fused, prefill
 from llama_te_infer.decode.prefill import FusedPrefill
 from llama_te_infer.ops.prefill_attention import prefill_attention, prefill_attention_problem, table_rows
 
@@ -106,6 +109,42 @@ def test_prompts_read_by_kernels_are_no_farther_from_float32(
         distances[reads] = float((torch.tensor(found) - torch.tensor(exact)).abs().mean())
         del engine
     assert 0 < distances[True] < 1.1 * distances[False], distances
+
+
+@pytest.mark.hopper
+def test_fp8_prompts_are_no_farther_from_float32_than_the_layers(
+    make_llama: Callable[..., LlamaForCausalLM], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each token has a scale of its own, where TE's current scaling has one for all tokens of a pass."""
+    hf = make_llama().bfloat16().float()
+    convert_llama_hf_to_te(make_llama().bfloat16()).save_pretrained(tmp_path)
+    model = NVLlamaForCausalLM.from_pretrained(
+        tmp_path,
+        layer_precision=["fp8"] * 6,
+        use_quantized_model_init=True,
+        fp8_recipe=Float8CurrentScaling(),
+        dtype=torch.bfloat16,
+        device_map="cuda",
+    ).eval()
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(3, 8192, (length,), generator=generator).tolist() for length in (77, 300, 512, 129)]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
+    distances = {}
+    for reads in (True, False):
+        for module in (fused, prefill):
+            monkeypatch.setattr(module, "multiplies_quantized", lambda device, reads=reads: reads)
+        engine = Engine(model, prefix_caching=False, max_batch_size=8)
+        assert isinstance(engine._runner.prefill.fused, FusedPrefill) == reads
+        found, exact = [], []
+        for text, output in zip(texts, engine.generate(texts, params), strict=True):
+            with torch.inference_mode():
+                logprob_SV = hf(torch.tensor([text], device="cuda")).logits[0].float().log_softmax(-1).cpu()
+            for position, each in enumerate(output.prompt_logprobs[1:], 1):
+                found.append(each.logprob)
+                exact.append(float(logprob_SV[position - 1, text[position]]))
+        distances[reads] = float((torch.tensor(found) - torch.tensor(exact)).abs().mean())
+        del engine
+    assert 0 < distances[True] < 1.05 * distances[False], distances
 
 
 def test_texts_continue_over_what_the_kernels_stored(

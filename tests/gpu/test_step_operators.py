@@ -14,6 +14,7 @@ from infer.step_oracle import (
     NAN_BITS,
     LinearCase,
     assert_linear,
+    assert_quantized,
     before_nan,
     expected_greedy,
     expected_rms_norm,
@@ -23,9 +24,11 @@ from infer.step_oracle import (
     make_linear,
     run_linear,
 )
+from llama_te_infer.decode.fused import multiply_many
 from llama_te_infer.ops.embed import embed
 from llama_te_infer.ops.greedy import NO_TOKEN, greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
+from llama_te_infer.ops.quantize_rows import quantize_rows
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
 
@@ -464,6 +467,87 @@ def test_swiglu(features: int, measured: Callable[..., None]) -> None:
         assert_neighbours(output, on_cpu)
         assert torch.equal(run_swiglu(input), output)
     measured("error, as a part of what roundings allow", worst, 1.0)
+
+
+def run_in_fp8(
+    features: int, operator: Callable[..., None], input: torch.Tensor, *arguments: Any, **options: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows in FP8 and their scales that an operator writes; nothing about them is written."""
+    whole = torch.full((len(input) + 4, features), NAN_BITS, dtype=torch.uint8, device="cuda").view(FP8)
+    whole_scale = torch.full((len(input) + 4,), torch.nan, device="cuda")
+    operator(input, *arguments, output=whole[2:-2], scale=whole_scale[2:-2], **options)
+    for memory in (whole.float(), whole_scale):
+        assert bool(memory[:2].isnan().all()) and bool(memory[-2:].isnan().all())
+    return whole[2:-2], whole_scale[2:-2]
+
+
+def assert_same_bits(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.equal(found[0].view(torch.uint8).cpu(), expected[0].view(torch.uint8).cpu())
+    assert torch.equal(found[1].cpu(), expected[1].cpu())
+
+
+@pytest.mark.parametrize("features", [16, 576, 4096, 14336, 16400, 28672])
+def test_quantize_rows(features: int) -> None:
+    factor = torch.tensor([0.37], device="cuda")
+    for rows in (1, 33, 300):
+        input = before_nan(
+            (randn(rows, features, seed=rows) * torch.logspace(-9, 2, rows, 2, device="cuda")[:, None]).bfloat16()
+        )
+        found = run_in_fp8(features, quantize_rows, input)
+        assert_quantized(input, *found)
+        on_cpu = torch.empty(rows, features, dtype=FP8), torch.empty(rows)
+        quantize_rows(input.cpu(), *on_cpu)
+        assert_same_bits(found, on_cpu)
+        scaled = run_in_fp8(features, quantize_rows, input, factor=factor)
+        assert_same_bits(scaled, (found[0], found[1] * factor))
+
+
+def test_rows_without_a_finite_scale() -> None:
+    input = torch.zeros(5, 576, device="cuda").bfloat16()
+    input[1, 3], input[2, 300], input[2, 4] = torch.nan, torch.inf, 1.0
+    input[3, 5], input[4, 575] = 2.0**-120, -3.0
+    found = run_in_fp8(576, quantize_rows, input)
+    on_cpu = torch.empty(5, 576, dtype=FP8), torch.empty(5)
+    quantize_rows(input.cpu(), *on_cpu)
+    assert torch.equal(found[1].cpu(), on_cpu[1])
+    values, expected = found[0].float().cpu(), on_cpu[0].float()
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("features", [16, 576, 4096, 8208, 14336, 16400])
+def test_outputs_in_fp8_are_those_in_bfloat16_behind_quantize_rows(features: int) -> None:
+    factor, weight = torch.tensor([0.37], device="cuda"), randn(features, seed=3)
+    for rows in (1, 33, 300):
+        gate_up, hidden, addend = (
+            randn(rows, 2 * features, seed=4),
+            randn(rows, features),
+            randn(rows, features, seed=1),
+        )
+        total, also_total, output = hidden.clone(), hidden.clone(), torch.empty_like(hidden)
+        rms_norm(total, weight, 1e-5, output, addend=addend)
+        normed = run_in_fp8(features, rms_norm, also_total, weight, 1e-5, addend=addend, factor=factor)
+        assert torch.equal(also_total, total)
+        assert_same_bits(normed, run_in_fp8(features, quantize_rows, output, factor=factor))
+        rms_norm(hidden, weight, 1e-5, output)
+        normed = run_in_fp8(features, rms_norm, hidden, weight, 1e-5, factor=factor)
+        assert_same_bits(normed, run_in_fp8(features, quantize_rows, output, factor=factor))
+        swiglu(gate_up, output)
+        activated = run_in_fp8(features, swiglu, gate_up, factor=factor)
+        assert_same_bits(activated, run_in_fp8(features, quantize_rows, output, factor=factor))
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [(4096, 4096), (6144, 4096), (4096, 14336)])
+@pytest.mark.parametrize("rows", [33, 256, 1000])
+def test_many_rows_with_fp8_weights(rows: int, out_features: int, in_features: int) -> None:
+    """Products of rounded rows and weights are exact in float64: float32 sums of the tensor cores are near."""
+    input, scale = randn(rows, in_features), torch.tensor([0.02], device="cuda")
+    weight = randn(out_features, in_features, seed=1).to(FP8)
+    residual, output = randn(rows, out_features, seed=2), torch.empty(rows, out_features, device="cuda").bfloat16()
+    multiply_many([Product(input, weight, output, scale, residual=residual)])
+    value, row_scale = run_in_fp8(in_features, quantize_rows, input)
+    product = (value.double() * row_scale.double()[:, None]) @ (weight.double() * 0.02).T
+    distance_B = (output.double() - residual.double() - product).norm(dim=1) / product.norm(dim=1)
+    assert float(distance_B.max()) < 2**-8
 
 
 def test_rms_norm_of_large_and_small_rows() -> None:

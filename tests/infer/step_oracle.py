@@ -190,6 +190,18 @@ def _elementwise_bound(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return kind.eps / 2 * exact.abs().clamp(min=kind.tiny) + 2**-16 * exact.abs()
 
 
+def assert_quantized(input: torch.Tensor, value: torch.Tensor, scale: torch.Tensor, factor: float = 1.0) -> None:
+    """Rows of finite numbers are within half a unit in the last place of E4M3, and the greatest is 448 or -448."""
+    exact_BK, scale_B1 = input.double(), scale.double()[:, None] / factor
+    greatest_B1 = exact_BK.abs().amax(1, keepdim=True)
+    torch.testing.assert_close(scale_B1, greatest_B1 / 448, rtol=3e-7, atol=0.0)
+    found_BK = value.double() * scale_B1
+    # Half of a step between numbers is 2^-4 of a normal one, and 2^-10 of a subnormal one.
+    bound_BK = torch.maximum(exact_BK.abs() * 2**-4, 2**-10 * scale_B1) * (1 + 1e-6)
+    assert bool(((found_BK - exact_BK).abs() <= bound_BK).all())
+    assert torch.equal(value.double().abs().amax(1), torch.where(greatest_B1[:, 0] > 0, 448.0, 0.0).double())
+
+
 def expected_greedy(logits: torch.Tensor) -> list[int]:
     """The lowest of the tokens with each row's greatest number; -1 where that is infinite, or the row has NaN."""
     vocabulary = logits.shape[1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, compress
 from typing import Any
 
 import pytest
@@ -109,10 +109,15 @@ def test_more_rows_than_one_launch_takes() -> None:
     assert (distance < 0.05).float().mean() > 0.9
 
 
+def in_fp8(parameter: torch.Tensor) -> Weight:
+    scale = parameter.detach().abs().max().float().view(1) / 448
+    return Weight((parameter.detach().float() / scale).to(torch.float8_e4m3fn), scale)
+
+
 class Layer:
     """The products behind a layer's attention, and the next projection, for as many rows as cuBLAS multiplies."""
 
-    def __init__(self) -> None:
+    def __init__(self, fp8: tuple[int, ...] = ()) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> torch.Tensor:
@@ -129,6 +134,9 @@ class Layer:
             Product(self.activation, weight(64, 96), self.hidden, residual=self.hidden),
             Product(self.hidden, weight(80, 64), self.qkv, None, attention_norm, 1e-5),
         ]
+        for number in fp8:
+            rounded = in_fp8(self.products[number].weight)
+            self.products[number] = self.products[number]._replace(weight=rounded.values, scale=rounded.scale)
 
     def outputs(self) -> list[torch.Tensor]:
         return [self.hidden, self.activation, self.qkv]
@@ -184,13 +192,53 @@ def test_additions_are_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms include both additions of a layer, so no addition is a separate pass."""
     added = []
 
-    def record(*arguments: Any, addend: torch.Tensor | None) -> None:
+    def record(*arguments: Any, addend: torch.Tensor | None, **others: Any) -> None:
         added.append(addend is not None)
-        rms_norm(*arguments, addend=addend)
+        rms_norm(*arguments, addend=addend, **others)
 
     monkeypatch.setattr(fused_decode, "rms_norm", record)
     multiply_many(Layer().products)
     assert added == [True, True]
+    multiply_many(Layer(fp8=(0, 1, 2, 3)).products)
+    assert added == [True] * 4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("fp8", [(0,), (1,), (2,), (3,), (1, 2), (0, 1, 2, 3)])
+def test_many_rows_with_fp8_weights(fp8: tuple[int, ...]) -> None:
+    """Rows are rounded to FP8 where a weight is FP8, each by itself; nothing else changes."""
+    fused, single = Layer(fp8), Layer(fp8)
+    multiply_many(fused.products)
+    for product in single.products:
+        input_BK = product.input
+        if product.norm_weight is not None:
+            input_BK = F.rms_norm(input_BK, input_BK.shape[-1:], product.norm_weight, product.epsilon)
+        if product.scale is None:
+            product_BN = F.linear(input_BK, product.weight)
+        else:
+            scale_B1 = input_BK.float().abs().amax(1, keepdim=True) / 448
+            rounded_BK = (input_BK.float() / scale_B1).to(torch.float8_e4m3fn).double()
+            weight_NK = product.weight.double() * product.scale.double()
+            product_BN = (rounded_BK * scale_B1 @ weight_NK.T).bfloat16()
+        without_input = product._replace(input=product_BN, weight=torch.eye(product_BN.shape[1]).bfloat16())
+        multiply_by_single_operations(without_input._replace(norm_weight=None))
+    is_stored = [True, 2 not in fp8, True]  # of the outputs: the activation is not, where an FP8 product reads it
+    for one, other in compress(zip(fused.outputs(), single.outputs(), strict=True), is_stored):
+        # A number next to the middle between two numbers of E4M3 may be rounded to either.
+        distance_B = (one.double() - other.double()).norm(dim=1) / other.double().norm(dim=1)
+        assert distance_B.median() < 2**-8 and distance_B.max() < 0.05
+
+
+@torch.inference_mode()
+def test_fp8_weights_and_more_rows_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 rows, which are rounded to FP8 too, against the exact ones; 1 row has the same result among them."""
+    exact = logits_of(make_model(), fused=False, most_rows=40)
+    model = make_model().to(torch.bfloat16)
+    monkeypatch.setattr(weights_module, "_weight", in_fp8)
+    rounded = distances(logits_of(model, fused=True, most_rows=40), exact)
+    monkeypatch.setattr(fused_decode, "multiplies_quantized", lambda device: False)
+    weights_alone = distances(logits_of(model, fused=True, most_rows=40), exact)
+    assert 0.01 < weights_alone.median() < rounded.median() < 2 * weights_alone.median() < 0.2
 
 
 @torch.inference_mode()
@@ -200,9 +248,7 @@ def test_fp8_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {}
 
     def quantized(parameter: torch.Tensor) -> Weight:
-        scale = parameter.detach().abs().max().float().view(1) / 448
-        weight = Weight((parameter.detach().float() / scale).to(torch.float8_e4m3fn), scale)
-        values[parameter.data_ptr()] = weight
+        values[parameter.data_ptr()] = weight = in_fp8(parameter)
         return weight
 
     with monkeypatch.context() as patch:

@@ -16,15 +16,16 @@ from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Engine, SamplingParams
-from llama_te_infer.decode import backend
+from llama_te_infer.decode import backend, prefill
+from llama_te_infer.decode import weights as weights_module
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.decode.prefill import FusedPrefill, takes_fused_prefill
-from llama_te_infer.decode.weights import layer_weights
+from llama_te_infer.decode.weights import LayerWeights, layer_weights
 from llama_te_infer.kv_cache.engine_cache import EngineCache
 from llama_te_infer.kv_cache.storage import tensors_of
 from llama_te_infer.ops.prefill_attention import prefill_attention
 
-from .test_fused_decode import distances, make_model
+from .test_fused_decode import distances, in_fp8, make_model
 
 PAGE = 16
 SIZES = {
@@ -221,17 +222,43 @@ def test_the_model_may_change_between_requests(model: PreTrainedModel, any_dtype
 # --- which prompts the kernels read -----------------------------------------------------------------------------------
 
 
-def test_fp8_products_stay_with_the_layers() -> None:
+def test_kernels_read_prompts_in_the_precision_of_the_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model().to(torch.bfloat16)
     cache = EngineCache(model, rows=2, max_sequence_length=64, total_num_pages=8, page_size=PAGE)
     layers = layer_weights(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(weights_module, "_weight", in_fp8)
+        quantized = layer_weights(model)
     decode = FusedDecode(model, cache, 2, layers)
-    assert takes_fused_prefill(model, decode)
-    decode.layers = [layers[0], layers[1]._replace(fc2_EF=layers[1].fc2_EF._replace(scale=torch.ones(1))), layers[2]]
-    assert not takes_fused_prefill(model, decode)
-    decode.layers = layers
-    model.model.precision.quantized = True
-    assert not takes_fused_prefill(model, decode)
+    precision = model.model.precision
+
+    def takes(precisions: list[str | None], weights: list[LayerWeights]) -> bool:
+        precision.layers, decode.layers = precisions, weights
+        return takes_fused_prefill(model, decode)
+
+    plain, fp8 = [None] * 3, ["fp8"] * 3
+    assert takes(plain, layers) and takes(fp8, quantized)
+    assert takes([None, "fp8", None], [layers[0], quantized[1], layers[2]])
+    assert not takes(fp8, layers), "layers round weights to FP8 which the kernels read in bfloat16"
+    assert not takes(plain, quantized)
+    assert not takes(plain, [layers[0], layers[1]._replace(fc2_EF=quantized[1].fc2_EF), layers[2]])
+    assert not takes(["fp4"] * 3, layers)
+    monkeypatch.setattr(prefill, "multiplies_quantized", lambda device: False)
+    assert takes(plain, layers) and not takes(fp8, quantized)
+
+
+@torch.inference_mode()
+def test_fp8_rounds_a_prompt_alike_beside_any_other_and_behind_any_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token has a scale of its own, so that a cached prefix or another prompt changes nothing."""
+    model = make_model(attn_input_format="bshd").to(torch.bfloat16)
+    exact_TE, _ = read(model, torch.float32, False, [[27], [7]])
+    model = model.to(torch.bfloat16)
+    monkeypatch.setattr(weights_module, "_weight", in_fp8)
+    together_TE, _ = read(model, torch.bfloat16, True, [[27], [7]])
+    distance = distances(together_TE.float()[:, None], exact_TE[:, None])
+    assert 0.01 < distance.median() < 0.15, "FP8 has three bits behind the leading one"
+    alone_TE, _ = read(model, torch.bfloat16, True, [[27]])
+    assert torch.equal(alone_TE, together_TE[:27])
 
 
 def test_under_the_users_autocast_of_te_the_layers_read_prompts(

@@ -19,7 +19,7 @@ import torch
 import fuzzing
 from infer.decode_attention_oracle import DecodeCase, make_decode
 from infer.operator_oracle import AppendCase, ReorderCase, make_append, make_pages, make_rows
-from infer.step_oracle import LinearCase, make_linear
+from infer.step_oracle import FP8, LinearCase, make_linear
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 from llama_te_infer.ops.draw import draw
@@ -27,6 +27,7 @@ from llama_te_infer.ops.embed import embed
 from llama_te_infer.ops.greedy import greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain
 from llama_te_infer.ops.logprobs import logprobs
+from llama_te_infer.ops.quantize_rows import quantize_rows
 from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
@@ -87,13 +88,28 @@ def embed_arguments(source: random.Random) -> Arguments:
     return {"tokens": torch.tensor([1, 0, 7]), "table": torch.rand(5, 8), "output": torch.zeros(3, 8)}
 
 
+def fp8_output() -> Arguments:
+    return {"output": torch.zeros(3, 16).to(FP8), "scale": torch.zeros(3), "factor": torch.ones(1)}
+
+
+NO_SCALES: Arguments = {"scale": None, "factor": None}
+
+
+def some_output(source: random.Random) -> Arguments:
+    return source.choice([{"output": torch.zeros(3, 16).bfloat16()} | NO_SCALES, fp8_output()])
+
+
 def rms_norm_arguments(source: random.Random) -> Arguments:
-    matrices = {name: torch.rand(3, 8).bfloat16() for name in ("hidden", "addend", "output")}
-    return matrices | {"weight": torch.ones(8).bfloat16(), "epsilon": 1e-5}
+    matrices = {name: torch.rand(3, 16).bfloat16() for name in ("hidden", "addend")}
+    return matrices | {"weight": torch.ones(16).bfloat16(), "epsilon": 1e-5} | some_output(source)
 
 
 def swiglu_arguments(source: random.Random) -> Arguments:
-    return {"input": torch.rand(3, 16).bfloat16(), "output": torch.zeros(3, 8).bfloat16()}
+    return {"input": torch.rand(3, 32).bfloat16()} | some_output(source)
+
+
+def quantize_rows_arguments(source: random.Random) -> Arguments:
+    return {"input": torch.rand(3, 16).bfloat16()} | fp8_output()
 
 
 def greedy_arguments(source: random.Random) -> Arguments:
@@ -145,6 +161,7 @@ OPERATORS: dict[str, Make] = {
     "greedy": greedy_arguments,
     "linear": operator_linear_arguments,
     "logprobs": logprobs_arguments,
+    "quantize_rows": quantize_rows_arguments,
     "reorder_pages": pages_arguments,
     "reorder_rows": rows_arguments,
     "rms_norm": rms_norm_arguments,
@@ -159,6 +176,7 @@ PUBLIC: dict[Callable[..., Any], Make] = {
     linear: wrapped_linear_arguments,
     logprobs: logprobs_arguments,
     linear_chain: chain_arguments,
+    quantize_rows: quantize_rows_arguments,
     reorder_pages: pages_arguments,
     reorder_rows: rows_arguments,
     rms_norm: rms_norm_arguments,
@@ -398,6 +416,7 @@ WRITTEN = (
     "lengths",
     "seen",
     "counts",
+    "scale",
 )
 
 
@@ -650,15 +669,36 @@ REFUSALS: list[tuple[str, Change, type[Exception], str]] = [
     ("embed_check", lambda a: {"output": a["table"][:3]}, V, r"table and output share memory"),
     (
         "rms_norm_check",
-        lambda a: {n: a[n].half() for n in ("hidden", "weight", "addend", "output")},
+        lambda a: {n: a[n].half() for n in ("hidden", "weight", "addend", "output")} | NO_SCALES,
         V,
-        r"hidden is float16 \[3, 8\]: on a GPU allowed are bfloat16 and K a multiple of 8",
+        r"hidden is float16 \[3, 16\]: on a GPU allowed are bfloat16 and K a multiple of 8",
+    ),
+    (
+        "quantize_rows_check",
+        lambda a: {"input": bfloat16(3, 6), "output": a["output"][:, :6].contiguous()},
+        V,
+        r"input is bfloat16 \[3, 6\]: on a GPU allowed are bfloat16 and K a multiple of 8",
+    ),
+    (
+        "quantize_rows_check",
+        lambda a: {"input": bfloat16(3, 8), "output": a["output"][:, :8].contiguous()},
+        V,
+        r"output has a stride of 8 bytes; all but the last dimension's must be multiples of 16 bytes",
+    ),
+    ("quantize_rows_cpu_check", lambda a: {"scale": None}, V, r"scale is None: pass a tensor of float32 \[B\]"),
+    ("rms_norm_cpu_check", lambda a: {"scale": None, "factor": torch.ones(1)}, V, r"factor is given without scale"),
+    ("swiglu_cpu_check", lambda a: fp8_output() | {"scale": a["input"]}, V, r"scale is bfloat16; it must be float32"),
+    (
+        "rms_norm_check",
+        lambda a: fp8_output() | {"factor": torch.ones(2)},
+        V,
+        r"factor has the shape \[2\]; it must be \[1\]",
     ),
     (
         "swiglu_check",
-        lambda a: {"input": bfloat16(3, 12), "output": bfloat16(3, 6)},
+        lambda a: {"input": bfloat16(3, 12), "output": bfloat16(3, 6)} | NO_SCALES,
         V,
-        r"output is bfloat16 \[3, 6\]: on",
+        r"input is bfloat16 \[3, 12\]: on",
     ),
     (
         "swiglu_check",
@@ -689,8 +729,8 @@ def test_refusals_of_the_extension(name: str, change: Change, error: type[Except
 
 def test_nothing_to_do() -> None:
     """Calls without rows or columns are no error, on kernels' terms either."""
-    for name in ("embed_check", "rms_norm_check", "swiglu_check", "greedy_check"):
-        shared = {"table", "weight"}
+    for name in ("embed_check", "quantize_rows_check", "rms_norm_check", "swiglu_check", "greedy_check"):
+        shared = {"table", "weight", "factor"}
         getattr(_extension, name)(
             **{key: value[:0] if isinstance(value, torch.Tensor) and key not in shared else value
                for key, value in of(name).items()}

@@ -376,8 +376,8 @@ def test_limits_are_those_of_the_docstrings() -> None:
 
 
 OPERATORS = (
-    "append_rope", "decode_attention", "embed", "greedy", "linear", "reorder_pages", "reorder_rows", "rms_norm",
-    "swiglu",
+    "append_rope", "decode_attention", "embed", "greedy", "linear", "quantize_rows", "reorder_pages", "reorder_rows",
+    "rms_norm", "swiglu",
 )  # fmt: skip
 
 

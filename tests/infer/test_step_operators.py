@@ -15,6 +15,7 @@ from infer.step_oracle import (
     NAN_BITS,
     LinearCase,
     assert_linear,
+    assert_quantized,
     expected_greedy,
     expected_rms_norm,
     expected_swiglu,
@@ -25,6 +26,7 @@ from infer.step_oracle import (
 from llama_te_infer.ops.embed import embed
 from llama_te_infer.ops.greedy import greedy
 from llama_te_infer.ops.linear import LinearWorkspace, Product, linear, linear_chain, takes_linear
+from llama_te_infer.ops.quantize_rows import quantize_rows
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
 
@@ -157,6 +159,66 @@ def test_swiglu(rows: int, features: int, dtype: torch.dtype, seed: int) -> None
     swiglu(input, output)
     expected, bound = expected_swiglu(input)
     assert bool(((output.double() - expected).abs() <= bound).all())
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(0, 5),
+    features=st.integers(1, 300),
+    dtype=DTYPES,
+    power=st.integers(-20, 3),
+    factor=st.sampled_from([None, 0.37]),
+    seed=st.integers(0, 2**31),
+)
+def test_quantize_rows(
+    rows: int, features: int, dtype: torch.dtype, power: int, factor: float | None, seed: int
+) -> None:
+    input = randn(rows, features, dtype=torch.float32, seed=seed) * 2.0**power
+    input = torch.where(torch.rand(input.shape) < 0.1, 0.0, input).to(dtype)
+    value, scale = torch.empty_like(input, dtype=FP8), torch.full((rows,), torch.nan)
+    quantize_rows(input, value, scale, factor=None if factor is None else torch.tensor([factor]))
+    assert_quantized(input, value, scale, factor or 1.0)
+    for row in range(rows):
+        alone_value, alone_scale = torch.empty_like(value[:1]), torch.empty(1)
+        quantize_rows(input[row : row + 1], alone_value, alone_scale)
+        assert torch.equal(alone_value.view(torch.uint8), value[row : row + 1].view(torch.uint8))
+
+
+@settings(deadline=None)
+@given(rows=st.integers(0, 5), features=st.integers(1, 200), adds=st.booleans(), seed=st.integers(0, 2**31))
+def test_outputs_in_fp8_are_those_in_bfloat16_behind_quantize_rows(
+    rows: int, features: int, adds: bool, seed: int
+) -> None:
+    hidden, addend = (randn(rows, features, dtype=torch.bfloat16, seed=seed + part) for part in range(2))
+    weight, factor = randn(features, dtype=torch.bfloat16, seed=seed + 2), torch.tensor([0.37])
+    gate_up = randn(rows, 2 * features, dtype=torch.bfloat16, seed=seed + 3)
+
+    def norm(output: torch.Tensor, **scales: Any) -> None:
+        rms_norm(hidden.clone(), weight, 1e-5, output, addend=addend.clone() if adds else None, **scales)
+
+    def activate(output: torch.Tensor, **scales: Any) -> None:
+        swiglu(gate_up, output, **scales)
+
+    for operator in (norm, activate):
+        output, value, expected = hidden.clone(), hidden.to(FP8), hidden.to(FP8)
+        scale, expected_scale = torch.empty(rows), torch.empty(rows)
+        operator(output)
+        quantize_rows(output, expected, expected_scale, factor=factor)
+        operator(value, scale=scale, factor=factor)
+        assert torch.equal(scale, expected_scale)
+        assert torch.equal(value.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rows_without_a_finite_scale() -> None:
+    input = torch.zeros(5, 16)
+    input[1, 3], input[2, 3], input[2, 4], input[3, 5], input[4, 2] = torch.nan, torch.inf, 1.0, 2.0**-120, -3.0
+    value, scale = torch.empty(5, 16, dtype=FP8), torch.empty(5)
+    quantize_rows(input, value, scale)
+    assert scale.tolist() == [0, 0, torch.inf, 0, pytest.approx(3 / 448)]
+    nan = torch.zeros(5, 16, dtype=torch.bool)
+    nan[1, 3] = nan[2, 3] = True
+    assert torch.equal(value.float().isnan(), nan)
+    assert value.float()[~nan].nonzero().numel() == 1 and value[4, 2] == -448
 
 
 @settings(deadline=None)
@@ -299,6 +361,18 @@ BAD_SWIGLUS: list[tuple[Change, str]] = [
 ]
 
 
+BAD_QUANTIZATIONS: list[tuple[Change, str]] = [
+    (replace(input=gapped), r"input has the strides \(16, 1\): it must be contiguous"),
+    (replace(input=lambda x: x.int()), r"input is int32"),
+    (replace(output=lambda x: x.float()), r"output is float32; it must be float8_e4m3fn"),
+    (replace(output=lambda x: x[:, :7]), r"output has the shape \[3, 7\]; it must be \[3, 8\], which is \[B, K\]"),
+    (replace(scale=lambda x: x[:2]), r"scale has the shape \[2\]; it must be \[3\], which is \[B\]"),
+    (replace(scale=lambda x: x.double()), r"scale is float64; it must be float32"),
+    (replace(factor=lambda x: x.expand(3)), r"factor has the shape \[3\]; it must be \[1\]"),
+    (lambda x: {"factor": x["scale"][:1]}, r"scale and factor share memory"),
+]
+
+
 def rms_norm_arguments() -> dict[str, Any]:
     matrices = {name: randn(3, 8, dtype=torch.bfloat16, seed=1) for name in ("hidden", "addend", "output")}
     return matrices | {"weight": torch.ones(8).bfloat16(), "epsilon": 1e-5}
@@ -306,6 +380,15 @@ def rms_norm_arguments() -> dict[str, Any]:
 
 def swiglu_arguments() -> dict[str, Any]:
     return {"input": randn(3, 16, dtype=torch.bfloat16, seed=1), "output": torch.zeros(3, 8).bfloat16()}
+
+
+def quantize_rows_arguments() -> dict[str, Any]:
+    return {
+        "input": randn(3, 8, dtype=torch.bfloat16, seed=1),
+        "output": torch.zeros(3, 8).to(FP8),
+        "scale": torch.zeros(3),
+        "factor": torch.ones(1),
+    }
 
 
 def embed_arguments() -> dict[str, Any]:
@@ -321,6 +404,7 @@ def greedy_arguments() -> dict[str, Any]:
     ("function", "make", "change", "message"),
     [(embed, embed_arguments, *bad) for bad in BAD_EMBEDS]
     + [(greedy, greedy_arguments, *bad) for bad in BAD_GREEDIES]
+    + [(quantize_rows, quantize_rows_arguments, *bad) for bad in BAD_QUANTIZATIONS]
     + [(rms_norm, rms_norm_arguments, *bad) for bad in BAD_RMS_NORMS]
     + [(swiglu, swiglu_arguments, *bad) for bad in BAD_SWIGLUS],
 )
@@ -330,7 +414,7 @@ def test_bad_arguments(function: Any, make: Any, change: Change, message: str) -
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(ValueError, match=message):
         function(**arguments)
-    assert all(torch.equal(arguments[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(arguments[name].double(), tensor.double()) for name, tensor in before.items())
 
 
 def test_torch_agrees_with_the_schemas() -> None:
@@ -344,9 +428,14 @@ def test_torch_agrees_with_the_schemas() -> None:
         torch.library.opcheck(torch.ops.llama_te.linear.default, arguments, test_utils=checks)
     norm = rms_norm_arguments()
     for addend in (norm["addend"], None):
-        arguments = (norm["hidden"], norm["weight"], norm["epsilon"], addend, norm["output"])
+        arguments = (norm["hidden"], norm["weight"], norm["epsilon"], addend, None, norm["output"], None)
         torch.library.opcheck(torch.ops.llama_te.rms_norm.default, arguments)
-    torch.library.opcheck(torch.ops.llama_te.swiglu.default, tuple(swiglu_arguments().values()))
+    activation = swiglu_arguments()
+    torch.library.opcheck(torch.ops.llama_te.swiglu.default, (activation["input"], None, activation["output"], None))
+    quantize = quantize_rows_arguments()
+    for factor in (quantize["factor"], None):
+        arguments = (quantize["input"], factor, quantize["output"], quantize["scale"])
+        torch.library.opcheck(torch.ops.llama_te.quantize_rows.default, arguments, test_utils=ALL_CHECKS[1:])
     torch.library.opcheck(torch.ops.llama_te.embed.default, tuple(embed_arguments().values()))
     names = ("logits", "tokens", "lengths", "best", "tickets")
     for lengths in (torch.zeros(3).int(), None):
@@ -361,6 +450,7 @@ def test_tensors_without_data() -> None:
         assert linear(input_BK, weight_NK, output, workspace) is None
         assert rms_norm(input_BK, torch.empty(64).bfloat16(), 1e-5, input_BK.clone(), addend=input_BK.clone()) is None
         assert swiglu(input_BK, output) is None
+        assert quantize_rows(input_BK, torch.empty(3, 64, dtype=FP8), torch.empty(3)) is None
         assert embed(torch.empty(3).long(), torch.empty(5, 4), torch.empty(3, 4)) is None
         tokens, tickets = torch.empty(3).long(), torch.empty(3).int()
         assert greedy(torch.empty(3, 8), tokens, None, tokens, tickets) is None

@@ -32,6 +32,32 @@ def chosen_device() -> torch.device | None:
     return None
 
 
+def fp8_product(
+    value_BK: torch.Tensor,
+    weight_KN: torch.Tensor,
+    scale_B1: torch.Tensor,
+    scale_1N: torch.Tensor,
+    dtype: torch.dtype,
+    output_BN: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply float8_e4m3fn matrices whose rows and columns have scales.
+
+    Its public name, `torch.nn.functional.scaled_mm`, came with torch 2.10, and takes no output.
+
+    Args:
+        value_BK: Rows.
+        weight_KN: Columns, contiguous; K and N are multiples of 16.
+        scale_B1: float32, of the rows.
+        scale_1N: float32, of the columns.
+        dtype: Of the result: bfloat16.
+        output_BN: Receives the result.
+    """
+    # Sums as TE's forward passes have them: the tensor cores' own, which are shorter than float32.
+    return torch._scaled_mm(
+        value_BK, weight_KN, scale_a=scale_B1, scale_b=scale_1N, out_dtype=dtype, use_fast_accum=True, out=output_BN
+    )
+
+
 def placement_of_two_halves() -> Placement:
     """Return the placement of a tensor of two halves by rows: each process holds its share of both halves."""
     return _StridedShard(0, split_factor=2)

@@ -10,12 +10,14 @@ H query heads, K key/value heads, G a key/value head's share of the fused projec
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import groupby, zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.nn import functional as F
+
+from llama_te_core.compat.torch import fp8_product
 
 from ..kv_cache.step import CacheStep
 from ..kv_cache.storage import tensors_of
@@ -23,6 +25,7 @@ from ..ops import library
 from ..ops.decode_attention import decode_attention, takes_decode_attention, workspace_size
 from ..ops.embed import embed
 from ..ops.linear import LinearWorkspace, Product, linear_chain, one_at_a_time, takes_linear
+from ..ops.quantize_rows import quantize_rows
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from .buckets import bucket_of
@@ -60,8 +63,8 @@ def takes_fused_decode(model: Any, rows: int, page_size: int | None, layers: lis
 class FusedDecode:
     """A decoding step in a few kernels per layer. An implementation of `DecodeBackend`.
 
-    Products use the weights in the model's own format, and bfloat16 activations. So layers that `layer_precision` runs
-    in FP8 from bfloat16 weights decode in bfloat16.
+    Products use the weights in the model's own format. Activations are bfloat16, beside FP8 weights of many rows: see
+    `multiplies_quantized`. So layers that `layer_precision` runs in FP8 from bfloat16 weights decode in bfloat16.
 
     The step keeps the addresses of the weights and of the cache's memory; `is_for` says whether they are still valid.
     It holds no reference to the cache itself, so a cache may own its step.
@@ -218,6 +221,9 @@ class FusedDecode:
     def _multiply(self, products: list[Product]) -> None:
         """Compute products in order: each may read the previous output."""
         rows, most_rows = len(products[0].input), library.limits().max_linear_rows
+        if rows > most_rows and multiplies_quantized(self._device):
+            multiply_many(products)
+            return
         for is_fp8, some in groupby(products, lambda product: product.scale is not None):
             if is_fp8 or rows <= most_rows:
                 # Reading FP8 weights again for each part of the rows takes less time than widening them.
@@ -235,24 +241,83 @@ def _rows_of(product: Product, rows: slice) -> Product:
     return product._replace(input=product.input[rows], output=product.output[rows], residual=residual)
 
 
+def multiplies_quantized(device: torch.device) -> bool:
+    """Return whether many rows are rounded to FP8, each with a scale of its own, before they meet FP8 weights."""
+    # On a GPU it has not been compared with bfloat16 rows yet, neither in its results nor in its time.
+    return device.type != "cuda"
+
+
 def multiply_many(products: list[Product]) -> None:
-    """Compute products of bfloat16 weights with any number of rows, in order: each may read the previous output."""
+    """Compute products with any number of rows, in order: each may read the previous output.
+
+    Products with FP8 weights round their rows to FP8. An activation that only such a product reads is not stored.
+    """
     addend_BK: torch.Tensor | None = None  # a product that the following norm adds to the residual
+    rounded: _Rounded | None = None  # an activation that the following product reads in FP8
     for product, following in zip_longest(products, products[1:]):
-        input_BK, values, output_BN = product.input, product.weight, product.output
+        output_BN = product.output
+        factors = product.input if rounded is None else rounded
+        rounded = None
         if product.norm_weight is not None:
-            input_BK = torch.empty_like(product.input)
-            rms_norm(product.input, product.norm_weight, product.epsilon, input_BK, addend=addend_BK)
+            norm = functools.partial(rms_norm, product.input, product.norm_weight, product.epsilon)
+            factors = _computed(norm, product.input, product.scale, addend=addend_BK)
             addend_BK = None
+        elif product.scale is not None and isinstance(factors, torch.Tensor):
+            factors = _computed(functools.partial(quantize_rows, product.input), product.input, product.scale)
         if product.swiglu:
-            swiglu(F.linear(input_BK, values), output_BN)
+            gate_up_BN = _times_weight(factors, product)
+            if following is not None and following.input is output_BN and following.scale is not None:
+                result = _computed(functools.partial(swiglu, gate_up_BN), output_BN, following.scale)
+                assert isinstance(result, _Rounded)
+                rounded = result  # nobody else reads the activation
+            else:
+                swiglu(gate_up_BN, output_BN)
         elif product.residual is None:
-            torch.mm(input_BK, values.T, out=output_BN)
+            _times_weight(factors, product, output_BN)
         elif product.residual is output_BN and following is not None and _norms(following, output_BN):
-            addend_BK = F.linear(input_BK, values)
+            addend_BK = _times_weight(factors, product)
         else:
             # Round before the addition, as a layer of single operations does.
-            torch.add(F.linear(input_BK, values), product.residual, out=output_BN)
+            torch.add(_times_weight(factors, product), product.residual, out=output_BN)
+
+
+class _Rounded(NamedTuple):
+    """Rows in FP8. Their scales, [B], include that of the weight that they meet."""
+
+    value_BK: torch.Tensor
+    scale_B: torch.Tensor
+
+
+def _computed(
+    operator: Callable[..., None], like_BK: torch.Tensor, scale: torch.Tensor | None, **options: Any
+) -> torch.Tensor | _Rounded:
+    """Return the output of an operator, in FP8 if the weight that it meets has a scale."""
+    if scale is None:
+        output_BK = torch.empty_like(like_BK)
+        operator(output=output_BK, **options)
+        return output_BK
+    value_BK = torch.empty_like(like_BK, dtype=torch.float8_e4m3fn)
+    scale_B = torch.empty(len(like_BK), dtype=torch.float32, device=like_BK.device)
+    operator(output=value_BK, scale=scale_B, factor=scale, **options)
+    return _Rounded(value_BK, scale_B)
+
+
+def _times_weight(
+    factors: torch.Tensor | _Rounded, product: Product, output_BN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply rows with a product's weight, and with nothing else of it."""
+    weight_KN = product.weight.T
+    if isinstance(factors, torch.Tensor):
+        return torch.mm(factors, weight_KN, out=output_BN)
+    ones_1N = _ones(weight_KN.shape[1], weight_KN.device)
+    return fp8_product(factors.value_BK, weight_KN, factors.scale_B[:, None], ones_1N, product.output.dtype, output_BN)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _ones(features: int, device: torch.device) -> torch.Tensor:
+    """Return the scales of a weight's rows, whose one scale is in the scales of the input's rows already."""
+    return torch.ones(1, features, device=device)
 
 
 def _norms(product: Product, hidden_BK: torch.Tensor) -> bool:

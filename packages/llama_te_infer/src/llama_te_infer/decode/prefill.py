@@ -21,7 +21,7 @@ from ..kv_cache.step import CacheStep
 from ..ops.append_rope import append_rope
 from ..ops.prefill_attention import prefill_attention
 from ..ops.rms_norm import rms_norm
-from .fused import FusedDecode, multiply_many
+from .fused import FusedDecode, multiplies_quantized, multiply_many
 from .weights import Weight
 
 
@@ -101,11 +101,20 @@ class FusedPrefill:
 
 
 def takes_fused_prefill(model: Any, decode: FusedDecode) -> bool:
-    """Return whether the layers would multiply bfloat16 weights and activations, as the kernels do.
+    """Return whether the layers would multiply in the precision in which the kernels do.
+
+    Layers multiply in FP8 if `layer_precision` says so, and the kernels if the weights are FP8.
 
     Args:
         model: An `NVLlamaForCausalLM`.
         decode: Its fused decoding step.
     """
-    weights = (part for layer in decode.layers for part in layer if isinstance(part, Weight))
-    return not model.model.precision.quantized and all(weight.scale is None for weight in weights)
+    wanted = [precision is not None for precision in model.model.precision.layers]
+    if any(wanted) and not multiplies_quantized(decode.table_VE.device):
+        return False
+    return all(
+        (weight.scale is not None) == is_quantized
+        for is_quantized, layer in zip(wanted, decode.layers, strict=True)
+        for weight in layer
+        if isinstance(weight, Weight)
+    )

@@ -4,6 +4,16 @@ Importing this package registers the operators `torch.ops.llama_te.*`. `library`
 this machine, and which sizes they take.
 """
 
-from . import append_rope, decode_attention, embed, greedy, linear, reorder, rms_norm, swiglu
+from . import append_rope, decode_attention, embed, greedy, linear, quantize_rows, reorder, rms_norm, swiglu
 
-__all__ = ["append_rope", "decode_attention", "embed", "greedy", "linear", "reorder", "rms_norm", "swiglu"]
+__all__ = [
+    "append_rope",
+    "decode_attention",
+    "embed",
+    "greedy",
+    "linear",
+    "quantize_rows",
+    "reorder",
+    "rms_norm",
+    "swiglu",
+]

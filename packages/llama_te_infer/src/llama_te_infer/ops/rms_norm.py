@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .library import extension, kernel, register
+from .quantize_rows import store_quantized
 
 
 def rms_norm(
@@ -18,6 +19,8 @@ def rms_norm(
     output: torch.Tensor,
     *,
     addend: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    factor: torch.Tensor | None = None,
 ) -> None:
     """Add a product to rows and normalize them: `hidden += addend`, then RMSNorm of `hidden`.
 
@@ -29,28 +32,42 @@ def rms_norm(
             a CPU float16, float32 and float64 also work.
         weight: bfloat16 [K].
         epsilon: Added to the mean of a row's squares.
-        output: bfloat16 [B, K], contiguous; receives the normalized rows.
+        output: bfloat16 [B, K], contiguous; receives the normalized rows. Or float8_e4m3fn, which receives them as
+            `quantize_rows` makes them; on a GPU K is a multiple of 16 then.
         addend: bfloat16 [B, K], contiguous. The three matrices do not overlap.
+        scale: float32 [B], receives the scales of an output in FP8.
+        factor: float32 [1], multiplies these scales.
 
     Raises:
         TypeError: An argument is no dense tensor or no number.
         ValueError: An argument does not fit.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
-    torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, output)
+    torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, factor, output, scale)
 
 
 def _rms_norm_cpu(
-    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, addend: torch.Tensor | None, output: torch.Tensor
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    addend: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    output: torch.Tensor,
+    scale: torch.Tensor | None,
 ) -> None:
-    extension().rms_norm_cpu_check(hidden, weight, epsilon, addend, output)
+    extension().rms_norm_cpu_check(hidden, weight, epsilon, addend, factor, output, scale)
     if addend is not None:
         hidden.add_(addend)
-    output.copy_(F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon))
+    normed_BK = F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
+    if scale is None:
+        output.copy_(normed_BK)
+    else:
+        store_quantized(normed_BK, factor, output, scale)
 
 
 register(
-    "rms_norm(Tensor(a!) hidden, Tensor weight, float epsilon, Tensor? addend, Tensor(b!) output) -> ()",
+    "rms_norm(Tensor(a!) hidden, Tensor weight, float epsilon, Tensor? addend, Tensor? factor, Tensor(b!) output, "
+    "Tensor(c!)? scale) -> ()",
     cpu=_rms_norm_cpu,
     cuda=kernel("rms_norm_cuda"),
 )
