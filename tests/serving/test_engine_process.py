@@ -156,20 +156,46 @@ def test_a_failed_step_ends_what_runs_and_the_next_request_succeeds(
     asyncio.run(main())
 
 
-def test_a_stream_that_is_closed_or_cancelled_ends_its_request(make_engine: Callable[..., Engine]) -> None:
+def test_a_stream_that_is_closed_or_cancelled_ends_its_request(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine()
 
     async def main() -> None:
         async with split(engine) as client:
             params = SamplingParams(max_tokens=400, ignore_eos=True)
             (await client.stream("a", params)).close()
+            send = client._wire.send
+
+            def send_and_cancel(message: Any) -> None:
+                send(message)
+                submitting.cancel()  # before the answer can come
+
+            monkeypatch.setattr(client._wire, "send", send_and_cancel)
             submitting = asyncio.ensure_future(client.stream("b", params))
-            while not client._asked:
-                await asyncio.sleep(0)
-            submitting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await submitting
+            monkeypatch.undo()
             while client.num_requests:
                 await asyncio.sleep(0.001)
             assert client.stats().counters.generation_tokens < 800
+
+    asyncio.run(main())
+
+
+def test_steps_that_come_together_are_told_once(make_engine: Callable[..., Engine]) -> None:
+    async def main() -> None:
+        async with split(make_engine()) as client:
+            streams = [await client.stream("a", SamplingParams(max_tokens=200, ignore_eos=True)) for _ in range(2)]
+            told: list[list[int]] = [[], []]
+            for stream, counts in zip(streams, told, strict=True):
+                stream.listen(lambda stream=stream, counts=counts: counts.append(len(stream.take())))
+            first = [len(stream.take()) for stream in streams]
+            while not all(stream.is_complete for stream in streams):
+                await asyncio.sleep(0)
+                time.sleep(0.05)  # the event loop falls behind
+            for before, counts in zip(first, told, strict=True):
+                assert before + sum(counts) == 200 and max(counts) > 3 and len(counts) < 100
 
     asyncio.run(main())
 
@@ -251,6 +277,27 @@ def test_a_slow_reader_stalls_nobody(running: RunningCommand) -> None:
         assert len(ask(running, max_tokens=100, ignore_eos=True, return_token_ids=True)[0]["token_ids"]) == 100
         content = b"".join(iter(lambda: slow.recv(1 << 16), b""))
     assert content.count(b'"finish_reason":"length"') == 4 and b"data: [DONE]" in content
+
+
+def test_a_server_that_falls_behind_writes_fewer_chunks(running: RunningCommand) -> None:
+    body = {**LONG, "temperature": 0}
+    (expected,) = ask(running, **body)
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    texts: list[str] = []
+    usage = None
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body | options, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            usage = chunk.get("usage")
+            texts += [choice["text"] for choice in chunk["choices"]]
+            if len(texts) == 3:
+                os.kill(running.popen.pid, signal.SIGSTOP)
+                time.sleep(0.3)
+                os.kill(running.popen.pid, signal.SIGCONT)
+    assert usage is not None and usage["completion_tokens"] == 480
+    assert "".join(texts) == expected["text"] and len(texts) < 450
 
 
 def test_thousands_of_requests_leave_nothing(running: RunningCommand) -> None:

@@ -148,13 +148,13 @@ class ChunkedAnswer(Answer):
 
     def write(self, prompt_index: int, tokens: Sequence[TokenEvent]) -> bytes:
         """Return the chunks for further tokens of a prompt's texts."""
-        token = tokens[0] if len(tokens) == 1 else None
-        if token is not None and token.text and token.finish_reason is None:
+        around = self._plain_chunks.get((prompt_index, tokens[0].index))
+        if around is not None and _continue_one_text(tokens):
             # Nearly all tokens are of this kind, and a new chunk takes ten times as long.
-            around = self._plain_chunks.get((prompt_index, token.index))
-            if around is not None:
-                self.usage.completion += 1
-                return around[0] + encode(token.text) + around[1]
+            text = tokens[0].text if len(tokens) == 1 else "".join(token.text for token in tokens)
+            if text:
+                self.usage.completion += len(tokens)
+                return around[0] + encode(text) + around[1]
         written = super().write(prompt_index, tokens)
         if self._is_plain:
             for key in {(prompt_index, token.index) for token in tokens} - self._plain_chunks.keys():
@@ -183,3 +183,9 @@ class ChunkedAnswer(Answer):
         """Yield the error."""
         yield event(error.body())
         yield DONE
+
+
+def _continue_one_text(tokens: Sequence[TokenEvent]) -> bool:
+    """Return whether the tokens are of one text and do not end it."""
+    index = tokens[0].index
+    return all(token.index == index and token.finish_reason is None for token in tokens)

@@ -12,8 +12,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
-from ...engine.client import ENDING, DrainingError, EngineClient, EngineFailedError, Mailbox, hand_over, sort_news
-from ...engine.outputs import News
+from ...engine.client import (
+    ENDING,
+    DrainingError,
+    EndFor,
+    EngineClient,
+    EngineFailedError,
+    EventFor,
+    Mailbox,
+    hand_over,
+    sort_news,
+)
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams, checked_params
 from ..loading import load_tokenizer
@@ -138,28 +147,32 @@ class EngineProcess(EngineClient):
 
     # --- from the engine ----------------------------------------------------------------------------------------------
 
-    def _receive(self, message: FromEngine) -> None:
-        match message:
-            case Step():
-                self._take(message.news)
-            case Accepted():
-                mailbox, answer = self._asked.pop(message.number)
-                mailbox.request_id = message.request_id
-                self._mailboxes[message.request_id] = mailbox
-                if answer.done():  # the caller has been cancelled meanwhile
-                    self._send_cancel(mailbox)
-                else:
-                    answer.set_result(None)
-            case Refused():
-                _, answer = self._asked.pop(message.number)
-                self._release(1)
-                if not answer.done():
-                    answer.set_exception(message.error)
-
-    def _take(self, news: News) -> None:
-        self.failure = news.failure
-        self._stats = news.stats or self._stats
-        events, ends = sort_news(news, self._mailboxes)
+    def _receive(self, messages: list[FromEngine]) -> None:
+        # Where this process falls behind, several steps come together. Each stream writes once for all of them, which
+        # takes little more time than for one step: so this process catches up.
+        events: list[EventFor] = []
+        ends: list[EndFor] = []
+        for message in messages:
+            match message:
+                case Step():
+                    self.failure = message.news.failure
+                    self._stats = message.news.stats or self._stats
+                    new_events, new_ends = sort_news(message.news, self._mailboxes)
+                    events += new_events
+                    ends += new_ends
+                case Accepted():
+                    mailbox, answer = self._asked.pop(message.number)
+                    mailbox.request_id = message.request_id
+                    self._mailboxes[message.request_id] = mailbox
+                    if answer.done():  # the caller has been cancelled meanwhile
+                        self._send_cancel(mailbox)
+                    else:
+                        answer.set_result(None)
+                case Refused():
+                    _, answer = self._asked.pop(message.number)
+                    self._release(1)
+                    if not answer.done():
+                        answer.set_exception(message.error)
         hand_over(events, ends)
         self._release(len(ends))
 
@@ -186,13 +199,13 @@ class Wire(asyncio.Protocol):
 
     Attributes:
         process: The process.
-        receive: Called with each message.
+        receive: Called with the messages that have come together.
         when_closed: Called once with the reason, in words, when the process has ended.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
         self.process, self._connection = process, connection
-        self.receive: Callable[[FromEngine], None] = lambda message: None
+        self.receive: Callable[[list[FromEngine]], None] = lambda messages: None
         self.when_closed: Callable[[str], None] = lambda reason: None
         self._incoming = Incoming()
         self._transport: asyncio.WriteTransport | None = None
@@ -221,17 +234,18 @@ class Wire(asyncio.Protocol):
         """
         answer: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
 
-        def receive(message: FromEngine) -> None:
-            match message:
-                case Loading():
-                    say(message.stage)
-                case Ready():
-                    answer.set_result(message)
-                case NotLoaded(error):
-                    is_users = isinstance(error, (OSError, ValueError))
-                    answer.set_exception(
-                        error if is_users else EngineFailedError(f"the engine has not started: {error}")
-                    )
+        def receive(messages: list[FromEngine]) -> None:
+            for message in messages:
+                match message:
+                    case Loading():
+                        say(message.stage)
+                    case Ready():
+                        answer.set_result(message)
+                    case NotLoaded(error):
+                        is_users = isinstance(error, (OSError, ValueError))
+                        answer.set_exception(
+                            error if is_users else EngineFailedError(f"the engine has not started: {error}")
+                        )
 
         def lose(reason: str) -> None:
             if not answer.done():
@@ -263,8 +277,8 @@ class Wire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Pass on the messages that are complete."""
-        for message in self._incoming.add(data):
-            self.receive(message)
+        if messages := self._incoming.add(data):
+            self.receive(messages)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Say how the process has ended."""
