@@ -129,7 +129,9 @@ def test_killed_and_run_again(
     assert stages.total() >= min(25, len(conversion.changes) - 3)  # threads change the numbers a little
     assert {"the last rename", "a sync"} <= stages.keys()
     assert name != "to-te" or conversion.most_kept > 2
-    assert name != "to-te" or {"a write of tensors", "a rename of tensors"} <= stages.keys()
+    # Few changes are renames of tensors, and threads move them: the kills of one round may miss them.
+    of_tensors = {"a write of tensors", "a rename of tensors"} if fuzzing.ROUNDS > 1 else {"a write of tensors"}
+    assert name != "to-te" or of_tensors <= stages.keys()
     counts(f"{name}: {stages.total()} kills among {len(conversion.changes)} changes of files: {words(stages)}")
 
 

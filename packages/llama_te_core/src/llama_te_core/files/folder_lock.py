@@ -26,7 +26,7 @@ from pathlib import Path
 
 _LOCK = ".lock"
 _LONGEST = 300  # characters of a holder's line in an error; a command can have any length
-_MISSES = 100  # no file can be made in folders such as /proc, which say so by the same error
+_SECONDS_OF_MISSES = 2  # no file can be made in folders such as /proc, which say so by the same error
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -99,14 +99,13 @@ class FolderLock:
         self._closed()
 
     def _take(self, folder: Path) -> _Descriptor:
-        missed = 0
+        end = time.monotonic() + _SECONDS_OF_MISSES
         while True:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             try:
                 number = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except FileNotFoundError:  # the last holder removed the folder that it had made
-                missed += 1
-                if missed == _MISSES:
+                if time.monotonic() > end:
                     raise
                 continue
             descriptor = _Descriptor(number)
