@@ -77,8 +77,7 @@ public:
         ranks_.clear();
         for (std::int32_t token = 0; token < vocabulary; ++token) {
             const float logit = logits.of(logits.read(token));
-            // As unsigned integers, kNoBucket is the last bucket.
-            if (static_cast<unsigned>(bucket_of(logit)) <= static_cast<unsigned>(last.bucket)) {
+            if (last.reaches(bucket_of(logit))) {
                 ranks_.push_back(rank_of(logit, token));
             }
         }

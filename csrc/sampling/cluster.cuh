@@ -286,8 +286,7 @@ private:
         Rank *const candidates = cluster_.map_shared_rank(shared_.candidates, 0);
         int *const candidate_count = cluster_.map_shared_rank(&shared_.candidate_count, 0);
         each(vocabulary, logits, [&](std::int32_t token, float logit) {
-            // As unsigned integers, kNoBucket is the last bucket.
-            if (static_cast<unsigned>(bucket_of(logit)) <= static_cast<unsigned>(last.bucket)) {
+            if (last.reaches(bucket_of(logit))) {
                 candidates[atomicAdd(candidate_count, 1)] = rank_of(logit, token);
             }
         });

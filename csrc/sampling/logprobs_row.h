@@ -37,15 +37,15 @@ LLAMA_TE_HOST_DEVICE void logprobs_row(Team &team, const Logits &logits, const L
     const float greatest = number_of(key_of(first));
     const LogitBuckets bucket_of{greatest};
     UnitSum part;
+    const auto add = [&](float logit) { part.add(is_finite ? expf(logit - greatest) : 0.0F); };
     Bucket last = {};
     if (a.likeliest > 0) {
         last = team.find(a.vocabulary, a.likeliest, logits, [&](float logit) {
-            part.add(is_finite ? expf(logit - greatest) : 0.0F);
+            add(logit);
             return bucket_of(logit);
         });
     } else {
-        team.each(a.vocabulary, logits,
-                  [&](std::int32_t, float logit) { part.add(is_finite ? expf(logit - greatest) : 0.0F); });
+        team.each(a.vocabulary, logits, [&](std::int32_t, float logit) { add(logit); });
     }
     const float log_sum = team.all(part).logarithm();
     const auto logprob_of = [&](float logit) { return is_finite ? logit - greatest - log_sum : NAN; };

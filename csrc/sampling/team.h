@@ -34,6 +34,11 @@ struct Bucket {
     int bucket;
     std::int32_t k;      // which of the bucket's tokens that is, from 1 on
     std::int32_t until;  // tokens in this bucket and in those before it
+
+    // Whether a bucket is this one or one before it. As unsigned integers, kNoBucket is the last bucket.
+    LLAMA_TE_HOST_DEVICE bool reaches(int other) const {
+        return static_cast<unsigned>(other) <= static_cast<unsigned>(bucket);
+    }
 };
 
 // Spreads the logits of a model well: threads that count in one bucket wait for each other. Most logits of a sure model

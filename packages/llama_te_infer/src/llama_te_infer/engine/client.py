@@ -10,7 +10,7 @@ import copy
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -107,7 +107,7 @@ def sort_news(news: News, mailboxes: dict[int, Mailbox]) -> tuple[list[EventFor]
     return events, ends
 
 
-def hand_over(events: Iterable[EventFor], ends: Iterable[EndFor]) -> None:
+def hand_over(events: list[EventFor], ends: list[EndFor]) -> None:
     """Put news into mailboxes, and tell each that has any once. The event loop of the mailboxes calls this."""
     has_news: dict[Mailbox, None] = {}
     for mailbox, event in events:
