@@ -11,10 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -137,12 +137,23 @@ def test_many_writers_in_turns_are_never_two(tmp_path: Path) -> None:
             except FolderInUseError:
                 pass
 
-    threads = [threading.Thread(target=write_often) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for thread in [pool.submit(write_often) for _ in range(4)]:
+            thread.result()
     assert most == [1] and turns[0] == 400
+
+
+def test_a_folder_that_goes_while_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, misses = Path.mkdir, [FileExistsError("made by another"), FileNotFoundError("removed by another")]
+
+    def mkdir(path: Path, *arguments: object, **options: object) -> None:
+        if misses:
+            raise misses.pop()
+        original(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with lock_beside(tmp_path / "new" / "te"):
+        assert not misses
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,10 @@ class FolderLock:
     def _take(self, folder: Path) -> _Descriptor:
         end = time.monotonic() + _SECONDS_OF_MISSES
         while True:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
             try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
                 number = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            except FileNotFoundError:  # the last holder removed the folder that it had made
+            except (FileNotFoundError, FileExistsError):  # the last holder removed the folder that it had made
                 if time.monotonic() > end:
                     raise
                 continue
