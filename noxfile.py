@@ -201,7 +201,7 @@ def sanitize(session: nox.Session) -> None:
     # Python keeps memory until it ends, which is no leak of the extension.
     env = OFFLINE | {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
     names = ("operators", "decode_attention", "step_operators", "draw", "logprobs")
-    names += ("hostile_arguments", "library", "kernels_in_cache")
+    names += ("fp8_cache_operators", "hostile_arguments", "library", "kernels_in_cache")
     say(session, "Running the tests", "2 min")
     session.run("pytest", *(session.posargs or [f"tests/infer/test_{name}.py" for name in names]), env=env)
     summary = build / "coverage.json"

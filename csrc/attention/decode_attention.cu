@@ -150,6 +150,9 @@ void launch(const Arguments &a, int device, cudaStream_t stream) {
 }  // namespace attention
 
 void decode_attention_cuda(const DecodeAttentionArguments &arguments, int device, std::uintptr_t stream) {
+    if (arguments.is_fp8()) {
+        throw std::invalid_argument("decode_attention has no kernel for FP8 caches");
+    }
     const DeviceGuard guard(device);
     const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
     const auto launch = [&](auto element, auto head_dim) {

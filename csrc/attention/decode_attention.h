@@ -30,6 +30,12 @@ struct DecodeAttentionArguments {
     float scale;
     char *output;             // [B, K * G, D]
     std::int32_t *workspace;  // of decode_attention_workspace() numbers
+    CacheScales key_scale;    // of FP8 caches, whose `element` is bfloat16
+    CacheScales value_scale;
+
+    bool is_fp8() const {
+        return key_scale.data != nullptr;
+    }
 
     // Whether there is room for a token at `position`.
     LLAMA_TE_HOST_DEVICE bool takes(std::int32_t position) const {

@@ -67,10 +67,21 @@ auto on_gpu(std::optional<Call<Arguments>> (*make)(Parameters...),
     };
 }
 
-// Defines a function of the module whose arguments have these names.
+// The name of an argument, and an argument that is None where the caller leaves it out.
+inline py::arg argument(const char *name) {
+    return py::arg(name);
+}
+inline py::arg_v argument(const py::arg_v &with_default) {
+    return with_default;
+}
+inline py::arg_v optional(const char *name) {
+    return py::arg(name) = py::none();
+}
+
+// Defines a function of the module with these arguments: names, or results of `optional`.
 template <typename Function, typename... Names>
-void define(py::module_ &module, const char *name, Function function, Names... names) {
-    module.def(name, function, py::arg(names)...);
+void define(py::module_ &module, const char *name, Function function, const Names &...names) {
+    module.def(name, function, argument(names)...);
 }
 
 void bind_cache(py::module_ &module);

@@ -66,15 +66,20 @@ void check_for_kernel(const CachedTokens &a, const Tensor &workspace) {
                            " bytes between places: allowed are less than 2**31."));
         }
     }
+    if (a.key_scale) {
+        check_aligned(*a.key_scale);
+        check_aligned(*a.value_scale);
+    }
 }
 
 template <Where kWhere>
 std::optional<Call<DecodeAttentionArguments>> decode_arguments(py::handle qkv, py::handle cos_sin, py::handle start,
                                                                py::handle page_table, py::handle scale_number,
                                                                py::handle key_cache, py::handle value_cache,
-                                                               py::handle output_tensor, py::handle workspace_tensor) {
-    const CachedTokens a =
-        cached_tokens("decode_attention", "B", kWhere, qkv, cos_sin, start, page_table, key_cache, value_cache);
+                                                               py::handle output_tensor, py::handle workspace_tensor,
+                                                               py::handle key_scale, py::handle value_scale) {
+    const CachedTokens a = cached_tokens("decode_attention", "B", kWhere, qkv, cos_sin, start, page_table, key_cache,
+                                         value_cache, key_scale, value_scale);
     const Launch launch = launch_for(kWhere, a.qkv);
     const std::int64_t rows = a.qkv.shape[0];
     const float scale = real({"scale"}, scale_number);
@@ -88,7 +93,10 @@ std::optional<Call<DecodeAttentionArguments>> decode_arguments(py::handle qkv, p
         check_for_kernel(a, workspace);
     }
     a.check_memory("decode_attention", output);
-    for (const Tensor *const tensor : {&a.qkv, &a.cos_sin, &a.start, &output, &a.key, &a.value}) {
+    for (const Tensor *const tensor : {&a.qkv, &a.cos_sin, &a.start}) {
+        check_apart(workspace, *tensor);
+    }
+    for (const Tensor *const tensor : a.written(output)) {
         check_apart(workspace, *tensor);
     }
     if (a.pages.table) {
@@ -113,7 +121,9 @@ std::optional<Call<DecodeAttentionArguments>> decode_arguments(py::handle qkv, p
                                                 a.value_memory(),
                                                 scale,
                                                 output.data,
-                                                workspace.as<std::int32_t>()};
+                                                workspace.as<std::int32_t>(),
+                                                a.key_scales(),
+                                                a.value_scales()};
     return Call<DecodeAttentionArguments>{arguments, launch, {}};
 }
 
@@ -122,7 +132,7 @@ std::optional<Call<DecodeAttentionArguments>> decode_arguments(py::handle qkv, p
 void bind_attention(py::module_ &module) {
     const auto define_attention = [&](const char *name, auto function) {
         define(module, name, function, "qkv", "cos_sin", "start", "page_table", "scale", "key_cache", "value_cache",
-               "output", "workspace");
+               "output", "workspace", optional("key_scale"), optional("value_scale"));
     };
     define(module, "decode_attention_workspace", &workspace_size, "rows", "kv_heads", "group", "head_dim", "capacity");
     define_attention("decode_attention_append_cpu",

@@ -10,13 +10,37 @@ namespace {
 
 constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
 
-CacheMemory memory_of(const Tensor &cache) {
-    return {cache.data, cache.byte_stride(0), cache.byte_stride(1), cache.byte_stride(2)};
+// The scales of `cache`, which is named so, or none. FP8 caches need them, and no others have them.
+std::optional<Tensor> scale_of(const Tensor &cache, const char *name, py::handle scale_tensor) {
+    const bool is_fp8 = cache.dtype == DType::kFloat8E4M3;
+    if (scale_tensor.is_none()) {
+        if (is_fp8) {
+            refuse(text_of(name, " is None, but ", cache.name, " is float8_e4m3fn: pass its scales."));
+        }
+        return std::nullopt;
+    }
+    const Tensor scale({name}, scale_tensor);
+    if (!is_fp8) {
+        refuse(text_of(name, " is given, but ", cache.name, " is ", cache.dtype_name(), ", which has no scales: pass ",
+                       "None."));
+    }
+    check(scale, DType::kUInt8, cache.device, {cache.shape[0], cache.shape[2], cache.shape[1]},
+          "[pages, K, page size]");
+    return scale;
 }
 
 }  // namespace
 
-Pages::Pages(const Tensor &cache, py::handle page_table, const py::object &device) : name(cache.name) {
+CacheMemory memory_of(const Tensor &cache) {
+    return {cache.data, cache.byte_stride(0), cache.byte_stride(1), cache.byte_stride(2)};
+}
+
+CacheScales scales_of(const Tensor &scale) {
+    return {scale.as<std::uint8_t>(), scale.byte_stride(0), scale.byte_stride(1)};
+}
+
+Pages::Pages(const Tensor &cache, py::handle page_table, const py::object &device, const char *table_name)
+    : name(cache.name) {
     index.blocks = cache.size(0, "R");
     index.block_places = cache.size(1, "L");
     index.page_table = nullptr;
@@ -26,7 +50,7 @@ Pages::Pages(const Tensor &cache, py::handle page_table, const py::object &devic
     if (page_table.is_none()) {
         return;
     }
-    table.emplace(Name{"page_table"}, page_table);
+    table.emplace(Name{table_name}, page_table);
     check(*table, DType::kInt32, device, {kAny, kAny}, "[at least B, pages per row]");
     name = table->name;
     rows = table->shape[0];
@@ -41,7 +65,8 @@ Pages::Pages(const Tensor &cache, py::handle page_table, const py::object &devic
 
 CachedTokens cached_tokens(const char *operation, const char *tokens, Where where, py::handle qkv_tensor,
                            py::handle cos_sin_tensor, py::handle start_tensor, py::handle page_table,
-                           py::handle key_cache, py::handle value_cache) {
+                           py::handle key_cache, py::handle value_cache, py::handle key_scale_tensor,
+                           py::handle value_scale_tensor) {
     const Tensor qkv({"qkv"}, qkv_tensor);
     const ElementType element = element_of(qkv);
     if (qkv.rank != 4 || qkv.shape[1] < 1 || qkv.shape[2] < 3) {
@@ -66,14 +91,21 @@ CachedTokens cached_tokens(const char *operation, const char *tokens, Where wher
     const Tensor start({"start"}, start_tensor);
     check(start, DType::kInt32, values, {kAny}, "[at least B]");
     const Tensor key({"key_cache"}, key_cache);
-    check_like(key, qkv, {kAny, kAny, kv_heads, head_dim}, "[R, L, K, D]");
+    const bool is_fp8 = key.dtype == DType::kFloat8E4M3 && element == ElementType::kBFloat16;
+    const DType dtype = is_fp8 ? key.dtype : qkv.dtype;
+    check(key, dtype, qkv.device, {kAny, kAny, kv_heads, head_dim}, "[R, L, K, D]");
     const Tensor value({"value_cache"}, value_cache);
-    check_like(value, qkv, {key.shape[0], key.shape[1], kv_heads, head_dim}, "the shape of key_cache");
+    check(value, dtype, qkv.device, {key.shape[0], key.shape[1], kv_heads, head_dim}, "the shape of key_cache");
+    if (is_fp8 && page_table.is_none()) {
+        refuse("page_table is None, but key_cache is float8_e4m3fn: only paged caches can be FP8.");
+    }
     return {qkv,
             cos_sin,
             start,
             key,
             value,
+            scale_of(key, "key_scale", key_scale_tensor),
+            scale_of(value, "value_scale", value_scale_tensor),
             Pages(key, page_table, values),
             element,
             kv_heads,
@@ -92,6 +124,14 @@ void CachedTokens::check_rows(std::int64_t wanted) const {
     check_room(pages.name, pages.rows);
 }
 
+std::vector<const Tensor *> CachedTokens::written(const Tensor &output) const {
+    std::vector<const Tensor *> tensors = {&output, &key, &value};
+    if (key_scale) {
+        tensors.insert(tensors.end(), {&*key_scale, &*value_scale});
+    }
+    return tensors;
+}
+
 void CachedTokens::check_memory(const char *operation, const Tensor &output) const {
     if (!qkv.contiguous(1)) {
         refuse(text_of(qkv.name, " has the strides ", qkv.strides_text(),
@@ -100,20 +140,27 @@ void CachedTokens::check_memory(const char *operation, const Tensor &output) con
     for (const Tensor *const tensor : {&qkv, &cos_sin, &output, &key, &value}) {
         check_aligned(*tensor);
     }
-    for (const Tensor *const written : {&output, &key, &value}) {
-        check_apart(qkv, *written);
-        check_apart(cos_sin, *written);
-        check_apart(start, *written);
+    for (const Tensor *const tensor : written(output)) {
+        check_apart(qkv, *tensor);
+        check_apart(cos_sin, *tensor);
+        check_apart(start, *tensor);
         if (pages.table) {
-            check_apart(*pages.table, *written);
+            check_apart(*pages.table, *tensor);
         }
-        check_written(operation, *written);
+        check_written(operation, *tensor);
     }
     check_apart(output, key);
     check_apart(output, value);
     // Keys and values may lie interleaved in one tensor, as long as one does not start on the other.
     if (key.contiguous() || key.data == value.data) {
         check_apart(key, value);
+    }
+    if (key_scale) {
+        for (const Tensor *const tensor : {&output, &key, &value}) {
+            check_apart(*tensor, *key_scale);
+            check_apart(*tensor, *value_scale);
+        }
+        check_apart(*key_scale, *value_scale);
     }
 }
 
@@ -123,6 +170,14 @@ CacheMemory CachedTokens::key_memory() const {
 
 CacheMemory CachedTokens::value_memory() const {
     return memory_of(value);
+}
+
+CacheScales CachedTokens::key_scales() const {
+    return key_scale ? scales_of(*key_scale) : CacheScales{};
+}
+
+CacheScales CachedTokens::value_scales() const {
+    return value_scale ? scales_of(*value_scale) : CacheScales{};
 }
 
 }  // namespace llama_te::bindings

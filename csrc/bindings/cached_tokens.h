@@ -7,15 +7,16 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "arguments.h"
 #include "include/cache.h"
 
 namespace llama_te::bindings {
 
-// The page table of a cache of this shape, and the number of its rows.
+// The page table of a cache of this shape, which the caller names `table_name`, and the number of its rows.
 struct Pages {
-    Pages(const Tensor &cache, py::handle page_table, const py::object &device);
+    Pages(const Tensor &cache, py::handle page_table, const py::object &device, const char *table_name = "page_table");
 
     std::optional<Tensor> table;
     CacheIndex index;
@@ -29,6 +30,8 @@ struct CachedTokens {
     Tensor start;
     Tensor key;
     Tensor value;
+    std::optional<Tensor> key_scale;  // of FP8 caches
+    std::optional<Tensor> value_scale;
     Pages pages;
     ElementType element;
     std::int32_t kv_heads;
@@ -41,15 +44,22 @@ struct CachedTokens {
     }
     // Throws ValueError unless the cache has at least this many rows.
     void check_rows(std::int64_t rows) const;
-    // Throws ValueError for memory that the kernel cannot load in vectors, or that overlaps what the operator writes:
-    // the caches and `output`.
+    // What the operator writes: the caches, their scales and `output`.
+    std::vector<const Tensor *> written(const Tensor &output) const;
+    // Throws ValueError for memory that the kernel cannot load in vectors, or that overlaps what the operator writes.
     void check_memory(const char *operation, const Tensor &output) const;
     CacheMemory key_memory() const;
     CacheMemory value_memory() const;
+    CacheScales key_scales() const;
+    CacheScales value_scales() const;
 };
+
+CacheMemory memory_of(const Tensor &cache);
+CacheScales scales_of(const Tensor &scale);
 
 // `tokens` is the letter of the number of tokens. Throws TypeError or ValueError for arguments that do not fit.
 CachedTokens cached_tokens(const char *operation, const char *tokens, Where where, py::handle qkv, py::handle cos_sin,
-                           py::handle start, py::handle page_table, py::handle key_cache, py::handle value_cache);
+                           py::handle start, py::handle page_table, py::handle key_cache, py::handle value_cache,
+                           py::handle key_scale, py::handle value_scale);
 
 }  // namespace llama_te::bindings

@@ -17,7 +17,7 @@ constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 
 constexpr std::pair<const char *, int> kDTypes[] = {  // in the order of DType
     {"bfloat16", 2}, {"float16", 2}, {"float32", 4}, {"float64", 8},
-    {"float8_e4m3fn", 1}, {"int32", 4}, {"int64", 8}, {"bool", 1}};
+    {"float8_e4m3fn", 1}, {"int32", 4}, {"int64", 8}, {"bool", 1}, {"uint8", 1}};
 constexpr int kDTypeCount = static_cast<int>(DType::kOther);
 
 // What the extension uses of torch, looked up once. Methods and properties are those of the class: an attribute that

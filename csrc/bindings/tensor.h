@@ -19,7 +19,7 @@ namespace llama_te::bindings {
 namespace py = pybind11;
 
 // The dtypes that operators take.
-enum class DType { kBFloat16, kFloat16, kFloat32, kFloat64, kFloat8E4M3, kInt32, kInt64, kBool, kOther };
+enum class DType { kBFloat16, kFloat16, kFloat32, kFloat64, kFloat8E4M3, kInt32, kInt64, kBool, kUInt8, kOther };
 
 // The name of an argument, or of the field `text` of an item of the argument `list`.
 struct Name {

@@ -213,6 +213,9 @@ void choose_heads(const AppendArguments &a, int device, cudaStream_t stream) {
 }  // namespace
 
 void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream) {
+    if (arguments.is_fp8()) {
+        throw std::invalid_argument("append_rope has no kernel for FP8 caches");
+    }
     const DeviceGuard guard(device);
     dispatch("append_rope", Elements{}, arguments.element, [&](auto element) {
         choose_heads<element.value>(arguments, device, reinterpret_cast<cudaStream_t>(stream));

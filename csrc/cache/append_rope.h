@@ -31,7 +31,12 @@ struct AppendArguments {
     char *query;  // [N, K * G, D]
     CacheMemory key;
     CacheMemory value;
+    CacheScales key_scale;  // of FP8 caches, whose `element` is bfloat16
+    CacheScales value_scale;
 
+    bool is_fp8() const {
+        return key_scale.data != nullptr;
+    }
     LLAMA_TE_HOST_DEVICE int head_bytes() const {
         return head_dim * element_bytes(element);
     }

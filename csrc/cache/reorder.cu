@@ -101,12 +101,12 @@ struct Piece {
 
 // The host does not know how far the rows are filled, so a fixed number of blocks shares the pieces of that length.
 template <typename Word, int kRows>
-__device__ void carry_out_in_caches(const ReorderArguments &a, const Moves &shared) {
+__device__ void carry_out_in_caches(char *const *caches, int count, const Moves &shared) {
     using Part = Piece<Word, kRows>;
     const auto pieces = static_cast<unsigned>((shared.most_bytes + Part::kBytes - 1) / Part::kBytes);
-    for (unsigned i = blockIdx.x; i < pieces * a.cache_count; i += gridDim.x) {
+    for (unsigned i = blockIdx.x; i < pieces * count; i += gridDim.x) {
         const unsigned cache = i / pieces;
-        Part::carry_out(a.caches[cache], shared, static_cast<std::int64_t>(i - cache * pieces) * Part::kBytes);
+        Part::carry_out(caches[cache], shared, static_cast<std::int64_t>(i - cache * pieces) * Part::kBytes);
     }
 }
 
@@ -114,7 +114,7 @@ template <typename Word, int kRows>
 __global__ void __launch_bounds__(kThreads) reorder_rows_kernel(const __grid_constant__ ReorderArguments a) {
     __shared__ Moves shared;
     collect(a, shared, row_move);
-    carry_out_in_caches<Word, kRows>(a, shared);
+    carry_out_in_caches<Word, kRows>(a.caches, a.cache_count, shared);
 }
 
 // Every block needs entries of the page table from before the reorder, and one block must change the table. The block
@@ -122,8 +122,12 @@ __global__ void __launch_bounds__(kThreads) reorder_rows_kernel(const __grid_con
 template <typename Word, int kRows>
 __global__ void __launch_bounds__(kThreads) reorder_pages_kernel(const __grid_constant__ ReorderArguments a) {
     __shared__ Moves shared;
+    __shared__ Moves of_scales;
     __shared__ bool last;
     collect(a, shared, page_move);
+    if (a.scale_count > 0) {
+        collect(a, of_scales, scale_move);
+    }
     if (threadIdx.x == 0) {
         __threadfence();
         last = atomicAdd(a.semaphore, 1) == static_cast<int>(gridDim.x) - 1;
@@ -132,7 +136,10 @@ __global__ void __launch_bounds__(kThreads) reorder_pages_kernel(const __grid_co
             __threadfence();
         }
     }
-    carry_out_in_caches<Word, kRows>(a, shared);
+    carry_out_in_caches<Word, kRows>(a.caches, a.cache_count, shared);
+    if (a.scale_count > 0) {
+        carry_out_in_caches<Word, kRows>(a.caches + a.cache_count, a.scale_count, of_scales);
+    }
     __syncthreads();  // `last` is written, and no thread reads `shared` any more
     if (last) {
         collect(a, shared, table_move);

@@ -8,10 +8,11 @@
 
 namespace llama_te {
 
-// Rows that a reorder can exchange, and caches that it takes: two for each of 128 layers. The caches' addresses travel
-// in the kernel's parameters (4 KiB at most), so a captured graph needs no table of them in device memory.
+// Rows that a reorder can exchange, and caches that it takes: two for each of 240 layers, or with FP8 and its scales four
+// for each of 120. The caches' addresses travel in the kernel's parameters (4 KiB at most), so a captured graph needs no
+// table of them in device memory.
 constexpr int kMaxReorderRows = 64;
-constexpr int kMaxCaches = 256;
+constexpr int kMaxCaches = 480;
 
 // The source of each row, int32 or int64, as the caller has them.
 struct SourceRows {
@@ -24,13 +25,15 @@ struct SourceRows {
 };
 
 struct ReorderArguments {
-    char *caches[kMaxCaches];
-    std::int32_t cache_count;
+    char *caches[kMaxCaches];  // then the scales of FP8 caches
+    std::int32_t cache_count;  // without the scales
+    std::int32_t scale_count;
     std::int32_t rows;  // B
     SourceRows source_rows;
     const std::int32_t *lengths;
     std::int64_t block_bytes;  // of a row or a page
     std::int64_t place_bytes;
+    std::int64_t scale_bytes;  // of a page's scales
     CacheIndex index;         // its page_table is null for contiguous caches
     std::int32_t *semaphore;  // GPU and pages only, see reorder.cu
 
@@ -70,8 +73,14 @@ LLAMA_TE_HOST_DEVICE inline bool table_move(const ReorderArguments &a, int row, 
     return true;
 }
 
-// The move of the last, partly filled page of row `row`: its source's tokens.
-LLAMA_TE_HOST_DEVICE inline bool page_move(const ReorderArguments &a, int row, Move &move) {
+// The last, partly filled page of row `row`, and its source's, whose tokens it gets; returns false if there is none.
+struct LastPage {
+    std::int32_t to;
+    std::int32_t from;
+    std::int32_t places;
+};
+
+LLAMA_TE_HOST_DEVICE inline bool find_last_page(const ReorderArguments &a, int row, LastPage &last) {
     const std::int64_t source = a.source_rows[row];
     const std::int32_t length = a.lengths[row];
     if (source == row || source < 0 || source >= a.rows || length <= 0 || length > a.index.capacity) {
@@ -82,12 +91,28 @@ LLAMA_TE_HOST_DEVICE inline bool page_move(const ReorderArguments &a, int row, M
     if (places == 0) {
         return false;  // all pages are full, and the table may have no entry behind them
     }
-    const std::int32_t to = *a.table_entry(row, page);
-    const std::int32_t from = *a.table_entry(static_cast<std::int32_t>(source), page);
-    if (to == from || to < 0 || to >= a.index.blocks || from < 0 || from >= a.index.blocks) {
+    last = {*a.table_entry(row, page), *a.table_entry(static_cast<std::int32_t>(source), page), places};
+    return last.to != last.from && last.to >= 0 && last.to < a.index.blocks && last.from >= 0 &&
+           last.from < a.index.blocks;
+}
+
+// The move of that page's tokens.
+LLAMA_TE_HOST_DEVICE inline bool page_move(const ReorderArguments &a, int row, Move &move) {
+    LastPage last;
+    if (!find_last_page(a, row, last)) {
         return false;
     }
-    move = {to * a.block_bytes, from * a.block_bytes, places * a.place_bytes};
+    move = {last.to * a.block_bytes, last.from * a.block_bytes, last.places * a.place_bytes};
+    return true;
+}
+
+// The move of that page's scales. A head's scales lie side by side, so those of unused places move along.
+LLAMA_TE_HOST_DEVICE inline bool scale_move(const ReorderArguments &a, int row, Move &move) {
+    LastPage last;
+    if (!find_last_page(a, row, last)) {
+        return false;
+    }
+    move = {last.to * a.scale_bytes, last.from * a.scale_bytes, a.scale_bytes};
     return true;
 }
 

@@ -3,7 +3,9 @@
 #include "cache/append_rope.h"
 #include "cpu/numbers.h"
 #include "cpu/read_once.h"
+#include "include/e4m3.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace llama_te {
@@ -26,9 +28,26 @@ void rotate(const char *from, const float *cos_sin, char *to, int head_dim) {
     }
 }
 
+// Rounds a head of bfloat16 to e4m3 with a scale.
+void quantize(const char *from, int head_dim, char *to, std::uint8_t *scale) {
+    const BFloat16 *in = reinterpret_cast<const BFloat16 *>(from);
+    E4M3 *out = reinterpret_cast<E4M3 *>(to);
+    std::uint32_t greatest = 0;
+    for (int i = 0; i < head_dim; ++i) {
+        greatest = std::max(greatest, static_cast<std::uint32_t>(in[i].bits & 0x7fffU) << 16);
+    }
+    const std::uint32_t chosen = scale_of_greatest(greatest);
+    const double inverse = float_of(bits_of_inverse_scale(chosen));
+    for (int i = 0; i < head_dim; ++i) {
+        out[i].set(in[i].get() * inverse);
+    }
+    *scale = static_cast<std::uint8_t>(chosen);
+}
+
 template <typename Element>
 void append(const AppendArguments &a) {
     const int head_bytes = a.head_bytes();
+    BFloat16 rotated[kMaxHeadDim];  // a key on its way to an FP8 cache
     std::int32_t row = 0;
     for (std::int64_t token = 0; token < a.tokens; ++token) {
         std::int64_t place_in_row;
@@ -60,10 +79,18 @@ void append(const AppendArguments &a) {
             for (int head = 0; head < a.group; ++head, from += head_bytes) {
                 rotate<Element>(from, cos_sin, a.query_head(token, kv_head, head), a.head_dim);
             }
-            rotate<Element>(from, cos_sin, a.key.at(block, block_place) + kv_head * a.key.head_stride, a.head_dim);
-            from += head_bytes;
-            std::memcpy(a.value.at(block, block_place) + kv_head * a.value.head_stride, from, head_bytes);
-            from += head_bytes;
+            char *const key = a.key.at(block, block_place) + kv_head * a.key.head_stride;
+            char *const value = a.value.at(block, block_place) + kv_head * a.value.head_stride;
+            if (a.is_fp8()) {
+                char *const held = reinterpret_cast<char *>(rotated);
+                rotate<BFloat16>(from, cos_sin, held, a.head_dim);
+                quantize(held, a.head_dim, key, a.key_scale.at(block, kv_head, block_place));
+                quantize(from + head_bytes, a.head_dim, value, a.value_scale.at(block, kv_head, block_place));
+            } else {
+                rotate<Element>(from, cos_sin, key, a.head_dim);
+                std::memcpy(value, from + head_bytes, head_bytes);
+            }
+            from += 2 * head_bytes;
         }
     }
 }

@@ -5,6 +5,7 @@
 
 #include "cache/append_rope.h"
 #include "cache/reorder.h"
+#include "cache/widen_pages.h"
 #include "cpu/checks.h"
 #include "cpu/read_once.h"
 
@@ -26,10 +27,10 @@ std::string entry(const char *name, int row, std::int64_t value) {
 
 }  // namespace
 
-void check_page(const CacheIndex &index, int row, std::int64_t page) {
+void check_page(const CacheIndex &index, int row, std::int64_t page, const char *table_name) {
     const std::int32_t block = read_once(*index.table_entry(row, static_cast<std::int32_t>(page)));
     if (block < 0 || block >= index.blocks) {
-        refuse(std::string("page_table[") + row + ", " + page + "]=" + block + ", but the cache has pages 0 to " +
+        refuse(std::string(table_name) + "[" + row + ", " + page + "]=" + block + ", but the cache has pages 0 to " +
                (index.blocks - 1));
     }
 }
@@ -98,6 +99,19 @@ void check_values(const ReorderArguments &a) {
         }
         for (const std::int32_t owner : {row, static_cast<std::int32_t>(source)}) {
             check_page(a.index, owner, page);
+        }
+    }
+}
+
+void check_values(const WidenPagesArguments &a) {
+    for (int row = 0; row < a.rows; ++row) {
+        const std::int32_t length = read_once(a.length[row]);
+        if (length < 0 || length > a.index.capacity) {
+            refuse(entry("length_B", row, length) + ", but a row of page_table_BP has room for 0 to " +
+                   a.index.capacity);
+        }
+        for (std::int32_t page = 0; page < a.pages_of(length); ++page) {
+            check_page(a.index, row, page, "page_table_BP");
         }
     }
 }

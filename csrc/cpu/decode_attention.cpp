@@ -18,7 +18,7 @@ void for_one_token_each(const DecodeAttentionArguments &a, void (*run)(const App
     std::vector<std::int32_t> cu_new(static_cast<std::size_t>(a.rows) + 1);
     std::iota(cu_new.begin(), cu_new.end(), 0);
     run({a.element, a.qkv, a.qkv_row_stride, a.rows, 1, a.kv_heads, a.group, a.head_dim, a.cos_sin, a.cos_sin_stride,
-         a.positions, cu_new.data(), a.start, a.rows, a.index, a.output, a.key, a.value});
+         a.positions, cu_new.data(), a.start, a.rows, a.index, a.output, a.key, a.value, a.key_scale, a.value_scale});
 }
 
 }  // namespace

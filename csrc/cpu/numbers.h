@@ -76,6 +76,40 @@ struct Float16 {
     }
 };
 
+struct E4M3 {
+    std::uint8_t bits;
+
+    double get() const {
+        const std::uint32_t sign = (bits & 0x80U) << 24;
+        const std::uint32_t magnitude = bits & 0x7fU;
+        if (magnitude == 0x7fU) {
+            return float_of(sign | 0x7fc00000U);
+        }
+        if (magnitude < 8) {
+            const float small = static_cast<float>(magnitude) * 0x1p-9F;
+            return float_of(bits_of(small) | sign);
+        }
+        return float_of(sign | ((magnitude << 20) + (120U << 23)));
+    }
+    // Numbers beyond the greatest, 448, become 448. There is one NaN, as on the GPU.
+    void set(double value) {
+        const std::uint32_t whole = bits_of(static_cast<float>(value));
+        std::uint32_t sign = (whole >> 24) & 0x80U;
+        std::uint32_t magnitude = whole & 0x7fffffffU;
+        if (magnitude > 0x7f800000U) {
+            sign = 0;
+            magnitude = 0x7fU;
+        } else if (magnitude < 0x3c800000U) {
+            // Below 2^-6 e4m3 has multiples of 2^-9, to which float32's own addition of 2^14 rounds.
+            magnitude = bits_of(float_of(magnitude) + 0x1p14F) - bits_of(0x1p14F);
+        } else {
+            magnitude = (magnitude - (120U << 23) + 0x7ffffU + ((magnitude >> 20) & 1U)) >> 20;
+            magnitude = magnitude < 0x7eU ? magnitude : 0x7eU;
+        }
+        bits = static_cast<std::uint8_t>(sign | magnitude);
+    }
+};
+
 template <ElementType kElement>
 struct Number;
 template <>

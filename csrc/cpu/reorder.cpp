@@ -61,10 +61,14 @@ void reorder_pages_cpu(const ReorderArguments &arguments) {
     check_values(arguments);
     // The moves of pages follow from the table before it changes.
     const std::vector<Move> moves = moves_of(arguments, page_move);
+    const std::vector<Move> scale_moves = moves_of(arguments, scale_move);
     carry_out(reinterpret_cast<char *>(arguments.table_entry(0, 0)), moves_of(arguments, table_move),
               sizeof(std::int32_t));
     for (int cache = 0; cache < arguments.cache_count; ++cache) {
         carry_out(arguments.caches[cache], moves, arguments.place_bytes);
+    }
+    for (int scale = 0; scale < arguments.scale_count; ++scale) {
+        carry_out(arguments.caches[arguments.cache_count + scale], scale_moves, arguments.scale_bytes);
     }
 }
 

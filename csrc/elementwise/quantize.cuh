@@ -2,15 +2,11 @@
 
 #pragma once
 
-#include <cuda_fp8.h>
-
 #include "elementwise/quantize_rows.h"
-#include "include/vector.cuh"
+#include "include/e4m3.cuh"
 #include "include/warp.cuh"
 
 namespace llama_te {
-
-constexpr int kPackedElements = Vector<ElementType::kBFloat16>::kElements;
 
 __device__ inline float greatest_of(const uint4 &vector) {
     float values[kPackedElements];
@@ -38,18 +34,6 @@ __device__ float greatest_of_block(float value) {
         greatest = max(greatest, greatest_of_warp[i]);
     }
     return __uint_as_float(greatest);
-}
-
-__device__ inline uint2 quantized(const uint4 &vector, float inverse) {
-    float values[kPackedElements];
-    Vector<ElementType::kBFloat16>::unpack(vector, values);
-    unsigned pairs[kPackedElements / 2];
-#pragma unroll
-    for (int i = 0; i < kPackedElements / 2; ++i) {
-        const float2 pair = make_float2(values[2 * i] * inverse, values[2 * i + 1] * inverse);
-        pairs[i] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);  // NaN stays NaN
-    }
-    return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
 }
 
 // Stores a row's scale, and returns what multiplies its numbers before they are rounded. Rows of zeros, and rows whose

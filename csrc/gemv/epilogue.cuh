@@ -155,7 +155,7 @@ __device__ void epilogue(const Block &block, const ProductParams &product, int i
         }
         return total;
     };
-    const float weight_scale = Config::kWide ? 1.0F : __ldg(a.scale) * kSumFactor;
+    const float weight_scale = Config::kWide ? 1.0F : __ldg(a.scale) * kFactorOfSum;
 #pragma unroll 1
     for (int i = warp; i < Config::kRowTiles * parts; i += Config::kEpilogueWarps) {
         const Place place = place_of(i);

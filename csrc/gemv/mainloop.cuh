@@ -10,6 +10,7 @@
 #pragma once
 
 #include "config.cuh"
+#include "include/e4m3.cuh"
 #include "include/mma.cuh"
 
 namespace llama_te::gemv {
@@ -20,26 +21,9 @@ __device__ inline uint2 load_shared(unsigned from) {
     return vector;
 }
 
-__device__ inline unsigned multiply_pairs(unsigned a, unsigned b) {
-    unsigned product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
 __device__ inline void multiply_add_bf16(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     multiply_add<ElementType::kBFloat16>(sum, a, b0, b1);
 }
-
-// Expands four e4m3 to two pairs of bfloat16, of bytes 0 and 2 and of bytes 1 and 3. The exponent, 4 bits with a bias of
-// 7, becomes the low bits of an exponent of 8 bits with a bias of 127: the result is the value times 2^-120, exactly.
-__device__ inline void expand_fp8(unsigned four, unsigned &even, unsigned &odd) {
-    even = ((four << 8) & 0x80008000U) | ((four << 4) & 0x07f007f0U);
-    odd = (four & 0x80008000U) | ((four >> 4) & 0x07f007f0U);
-}
-
-// x takes half of the factor 2^120 back, which keeps all products far from the ends of the range, and the sum the rest.
-constexpr unsigned kInputFactor = 0x5d805d80;           // 2^60, twice
-constexpr float kSumFactor = 1.152921504606846976e18F;  // 2^60
 
 __device__ inline float4 add(const float4 &a, const float4 &b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
@@ -208,10 +192,10 @@ __device__ void mainloop(const Block &block, const ProductParams &product, bool 
                     }
 #pragma unroll
                     for (int k = 0; k < 4; ++k) {
-                        uint2 factor = make_uint2(kInputFactor, kInputFactor);
+                        uint2 factor = make_uint2(kFactorOfPair, kFactorOfPair);
                         if (norm) {
-                            factor.x = multiply_pairs(norm_weight[k].x, kInputFactor);
-                            factor.y = multiply_pairs(norm_weight[k].y, kInputFactor);
+                            factor.x = multiply_pairs(norm_weight[k].x, kFactorOfPair);
+                            factor.y = multiply_pairs(norm_weight[k].y, kFactorOfPair);
                         }
                         unsigned input[Tile::kRowTiles][4];
 #pragma unroll

@@ -24,6 +24,18 @@ struct CacheMemory {
     }
 };
 
+// The scales of an FP8 cache's keys or values, [pages, K, page size]: the scales of a head's neighbouring tokens lie side
+// by side. Caches of other types have none, and `data` is null.
+struct CacheScales {
+    std::uint8_t *data;
+    std::int64_t block_stride;
+    std::int64_t head_stride;
+
+    LLAMA_TE_HOST_DEVICE std::uint8_t *at(std::int64_t block, std::int64_t head, std::int64_t place) const {
+        return data + block * block_stride + head * head_stride + place;
+    }
+};
+
 // Finds the block, and the place within it, that holds a place of a row.
 struct CacheIndex {
     const std::int32_t *page_table;  // [R, pages per row], or null: block r is row r

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from infer.fp8_cache_oracle import quantized_pages, widened
 from infer.operator_oracle import random, table_of
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
@@ -19,6 +20,7 @@ from llama_te_infer.ops.decode_attention import decode_attention, workspace_size
 # errors were at most 3e-6 of a head's norm.
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 0.0}
 FLOAT32_SUMS = 1e-5
+CACHES = ("key_cache", "value_cache", "key_scale", "value_scale")
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ class DecodeCase:
     gap: int = 0  # vectors of 16 bytes between rows of qkv, and between heads of the caches
     extra_rows: int = 0  # of the cache
     seed: int = 0
+    fp8: bool = False  # the cache; with bfloat16 and pages only
 
 
 def make_decode(case: DecodeCase) -> dict[str, Any]:
-    """The operator's arguments on the CPU. Output and caches are NaN wherever nothing has been written so far."""
+    """The operator's arguments on the CPU. Output and caches are NaN wherever nothing has been written so far.
+
+    In an FP8 cache that is NaN with the scale of NaN.
+    """
     generator = torch.Generator().manual_seed(case.seed)
     batch, rows = len(case.before), len(case.before) + case.extra_rows
     longest = max(case.before) + 1 + case.room
@@ -66,7 +72,11 @@ def make_decode(case: DecodeCase) -> dict[str, Any]:
             rows_RLKD = pages
         caches.append(rows_RLKD[..., : case.head_dim])
     size = workspace_size(batch, case.kv_heads, case.group, case.head_dim, places)
-    return {
+    scales: dict[str, torch.Tensor] = {}
+    if case.fp8:
+        for i, name in enumerate(("key_scale", "value_scale")):
+            caches[i], scales[name] = quantized_pages(caches[i], case.gap * 16)
+    return scales | {
         "qkv": wide[:, : heads * case.head_dim].unflatten(1, (case.kv_heads, case.group + 2, case.head_dim)),
         "cos_sin": torch.cat((angle.cos(), angle.sin()), dim=1),
         "start": torch.tensor((*case.before, *[0] * case.extra_rows), dtype=torch.int32),
@@ -83,10 +93,13 @@ def expected_decode(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The caches after `append_rope`, and attention to them in float64."""
     qkv, start, page_table = arguments["qkv"], arguments["start"], arguments["page_table"]
     batch, kv_heads, heads_of_group, head_dim = qkv.shape
-    key, value = arguments["key_cache"].clone(), arguments["value_cache"].clone()
+    caches = {name: arguments[name].clone() for name in CACHES if name in arguments}
+    key, value = caches["key_cache"], caches["value_cache"]
     query = torch.empty_like(arguments["output"])
     cu_new = torch.arange(batch + 1, dtype=torch.int32, device=qkv.device)
-    append_rope(qkv, arguments["cos_sin"], cu_new, start, page_table, 1, query, key, value)
+    append_rope(qkv, arguments["cos_sin"], cu_new, start, page_table, 1, query, **caches)
+    if "key_scale" in caches:
+        key, value = widened(key, caches["key_scale"]), widened(value, caches["value_scale"])
     query_BKGD = query.view(batch, kv_heads, heads_of_group - 2, head_dim).double()
     output_BKGD = torch.empty_like(query_BKGD)
     for row, before in enumerate(start[:batch].tolist()):
@@ -94,13 +107,12 @@ def expected_decode(arguments: dict[str, Any]) -> dict[str, torch.Tensor]:
         key_TKD, value_TKD = (cache[: before + 1].double() for cache in row_of)
         score_KGT = torch.einsum("kgd,tkd->kgt", query_BKGD[row], key_TKD) * arguments["scale"]
         output_BKGD[row] = torch.einsum("kgt,tkd->kgd", score_KGT.softmax(-1), value_TKD)
-    return {"key_cache": key, "value_cache": value, "output": output_BKGD.flatten(1, 2)}
+    return caches | {"output": output_BKGD.flatten(1, 2)}
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors are equal, NaN included."""
-    integer = torch.int32 if one.dtype == torch.float32 else torch.int16
-    return torch.equal(one.contiguous().view(integer), other.contiguous().view(integer))
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def assert_output(output: torch.Tensor, expected: torch.Tensor) -> None:
@@ -119,6 +131,7 @@ def assert_decoded(arguments: dict[str, Any]) -> None:
     """Run `decode_attention` and compare; the caches, unchanged places included, must be equal bit by bit."""
     expected = expected_decode(arguments)
     decode_attention(**arguments)
-    for name in ("key_cache", "value_cache"):
-        assert same_bits(arguments[name], expected[name]), f"{name} is not what append_rope makes of it"
+    for name in CACHES:
+        if name in expected:
+            assert same_bits(arguments[name], expected[name]), f"{name} is not what append_rope makes of it"
     assert_output(arguments["output"], expected["output"])

@@ -118,7 +118,11 @@ def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
             return [copy(item) for item in value]
         if not isinstance(value, torch.Tensor):
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(value)
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        if value.dtype == torch.float8_e4m3fn:
+            made.view(torch.uint8).copy_(value.view(torch.uint8))  # torch keeps the bits of NaN only in integers
+            return made
+        return made.copy_(value)
 
     return {name: copy(value) for name, value in arguments.items()}
 

@@ -18,6 +18,7 @@ import torch
 
 import fuzzing
 from infer.decode_attention_oracle import DecodeCase, make_decode
+from infer.fp8_cache_oracle import make_fp8_append, make_fp8_pages, make_widen
 from infer.operator_oracle import AppendCase, ReorderCase, make_append, make_pages, make_rows
 from infer.step_oracle import FP8, LinearCase, make_linear
 from llama_te_infer.ops.append_rope import append_rope
@@ -31,6 +32,7 @@ from llama_te_infer.ops.quantize_rows import quantize_rows
 from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
 from llama_te_infer.ops.rms_norm import rms_norm
 from llama_te_infer.ops.swiglu import swiglu
+from llama_te_infer.ops.widen_pages import widen_pages
 
 _extension = pytest.importorskip("llama_te_infer._extension", reason="the package is used from its source folder")
 
@@ -41,14 +43,21 @@ Arguments = dict[str, Any]
 
 
 def append_arguments(source: random.Random) -> Arguments:
-    case = AppendCase(
-        new=(2, 0, 1), before=(3, 0, 15), padded=source.random() < 0.5, page_size=source.choice((0, 16)), head_dim=16
-    )
-    return make_append(case)
+    shared: Arguments = {"new": (2, 0, 1), "before": (3, 0, 15), "padded": source.random() < 0.5, "head_dim": 16}
+    page_size = source.choice((0, 16, 16))
+    if page_size and source.random() > 0.5:
+        return make_fp8_append(AppendCase(page_size=page_size, dtype=torch.bfloat16, **shared))
+    return make_append(AppendCase(page_size=page_size, **shared))
 
 
 def decode_arguments(source: random.Random) -> Arguments:
-    return make_decode(DecodeCase(before=(3, 17), page_size=source.choice((0, 16)), dtype=torch.bfloat16))
+    page_size = source.choice((0, 16, 16))
+    fp8 = page_size > 0 and source.random() < 0.5
+    return make_decode(DecodeCase(before=(3, 17), page_size=page_size, dtype=torch.bfloat16, fp8=fp8))
+
+
+def widen_arguments(source: random.Random) -> Arguments:
+    return make_widen()
 
 
 def rows_arguments(source: random.Random) -> Arguments:
@@ -56,7 +65,8 @@ def rows_arguments(source: random.Random) -> Arguments:
 
 
 def pages_arguments(source: random.Random) -> Arguments:
-    return make_pages(ReorderCase(source_rows=(1, 2, 0), lengths=(17, 20, 18), wide=source.random() < 0.5))
+    make = source.choice((make_pages, make_fp8_pages))
+    return make(ReorderCase(source_rows=(1, 2, 0), lengths=(17, 20, 18), wide=source.random() < 0.5))
 
 
 def linear_arguments(source: random.Random) -> Arguments:
@@ -166,6 +176,7 @@ OPERATORS: dict[str, Make] = {
     "reorder_rows": rows_arguments,
     "rms_norm": rms_norm_arguments,
     "swiglu": swiglu_arguments,
+    "widen_pages": widen_arguments,
 }
 PUBLIC: dict[Callable[..., Any], Make] = {
     append_rope: append_arguments,
@@ -181,6 +192,7 @@ PUBLIC: dict[Callable[..., Any], Make] = {
     reorder_rows: rows_arguments,
     rms_norm: rms_norm_arguments,
     swiglu: swiglu_arguments,
+    widen_pages: widen_arguments,
     workspace_size: workspace_arguments,
 }
 PARTS = ("cpu", "append_cpu", "cpu_check", "check", "cuda")
@@ -408,6 +420,9 @@ WRITTEN = (
     "query",
     "key_cache",
     "value_cache",
+    "key_scale",
+    "value_scale",
+    "target",
     "caches",
     "page_table",
     "output",

@@ -251,8 +251,8 @@ def test_bad_appends(change: Change, message: str) -> None:
 
 
 BAD_REORDERS: list[tuple[Change, str]] = [
-    (replace(caches=[]), r"caches has 0 tensors: allowed are 1 to 256"),
-    (replace(caches=lambda x: x * 90), r"caches has 270 tensors: allowed are 1 to 256"),
+    (replace(caches=[]), r"caches has 0 tensors: allowed are 1 to 480"),
+    (replace(caches=lambda x: x * 170), r"caches has 510 tensors: allowed are 1 to 480"),
     (
         replace(caches=lambda x: [x[0], x[1].half()]),
         r"caches\[1\] is float16 .* but caches\[0\] is float32 .*must be alike",
@@ -367,7 +367,7 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch, forgotten: None)
 def test_limits_are_those_of_the_docstrings() -> None:
     limits = library.limits()
     assert (limits.head_dim_multiple, limits.max_head_dim, limits.vector_bytes) == (16, 256, 16)
-    assert (limits.max_reorder_rows, limits.max_reorder_caches) == (64, 256)
+    assert (limits.max_reorder_rows, limits.max_reorder_caches) == (64, 480)
     assert (limits.max_decode_rows, limits.max_decode_group, limits.max_decode_kv_heads) == (256, 16, 64)
     assert limits.max_grid_rows == 65535
     assert limits.decode_head_dims == (64, 80, 96, 128)
@@ -377,7 +377,7 @@ def test_limits_are_those_of_the_docstrings() -> None:
 
 OPERATORS = (
     "append_rope", "decode_attention", "embed", "greedy", "linear", "quantize_rows", "reorder_pages", "reorder_rows",
-    "rms_norm", "swiglu",
+    "rms_norm", "swiglu", "widen_pages",
 )  # fmt: skip
 
 

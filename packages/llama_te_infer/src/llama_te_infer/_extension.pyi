@@ -41,6 +41,8 @@ def append_rope_cpu(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None: ...
 def append_rope_check(
     qkv: Tensor,
@@ -52,6 +54,8 @@ def append_rope_check(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None: ...
 def append_rope_cuda(
     qkv: Tensor,
@@ -63,6 +67,15 @@ def append_rope_cuda(
     query: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> None: ...
+def widen_pages_cpu(source: Tensor, scale: Tensor, page_table_BP: Tensor, length_B: Tensor, target: Tensor) -> None: ...
+def widen_pages_check(
+    source: Tensor, scale: Tensor, page_table_BP: Tensor, length_B: Tensor, target: Tensor
+) -> None: ...
+def widen_pages_cuda(
+    source: Tensor, scale: Tensor, page_table_BP: Tensor, length_B: Tensor, target: Tensor
 ) -> None: ...
 def reorder_rows_cpu(caches: list[Tensor], source_rows: Tensor, lengths: Tensor) -> None: ...
 def reorder_rows_check(caches: list[Tensor], source_rows: Tensor, lengths: Tensor) -> None: ...
@@ -86,6 +99,8 @@ def decode_attention_append_cpu(
     value_cache: Tensor,
     output: Tensor,
     workspace: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None: ...
 def decode_attention_check(
     qkv: Tensor,
@@ -97,6 +112,8 @@ def decode_attention_check(
     value_cache: Tensor,
     output: Tensor,
     workspace: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None: ...
 def decode_attention_cuda(
     qkv: Tensor,
@@ -108,6 +125,8 @@ def decode_attention_cuda(
     value_cache: Tensor,
     output: Tensor,
     workspace: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
 ) -> None: ...
 def linear_cpu_check(products: list[_Product], partials: Tensor, semaphores: Tensor) -> None: ...
 def linear_check(products: list[_Product], partials: Tensor, semaphores: Tensor) -> None: ...

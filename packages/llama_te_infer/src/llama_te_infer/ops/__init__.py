@@ -4,7 +4,18 @@ Importing this package registers the operators `torch.ops.llama_te.*`. `library`
 this machine, and which sizes they take.
 """
 
-from . import append_rope, decode_attention, embed, greedy, linear, quantize_rows, reorder, rms_norm, swiglu
+from . import (
+    append_rope,
+    decode_attention,
+    embed,
+    greedy,
+    linear,
+    quantize_rows,
+    reorder,
+    rms_norm,
+    swiglu,
+    widen_pages,
+)
 
 __all__ = [
     "append_rope",
@@ -16,4 +27,5 @@ __all__ = [
     "reorder",
     "rms_norm",
     "swiglu",
+    "widen_pages",
 ]

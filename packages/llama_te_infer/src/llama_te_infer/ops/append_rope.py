@@ -23,6 +23,8 @@ def append_rope(
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Rotate the queries and keys of new tokens, and append their keys and values to a cache.
 
@@ -41,15 +43,21 @@ def append_rope(
         page_table: int32 [at least B, pages per row] for a paged cache, None for a contiguous one.
         width: 0 for packed tokens, row after row; S for a padded batch of N / S rows and S columns, tokens first.
         query: [N, K * G, D], contiguous; receives the rotated queries.
-        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the rotated keys.
-        value_cache: The same shape; receives the values.
+        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the rotated keys. Of qkv's
+            dtype, or for pages and bfloat16 also float8_e4m3fn: then keys, rotated and rounded to bfloat16, and values
+            are rounded to FP8 with a scale for each head (`widen_pages` describes the format).
+        value_cache: The same shape and dtype; receives the values.
+        key_scale: uint8 [pages, K, page size], receives the scales of FP8 keys; None for other caches.
+        value_scale: Likewise for values.
 
     Raises:
         TypeError: An argument is no dense tensor or no number. The operator has written nothing.
         ValueError: An argument does not fit. The operator has written nothing.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
-    torch.ops.llama_te.append_rope(qkv, cos_sin, cu_new, start, page_table, width, query, key_cache, value_cache)
+    torch.ops.llama_te.append_rope(
+        qkv, cos_sin, cu_new, start, page_table, width, query, key_cache, value_cache, key_scale, value_scale
+    )
 
 
 def takes_heads(dtype: torch.dtype, head_dim: int) -> bool:
@@ -72,7 +80,8 @@ def _append_rope_cuda(*arguments: Any) -> None:
 
 register(
     "append_rope(Tensor qkv, Tensor cos_sin, Tensor cu_new, Tensor start, Tensor? page_table, int width, "
-    "Tensor(a!) query, Tensor(b!) key_cache, Tensor(c!) value_cache) -> ()",
+    "Tensor(a!) query, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor(d!)? key_scale=None, "
+    "Tensor(e!)? value_scale=None) -> ()",
     cpu=cpu_kernel("append_rope_cpu"),
     cuda=_append_rope_cuda,
 )

@@ -25,6 +25,8 @@ def decode_attention(
     value_cache: torch.Tensor,
     output: torch.Tensor,
     workspace: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     """Append one new token to each row, and let it attend to its whole row.
 
@@ -32,6 +34,11 @@ def decode_attention(
     and value are written to the cache. Then `output = softmax(scale · query · keysᵀ) · values` over the row's tokens,
     the new one included. Sums are float32; on a GPU the weights are rounded to the dtype before they multiply the
     values. A row's result is the same, bit by bit, in every batch.
+
+    With an FP8 cache (`widen_pages` describes the format) the row attends to the widened keys and values, and the new
+    token sees its own key and value as the cache holds them. A head that is NaN there makes the output of its query
+    heads NaN. The kernel's products are those of bfloat16, with FP8 numbers times 2^-120 and the other factor times
+    2^60. So queries and values should be smaller than 2^66 and, unless they hardly count, greater than 2^-50.
 
     Lengths and pages out of range raise an error for CPU tensors, and for CUDA tensors with LLAMA_TE_CHECK=1. Otherwise
     the kernel skips a row whose token has no place or no position, and does not attend in a row with a page number
@@ -51,11 +58,15 @@ def decode_attention(
         start: int32 [at least B], the number of cached tokens of each row: the new token's position and place.
         page_table: int32 [at least B, pages per row] for a paged cache, None for a contiguous one.
         scale: The factor of the scores, usually D^-0.5.
-        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the new keys.
-        value_cache: The same shape; receives the new values.
+        key_cache: [R, L, K, D] with R at least B, or [pages, page size, K, D]; receives the new keys. Of qkv's dtype,
+            or for pages and bfloat16 also float8_e4m3fn.
+        value_cache: The same shape and dtype; receives the new values.
         output: [B, K * G, D], contiguous.
         workspace: int32 [at least `workspace_size(...)`], zeros before its first use. One workspace serves calls of
             different shapes. Calls that may run at the same time need separate workspaces. A CPU does not use it.
+        key_scale: uint8 [pages, K, page size], the scales of FP8 keys, of which the operator writes the new keys'; None
+            for other caches.
+        value_scale: Likewise for values.
 
     Raises:
         TypeError: An argument is no dense tensor or no number. The operator has written nothing.
@@ -63,7 +74,7 @@ def decode_attention(
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
     torch.ops.llama_te.decode_attention(
-        qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace
+        qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace, key_scale, value_scale
     )
 
 
@@ -121,9 +132,11 @@ def _decode_attention_cpu(
     value_cache: torch.Tensor,
     output: torch.Tensor,
     workspace: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> None:
     extension().decode_attention_append_cpu(
-        qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace
+        qkv, cos_sin, start, page_table, scale, key_cache, value_cache, output, workspace, key_scale, value_scale
     )
     rows, kv_heads, heads_of_group, head_dim = qkv.shape
     query_BKGD = output.view(rows, kv_heads, heads_of_group - 2, head_dim)
@@ -131,16 +144,27 @@ def _decode_attention_cpu(
         if page_table is None:
             key_TKD, value_TKD = key_cache[row], value_cache[row]
         else:
-            pages = page_table[row, : before // key_cache.shape[1] + 1]
-            key_TKD, value_TKD = key_cache[pages].flatten(0, 1), value_cache[pages].flatten(0, 1)
+            page_P = page_table[row, : before // key_cache.shape[1] + 1]
+            key_TKD, value_TKD = _pages(key_cache, key_scale, page_P), _pages(value_cache, value_scale, page_P)
         key_TKD, value_TKD = key_TKD[: before + 1].float(), value_TKD[: before + 1].float()
         score_KGT = torch.einsum("kgd,tkd->kgt", query_BKGD[row].float(), key_TKD) * scale
         query_BKGD[row] = torch.einsum("kgt,tkd->kgd", score_KGT.softmax(-1), value_TKD)
 
 
+def _pages(cache: torch.Tensor, scale: torch.Tensor | None, page_P: torch.Tensor) -> torch.Tensor:
+    """Return the keys or values [P * page size, K, D] of pages, in bfloat16 of an FP8 cache."""
+    if scale is None:
+        return cache[page_P].flatten(0, 1)
+    wide = torch.empty(len(page_P), *cache.shape[1:], dtype=torch.bfloat16)
+    length_B = torch.tensor([len(page_P) * cache.shape[1]], dtype=torch.int32)
+    extension().widen_pages_cpu(cache, scale, page_P[None], length_B, wide)
+    return wide.flatten(0, 1)
+
+
 register(
     "decode_attention(Tensor qkv, Tensor cos_sin, Tensor start, Tensor? page_table, float scale, "
-    "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) output, Tensor(d!) workspace) -> ()",
+    "Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) output, Tensor(d!) workspace, "
+    "Tensor(e!)? key_scale=None, Tensor(f!)? value_scale=None) -> ()",
     cpu=_decode_attention_cpu,
     cuda=_decode_attention_cuda,
 )

@@ -50,7 +50,8 @@ def reorder_pages(
 
     Args:
         caches: Keys and values of all layers, each [pages, page_size, K, D] and contiguous, of one shape, dtype and
-            device.
+            device. With float8_e4m3fn also their scales, each uint8 [pages, K, page_size] and contiguous, anywhere
+            behind the first tensor; then page_size is a multiple of 16.
         page_table: int32 [at least B, pages per row].
         source_rows: int32 or int64 [B], B at most 64. Rows may repeat or be missing.
         lengths: int32 [B], the number of tokens of each row after the call, equal to its source's.
@@ -80,8 +81,14 @@ def takes_reorder(caches: Sequence[torch.Tensor], rows: int) -> bool:
         RuntimeError: The extension is missing.
     """
     most = limits()
-    alike = all(cache.shape == caches[0].shape for cache in caches)
-    whole_vectors = _place_bytes(caches[0]) % most.vector_bytes == 0
+    first = caches[0]
+    scale_shape = (first.shape[0], first.shape[2], first.shape[1])
+    has_scales = first.dtype == torch.float8_e4m3fn
+    scales = [cache for cache in caches if has_scales and cache.dtype == torch.uint8 and cache.shape == scale_shape]
+    alike = sum(cache.shape == first.shape for cache in caches) + len(scales) == len(caches)
+    whole_vectors = _place_bytes(first) % most.vector_bytes == 0
+    if scales:
+        whole_vectors = whole_vectors and first.shape[1] % most.vector_bytes == 0
     return alike and whole_vectors and rows <= most.max_reorder_rows and len(caches) <= most.max_reorder_caches
 
 
