@@ -440,7 +440,8 @@ def tests_multi_gpu(session: nox.Session) -> None:
 def sanitize_hopper(session: nox.Session) -> None:
     """Run the operators' GPU tests under compute-sanitizer's memcheck, racecheck and synccheck."""
     env = gpu_environment(session, "Hopper", {"9"})
-    files = [f"tests/gpu/test_{name}.py" for name in ("operators", "step_operators", "decode_attention")]
+    names = ("operators", "step_operators", "decode_attention", "fp8_cache_operators")
+    files = [f"tests/gpu/test_{name}.py" for name in names]
     # The output of torch.compile is not our code, and its processes take minutes under the sanitizer.
     tests = ["-m", "pytest", *files, *[f"--deselect={file}::test_compiled_by_torch" for file in files]]
     for tool in ("memcheck", "racecheck", "synccheck"):

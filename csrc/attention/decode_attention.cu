@@ -24,15 +24,15 @@ namespace llama_te {
 
 namespace attention {
 
-template <ElementType kElement, int kHeadDim, int kHeadTiles>
+template <ElementType kElement, int kHeadDim, int kHeadTiles, bool kFp8>
 __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ Params params) {
-    using Shared = SharedStorage<kHeadDim, kHeadTiles>;
+    using Shared = SharedStorage<kHeadDim, kHeadTiles, kFp8>;
     extern __shared__ __align__(kStageAlignment) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
     const Arguments &a = params.a;
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
-    const float scale = a.scale * kLog2E;
+    const float scale = a.scale * kLog2E * (kFp8 ? kFactorOfSum : 1.0F);
     allow_next_kernel();  // if the next kernel need not wait itself, it finds room at once
 
     if (lane == 0) {
@@ -85,23 +85,26 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
         unsigned query[kHeadTiles][Shared::kSteps][2];
 #pragma unroll
         for (int t = 0; t < kHeadTiles; ++t) {
-            const char *const head = shared.heads[t * kColumns + lane / 4] + lane % 4 * 2 * kElementBytes;
 #pragma unroll
             for (int step = 0; step < Shared::kSteps; ++step) {
-                query[t][step][0] = *reinterpret_cast<const unsigned *>(head + step * 2 * kVectorBytes);
-                query[t][step][1] = *reinterpret_cast<const unsigned *>(head + step * 2 * kVectorBytes + kVectorBytes);
+                load_query<kFp8>(shared.heads[t * kColumns + lane / 4], step, query[t][step]);
             }
         }
 
-        Softmax<kElement, kHeadDim, kHeadTiles> softmax;
+        Softmax<kElement, kHeadDim, kHeadTiles, kFp8> softmax;
         for (int tile = item.first_tile + warp; tile < item.end_tile; tile += kWarps) {
             wait(ring.barrier(ring.state.stage), ring.state.phase);
             const int keys = item.start + 1 - tile * kTileKeys;
+            std::uint8_t *const scales = shared.scales_of(warp, ring.state.stage);
             if (keys <= kTileKeys) {
-                insert_new_token<kHeadDim>(shared, shared.stages[warp] + ring.state.stage * Shared::kStageBytes,
-                                           keys - 1);
+                char *const stage = shared.stages[warp] + ring.state.stage * Shared::kStageBytes;
+                if constexpr (kFp8) {
+                    insert_new_fp8_token<kHeadDim>(a, item, shared, stage, scales, keys - 1);
+                } else {
+                    insert_new_token<kHeadDim>(shared, stage, keys - 1);
+                }
             }
-            softmax.add_tile(ring.at(ring.state.stage), keys, scale, query);
+            softmax.add_tile(ring.at(ring.state.stage), scales, keys, scale, query);
             __syncwarp();
             producer.load_next(ring.state.stage);
             ring.advance();
@@ -113,9 +116,9 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 }
 
 // The tensor map of keys or values: one copy is a tile, 16 places of one head.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 CUtensorMap cache_map(const CacheMemory &cache, const Arguments &a) {
-    using T = Tile<kHeadDim>;
+    using T = Tile<kHeadDim, kFp8>;
     const cuuint64_t sizes[] = {T::kBoxVectors * kVectorElements, static_cast<cuuint64_t>(a.index.block_places),
                                 T::kBoxes, static_cast<cuuint64_t>(a.kv_heads),
                                 static_cast<cuuint64_t>(a.index.blocks)};
@@ -123,17 +126,18 @@ CUtensorMap cache_map(const CacheMemory &cache, const Arguments &a) {
                                   static_cast<cuuint64_t>(cache.head_stride),
                                   static_cast<cuuint64_t>(cache.block_stride)};
     const cuuint32_t box[] = {T::kBoxVectors * kVectorElements, kTileKeys, T::kBoxes, 1, 1};
-    constexpr CUtensorMapSwizzle kSwizzle = T::kBoxVectors == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
+    constexpr CUtensorMapSwizzle kSwizzle = !T::kIsSwizzled       ? CU_TENSOR_MAP_SWIZZLE_NONE
+                                            : T::kBoxVectors == 8 ? CU_TENSOR_MAP_SWIZZLE_128B
                                             : T::kBoxVectors == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                                                   : CU_TENSOR_MAP_SWIZZLE_32B;
     // TMA only copies, so any type of 2 bytes does.
     return make_tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, cache.data, sizes, strides, box, kSwizzle);
 }
 
-template <ElementType kElement, int kHeadDim, int kHeadTiles>
+template <ElementType kElement, int kHeadDim, int kHeadTiles, bool kFp8>
 void launch(const Arguments &a, int device, cudaStream_t stream) {
-    const auto kernel = decode_attention_kernel<kElement, kHeadDim, kHeadTiles>;
-    constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim, kHeadTiles>);
+    const auto kernel = decode_attention_kernel<kElement, kHeadDim, kHeadTiles, kFp8>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim, kHeadTiles, kFp8>);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "decode_attention");
     int blocks = 0;
@@ -143,28 +147,29 @@ void launch(const Arguments &a, int device, cudaStream_t stream) {
     const int items = a.rows * a.kv_heads * max_splits(a.index.capacity);
 
     const dim3 grid(items < blocks ? items : blocks);
-    const Params params = {a, cache_map<kHeadDim>(a.key, a), cache_map<kHeadDim>(a.value, a)};
+    const Params params = {a, cache_map<kHeadDim, kFp8>(a.key, a), cache_map<kHeadDim, kFp8>(a.value, a)};
     launch_overlapping(kernel, {grid, dim3(kThreads), kSharedBytes}, stream, "decode_attention", params);
 }
 
 }  // namespace attention
 
 void decode_attention_cuda(const DecodeAttentionArguments &arguments, int device, std::uintptr_t stream) {
-    if (arguments.is_fp8()) {
-        throw std::invalid_argument("decode_attention has no kernel for FP8 caches");
-    }
     const DeviceGuard guard(device);
     const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-    const auto launch = [&](auto element, auto head_dim) {
+    const auto launch = [&](auto element, auto head_dim, auto is_fp8) {
         if (arguments.group <= attention::kColumns) {
-            attention::launch<element.value, head_dim.value, 1>(arguments, device, cuda_stream);
+            attention::launch<element.value, head_dim.value, 1, is_fp8.value>(arguments, device, cuda_stream);
         } else {
-            attention::launch<element.value, head_dim.value, 2>(arguments, device, cuda_stream);
+            attention::launch<element.value, head_dim.value, 2, is_fp8.value>(arguments, device, cuda_stream);
         }
     };
-    dispatch("decode_attention", DecodeElements{}, arguments.element, [&](auto element) {
-        dispatch("decode_attention", DecodeHeadDims{}, arguments.head_dim,
-                 [&](auto head_dim) { launch(element, head_dim); });
+    dispatch("decode_attention", DecodeHeadDims{}, arguments.head_dim, [&](auto head_dim) {
+        if (arguments.is_fp8()) {
+            launch(std::integral_constant<ElementType, ElementType::kBFloat16>{}, head_dim, std::true_type{});
+            return;
+        }
+        dispatch("decode_attention", DecodeElements{}, arguments.element,
+                 [&](auto element) { launch(element, head_dim, std::false_type{}); });
     });
 }
 

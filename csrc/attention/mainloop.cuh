@@ -6,7 +6,8 @@
 
 #pragma once
 
-#include "include/mma.cuh"
+#include "fragments.cuh"
+#include "include/e4m3.h"
 #include "shared_storage.cuh"
 
 namespace llama_te::attention {
@@ -19,10 +20,12 @@ __device__ inline float power_of_two(float x) {
 }
 
 // The state of the online softmax. Scores are times log2(e). A thread has heads 2 (lane % 4) and the next of each head
-// tile, and dimensions lane / 4 and 8 more of each 16.
-template <ElementType kElement, int kHeadDim, int kHeadTiles>
+// tile, and dimensions lane / 4 and 8 more of each 16; with an FP8 cache dimensions 2 (lane / 4) and the next, and the sums
+// of values are times 2^-60.
+template <ElementType kElement, int kHeadDim, int kHeadTiles, bool kFp8>
 struct Softmax {
-    using Shared = SharedStorage<kHeadDim, kHeadTiles>;
+    using Shared = SharedStorage<kHeadDim, kHeadTiles, kFp8>;
+    static_assert(kElement == ElementType::kBFloat16 || !kFp8);
 
     float most[kHeadTiles][2];
     float sum[kHeadTiles][2];  // of this thread's keys
@@ -40,20 +43,27 @@ struct Softmax {
         }
     }
 
-    // Adds one tile, of which the first `keys` places count.
-    __device__ void add_tile(unsigned stage, int keys, float scale,
+    // Adds one tile, of which the first `keys` places count. `scales` are those of an FP8 tile.
+    __device__ void add_tile(unsigned stage, const std::uint8_t *scales, int keys, float scale,
                              const unsigned (&query)[kHeadTiles][Shared::kSteps][2]) {
         const int lane = threadIdx.x % kWarp;
         // Two sets of accumulators, so that a product need not wait for the one before it.
         float scores[kHeadTiles][2][4] = {};
-        const LaneRow<kHeadDim> key(stage, lane % 16, lane / 16);
-#pragma unroll
-        for (int step = 0; step < Shared::kSteps; ++step) {
-            unsigned keys_by_dims[4];
-            load_matrices(keys_by_dims, key.pair(step));
+        for_keys<kHeadDim, kFp8>(stage, [&](int step, const unsigned (&keys_by_dims)[4]) {
 #pragma unroll
             for (int t = 0; t < kHeadTiles; ++t) {
                 multiply_add<kElement>(scores[t][step % 2], keys_by_dims, query[t][step][0], query[t][step][1]);
+            }
+        });
+        // Of keys lane / 4 and 8 more. The sum of the weights takes them as they are: only what multiplies a value takes its
+        // scale, which is a power of two and so adds no rounding.
+        float key_scale[2];
+        float value_scale[2];
+        if constexpr (kFp8) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                key_scale[i] = __uint_as_float(bits_of_scale(scales[lane / 4 + i * 8]));
+                value_scale[i] = __uint_as_float(bits_of_scale(scales[kTileKeys + lane / 4 + i * 8])) * kFactorOfSum;
             }
         }
 
@@ -64,6 +74,9 @@ struct Softmax {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 score[i] = (scores[t][0][i] + scores[t][1][i]) * scale;
+                if constexpr (kFp8) {
+                    score[i] *= key_scale[i / 2];
+                }
                 if (keys < kTileKeys && lane / 4 + i / 2 * 8 >= keys) {
                     score[i] = -INFINITY;
                 }
@@ -73,21 +86,20 @@ struct Softmax {
             for (int i = 0; i < 4; ++i) {
                 score[i] = power_of_two(score[i] - most[t][i % 2]);
                 sum[t][i % 2] += score[i];
+                if constexpr (kFp8) {
+                    score[i] *= value_scale[i / 2];
+                }
             }
             weights[t][0] = transpose_matrix(Pair<kElement>::pack(score[0], score[1]));
             weights[t][1] = transpose_matrix(Pair<kElement>::pack(score[2], score[3]));
         }
 
-        const LaneRow<kHeadDim> value(stage + Shared::kTileBytes, lane % 8 + lane / 16 * 8, lane / 8 % 2);
-#pragma unroll
-        for (int step = 0; step < Shared::kSteps; ++step) {
-            unsigned dims_by_keys[4];
-            load_transposed_matrices(dims_by_keys, value.pair(step));
+        for_values<kHeadDim, kFp8>(stage + Shared::kTileBytes, [&](int step, const unsigned (&dims_by_keys)[4]) {
 #pragma unroll
             for (int t = 0; t < kHeadTiles; ++t) {
                 multiply_add<kElement>(output[t][step], dims_by_keys, weights[t][0], weights[t][1]);
             }
-        }
+        });
     }
 
     // Raises the maximum and rescales the sums. After a few tiles a new maximum is rare, so the warp first asks whether
@@ -136,9 +148,14 @@ struct Softmax {
                 }
 #pragma unroll
                 for (int step = 0; step < Shared::kSteps; ++step) {
-                    float *const to = result + head * Shared::kResultFloats + step * 16 + lane / 4;
-                    to[0] = output[t][step][i];
-                    to[8] = output[t][step][i + 2];
+                    float *const to = result + head * Shared::kResultFloats + step * 16;
+                    if constexpr (kFp8) {
+                        *reinterpret_cast<float2 *>(to + lane / 4 * 2) =
+                            make_float2(output[t][step][i] * kFactorOfSum, output[t][step][i + 2] * kFactorOfSum);
+                    } else {
+                        to[lane / 4] = output[t][step][i];
+                        to[lane / 4 + 8] = output[t][step][i + 2];
+                    }
                 }
             }
         }

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include "include/e4m3.cuh"
+#include "include/e4m3.h"
 #include "include/rope.cuh"
 #include "scheduler.cuh"
 
@@ -12,10 +14,13 @@ template <typename Shared>
 struct Ring {
     unsigned stages;
     unsigned full;
+    unsigned scales;
     PipelineState state;
 
-    __device__ Ring(const Shared &shared, int warp)
-        : stages(shared_address(shared.stages[warp])), full(shared_address(shared.full[warp])) {}
+    __device__ Ring(Shared &shared, int warp)
+        : stages(shared_address(shared.stages[warp])),
+          full(shared_address(shared.full[warp])),
+          scales(shared_address(shared.scales_of(warp, 0))) {}
 
     __device__ unsigned at(int i) const {
         return stages + i * Shared::kStageBytes;
@@ -57,15 +62,25 @@ struct Producer {
         if (threadIdx.x % kWarp == 0) {
             const unsigned barrier = ring.barrier(stage);
             if (block >= 0) {
-                arrive_and_expect(barrier, Shared::kStageBytes);
+                arrive_and_expect(barrier, Shared::kStageBytes + Shared::kScaleBytes);
                 tma_load_5d(ring.at(stage), params.keys, block, place, item.kv_head, barrier);
                 tma_load_5d(ring.at(stage) + Shared::kTileBytes, params.values, block, place, item.kv_head, barrier);
+                if constexpr (Shared::kIsFp8) {
+                    const unsigned to = ring.scales + stage * Shared::kScaleBytes;
+                    load_scales(to, params.a.key_scale, block, place, barrier);
+                    load_scales(to + kTileKeys, params.a.value_scale, block, place, barrier);
+                }
             } else {
                 arrive(barrier);
             }
         }
         tile += kWarps;
         turn = (turn + 1) % kWarp;
+    }
+
+    __device__ void load_scales(unsigned to, const CacheScales &scales, int block, int place, unsigned barrier) {
+        const auto *const from = reinterpret_cast<const char *>(scales.at(block, item.kv_head, place));
+        tma_load_bulk(to, from, kTileKeys, barrier);
     }
 
     __device__ void look_up() {
@@ -79,7 +94,7 @@ struct Producer {
 };
 
 // Rotates the item's queries into shared memory. With the last split of a row it also rotates the new key, and writes the
-// new key and value to the cache. All threads of the block call it.
+// new key and value to the cache, but for an FP8 cache: see insert_new_fp8_token. All threads of the block call it.
 template <ElementType kElement, typename Shared>
 __device__ void append_new_token(const Arguments &a, const WorkItem &item, Shared &shared) {
     constexpr int kFloatBytes = kVectorElements * static_cast<int>(sizeof(float));
@@ -106,7 +121,7 @@ __device__ void append_new_token(const Arguments &a, const WorkItem &item, Share
         char *to = shared.heads[is_query ? head : Shared::kNewKey + head - a.group] + vector * kVectorBytes;
         *reinterpret_cast<uint4 *>(to) = first;
         *reinterpret_cast<uint4 *>(to + kHalfBytes) = second;
-        if (is_query) {
+        if (is_query || Shared::kIsFp8) {
             continue;
         }
         if (item.new_block >= 0) {
@@ -123,16 +138,60 @@ __device__ void append_new_token(const Arguments &a, const WorkItem &item, Share
 // lies there might be NaN. All threads of a warp call it.
 template <int kHeadDim, typename Shared>
 __device__ void insert_new_token(Shared &shared, char *stage, int place) {
+    using T = Tile<kHeadDim, false>;
     constexpr int kVectors = Shared::kHeadVectors;
     const int lane = threadIdx.x % kWarp;
     char *const values = stage + Shared::kTileBytes;
     for (int i = lane; i < 2 * kVectors; i += kWarp) {
-        char *const to = (i < kVectors ? stage : values) + Tile<kHeadDim>::offset(place, i % kVectors);
+        char *const to = (i < kVectors ? stage : values) + T::offset(place, i % kVectors);
         *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(
             shared.heads[Shared::kNewKey + i / kVectors] + i % kVectors * kVectorBytes);
     }
     for (int i = (place + 1) * kVectors + lane; i < kTileKeys * kVectors; i += kWarp) {
-        *reinterpret_cast<uint4 *>(values + Tile<kHeadDim>::offset(i / kVectors, i % kVectors)) = make_uint4(0, 0, 0, 0);
+        *reinterpret_cast<uint4 *>(values + T::offset(i / kVectors, i % kVectors)) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+}
+
+// The same for an FP8 cache: rounds the new key and value, and writes them to the tile and to the cache, so that this step
+// sees them as later ones do. All bytes behind the value are numbers, but the scales of a NaN there must not stay. All
+// threads of the warp that has the row's last tile call it.
+template <int kHeadDim, typename Shared>
+__device__ void insert_new_fp8_token(const Arguments &a, const WorkItem &item, Shared &shared, char *stage,
+                                     std::uint8_t *stage_scales, int place) {
+    constexpr int kWords = kHeadDim / 4;  // of 4 numbers
+    static_assert(kWords <= kWarp);
+    const int lane = threadIdx.x % kWarp;
+    const int block_place = place_in_block(a.index, item.start);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {  // the key, the value
+        uint2 four = make_uint2(0, 0);
+        if (lane < kWords) {
+            four = *reinterpret_cast<const uint2 *>(shared.heads[Shared::kNewKey + i] + lane * 4 * kElementBytes);
+        }
+        const unsigned greatest = max(greatest_bits_of(four.x), greatest_bits_of(four.y));
+        const unsigned scale = scale_of_greatest(__reduce_max_sync(kWholeWarp, greatest));
+        const float inverse = __uint_as_float(bits_of_inverse_scale(scale));
+        const unsigned word = quantized_pair(four.x, inverse) | quantized_pair(four.y, inverse) << 16;
+        if (lane < kWords) {
+            const int offset = Tile<kHeadDim, true>::offset(place, lane / 4) + lane % 4 * 4;
+            *reinterpret_cast<unsigned *>(stage + i * Shared::kTileBytes + offset) = word;
+        }
+        if (lane >= place && lane < kTileKeys) {
+            stage_scales[i * kTileKeys + lane] = static_cast<std::uint8_t>(lane == place ? scale : kScaleOfOne);
+        }
+        if (item.new_block < 0) {
+            continue;
+        }
+        const CacheMemory &cache = i == 0 ? a.key : a.value;
+        const CacheScales &scales = i == 0 ? a.key_scale : a.value_scale;
+        if (lane < kWords) {
+            char *const to = cache.at(item.new_block, block_place) + item.kv_head * cache.head_stride + lane * 4;
+            *reinterpret_cast<unsigned *>(to) = word;
+        }
+        if (lane == 0) {
+            *scales.at(item.new_block, item.kv_head, block_place) = static_cast<std::uint8_t>(scale);
+        }
     }
     __syncwarp();
 }

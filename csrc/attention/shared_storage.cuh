@@ -38,18 +38,21 @@ struct Split {
 
 // A tile of keys or values: boxes one behind the other, each 16 rows of as many vectors of a head as TMA can swizzle, 8,
 // 4 or 2. The swizzle exchanges the vectors of a row, so that the vectors of one column of 8 rows lie in different banks.
-template <int kHeadDim>
+// They do without a swizzle where a head has an odd number of vectors, and then a row of the box is the whole head.
+template <int kHeadDim, bool kFp8>
 struct Tile {
-    static constexpr int kVectors = kHeadDim / kVectorElements;
-    static constexpr int kBoxVectors = kVectors % 8 == 0 ? 8 : kVectors % 4 == 0 ? 4 : 2;
+    static constexpr int kVectors = kHeadDim * (kFp8 ? 1 : kElementBytes) / kVectorBytes;
+    static constexpr bool kIsSwizzled = kVectors % 2 == 0;
+    static constexpr int kBoxVectors = kVectors % 8 == 0 ? 8 : kVectors % 4 == 0 ? 4 : kIsSwizzled ? 2 : kVectors;
     static constexpr int kBoxes = kVectors / kBoxVectors;
     static constexpr int kRowBytes = kBoxVectors * kVectorBytes;
     static constexpr int kBoxBytes = kTileKeys * kRowBytes;
     static constexpr int kBytes = kBoxes * kBoxBytes;
-    static_assert(kVectors % 2 == 0);
+    // TMA wants boxes at multiples of 128 bytes, and the swizzle follows from the address: it repeats after 8 rows.
+    static_assert(kBytes % (kIsSwizzled ? 8 * kRowBytes : 128) == 0);
 
     static __device__ int swizzle_of(int row) {
-        return row * kBoxVectors / 8 % kBoxVectors;
+        return kIsSwizzled ? row * kBoxVectors / 8 % kBoxVectors : 0;
     }
     static __device__ int offset(int row, int vector) {
         return vector / kBoxVectors * kBoxBytes + row * kRowBytes +
@@ -58,9 +61,9 @@ struct Tile {
 };
 
 // The addresses that a lane reads of a tile: the even or the odd vectors of one row. Most of `offset` is computed once.
-template <int kHeadDim>
+template <int kHeadDim, bool kFp8>
 struct LaneRow {
-    using T = Tile<kHeadDim>;
+    using T = Tile<kHeadDim, kFp8>;
     unsigned row;
     unsigned swizzle;
 
@@ -75,19 +78,20 @@ struct LaneRow {
 
 constexpr int kStageAlignment = 1024;  // which TMA's swizzle needs
 
-template <int kHeadDim, int kHeadTiles>
+template <int kHeadDim, int kHeadTiles, bool kFp8>
 struct alignas(kStageAlignment) SharedStorage {
+    static constexpr bool kIsFp8 = kFp8;
     static constexpr int kHeadVectors = kHeadDim / kVectorElements;
     static constexpr int kHalfVectors = kHeadVectors / 2;
     static constexpr int kSteps = kHeadDim / 16;  // fragments of a head
     // An odd number of vectors, so that 8 heads' vectors of one column lie in different banks.
     static constexpr int kHeadBytes = (kHeadVectors | 1) * kVectorBytes;
-    static constexpr int kTileBytes = Tile<kHeadDim>::kBytes;
+    static constexpr int kTileBytes = Tile<kHeadDim, kFp8>::kBytes;
     static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
+    static constexpr int kScaleBytes = kFp8 ? 2 * kTileKeys : 0;  // of a stage: the keys' scales, then the values'
     // Three blocks fit on a multiprocessor, which then has 100 KB and more on their way.
-    static constexpr int kStages = kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2;
+    static constexpr int kStages = (kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2) * (kFp8 ? 2 : 1);
     static constexpr int kRingBytes = kStages * kStageBytes;
-    static_assert(kStageBytes % kStageAlignment == 0);
 
     // A warp's result lies over its stages. The 8 rows of a fragment and 4 pairs of heads, as threads write them, lie in
     // different banks.
@@ -108,6 +112,12 @@ struct alignas(kStageAlignment) SharedStorage {
     int splits_of_warps[kWarps];
     Split split;
     bool is_last;
+    // Of a cache without scales this is one byte, which costs nothing.
+    alignas(kFp8 ? kVectorBytes : 1) std::uint8_t scales[kFp8 ? kWarps * kStages * kScaleBytes : 1];
+
+    __device__ std::uint8_t *scales_of(int warp, int stage) {
+        return scales + (warp * kStages + stage) * kScaleBytes;
+    }
 };
 
 }  // namespace llama_te::attention

@@ -4,9 +4,14 @@
 // a head that rotate into each other, elements [8 j, 8 j + 8) of both halves (of 2-byte elements), so threads exchange
 // nothing. With enough tokens to fill the GPU a thread takes 4 heads of one token: all their loads are in flight before
 // the first is used, and it loads the cosines and sines, twice a vector's bytes, once for all of them.
+//
+// For an FP8 cache the threads of a head need its greatest number. So a head has a power of two of lanes, of which some hold
+// nothing where the head's vectors are no power of two, and no head lies in two warps.
 
 #include "append_rope.h"
 
+#include "include/e4m3.cuh"
+#include "include/e4m3.h"
 #include "include/launch.cuh"
 #include "include/rope.cuh"
 #include "include/warp.cuh"
@@ -40,9 +45,14 @@ struct Shape {
     Divisor heads_of_group;  // query heads, key and value
     int heads_of_block;
     int head_step;  // from one head of a thread to its next
+    Divisor lanes;  // of a head
 
-    Shape(int vectors_, int heads_of_group_, int heads_of_block_, int head_step_)
-        : vectors(vectors_), heads_of_group(heads_of_group_), heads_of_block(heads_of_block_), head_step(head_step_) {}
+    Shape(int vectors_, int heads_of_group_, int heads_of_block_, int head_step_, int lanes_)
+        : vectors(vectors_),
+          heads_of_group(heads_of_group_),
+          heads_of_block(heads_of_block_),
+          head_step(head_step_),
+          lanes(lanes_) {}
 };
 
 struct TokenPlace {
@@ -88,15 +98,41 @@ __device__ TokenPlace find_padded(const AppendArguments &a, int token) {
     return column < end - begin ? TokenPlace{row, start + column} : TokenPlace{-1, 0};
 }
 
-// threadIdx.x goes over the vectors of one token, rounded up to whole warps, and threadIdx.y over the block's tokens.
+// Rounds a key or value to FP8, and writes it to `to` and its scale to `scale`. All lanes of the head call it; those behind
+// its last vector hold nothing.
+__device__ void append_fp8(const uint4 (&held)[2], bool holds, const Shape &shape, int vector, char *to,
+                           std::uint8_t *scale) {
+    constexpr int kBytes = kPackedElements;  // of a vector in FP8
+    const int lanes = static_cast<int>(shape.lanes.value);
+    const unsigned first_lane = threadIdx.x % kWarp & ~(shape.lanes.value - 1);
+    const unsigned lanes_of_head = ((1U << lanes) - 1) << first_lane;
+    unsigned greatest = holds ? max(greatest_bits_of(held[0]), greatest_bits_of(held[1])) : 0;
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        greatest = max(greatest, __shfl_xor_sync(lanes_of_head, greatest, distance));
+    }
+    const unsigned chosen = scale_of_greatest(greatest);
+    const float inverse = __uint_as_float(bits_of_inverse_scale(chosen));
+    if (holds) {
+        to += vector * kBytes;
+        *reinterpret_cast<uint2 *>(to) = quantized(held[0], inverse);
+        *reinterpret_cast<uint2 *>(to + shape.vectors.value * kBytes) = quantized(held[1], inverse);
+    }
+    if (vector == 0) {
+        *scale = static_cast<std::uint8_t>(chosen);
+    }
+}
+
+// threadIdx.x goes over the lanes of one token, rounded up to whole warps, and threadIdx.y over the block's tokens.
 // blockIdx.x goes over tokens, and blockIdx.y over heads where one block does not take all of them.
-template <ElementType kElement, int kHeads>
+template <ElementType kElement, bool kFp8, int kHeads>
 __global__ void __launch_bounds__(kPromptThreads)
     append_rope_kernel(const __grid_constant__ AppendArguments a, const __grid_constant__ Shape shape) {
     constexpr int kElements = Vector<kElement>::kElements;
     const int token = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);
-    const int head_of_block = shape.vectors.divide(threadIdx.x);
-    const int vector_bytes_in = (threadIdx.x - head_of_block * static_cast<int>(shape.vectors.value)) * kVectorBytes;
+    const Divisor &lanes = kFp8 ? shape.lanes : shape.vectors;
+    const int head_of_block = lanes.divide(threadIdx.x);
+    const int vector = threadIdx.x - head_of_block * static_cast<int>(lanes.value);
+    const int vector_bytes_in = vector * kVectorBytes;
     const int half_bytes = static_cast<int>(shape.vectors.value) * kVectorBytes;
     const int head_bytes = 2 * half_bytes;
     const int first_head = blockIdx.y * shape.heads_of_block + head_of_block;
@@ -107,6 +143,7 @@ __global__ void __launch_bounds__(kPromptThreads)
         return;  // a whole warp: its threads share the token
     }
     const bool active = head_of_block < shape.head_step;
+    const bool holds = active && (!kFp8 || vector < static_cast<int>(shape.vectors.value));
 
     uint4 held[kHeads][2];
     const auto load = [&] {
@@ -114,7 +151,7 @@ __global__ void __launch_bounds__(kPromptThreads)
 #pragma unroll
         for (int i = 0; i < kHeads; ++i) {
             const int head = first_head + i * shape.head_step;
-            if (active && head < end_head) {
+            if (holds && head < end_head) {
                 const char *head_from = from + head * head_bytes;
                 held[i][0] = __ldcs(reinterpret_cast<const uint4 *>(head_from));
                 held[i][1] = __ldcs(reinterpret_cast<const uint4 *>(head_from + half_bytes));
@@ -143,7 +180,7 @@ __global__ void __launch_bounds__(kPromptThreads)
 
     float cosine[kElements];
     float sine[kElements];
-    if (exists) {
+    if (exists && holds) {
         const char *row = a.cos_sin + place.position * a.cos_sin_stride;
         constexpr int kFloatBytes = kElements * static_cast<int>(sizeof(float));
         const char *from = row + vector_bytes_in / kVectorBytes * kFloatBytes;
@@ -160,6 +197,22 @@ __global__ void __launch_bounds__(kPromptThreads)
         }
         const int kv_head = shape.heads_of_group.divide(head);
         const int head_of_group = head - kv_head * static_cast<int>(shape.heads_of_group.value);
+        if constexpr (kFp8) {
+            if (exists && head_of_group >= a.group) {
+                const bool is_key = head_of_group == a.group;
+                if (is_key && holds) {
+                    rotate<kElement>(held[i][0], held[i][1], cosine, sine);
+                }
+                const CacheScales &scales = is_key ? a.key_scale : a.value_scale;
+                char *const head_of_cache =
+                    is_key ? key + kv_head * a.key.head_stride : value + kv_head * a.value.head_stride;
+                append_fp8(held[i], holds, shape, vector, head_of_cache, scales.at(block, kv_head, block_place));
+                continue;
+            }
+            if (!holds) {
+                continue;
+            }
+        }
         char *to = a.query_head(token, kv_head, head_of_group);
         if (!exists) {
             if (head_of_group >= a.group) {
@@ -181,45 +234,52 @@ __global__ void __launch_bounds__(kPromptThreads)
     }
 }
 
-template <ElementType kElement, int kHeads>
+template <ElementType kElement, bool kFp8, int kHeads>
 void launch(const AppendArguments &a, int vectors, int most_threads, cudaStream_t stream) {
+    int lanes = vectors;
+    if (kFp8) {
+        for (lanes = 1; lanes < vectors;) {
+            lanes *= 2;
+        }
+    }
     const int heads_of_block = [&] {
-        const int most = most_threads / vectors * kHeads;
+        const int most = most_threads / lanes * kHeads;
         return a.heads() < most ? a.heads() : most;
     }();
     const int head_step = divide_up(heads_of_block, kHeads);
-    const int threads = round_up(head_step * vectors, kWarp);
+    const int threads = round_up(head_step * lanes, kWarp);
     const int tokens = kHeads == 1 ? 1 : most_threads / threads;
-    const Shape shape(vectors, a.group + 2, heads_of_block, head_step);
+    const Shape shape(vectors, a.group + 2, heads_of_block, head_step, lanes);
 
     const dim3 grid(static_cast<unsigned>(divide_up<std::int64_t>(a.tokens, tokens)),
                     divide_up(a.heads(), heads_of_block));
-    launch_overlapping(append_rope_kernel<kElement, kHeads>, {grid, dim3(threads, tokens)}, stream, "append_rope", a,
+    launch_overlapping(append_rope_kernel<kElement, kFp8, kHeads>, {grid, dim3(threads, tokens)}, stream, "append_rope", a,
                        shape);
 }
 
-template <ElementType kElement>
+template <ElementType kElement, bool kFp8>
 void choose_heads(const AppendArguments &a, int device, cudaStream_t stream) {
     const int vectors = a.head_bytes() / 2 / kVectorBytes;
     const std::int64_t pairs = a.tokens * a.heads() * vectors;
     // While the GPU holds all pairs of vectors at once, one to a thread, more work per thread only takes longer.
     if (pairs <= static_cast<std::int64_t>(multiprocessors(device)) * 1024) {
-        launch<kElement, 1>(a, vectors, kStepThreads, stream);
+        launch<kElement, kFp8, 1>(a, vectors, kStepThreads, stream);
     } else {
-        launch<kElement, kPromptHeads>(a, vectors, kPromptThreads, stream);
+        launch<kElement, kFp8, kPromptHeads>(a, vectors, kPromptThreads, stream);
     }
 }
 
 }  // namespace
 
 void append_rope_cuda(const AppendArguments &arguments, int device, std::uintptr_t stream) {
-    if (arguments.is_fp8()) {
-        throw std::invalid_argument("append_rope has no kernel for FP8 caches");
-    }
     const DeviceGuard guard(device);
-    dispatch("append_rope", Elements{}, arguments.element, [&](auto element) {
-        choose_heads<element.value>(arguments, device, reinterpret_cast<cudaStream_t>(stream));
-    });
+    const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
+    if (arguments.is_fp8()) {
+        choose_heads<ElementType::kBFloat16, true>(arguments, device, cuda_stream);
+        return;
+    }
+    dispatch("append_rope", Elements{}, arguments.element,
+             [&](auto element) { choose_heads<element.value, false>(arguments, device, cuda_stream); });
 }
 
 }  // namespace llama_te

@@ -10,28 +10,27 @@ namespace llama_te {
 
 constexpr int kPackedElements = Vector<ElementType::kBFloat16>::kElements;
 
-// Multiplies 8 numbers by `inverse` and rounds them to e4m3. NaN stays NaN.
-__device__ inline uint2 quantized(const uint4 &vector, float inverse) {
-    float values[kPackedElements];
-    Vector<ElementType::kBFloat16>::unpack(vector, values);
-    unsigned pairs[kPackedElements / 2];
-#pragma unroll
-    for (int i = 0; i < kPackedElements / 2; ++i) {
-        const float2 pair = make_float2(values[2 * i] * inverse, values[2 * i + 1] * inverse);
-        pairs[i] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-    }
-    return make_uint2(pairs[0] | pairs[1] << 16, pairs[2] | pairs[3] << 16);
+// Multiplies two numbers by `inverse` and rounds them to e4m3. NaN stays NaN.
+__device__ inline unsigned quantized_pair(unsigned packed, float inverse) {
+    const float2 pair = Pair<ElementType::kBFloat16>::unpack(packed);
+    return __nv_cvt_float2_to_fp8x2(make_float2(pair.x * inverse, pair.y * inverse), __NV_SATFINITE, __NV_E4M3);
 }
 
-// The bits of the greatest magnitude of 8 numbers, as float32. Infinity, and then NaN, are above all numbers.
+// The same for 8 numbers.
+__device__ inline uint2 quantized(const uint4 &vector, float inverse) {
+    return make_uint2(quantized_pair(vector.x, inverse) | quantized_pair(vector.y, inverse) << 16,
+                      quantized_pair(vector.z, inverse) | quantized_pair(vector.w, inverse) << 16);
+}
+
+// The bits of the greatest magnitude of two numbers, as float32. Infinity, and then NaN, are above all numbers.
+__device__ inline unsigned greatest_bits_of(unsigned pair) {
+    return max(pair << 16 & 0x7fff0000U, pair & 0x7fff0000U);
+}
+
+// The same for 8 numbers.
 __device__ inline unsigned greatest_bits_of(const uint4 &vector) {
-    const unsigned words[4] = {vector.x, vector.y, vector.z, vector.w};
-    unsigned greatest = 0;
-#pragma unroll
-    for (const unsigned word : words) {
-        greatest = max(greatest, max(word << 16 & 0x7fff0000U, word & 0x7fff0000U));
-    }
-    return greatest;
+    return max(max(greatest_bits_of(vector.x), greatest_bits_of(vector.y)),
+               max(greatest_bits_of(vector.z), greatest_bits_of(vector.w)));
 }
 
 // Expands four e4m3 to two pairs of bfloat16, of bytes 0 and 2 and of bytes 1 and 3. The exponent, 4 bits with a bias of
