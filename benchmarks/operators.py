@@ -10,6 +10,7 @@ Sizes are those of Llama 3 8B: 8 key/value heads of 128 with 4 query heads each,
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -23,6 +24,7 @@ import torch
 from limits import copy_bandwidth
 from llama_te_infer.ops.append_rope import append_rope
 from llama_te_infer.ops.reorder import reorder_pages, reorder_rows
+from llama_te_infer.ops.widen_pages import widen_pages
 from timing import milliseconds
 
 KV_HEADS, GROUP, HEAD_DIM, LAYERS = 8, 4, 128, 32
@@ -261,6 +263,26 @@ def page_figures() -> list[Figure]:
     return figures
 
 
+# --- FP8 caches -------------------------------------------------------------------------------------------------------
+
+
+def widen_figures() -> list[Figure]:
+    """Time the keys or values of one layer."""
+    figures = []
+    for rows, tokens, page_size in ((1, 8192, 64), (1, 32768, 64), (32, 1024, 64), (32, 1024, 16)):
+        pages = rows * tokens // page_size
+        source = random(pages, page_size, KV_HEADS, HEAD_DIM).to(torch.float8_e4m3fn)
+        scale = torch.full((pages, KV_HEADS, page_size), 127, dtype=torch.uint8, device="cuda")
+        table = torch.randperm(pages, device="cuda").int().view(rows, -1)
+        target = torch.empty(source.shape, dtype=DTYPE, device="cuda")
+        length = int32([tokens] * rows)
+
+        time = microseconds([functools.partial(widen_pages, source, scale, table, length, target)])
+        megabytes = (source.nbytes + scale.nbytes + target.nbytes) / 1e6
+        figures.append(Figure(f"widen, {rows} x {tokens} tokens, pages of {page_size}", time, megabytes))
+    return figures
+
+
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +324,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
-    report(lambda: append_figures() + row_figures() + page_figures(), arguments.json)
+    report(lambda: append_figures() + row_figures() + page_figures() + widen_figures(), arguments.json)
 
 
 if __name__ == "__main__":
