@@ -1,13 +1,15 @@
 // Pages of an FP8 cache as bfloat16, on the GPU.
 //
-// A thread takes 16 bytes of a head, which become 32. Blocks take chunks of pages, some vectors for each thread, whose
-// loads are all in flight before the first is used. The host does not know the rows' lengths, so a fixed number of blocks
-// shares the chunks of the pages that rows use, and passes over the others row by row.
+// A thread turns 8 bytes of a head into a vector of 16, so that a warp's stores have no gaps: most bytes are written. Blocks
+// take chunks of pages, some vectors for each thread, whose loads are all in flight before the first is used. The host does
+// not know the rows' lengths, so a fixed number of blocks shares the chunks of the pages that rows use, and passes over the
+// others row by row.
 
 #include "widen_pages.h"
 
 #include <cuda_fp8.h>
 
+#include "include/e4m3.cuh"
 #include "include/e4m3.h"
 #include "include/launch.cuh"
 #include "include/vector.cuh"
@@ -17,7 +19,7 @@ namespace llama_te {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 4;  // of a thread
+constexpr int kVectors = 4;  // of a thread, of the target
 constexpr int kChunk = kThreads * kVectors;
 constexpr int kBlocksOfMultiprocessor = 8;
 
@@ -27,15 +29,15 @@ __device__ unsigned widen_pair(unsigned pair, float factor) {
     return Pair<ElementType::kBFloat16>::pack(values.x * factor, values.y * factor);
 }
 
-__device__ uint4 widen_eight(unsigned low, unsigned high, float factor) {
-    return make_uint4(widen_pair(low & 0xffffU, factor), widen_pair(low >> 16, factor),
-                      widen_pair(high & 0xffffU, factor), widen_pair(high >> 16, factor));
+__device__ uint4 widen_eight(uint2 eight, float factor) {
+    return make_uint4(widen_pair(eight.x & 0xffffU, factor), widen_pair(eight.x >> 16, factor),
+                      widen_pair(eight.y & 0xffffU, factor), widen_pair(eight.y >> 16, factor));
 }
 
 __device__ void widen_chunk(const WidenPagesArguments &a, std::int32_t block, int first_vector, int page_vectors,
                             uint4 *page) {
-    const int head_vectors = a.head_dim / kVectorBytes;
-    uint4 held[kVectors];
+    const int head_vectors = a.head_dim / kPackedElements;
+    uint2 held[kVectors];
     unsigned scales[kVectors];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -45,8 +47,8 @@ __device__ void widen_chunk(const WidenPagesArguments &a, std::int32_t block, in
             const int place = head / a.kv_heads;
             const int kv_head = head - place * a.kv_heads;
             const char *const from = a.source.at(block, place) + kv_head * a.source.head_stride +
-                                     (vector - head * head_vectors) * kVectorBytes;
-            held[i] = __ldcs(reinterpret_cast<const uint4 *>(from));
+                                     (vector - head * head_vectors) * kPackedElements;
+            held[i] = __ldcs(reinterpret_cast<const uint2 *>(from));
             scales[i] = __ldg(a.scale.at(block, kv_head, place));
         }
     }
@@ -54,9 +56,7 @@ __device__ void widen_chunk(const WidenPagesArguments &a, std::int32_t block, in
     for (int i = 0; i < kVectors; ++i) {
         const int vector = first_vector + i * kThreads;
         if (vector < page_vectors) {
-            const float factor = __uint_as_float(bits_of_scale(scales[i]));
-            page[2 * vector] = widen_eight(held[i].x, held[i].y, factor);
-            page[2 * vector + 1] = widen_eight(held[i].z, held[i].w, factor);
+            page[vector] = widen_eight(held[i], __uint_as_float(bits_of_scale(scales[i])));
         }
     }
 }
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) widen_pages_kernel(const __grid_cons
     // The next kernel starts only after this wait, so it finds everything before this kernel in memory.
     wait_for_previous_kernel();
     allow_next_kernel();
-    const int page_vectors = static_cast<int>(a.page_elements() / kVectorBytes);
+    const int page_vectors = static_cast<int>(a.page_elements() / kPackedElements);
     const int page_chunks = divide_up(page_vectors, kChunk);
     const std::int64_t row_chunks = static_cast<std::int64_t>(a.pages_per_row) * page_chunks;
     // Chunks are numbered row after row.
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) widen_pages_kernel(const __grid_cons
 
 void widen_pages_cuda(const WidenPagesArguments &arguments, int device, std::uintptr_t stream) {
     const DeviceGuard guard(device);
-    const std::int64_t page_vectors = arguments.page_elements() / kVectorBytes;
+    const std::int64_t page_vectors = arguments.page_elements() / kPackedElements;
     if (page_vectors > 0x7fffffff - kChunk) {  // the kernel counts a page's vectors in 32 bits
         throw std::invalid_argument("source has pages of " + std::to_string(arguments.page_elements()) +
                                     " bytes, too many");

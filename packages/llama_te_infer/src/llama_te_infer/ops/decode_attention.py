@@ -82,7 +82,7 @@ def takes_decode_attention(dtype: torch.dtype, group: int, head_dim: int, page_s
     """Whether the GPU's kernel takes these heads and pages.
 
     Args:
-        dtype: The dtype of the heads and the caches.
+        dtype: The dtype of the heads, and of the caches unless these are FP8, which bfloat16 heads allow.
         group: G.
         head_dim: D.
         page_size: Places of a page, None for a contiguous cache.
