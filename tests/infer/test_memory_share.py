@@ -23,8 +23,8 @@ def model(tiny_llama: Callable[..., PreTrainedModel], monkeypatch: pytest.Monkey
 def test_weights_and_cache_take_the_share(model: Any) -> None:
     engine = Engine(model, page_size=4, max_batch_size=10_000, gpu_memory_utilization=0.5)
     pages = engine.scheduler.blocks.pool.total_num_pages
-    weights = model.get_memory_footprint()
-    assert limits.cache_bytes(model, 4, pages) <= 4 * weights < limits.cache_bytes(model, 4, pages + 1)
+    page_bytes = engine.cache_bytes // (pages + 1)  # one page serves rows without a text
+    assert pages * page_bytes <= 4 * model.get_memory_footprint() < (pages + 1) * page_bytes
 
 
 def test_no_more_pages_than_all_rows_need(model: Any) -> None:

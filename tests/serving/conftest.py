@@ -143,15 +143,15 @@ class RunningCommand:
 
 
 @contextmanager
-def running_command(folder: Path, *options: str) -> Iterator[RunningCommand]:
-    """Run `llama-te-serve` on a free port."""
+def running_command(folder: Path, *options: str, pages: str = "256 pages of 8 tokens") -> Iterator[RunningCommand]:
+    """Run `llama-te-serve` on a free port; it must say that it has these pages."""
     command = [sys.executable, "-m", "llama_te_infer.serve", str(folder), "--port", "0"]
     command += ["--served-model-name", "tiny", "alias", "--max-batch-size", "4", "--page-size", "8", *options]
     popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert popen.stdout is not None
         line = popen.stdout.readline()
-        sizes = r"4 sequences of up to 512 tokens on cpu; weights 0\.00 GiB, cache 0\.00 GiB \(256 pages of 8 tokens\)"
+        sizes = rf"4 sequences of up to 512 tokens on cpu; weights 0\.00 GiB, cache 0\.00 GiB \({pages}\)"
         found = re.fullmatch(rf"Ready after [\d.]+ s: tiny at (http://127.0.0.1:\d+), {sizes}\n", line)
         assert found, line + (popen.stderr.read() if popen.stderr and popen.poll() is not None else "")
         yield RunningCommand(popen, found[1])

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from llama_te_infer import Engine, SamplingParams
 from llama_te_infer.serve.command import main, make_parser
 from serving.conftest import RunningCommand, children_of, running_command
 
@@ -65,6 +66,7 @@ def test_a_signal_lets_running_requests_finish_and_refuses_new_ones(process: Run
         (["FOLDER", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000 cannot be used"),
         (["FOLDER", "--chat-template", "./nothing.jinja"], "nothing.jinja"),
         (["FOLDER", "--max-sequence-length", "10000"], "max_sequence_length=10000"),
+        (["FOLDER", "--kv-cache-dtype", "bfloat16"], "kv_cache_dtype='bfloat16', but the layers compute in float32"),
         (["FOLDER/config.json"], "no .gguf file"),
     ],
 )
@@ -77,9 +79,33 @@ def test_wrong_arguments_give_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["m", "--max-batch-size", "0"], ["m", "--drain-timeout", "-1"], ["m", "--x"]]
+    "arguments",
+    [
+        [],
+        ["m", "--max-batch-size", "0"],
+        ["m", "--drain-timeout", "-1"],
+        ["m", "--x"],
+        ["m", "--kv-cache-dtype", "fp8_e5m2"],
+    ],
 )
 def test_wrong_options(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         make_parser().parse_args(arguments)
     assert "usage: llama-te-serve" in capsys.readouterr().err
+
+
+def test_an_fp8_cache(folder: Path, make_engine: Callable[..., Engine]) -> None:
+    prompt, params = list(range(3, 40)), SamplingParams(max_tokens=20, temperature=0, logprobs=0)
+    (expected,) = make_engine(kv_cache_dtype="fp8").generate([prompt], params)
+    body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, "logprobs": 0, "return_token_ids": True}
+    with running_command(folder, "--kv-cache-dtype", "fp8", pages="256 pages of 8 tokens, fp8") as running:
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, timeout=60)
+        metrics = httpx.get(f"{running.url}/metrics").text
+    (choice,), (completion,) = answer.json()["choices"], expected.outputs
+    assert choice["token_ids"] == completion.token_ids
+    logprobs = [step.logprob for step in completion.logprobs]
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-6)
+    (other,) = make_engine().generate([prompt], params)
+    assert logprobs != pytest.approx([step.logprob for step in other.outputs[0].logprobs], abs=1e-3)
+    labels = 'block_size="8",cache_dtype="fp8",enable_prefix_caching="True",engine="0",num_gpu_blocks="256"'
+    assert f"vllm:cache_config_info{{{labels}}} 1.0" in metrics

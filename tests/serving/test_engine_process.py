@@ -60,7 +60,7 @@ def test_counters_cross_without_the_bounds_of_their_histograms() -> None:
     counters.add_tokens(1.5, [0.25, None, 1.0])
     counters.step_tokens.add(7)
     counters.time_to_first_token_seconds.add(0.03)
-    step = Step(News(stats=EngineStats(1, 2, 3, 4, 64, True, counters)))
+    step = Step(News(stats=EngineStats(1, 2, 3, 4, 64, True, "fp8", counters)))
     content = encode(step)
     (message,) = Incoming().add(content)
     assert message == step and isinstance(message, Step) and message.news.stats is not None

@@ -123,7 +123,8 @@ def test_metrics_count_what_requests_did(own: RunningServer) -> None:
         assert of(f"{name}_seconds_count") == 3 and of(f"{name}_seconds_sum") > 0
     parts = of("request_queue_time_seconds_sum") + of("request_inference_time_seconds_sum")
     assert parts == pytest.approx(of("e2e_request_latency_seconds_sum"))
-    assert of("cache_config_info", block_size="8", enable_prefix_caching="True", num_gpu_blocks="256") == 1
+    cache = {"block_size": "8", "cache_dtype": "auto", "enable_prefix_caching": "True", "num_gpu_blocks": "256"}
+    assert of("cache_config_info", **cache) == 1
     http = {"handler": "/v1/completions", "method": "POST"}
     for status, count in (("200", 3), ("400", 1)):
         assert found[f"http_requests_total{sorted({**http, 'status': status}.items())}"] == count

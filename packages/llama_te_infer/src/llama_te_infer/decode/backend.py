@@ -10,6 +10,7 @@ import torch
 
 from llama_te_core.compat.torch import forward_hooks
 
+from ..kv_cache.engine_cache import EngineCache
 from ..kv_cache.step import CacheStep
 from ..ops import library
 from ..ops.library import name_of
@@ -93,13 +94,13 @@ def select_backend(
 
 
 def select_prefill(
-    model: Any, cache: CacheStep, decode: FusedDecode | None, current: FusedPrefill | None = None
+    model: Any, cache: EngineCache, decode: FusedDecode | None, current: FusedPrefill | None = None
 ) -> FusedPrefill | None:
     """Choose how the next prompts are read.
 
     Args:
         model: An `NVLlamaForCausalLM`.
-        cache: Of this model, paged, with the memory of all layers.
+        cache: Of this model, with the memory of all layers.
         decode: The choice of `select_backend`.
         current: An earlier choice; it is returned again if it still fits.
 
@@ -111,7 +112,7 @@ def select_prefill(
     if current is not None and current.decode is decode:
         return current
     heads, rows, most = model.config.num_attention_heads, cache.max_batch_size, cache.max_sequence_length
-    problem = prefill_attention_problem(*decode.caches[1], heads, rows, most, decode.scale)
+    problem = prefill_attention_problem(*cache.attended_memory, heads, rows, most, decode.scale)
     if problem is None:
         return FusedPrefill(decode)
     _warn_once("Prompts are read", problem)

@@ -156,15 +156,18 @@ class FusedDecode:
         products = [self.projection(0, hidden_BE, qkv_BQ)]
         for number, layer in enumerate(self.layers, 1):
             self._multiply(products)
+            keys, values, *scales = self.caches[number]
             decode_attention(
                 qkv_BKGD,
                 self.cos_sin_PD,
                 inputs.length_R,
                 inputs.page_table_RP,
                 self.scale,
-                *self.caches[number],
+                keys,
+                values,
                 context_BHD,
                 self.attention_workspace,
+                *scales,
             )
             products = self.after_attention(layer, context_BX, hidden_BE, activation_BF)
             if number < len(self.layers):

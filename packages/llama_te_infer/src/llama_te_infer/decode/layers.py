@@ -33,10 +33,14 @@ class LayersDecode:
         multiple = padded_multiple(self.model)
         filled = -(-rows // multiple) * multiple
         starts = inputs.lengths + [0] * (filled - rows)
-        self.cache.open_rows(inputs.page_table_RP, starts, [1] * filled)
-        token_B1 = inputs.token_R[:filled, None].clamp(min=0)  # a row with NO_TOKEN still takes part
-        output = self.model.model(input_ids=token_B1, past_key_values=self.cache)
-        return self.model.lm_head(output.last_hidden_state[:rows, 0])
+        hidden = []
+        for part in self.cache.parts([start + 1 for start in starts]):
+            self.cache.open_rows(inputs.page_table_RP[part], starts[part], [1] * len(starts[part]))
+            token_B1 = inputs.token_R[part, None].clamp(min=0)  # a row with NO_TOKEN still takes part
+            output = self.model.model(input_ids=token_B1, past_key_values=self.cache)
+            hidden.append(output.last_hidden_state[:, 0])
+        hidden_BE = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        return self.model.lm_head(hidden_BE[:rows])
 
     def advance(self, inputs: StepInputs, rows: int) -> None:
         """See `DecodeBackend`."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from llama_te_core.compat.transformer_engine import computes_quantized
 
-from ..kv_cache.step import CacheStep
+from ..kv_cache.engine_cache import EngineCache
 from ..ops.append_rope import append_rope
 from ..ops.prefill_attention import prefill_attention
 from ..ops.rms_norm import rms_norm
@@ -35,12 +35,12 @@ class FusedPrefill:
     def __init__(self, decode: FusedDecode) -> None:
         self.decode = decode
 
-    def __call__(self, token_T: torch.Tensor, cache: CacheStep, last_M: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, token_T: torch.Tensor, cache: EngineCache, last_M: torch.Tensor | None = None) -> torch.Tensor:
         """Store the keys and values of tokens; return last hidden states.
 
         Args:
             token_T: int32 or int64, packed tokens of the rows that `cache` was opened for.
-            cache: Paged. Its page table has `table_rows` rows.
+            cache: Its page table has `table_rows` rows.
             last_M: The indices of the tokens whose hidden states are wanted; `None` for all tokens.
 
         Returns:
@@ -49,7 +49,6 @@ class FusedPrefill:
         decode = self.decode
         ends = slice(0, cache.batch_size + 1)
         cu_new, cu_all = cache.cu_seqlens_q[ends], cache.cu_seqlens_kv[ends]
-        assert cache.page_table is not None
         most_new = max(cache.new_lengths)
         hidden_TE = F.embedding(token_T, decode.table_VE)
         tokens = len(token_T)
@@ -73,12 +72,14 @@ class FusedPrefill:
             is_last = number == len(decode.layers)
             if is_last and last_M is not None and not len(last_M):
                 return hidden_TE[:0]
+            keys, values, page_table = cache.attended_pages(number)
             context_THD = prefill_attention(
                 query_THD,
-                *decode.caches[number],
+                keys,
+                values,
                 cu_new,
                 cu_all,
-                cache.page_table,
+                page_table,
                 most_new=most_new,
                 most_keys=cache.max_sequence_length,
                 scale=decode.scale,

@@ -44,7 +44,16 @@ from ..runner.sequence import Request
 from ..runner.sequence import Sequence as Text
 from ..sampling_params import SamplingParams, checked_params, shown
 from .grammars import GrammarCompiler
-from .limits import check_memory, check_model, eos_token_ids_of, fitting_pages, max_sequence_length_of, model_kind
+from .limits import (
+    CacheSizes,
+    check_memory,
+    check_model,
+    checked_cache_format,
+    eos_token_ids_of,
+    fitting_pages,
+    max_sequence_length_of,
+    model_kind,
+)
 from .model_watch import ModelWatch
 from .one_thread import OneThread
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
@@ -93,6 +102,10 @@ class Engine:
             `total_num_pages` is not given; from 0 to 1. A forward pass needs memory beside it.
         prefill_budget: Most tokens of prompts that a step reads.
         prefix_caching: Whether prompts with the prefix of an earlier text reuse its keys and values.
+        kv_cache_dtype: How keys and values are stored. "auto", in the dtype in which the layers compute them;
+            "bfloat16", likewise, for a model that computes so; "fp8" or "fp8_e4m3", as 8-bit numbers, each head of a
+            token with a scale of its own. In FP8 nearly twice as many pages fit. On a GPU it needs the kernels for
+            the model.
         decode_implementation: How decoding steps are computed, as in `InferenceParams`: "layers", by the layers of the
             model; "fused", by kernels, replayed from a CUDA graph; "auto", on a GPU by the kernels, or with one warning
             by the layers if the kernels cannot compute the model.
@@ -123,6 +136,7 @@ class Engine:
         gpu_memory_utilization: float | None = None,
         prefill_budget: int = 2048,
         prefix_caching: bool = True,
+        kv_cache_dtype: str = "auto",
         decode_implementation: str = "auto",
     ) -> None:
         max_batch_size = checked_integer("max_batch_size", max_batch_size)
@@ -139,28 +153,27 @@ class Engine:
         self.max_sequence_length = max_sequence_length_of(model.config, max_sequence_length)
         self._longest = max_sequence_length_of(model.config, None)
         self.eos_token_ids = eos_token_ids_of(model, tokenizer)
-        if total_num_pages is None:
-            wanted = max_batch_size * -(-self.max_sequence_length // page_size)
-            total_num_pages = max(1, min(wanted, fitting_pages(model, page_size, gpu_memory_utilization)))
-        elif gpu_memory_utilization is not None:
-            raise ValueError(f"{total_num_pages=} and {gpu_memory_utilization=}: give one of them.")
-        check_memory(
-            model,
-            max_batch_size=max_batch_size,
-            max_sequence_length=self.max_sequence_length,
-            page_size=page_size,
-            total_num_pages=total_num_pages,
-        )
-        # The model keeps this table. It is made here, outside inference mode, so that the model can be trained later.
-        model.model.rotary_angles(self.max_sequence_length, model.device)
+        self.kv_cache_dtype = kv_cache_dtype
         multiple = padded_multiple(model)
         self._rows = -(-max_batch_size // multiple) * multiple
+        cache_format = checked_cache_format(model, kv_cache_dtype, page_size)
+        sizes = CacheSizes(model, cache_format, self._rows, multiple, self.max_sequence_length, page_size)
+        if total_num_pages is None:
+            wanted = max_batch_size * sizes.pages_per_row
+            total_num_pages = max(1, min(wanted, fitting_pages(sizes, gpu_memory_utilization)))
+        elif gpu_memory_utilization is not None:
+            raise ValueError(f"{total_num_pages=} and {gpu_memory_utilization=}: give one of them.")
+        check_memory(sizes, total_num_pages, max_batch_size)
+        # The model keeps this table. It is made here, outside inference mode, so that the model can be trained later.
+        model.model.rotary_angles(self.max_sequence_length, model.device)
         self._cache = EngineCache(
             model,
             rows=self._rows,
             max_sequence_length=self.max_sequence_length,
             total_num_pages=total_num_pages,
             page_size=page_size,
+            is_fp8=cache_format.is_fp8,
+            rows_multiple=multiple,
         )
         self._make_scheduler = functools.partial(
             Scheduler, max_batch_size, total_num_pages, page_size, prefill_budget, prefix_caching
@@ -274,8 +287,14 @@ class Engine:
             blocks.pool.total_num_pages,
             blocks.pool.page_size,
             blocks.prefix_caching,
+            self.kv_cache_dtype,
             self._counters.copy(),
         )
+
+    @property
+    def cache_bytes(self) -> int:
+        """The bytes of the keys and values of all pages; with an FP8 cache also of what its attention widens."""
+        return self._cache.memory_bytes
 
     @property
     def has_unfinished(self) -> bool:
@@ -599,7 +618,8 @@ class Engine:
         if self._watch is not None and self._watch.has_changed():
             self.scheduler.blocks.forget_prefixes()
         if not self._fits_autocast():
-            self._cache.convert(computing_dtype(self.model.get_input_embeddings().weight))
+            cache_format = checked_cache_format(self.model, self.kv_cache_dtype, self._cache.storage.page_size)
+            self._cache.convert(cache_format.dtype)
             self.scheduler.blocks.forget_prefixes()
         self._decode = self._runner.decode = self._select_backend()
         self._runner.prefill.fused = self._fused_prefill

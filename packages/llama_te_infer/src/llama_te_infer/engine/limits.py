@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 from llama_te_core.layers.kv_cache import computing_dtype
 
 from ..integers import as_integer
+from ..kv_cache.cache_format import CacheFormat, cache_format
+from ..kv_cache.engine_cache import SCRATCH_SHARE, scratch_pages
 from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory, total_memory
 from ..ops.library import name_of
 
@@ -112,36 +115,110 @@ def _warn_of_unknown_eos(name: str, token: int, vocab_size: int) -> None:
     )
 
 
-def fitting_pages(model: Any, page_size: int, gpu_memory_utilization: float | None) -> int:
-    """Return the number of pages of the model's cache that fit into the memory.
+@dataclass(frozen=True)
+class CacheSizes:
+    """The sizes of an engine's cache, whatever its number of pages.
 
     Args:
         model: The model, on its device.
+        format: Of the pages.
+        rows: Most rows of a forward pass.
+        rows_multiple: See `EngineCache`.
+        max_sequence_length: Most tokens of a row.
         page_size: Tokens of a page.
+    """
+
+    model: Any
+    format: CacheFormat
+    rows: int
+    rows_multiple: int
+    max_sequence_length: int
+    page_size: int
+
+    @property
+    def pages_per_row(self) -> int:
+        """Most pages of a row."""
+        return -(-self.max_sequence_length // self.page_size)
+
+    @property
+    def page_bytes(self) -> int:
+        """The memory of a page, in all layers."""
+        return int(self.model.config.num_hidden_layers) * self._page_bytes_of_layer(self.format)
+
+    def cache_bytes(self, total_num_pages: int) -> int:
+        """Return the memory of so many pages, and of the scratch pages that FP8 needs beside them."""
+        return total_num_pages * self.page_bytes + self._scratch_pages(total_num_pages) * self._scratch_page_bytes
+
+    def fitting_pages(self, memory: float) -> int:
+        """Return the number of pages that fit into so many bytes; it may be less than 1."""
+        if not self.format.is_fp8:
+            return int(memory // self.page_bytes)
+        # The number of scratch pages is the least of two: one without all pages, and one with a share of them.
+        fixed, growing = self.rows * self.pages_per_row, self.rows_multiple * self.pages_per_row
+        with_share = (memory - growing * self._scratch_page_bytes) // (
+            self.page_bytes + self._scratch_page_bytes / SCRATCH_SHARE
+        )
+        return int(max((memory - fixed * self._scratch_page_bytes) // self.page_bytes, with_share))
+
+    def _scratch_pages(self, total_num_pages: int) -> int:
+        if not self.format.is_fp8:
+            return 0
+        return scratch_pages(self.rows, self.pages_per_row, total_num_pages, self.rows_multiple)
+
+    @property
+    def _scratch_page_bytes(self) -> int:
+        return self._page_bytes_of_layer(CacheFormat(self.format.dtype))
+
+    def _page_bytes_of_layer(self, its_format: CacheFormat) -> int:
+        config = self.model.config
+        return int(self.page_size * its_format.token_bytes(config.num_key_value_heads, config.head_dim))
+
+
+def checked_cache_format(model: Any, kv_cache_dtype: str, page_size: int) -> CacheFormat:
+    """Return the format of an engine's cache.
+
+    Args:
+        model: The model, on its device.
+        kv_cache_dtype: See `Engine`.
+        page_size: Tokens of a page.
+
+    Raises:
+        ValueError: There is no such format, or not for this model.
+    """
+    return cache_format(kv_cache_dtype, computing_dtype(model.get_input_embeddings().weight))
+
+
+def fitting_pages(sizes: CacheSizes, gpu_memory_utilization: float | None) -> int:
+    """Return the number of pages of the model's cache that fit into the memory.
+
+    Args:
+        sizes: Of the cache.
         gpu_memory_utilization: See `Engine`.
 
     Raises:
         ValueError: `gpu_memory_utilization` is no share, or too small for the weights and one page.
     """
-    page_bytes = _page_bytes(model, page_size)
+    device = sizes.model.device
     if gpu_memory_utilization is not None:
-        return _pages_of_share(model, page_bytes, gpu_memory_utilization)
-    free = free_memory(model.device) if model.device.type == "cuda" else None
-    return HOST_BYTES // page_bytes if free is None else int(free * GPU_SHARE) // page_bytes
+        return _pages_of_share(sizes, gpu_memory_utilization)
+    free = free_memory(device) if device.type == "cuda" else None
+    return sizes.fitting_pages(HOST_BYTES if free is None else free * GPU_SHARE)
 
 
-def _pages_of_share(model: Any, page_bytes: int, share: float) -> int:
+def _pages_of_share(sizes: CacheSizes, share: float) -> int:
     if not 0 < share <= 1:
         raise ValueError(f"gpu_memory_utilization={share!r} is not possible: give a number above 0, up to 1 for all.")
-    total, weights = total_memory(model.device), weight_bytes(model)
+    device, weights = sizes.model.device, weight_bytes(sizes.model)
+    total = total_memory(device)
     if total is None:
-        raise ValueError(f"gpu_memory_utilization={share!r}: nobody says how much memory {model.device} has.")
-    pages = int(share * total - weights) // page_bytes
+        raise ValueError(f"gpu_memory_utilization={share!r}: nobody says how much memory {device} has.")
+    pages = sizes.fitting_pages(share * total - weights)
     if pages < 1:
+        least = sizes.cache_bytes(1)
         raise ValueError(
             f"gpu_memory_utilization={share!r} is {share * total / 2**30:,.1f} of the {total / 2**30:,.1f} GiB of "
-            f"{model.device}, but the weights take {weights / 2**30:,.1f} GiB, and a page of the cache "
-            f"{page_bytes / 2**30:,.3f} GiB: give more than {(weights + page_bytes) / total:.3f}."
+            f"{device}, but the weights take {weights / 2**30:,.1f} GiB, and a cache of one page "
+            f"{least / 2**30:,.3f} GiB: give more than {(weights + least) / total:.3f}."
         )
     return pages
 
@@ -156,29 +233,16 @@ def weight_bytes(model: Any) -> int:
     return int(model.get_memory_footprint())
 
 
-def cache_bytes(model: Any, page_size: int, total_num_pages: int) -> int:
-    """Return the memory of the keys and values in so many pages."""
-    return total_num_pages * _page_bytes(model, page_size)
-
-
-def check_memory(
-    model: Any, *, max_batch_size: int, max_sequence_length: int, page_size: int, total_num_pages: int
-) -> None:
+def check_memory(sizes: CacheSizes, total_num_pages: int, max_batch_size: int) -> None:
     """Refuse sizes of an engine that need more memory than there is: for pages, tables, logits and rotary angles.
 
     Raises:
         ValueError: There is less memory.
     """
-    config, itemsize = model.config, computing_dtype(model.get_input_embeddings().weight).itemsize
-    table_bytes = PAGE_TABLES * 4 * -(-max_sequence_length // page_size)
-    needed = (total_num_pages + 1) * (_page_bytes(model, page_size) + PAGE_BYTES_ON_HOST)
-    needed += max_batch_size * (ROW_BYTES + table_bytes + model.lm_head.out_features * itemsize)
-    needed += max_sequence_length * config.head_dim * 4
+    model, page_size, max_sequence_length = sizes.model, sizes.page_size, sizes.max_sequence_length
+    needed = sizes.cache_bytes(total_num_pages) + sizes.page_bytes + (total_num_pages + 1) * PAGE_BYTES_ON_HOST
+    row_bytes = ROW_BYTES + PAGE_TABLES * 4 * sizes.pages_per_row
+    needed += max_batch_size * (row_bytes + model.lm_head.out_features * sizes.format.dtype.itemsize)
+    needed += max_sequence_length * model.config.head_dim * 4
     arguments = f"{max_batch_size=}, {max_sequence_length=}, {page_size=}, {total_num_pages=}"
     check_fits(arguments, needed, free_memory(model.device), model.device)
-
-
-def _page_bytes(model: Any, page_size: int) -> int:
-    config = model.config
-    itemsize = computing_dtype(model.get_input_embeddings().weight).itemsize
-    return int(2 * config.num_hidden_layers * page_size * config.num_key_value_heads * config.head_dim * itemsize)

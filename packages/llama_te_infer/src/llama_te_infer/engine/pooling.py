@@ -89,6 +89,7 @@ class PoolingEngine(EngineClient):
             total_num_pages=1,
             page_size=self.max_sequence_length,
             prefix_caching=False,
+            kv_cache_dtype="auto",
             counters=self._counters,
         )
 

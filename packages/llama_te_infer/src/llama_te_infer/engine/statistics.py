@@ -131,6 +131,7 @@ class EngineStats:
         total_num_pages: Pages of the cache.
         page_size: Tokens of a page.
         prefix_caching: Whether prompts with the prefix of an earlier text reuse its pages.
+        kv_cache_dtype: As the engine was made.
         counters: Since the engine was made.
     """
 
@@ -140,6 +141,7 @@ class EngineStats:
     total_num_pages: int
     page_size: int
     prefix_caching: bool
+    kv_cache_dtype: str
     counters: Counters
 
     @property

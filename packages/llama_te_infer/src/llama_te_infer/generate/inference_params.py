@@ -85,6 +85,11 @@ class InferenceParams(CacheStep, Cache):
             if value is None:
                 raise ValueError(f"{name} is missing: take it from the model, or use inference_params_for(model, ...).")
         assert num_heads_kv is not None and head_dim_k is not None and dtype is not None
+        if dtype.itemsize == 1:
+            raise ValueError(
+                f"dtype={dtype} is not possible: give the dtype in which the layers compute, such as torch.bfloat16. "
+                'Only an engine stores keys and values in FP8: Engine(model, kv_cache_dtype="fp8").'
+            )
         if qkv_format not in ("bshd", "thd"):
             raise ValueError(f"qkv_format={qkv_format!r} is not known: use 'bshd' or 'thd'.")
         if qkv_format == "thd" and max_ctx_len is None:

@@ -11,7 +11,8 @@ import torch
 
 from ..ops import library
 from ..ops.reorder import reorder_rows, takes_reorder
-from .storage import allocate, default_device, tensors_of
+from .cache_format import CacheFormat, LayerMemory
+from .storage import default_device, tensors_of
 
 
 class NonPagedKVCacheManager:
@@ -32,14 +33,14 @@ class NonPagedKVCacheManager:
         self.max_batch_size, self.max_seqlen = max_batch_size, max_seqlen
         self.num_heads, self.head_dim_k = num_heads, head_dim_k
         self.head_dim_v = head_dim_k if head_dim_v is None else head_dim_v
-        self.dtype = dtype
+        self.format = CacheFormat(dtype)
         self.device = device if device is not None else default_device()
-        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[int, LayerMemory] = {}
 
     def allocate_memory(self, layer_number: int) -> None:
         """Allocate the tensors [max_batch_size, max_seqlen, K, D] of a layer."""
         shape = (self.max_batch_size, self.max_seqlen, self.num_heads, self.head_dim_k)
-        self.cache[layer_number] = allocate(shape, self.head_dim_v, self.dtype, self.device)
+        self.cache[layer_number] = self.format.allocate(shape, self.head_dim_v, self.device)
 
     def resize(self, max_batch_size: int, max_seqlen: int) -> None:
         """Move all layers to larger memory. The content stays, and its addresses change.

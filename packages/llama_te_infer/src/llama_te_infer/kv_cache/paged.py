@@ -11,16 +11,24 @@ import torch
 
 from ..ops import library
 from ..ops.reorder import reorder_pages, takes_reorder
+from .cache_format import CacheFormat, LayerMemory, as_bytes
 from .page_pool import PagePool
 from .row_pages import RowPages
-from .storage import allocate, default_device, tensors_of
+from .storage import default_device, tensors_of
 
 
 class PagedStorage:
     """Pages of memory, and the table of each row's pages. The caller decides which row holds which page.
 
+    Args:
+        scratch_pages: With FP8 pages, how many of them are in memory in `dtype` at a time, for attention of prompts.
+            0 for pages of `dtype`.
+
     Attributes:
         page_table: int32 [R, P]. Entries behind a row's pages name any page.
+        format: Of the pages.
+        scratch: Keys and values [scratch_pages + 1, page_size, K, D] of `dtype`, which all layers use one after the
+            other. The last page stays zeros. `None` where attention reads the pages as they are.
     """
 
     def __init__(
@@ -34,22 +42,27 @@ class PagedStorage:
         max_seqlen: int,
         head_dim_v: int | None = None,
         device: torch.device | None = None,
+        scratch_pages: int = 0,
     ) -> None:
         self.total_num_pages, self.page_size = total_num_pages, page_size
         self.num_heads, self.head_dim_k = num_heads, head_dim_k
         self.head_dim_v = head_dim_k if head_dim_v is None else head_dim_v
-        self.dtype = dtype
+        self.format = CacheFormat(dtype, is_fp8=scratch_pages > 0)
         self.max_batch_size, self.max_seqlen = max_batch_size, max_seqlen
         self.max_pages_per_seq = max_seqlen // page_size
         self.device = device if device is not None else default_device()
-        self.cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.cache: dict[int, LayerMemory] = {}
+        self.scratch: LayerMemory | None = None
+        if scratch_pages:
+            shape = (scratch_pages + 1, page_size, num_heads, head_dim_k)
+            self.scratch = CacheFormat(dtype).allocate(shape, self.head_dim_v, self.device)
         self.page_table = torch.zeros(max_batch_size, self.max_pages_per_seq, dtype=torch.int32, device=self.device)
         self._ticket = torch.zeros(1, dtype=torch.int32, device=self.device)
 
     def allocate_memory(self, layer_number: int) -> None:
         """Allocate the tensors [total_num_pages, page_size, K, D] of a layer."""
         shape = (self.total_num_pages, self.page_size, self.num_heads, self.head_dim_k)
-        self.cache[layer_number] = allocate(shape, self.head_dim_v, self.dtype, self.device)
+        self.cache[layer_number] = self.format.allocate(shape, self.head_dim_v, self.device)
 
     def slots(self, row_T: torch.Tensor, position_T: torch.Tensor) -> torch.Tensor:
         """Return the slot of each token: page times page size plus position in the page."""
@@ -58,13 +71,32 @@ class PagedStorage:
 
     def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a copy of each row's pages, one behind the other."""
-        table_BP = self.page_table[:batch_size, : -(-keys // self.page_size)].long()
-        key_BLKD, value_BLKD = (tensor[table_BP].flatten(1, 2) for tensor in self.cache[layer_number])
-        return key_BLKD, value_BLKD
+        table_BP = self.page_table[:batch_size, : -(-keys // self.page_size)]
+        if self.scratch is None:
+            key_BPSKD, value_BPSKD = self.format.read(self.cache[layer_number], table_BP.long())
+        else:
+            # Whole rows: a place that attention multiplies by 0 must not have another row's NaN.
+            whole_B = table_BP.new_full((batch_size,), table_BP.shape[1] * self.page_size)
+            self.widen(layer_number, table_BP, whole_B)
+            key_BPSKD, value_BPSKD = (pages[: table_BP.numel()].unflatten(0, table_BP.shape) for pages in self.scratch)
+        return key_BPSKD.flatten(1, 2), value_BPSKD.flatten(1, 2)
+
+    def widen(self, layer_number: int, page_table_BP: torch.Tensor, length_B: torch.Tensor) -> None:
+        """Write the FP8 pages of rows to `scratch`: page p of row b becomes page b * P + p.
+
+        Args:
+            layer_number: The layer.
+            page_table_BP: int32; `scratch` has at least B * P pages.
+            length_B: int32, tokens of each row. Pages behind them may stay as they are.
+        """
+        assert self.scratch is not None
+        key_BPSKD, value_BPSKD = self.format.read(self.cache[layer_number], page_table_BP.long())
+        for scratch, pages_BPSKD in zip(self.scratch, (key_BPSKD, value_BPSKD), strict=True):
+            scratch[: page_table_BP.numel()] = pages_BPSKD.flatten(0, 1)
 
     def copy_pages(self, from_P: torch.Tensor, to_P: torch.Tensor) -> None:
         """Copy the content of pages, in all layers. No page is both read and written, or written twice."""
-        for tensor in tensors_of(self.cache):
+        for tensor in map(as_bytes, tensors_of(self.cache)):
             tensor[to_P] = tensor[from_P]
 
     def takes_reorder(self, rows: int) -> bool:

@@ -7,6 +7,7 @@ key/value head plus its key and value, D size of a head, P positions, N flattene
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,6 +17,7 @@ from llama_te_core.layers.rope import rotate
 
 from ..ops import library
 from ..ops.append_rope import append_rope, takes_heads
+from .cache_format import LayerMemory
 from .storage import KVStorage
 
 
@@ -86,15 +88,16 @@ class CacheStep:
         return self.cache_manager.page_table
 
     @property
-    def caches(self) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of each allocated layer, by the layer's number."""
+    def caches(self) -> dict[int, LayerMemory]:
+        """The memory of each allocated layer, by the layer's number."""
         return self.cache_manager.cache
 
     def convert(self, dtype: torch.dtype) -> None:
-        """Convert all keys and values to another dtype. Their addresses change."""
-        self.dtype = self.cache_manager.dtype = dtype
-        for layer, (keys, values) in list(self.caches.items()):
-            self.caches[layer] = keys.to(dtype), values.to(dtype)
+        """Convert all keys and values to another dtype. Their addresses change, except of FP8 numbers."""
+        manager = self.cache_manager
+        manager.format, self.dtype = replace(manager.format, dtype=dtype), dtype
+        for layer, memory in list(self.caches.items()):
+            self.caches[layer] = manager.format.converted(memory)
 
     # Inference mode is off: code outside inference mode could not write to its tensors later.
     @torch.inference_mode(False)
@@ -185,17 +188,23 @@ class CacheStep:
             self._stored.add(layer_number)
         if self.is_paged:
             keys, values = self.caches[layer_number]
+            longest = self.max_sequence_length
         else:
-            keys, values = self.cache_manager.rows(layer_number, self.batch_size, self.max_sequence_length)
+            keys, values = self.cache_manager.rows(layer_number, self.batch_size, self._keys_of_rows())
+            longest = keys.shape[1]
         ends = slice(0, self.batch_size + 1)
         return (
             keys,
             values,
             self.cu_seqlens_q[ends],
             self.cu_seqlens_kv[ends],
-            self.max_sequence_length,
+            longest,
             qkv_format if qkv_format == "bshd" else f"{qkv_format}_2bshd",
         )
+
+    def _keys_of_rows(self) -> int:
+        """Return how many keys of each row attention gets, where rows do not consist of pages for it."""
+        return self.max_sequence_length
 
     def convert_paged_to_nonpaged(self, layer_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of paged rows as [B, max_sequence_length, K, D], for TE's unfused attention."""
@@ -256,7 +265,7 @@ class CacheStep:
     # --- storing ------------------------------------------------------------------------------------------------------
 
     def _takes_kernels(self) -> bool:
-        same = self.head_dim_k == self.head_dim_v
+        same = self.head_dim_k == self.head_dim_v and not self.cache_manager.format.is_fp8
         return same and library.available(self.device.type) and takes_heads(self.dtype, self.head_dim_k)
 
     def _append_compiled(
@@ -282,11 +291,10 @@ class CacheStep:
         if qkv_format not in self._slots:
             self._slots[qkv_format] = self._slot_mapping(new_k, qkv_format)
         tokens, slots = self._slots[qkv_format]
-        for memory, new in zip(self.caches[layer_number], (new_k, new_v), strict=True):
-            new_Tx = new.detach().flatten(0, -3)
-            # FP8 products fill up the number of packed tokens; the tokens behind `slots` are this filling.
-            new_Tx = new_Tx[: len(slots)] if tokens is None else new_Tx[tokens]
-            memory.flatten(0, 1).index_copy_(0, slots, new_Tx)
+        # FP8 products fill up the number of packed tokens; the tokens behind `slots` are this filling.
+        stored = slice(len(slots)) if tokens is None else tokens
+        key_NKD, value_NKD = (new.detach().flatten(0, -3)[stored] for new in (new_k, new_v))
+        self.cache_manager.format.write(self.caches[layer_number], slots, key_NKD, value_NKD)
 
     def _slot_mapping(self, new_k: torch.Tensor, qkv_format: str) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Return which of the flattened new tokens to store (None: the first ones), and their slots in each layer."""

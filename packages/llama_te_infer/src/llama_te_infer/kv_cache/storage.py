@@ -12,18 +12,20 @@ import torch
 
 from llama_te_core.compat.accelerate import execution_devices
 
+from .cache_format import CacheFormat, LayerMemory
+
 
 class KVStorage(Protocol):
     """Memory for the keys and values of all layers.
 
     Attributes:
-        cache: Keys and values of each allocated layer, by the layer's number.
-        dtype: Of keys and values.
+        cache: The memory of each allocated layer, by the layer's number.
+        format: Of keys and values.
         page_table: int32 [rows, P]; `None` for contiguous storage.
     """
 
-    cache: dict[int, tuple[torch.Tensor, torch.Tensor]]
-    dtype: torch.dtype
+    cache: dict[int, LayerMemory]
+    format: CacheFormat
 
     @property
     def page_table(self) -> torch.Tensor | None:
@@ -39,7 +41,7 @@ class KVStorage(Protocol):
         ...
 
     def rows(self, layer_number: int, batch_size: int, keys: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first rows' keys and values as [B, L, K, D] with L ≥ `keys`."""
+        """Return the first rows' keys and values as [B, L, K, D] of the format's dtype, with L ≥ `keys`."""
         ...
 
 
@@ -59,22 +61,9 @@ class CacheManager(KVStorage, Protocol):
         ...
 
 
-# Inference mode is off: code outside inference mode could not write to its tensors later.
-@torch.inference_mode(False)
-def allocate(
-    shape: tuple[int, ...], head_dim_v: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate keys of a shape [..., K, D] and their values."""
-    # Zeros, not empty: attention multiplies the memory behind a row's tokens by 0, and 0 times NaN is NaN.
-    return (
-        torch.zeros(shape, dtype=dtype, device=device),
-        torch.zeros((*shape[:-1], head_dim_v), dtype=dtype, device=device),
-    )
-
-
-def tensors_of(cache: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """Return the keys and values of all layers in one list."""
-    return [tensor for tensors in cache.values() for tensor in tensors]
+def tensors_of(cache: dict[int, LayerMemory]) -> list[torch.Tensor]:
+    """Return the memory of all layers in one list."""
+    return [tensor for memory in cache.values() for tensor in memory]
 
 
 def cache_device(model: Any) -> torch.device:

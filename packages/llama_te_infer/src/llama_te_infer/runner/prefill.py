@@ -63,11 +63,13 @@ class Prefill:
 
     def _read(self, chunks: list[Chunk]) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """Yield each chunk with the last hidden states [S, E] of its tokens, as far as something needs them."""
-        if self.fused is not None and self.fused.fits_precision():
-            yield from zip(chunks, self._read_fused(self.fused, chunks), strict=True)
-            return
-        for group in similar_lengths(chunks):
-            yield from zip(group, self._forward(group), strict=True)
+        fused = self.fused if self.fused is not None and self.fused.fits_precision() else None
+        for group in [chunks] if fused is not None else similar_lengths(chunks):
+            for part in self.cache.parts([chunk.start + len(chunk.tokens) for chunk in group]):
+                some = group[part]
+                yield from zip(
+                    some, self._forward(some) if fused is None else self._read_fused(fused, some), strict=True
+                )
 
     def _read_fused(self, fused: FusedPrefill, chunks: list[Chunk]) -> list[torch.Tensor]:
         """Return last hidden states of chunks computed as one packed batch; none of chunks that need none."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..engine.client import EngineFailedError
+from ..kv_cache.names import KV_CACHE_DTYPES
 from .loading import Task, check_source, make_engine, make_pooling_engine, task_of
 from .tool_calls import TOOL_FORMATS, ToolFormat
 
@@ -34,7 +35,7 @@ SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
 # Options that mean nothing to embeddings and scores.
 _OF_GENERATION = ["fp8_recipe", "generation_config", "max_batch_size", "page_size", "total_num_pages"]
-_OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching"]
+_OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching", "kv_cache_dtype"]
 FAILED = 1
 WRONG_ARGUMENTS = 2
 
@@ -113,6 +114,9 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
                        "weights and cache, from 0 to 1; default: 85%% of what the weights leave")  # fmt: skip
     group.add_argument("--prefill-budget", "--max-num-batched-tokens", type=_positive, default=2048, metavar="N",
                        help="most prompt tokens in a step (default: %(default)s)")  # fmt: skip
+    group.add_argument("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES,
+                       help="how keys and values are stored; fp8: nearly twice as many pages fit (default: as the "
+                       "model computes)")  # fmt: skip
     group.add_argument("--no-enable-prefix-caching", action="store_true", help="compute each prompt from its beginning")
     group = parser.add_argument_group("operation")
     group.add_argument("--max-requests", type=_positive, default=1024, metavar="N",
@@ -323,6 +327,7 @@ def engine_settings(options: argparse.Namespace) -> EngineSettings:
         gpu_memory_utilization=options.gpu_memory_utilization,
         prefill_budget=options.prefill_budget,
         prefix_caching=not options.no_enable_prefix_caching,
+        kv_cache_dtype=options.kv_cache_dtype,
     )
 
 

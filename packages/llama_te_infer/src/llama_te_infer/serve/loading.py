@@ -110,6 +110,7 @@ def make_engine(settings: EngineSettings, say: Callable[[str], None]) -> tuple[E
         gpu_memory_utilization=settings.gpu_memory_utilization,
         prefill_budget=settings.prefill_budget,
         prefix_caching=settings.prefix_caching,
+        kv_cache_dtype=settings.kv_cache_dtype,
     )
     if model.device.type == "cuda":
         say("warming up")

@@ -157,9 +157,9 @@ class Metrics:
         cache = GaugeMetricFamily(
             "cache_config_info",
             "The cache.",
-            labels=("block_size", "enable_prefix_caching", "engine", "num_gpu_blocks"),
+            labels=("block_size", "cache_dtype", "enable_prefix_caching", "engine", "num_gpu_blocks"),
         )
-        values = (stats.page_size, stats.prefix_caching, ENGINE, stats.total_num_pages)
+        values = (stats.page_size, stats.kv_cache_dtype, stats.prefix_caching, ENGINE, stats.total_num_pages)
         cache.add_metric([str(value) for value in values], 1)
         yield cache
 

@@ -67,6 +67,7 @@ class EngineSettings:
         gpu_memory_utilization: See there.
         prefill_budget: See there.
         prefix_caching: See there.
+        kv_cache_dtype: See there.
     """
 
     model: str
@@ -82,3 +83,4 @@ class EngineSettings:
     gpu_memory_utilization: float | None = None
     prefill_budget: int = 2048
     prefix_caching: bool = True
+    kv_cache_dtype: str = "auto"

@@ -110,14 +110,15 @@ class EngineServer:
 
 def _description(engine: Engine) -> str:
     """Return the sizes and the memory of an engine."""
-    from ...engine.limits import cache_bytes, weight_bytes
+    from ...engine.limits import weight_bytes
 
     pool = engine.scheduler.blocks.pool
-    cache = cache_bytes(engine.model, pool.page_size, pool.total_num_pages)
+    cache = engine.cache_bytes
+    kind = "" if engine.kv_cache_dtype == "auto" else f", {engine.kv_cache_dtype}"
     everything = weight_bytes(engine.model)
     weights = everything - cache if engine.model.device.type == "cuda" else everything
     rows, length, device = engine.scheduler.max_rows, engine.max_sequence_length, engine.model.device
     return (
         f"{rows} sequences of up to {length:,} tokens on {device}; weights {weights / 2**30:.2f} GiB, "
-        f"cache {cache / 2**30:.2f} GiB ({pool.total_num_pages:,} pages of {pool.page_size} tokens)"
+        f"cache {cache / 2**30:.2f} GiB ({pool.total_num_pages:,} pages of {pool.page_size} tokens{kind})"
     )
