@@ -133,10 +133,11 @@ def test_logits_of_one_request_that_are_not_finite(model: PreTrainedModel, kind:
     check_empty(shared)
 
 
-def test_pages_with_nan_are_clear_before_others_get_them(thd: PreTrainedModel) -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_pages_with_nan_are_clear_before_others_get_them(thd: PreTrainedModel, kv_cache_dtype: str) -> None:
     """Also those that the prefix cache remembers, and those of a request that waits for pages."""
     poison(thd)
-    engine = Engine(thd, page_size=4, total_num_pages=12, max_batch_size=4)
+    engine = Engine(thd, page_size=4, total_num_pages=12, max_batch_size=4, kv_cache_dtype=kv_cache_dtype)
     texts = [prompt_of(8, seed) for seed in range(3)]
     expected = [written(output) for output in engine.generate(texts, GREEDY)]
     for position in range(8):
@@ -146,7 +147,7 @@ def test_pages_with_nan_are_clear_before_others_get_them(thd: PreTrainedModel) -
         assert [written(output) for output in outputs[::2]] == expected
         assert all(isinstance(output.error, FloatingPointError) for output in outputs[1::2])
         for caches in engine._cache.caches.values():
-            assert all(bool(tensor.isfinite().all()) for tensor in caches)
+            assert all(bool(tensor.float().isfinite().all()) for tensor in caches)
     check_empty(engine)
 
 

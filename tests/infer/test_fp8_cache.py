@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,13 @@ from llama_te_infer import Engine, InferenceParams, SamplingParams
 from llama_te_infer.engine import limits
 from llama_te_infer.engine.outputs import RequestOutput
 from llama_te_infer.kv_cache import engine_cache
-from llama_te_infer.kv_cache.cache_format import CacheFormat, quantize, widened
+from llama_te_infer.kv_cache.cache_format import CacheFormat, as_bytes, quantize, widened
 from llama_te_infer.kv_cache.engine_cache import EngineCache
+from llama_te_infer.kv_cache.paged import PagedStorage
+from llama_te_infer.kv_cache.step import CacheStep
+from llama_te_infer.ops import library
+
+from .test_fused_decode import make_model
 
 FP8 = torch.float8_e4m3fn
 NEW = 12
@@ -29,7 +35,7 @@ GREEDY = SamplingParams(max_tokens=NEW, temperature=0)
 
 def numbers(dtype: torch.dtype) -> st.SearchStrategy[torch.Tensor]:
     """Heads of 16 numbers: of any size, of sizes that are near each other, or zeros."""
-    largest = float(torch.tensor(3.2e38, dtype=dtype))  # the next number above may be 2^128
+    largest = float(torch.finfo(dtype).max)
     least = float(torch.finfo(dtype).smallest_normal)
     sizes = st.floats(-largest, largest, width=32)
     near = st.tuples(st.floats(-8, 8, width=32), st.integers(-100, 100)).map(lambda pair: math.ldexp(*pair))
@@ -48,7 +54,7 @@ def test_each_number_is_the_nearest_that_the_format_has(number_D: torch.Tensor) 
     if greatest == 0:
         assert exponent == 0
     else:
-        assert greatest <= 448 * 2.0**exponent
+        assert exponent == 119 or greatest <= 448 * 2.0**exponent
         assert exponent == -117 or greatest > 448 * 2.0 ** (exponent - 1), "a smaller scale is enough"
     grid = torch.arange(256, dtype=torch.uint8).view(FP8).double()
     grid = grid[grid.isfinite()] * 2.0**exponent
@@ -89,6 +95,43 @@ def test_tokens_are_read_where_they_were_written(dtype: torch.dtype) -> None:
         assert torch.equal(found.flatten(0, 1)[slot_N], widened(*quantize(new), dtype))
         others = torch.ones(20, dtype=torch.bool).index_fill(0, slot_N, False)
         assert not found.flatten(0, 1)[others].any()
+
+
+class OneStep(CacheStep):
+    """A cache of one row, whose pages lie in no order."""
+
+    def __init__(self, is_compiled: bool) -> None:
+        self.is_compiled = is_compiled
+        storage = PagedStorage(5, 16, 2, 32, torch.bfloat16, 1, 64, device=torch.device("cpu"), scratch_pages=4)
+        storage.page_table[:] = torch.tensor([3, 0, 4, 1])
+        sizes: dict[str, Any] = {"max_batch_size": 1, "max_sequence_length": 64, "num_heads_kv": 2}
+        device = storage.device
+        super().__init__(storage, head_dim_k=32, head_dim_v=32, dtype=torch.bfloat16, device=device, **sizes)
+
+    def _takes_kernels(self) -> bool:
+        return self.is_compiled and super()._takes_kernels()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**16), start=st.integers(0, 30), new=st.integers(1, 30), size=st.integers(-60, 60))
+def test_the_operators_store_and_widen_the_same_bits(seed: int, start: int, new: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    qkv_TKGD = (torch.randn(new, 2, 4, 32, generator=generator) * 2.0**size).bfloat16()
+    angles = torch.zeros(64, 1, 1, 32)  # a rotation may round otherwise
+    memories, read = [], []
+    for is_compiled in (False, True):
+        cache = OneStep(is_compiled)
+        assert cache._takes_kernels() == is_compiled
+        cache.open_step([start], [new])
+        with pytest.MonkeyPatch.context() as patch:
+            if not is_compiled:
+                patch.setattr(cache.cache_manager, "_takes_widen_pages", lambda: False)
+            cache.append_rope(1, qkv_TKGD, angles, "thd")
+            read.append(cache.keys_and_values(1))
+        memories.append([as_bytes(tensor) for tensor in cache.caches[1]])
+    for found, expected in zip(memories[1] + list(read[1]), memories[0] + list(read[0]), strict=True):
+        assert torch.equal(found, expected)
+    assert memories[0][0].any()
 
 
 # --- the engine -------------------------------------------------------------------------------------------------------
@@ -192,6 +235,41 @@ def test_what_does_not_fit_the_scratch_takes_several_passes(
     for _ in range(2):
         check_equal(small.generate(texts, PARAMS["greedy"]), expected)
     assert 1 in counts and max(counts) < len(texts)
+
+
+def test_the_kernels_read_and_write_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, from cached prefixes, with little scratch, as beams: near each other, and near what the layers do."""
+    model = make_model(max_position_embeddings=128).to(torch.bfloat16)
+    texts = prompts(40, 33, 3, 70, 20, 7)
+    texts += [[*texts[0], 9], texts[3][:50]]
+    scored = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    beams = SamplingParams(max_tokens=NEW, num_beams=3, n=2)
+    logprobs, scores = {}, {}
+
+    def run(name: str, how: str = "fused", kv_cache_dtype: str = "fp8", **options: Any) -> None:
+        options = {"page_size": 16, "max_batch_size": 12, "decode_implementation": how, **options}
+        its = Engine(model, kv_cache_dtype=kv_cache_dtype, **options)
+        assert (its._runner.prefill.fused is not None) == (how == "fused")
+        assert (len(its._cache.parts([len(text) for text in texts])) > 1) == (kv_cache_dtype == "fp8")
+        outputs = its.generate(texts, scored)
+        steps = [step.logprob for output in outputs for step in output.prompt_logprobs[1:]]
+        logprobs[name] = torch.tensor(steps)
+        for again in ("", ", again"):
+            found = [text.score for output in its.generate(texts, beams) for text in output.outputs]
+            scores[name + again] = torch.tensor(found)
+        assert its.stats().counters.prefix_cache_hits > 0
+
+    run("fused")
+    run("pieces", prefill_budget=17)
+    run("layers", "layers")
+    run("bfloat16", kv_cache_dtype="auto")
+    monkeypatch.setattr(engine_cache, "SCRATCH_SHARE", 10**6)
+    run("little scratch")
+    usual = float((logprobs["fused"] - logprobs["bfloat16"]).abs().mean())
+    for name in ("pieces", "layers", "little scratch"):
+        assert float((logprobs[name] - logprobs["fused"]).abs().mean()) < usual / 2
+        for again in ("", ", again"):
+            assert float((scores[name + again] - scores["fused"]).abs().mean()) < 0.02
 
 
 @settings(max_examples=100, deadline=None)
@@ -332,3 +410,42 @@ def test_models_that_compute_otherwise(thd: PreTrainedModel) -> None:
 def test_caches_of_generate_are_not_fp8() -> None:
     with pytest.raises(ValueError, match=r"dtype=torch.float8_e4m3fn is not possible.*Engine\(model, kv_cache_dtype"):
         InferenceParams(1, 64, 2, 16, FP8, device="cpu")
+
+
+class OnGpu:
+    """What the engine asks of a model on a GPU before it allocates anything."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128, group: int = 4) -> None:
+        self.config = SimpleNamespace(head_dim=head_dim, num_attention_heads=2 * group, num_key_value_heads=2)
+        self._weight = torch.zeros(1, 1, dtype=dtype)
+
+    def get_input_embeddings(self) -> Any:
+        return SimpleNamespace(weight=self._weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "page_size", "named"),
+    [
+        ({}, 24, "page_size=24"),
+        ({"head_dim": 24}, 64, "heads of 24"),
+        ({"group": 64}, 64, "64 query heads for each key"),
+        ({"dtype": torch.float32}, 64, "layers in float32"),
+    ],
+)
+def test_on_a_gpu_the_kernels_must_take_it(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], page_size: int, named: str
+) -> None:
+    monkeypatch.setattr(library, "available", lambda device_type: True)
+    assert limits.checked_cache_format(OnGpu(), "fp8", 64) == CacheFormat(torch.bfloat16, is_fp8=True)
+    model = OnGpu(**fields)
+    assert not limits.checked_cache_format(model, "auto", page_size).is_fp8
+    with pytest.raises(ValueError, match=f"kv_cache_dtype='fp8' with .*{named}.*: the kernels take bfloat16, heads of"):
+        limits.checked_cache_format(model, "fp8", page_size)
+
+
+def test_on_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "available", lambda device_type: False)
+    with pytest.raises(ValueError, match="kv_cache_dtype='fp8', but the compiled operators do not run on this GPU"):
+        limits.checked_cache_format(OnGpu(), "fp8", 64)

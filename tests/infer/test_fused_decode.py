@@ -50,13 +50,14 @@ def make_model(**fields: Any) -> NVLlamaForCausalLM:
     return model
 
 
-def make_cache(model: NVLlamaForCausalLM, rows: int = ROWS) -> EngineCache:
-    return EngineCache(model, rows=rows, max_sequence_length=64, total_num_pages=4 * rows, page_size=PAGE_SIZE)
+def make_cache(model: NVLlamaForCausalLM, rows: int = ROWS, is_fp8: bool = False) -> EngineCache:
+    sizes = {"max_sequence_length": 64, "total_num_pages": 4 * rows, "page_size": PAGE_SIZE}
+    return EngineCache(model, rows=rows, is_fp8=is_fp8, **sizes)
 
 
-def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS) -> torch.Tensor:
+def logits_of(model: NVLlamaForCausalLM, fused: bool, most_rows: int = ROWS, is_fp8: bool = False) -> torch.Tensor:
     """Logits [STEPS, most_rows, V] of rows that begin at five different steps, whose pages lie in no order."""
-    cache = make_cache(model, most_rows)
+    cache = make_cache(model, most_rows, is_fp8)
     decode = FusedDecode(model, cache, most_rows, layer_weights(model)) if fused else LayersDecode(model, cache)
     state = DecodeState(most_rows, cache, model.config.vocab_size)
     generator = torch.Generator().manual_seed(3)
@@ -96,6 +97,17 @@ def test_same_as_the_model(attn_input_format: str, rope: dict[str, Any]) -> None
     distance, usual = distances(fused, exact), distances(plain, exact)
     assert distance.median() < 1.1 * usual.median() < 0.01
     assert (distance < 0.05).float().mean() > 0.9
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("attn_input_format", ["thd", "bshd"])
+def test_over_an_fp8_cache(attn_input_format: str) -> None:
+    exact = logits_of(make_model(attn_input_format=attn_input_format), fused=False)
+    model = make_model(attn_input_format=attn_input_format).to(torch.bfloat16)
+    fused, plain = (logits_of(model, fused, is_fp8=True) for fused in (True, False))
+    distance, usual = distances(fused, exact), distances(plain, exact)
+    assert 0.01 < distance.mean() < 1.1 * usual.mean() < 0.2
+    assert distance.median() < 1.1 * usual.median()
 
 
 @torch.inference_mode()

@@ -101,11 +101,14 @@ def test_attention_is_that_of_float64(rows: list[tuple[int, int]], group: int, p
 # --- hidden states ----------------------------------------------------------------------------------------------------
 
 
-def read(model: Any, dtype: torch.dtype, fused: bool, chunks: list[list[int]]) -> tuple[torch.Tensor, list[Any]]:
+def read(
+    model: Any, dtype: torch.dtype, fused: bool, chunks: list[list[int]], is_fp8: bool = False
+) -> tuple[torch.Tensor, list[Any]]:
     """Read rows chunk by chunk; return the last hidden states of the last chunks [T, E], and keys and values."""
     model = model.to(dtype)
     rows = len(chunks)
-    cache = EngineCache(model, rows=rows, max_sequence_length=64, total_num_pages=4 * rows, page_size=PAGE)
+    sizes = {"max_sequence_length": 64, "total_num_pages": 32 * rows, "page_size": PAGE}  # of FP8 all are widened
+    cache = EngineCache(model, rows=rows, is_fp8=is_fp8, **sizes)
     table_RP = torch.randperm(4 * rows, generator=torch.Generator().manual_seed(1)).view(rows, 4).int()
     prefill = FusedPrefill(FusedDecode(model, cache, rows, layer_weights(model)))
     generator = torch.Generator().manual_seed(2)
@@ -153,6 +156,23 @@ def test_in_bfloat16_no_farther_from_float32_than_the_layers() -> None:
     exact_TE, _ = read(model, torch.float32, False, CHUNKS)
     layers, fused = (distances(each[:, None], exact_TE[:, None]).mean() for each in (layers_TE, fused_TE))
     assert fused < 1.1 * layers
+
+
+@torch.inference_mode()
+def test_over_an_fp8_cache() -> None:
+    """The layers and the kernels attend to the same keys and values. Those of the first layer are equal bit by bit."""
+    model = make_model(attn_input_format="bshd").to(torch.bfloat16)
+    (layers_TE, caches), (fused_TE, found) = (
+        read(model, torch.bfloat16, fused, CHUNKS, is_fp8=True) for fused in (False, True)
+    )
+    exact_TE, _ = read(model, torch.float32, False, CHUNKS)
+    layers, fused = (distances(each[:, None], exact_TE[:, None]).mean() for each in (layers_TE, fused_TE))
+    assert 0.01 < fused < 1.1 * layers
+    keys, values, key_scale, value_scale = caches[:4]
+    assert keys.dtype == values.dtype == torch.float8_e4m3fn and key_scale.dtype == value_scale.dtype == torch.uint8
+    for here, there in zip(found[:4], caches[:4], strict=True):
+        differ = here.view(torch.uint8) != there.view(torch.uint8)
+        assert differ.float().mean() < 0.03, "products may round to another bfloat16 number"
 
 
 @torch.inference_mode()

@@ -13,6 +13,8 @@ from ..integers import as_integer
 from ..kv_cache.cache_format import CacheFormat, cache_format
 from ..kv_cache.engine_cache import SCRATCH_SHARE, scratch_pages
 from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory, total_memory
+from ..ops import library
+from ..ops.decode_attention import takes_decode_attention
 from ..ops.library import name_of
 
 GPU_SHARE = 0.85  # the pages' share of the free memory; a forward pass needs the rest
@@ -183,9 +185,27 @@ def checked_cache_format(model: Any, kv_cache_dtype: str, page_size: int) -> Cac
         page_size: Tokens of a page.
 
     Raises:
-        ValueError: There is no such format, or not for this model.
+        ValueError: There is no such format, the model computes otherwise, or on a GPU there are no kernels for it.
     """
-    return cache_format(kv_cache_dtype, computing_dtype(model.get_input_embeddings().weight))
+    its_format = cache_format(kv_cache_dtype, computing_dtype(model.get_input_embeddings().weight))
+    if not its_format.is_fp8 or model.device.type != "cuda":
+        return its_format
+    argument = f"{kv_cache_dtype=}"
+    if not library.available("cuda"):
+        raise ValueError(
+            f"{argument}, but the compiled operators do not run on this GPU: python -m llama_te_infer.info says why. "
+            "Use 'auto' without them."
+        )
+    config, most = model.config, library.limits()
+    group = config.num_attention_heads // config.num_key_value_heads
+    if not takes_decode_attention(its_format.dtype, group, config.head_dim, page_size):
+        raise ValueError(
+            f"{argument} with layers in {name_of(its_format.dtype)}, heads of {config.head_dim}, {group} query heads "
+            f"for each key and {page_size=}: the kernels take bfloat16, heads of "
+            f"{' or '.join(map(str, most.decode_head_dims))}, up to {most.max_decode_group} query heads and a "
+            f"page_size that is a multiple of {most.decode_tile_keys}. Change what differs, or use 'auto'."
+        )
+    return its_format
 
 
 def fitting_pages(sizes: CacheSizes, gpu_memory_utilization: float | None) -> int:

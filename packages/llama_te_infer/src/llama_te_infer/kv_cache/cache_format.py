@@ -21,9 +21,10 @@ LayerMemory = tuple[torch.Tensor, ...]
 
 # The scale's byte is E8M0: the exponent plus 127, or 255 for NaN.
 _BIAS, _NAN = 127, 255
-# With lesser scales some products would be subnormal in bfloat16.
-_LEAST_EXPONENT = -117
-_BITS, _SHARE = 9, 0.875  # e4m3's greatest number, 448, is 0.875 * 2^9
+# With lesser scales some products would be subnormal in bfloat16, with greater ones infinite.
+_LEAST_EXPONENT, _GREATEST_EXPONENT = -117, 119
+_GREATEST = 448  # of e4m3
+_BITS, _SHARE = 9, 0.875  # 448 is 0.875 * 2^9
 _TAKES_FP8 = (torch.bfloat16, torch.float32, torch.float64)  # in float16 not every product is exact
 
 
@@ -38,6 +39,11 @@ class CacheFormat:
 
     dtype: torch.dtype
     is_fp8: bool = False
+
+    @property
+    def has_operators(self) -> bool:
+        """Whether the compiled operators know the format, where they take `dtype`."""
+        return not self.is_fp8 or self.dtype == torch.bfloat16
 
     def token_bytes(self, kv_heads: int, head_dim_k: int, head_dim_v: int | None = None) -> int:
         """Return the bytes of a token's keys and values in one layer."""
@@ -125,20 +131,22 @@ def cache_format(kv_cache_dtype: str, dtype: torch.dtype) -> CacheFormat:
 
 
 def quantize(number_xD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round heads to FP8, each with the least power of two as its scale with which no number is beyond e4m3's greatest.
+    """Round heads to FP8, as the compiled operators do: see `widen_pages`.
 
     Args:
         number_xD: [..., D].
 
     Returns:
-        float8_e4m3fn [..., D] and the scales, uint8 [...]. A head with NaN or infinity becomes NaN as a whole.
+        float8_e4m3fn [..., D] and the scales, uint8 [...]. A head with NaN or infinity becomes NaN as a whole. Numbers
+        beyond 448 * 2^119 become this number.
     """
     number_xD = number_xD.float()
     greatest_x = number_xD.abs().amax(-1)
     is_finite_x = greatest_x.isfinite()
     mantissa_x, exponent_x = greatest_x.where(is_finite_x, 0).frexp()
-    exponent_x = (exponent_x - _BITS + (mantissa_x > _SHARE)).clamp(min=_LEAST_EXPONENT).where(greatest_x > 0, 0)
-    scaled_xD = number_xD * power_of_two(_BIAS - exponent_x)[..., None]
+    exponent_x = (exponent_x - _BITS + (mantissa_x > _SHARE)).clamp(_LEAST_EXPONENT, _GREATEST_EXPONENT)
+    exponent_x = exponent_x.where(greatest_x > 0, 0)
+    scaled_xD = (number_xD * power_of_two(_BIAS - exponent_x)[..., None]).clamp(-_GREATEST, _GREATEST)
     fp8_xD = scaled_xD.where(is_finite_x[..., None], torch.nan).to(torch.float8_e4m3fn)
     return fp8_xD, (exponent_x + _BIAS).where(is_finite_x, _NAN).to(torch.uint8)
 

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from ..ops import library
+from ..ops.append_rope import takes_heads
 from ..ops.reorder import reorder_pages, takes_reorder
+from ..ops.widen_pages import widen_pages
 from .cache_format import CacheFormat, LayerMemory, as_bytes
 from .page_pool import PagePool
 from .row_pages import RowPages
@@ -90,9 +92,22 @@ class PagedStorage:
             length_B: int32, tokens of each row. Pages behind them may stay as they are.
         """
         assert self.scratch is not None
+        if self._takes_widen_pages():
+            keys, values, key_scale, value_scale = self.cache[layer_number]
+            for pages, scale, target in zip((keys, values), (key_scale, value_scale), self.scratch, strict=True):
+                widen_pages(pages, scale, page_table_BP, length_B, target)
+            return
         key_BPSKD, value_BPSKD = self.format.read(self.cache[layer_number], page_table_BP.long())
         for scratch, pages_BPSKD in zip(self.scratch, (key_BPSKD, value_BPSKD), strict=True):
             scratch[: page_table_BP.numel()] = pages_BPSKD.flatten(0, 1)
+
+    def _takes_widen_pages(self) -> bool:
+        heads = {self.head_dim_k, self.head_dim_v}
+        return (
+            self.format.has_operators
+            and library.available(self.device.type)
+            and all(takes_heads(self.format.dtype, size) for size in heads)
+        )
 
     def copy_pages(self, from_P: torch.Tensor, to_P: torch.Tensor) -> None:
         """Copy the content of pages, in all layers. No page is both read and written, or written twice."""

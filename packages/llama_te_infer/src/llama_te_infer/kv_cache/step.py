@@ -265,7 +265,7 @@ class CacheStep:
     # --- storing ------------------------------------------------------------------------------------------------------
 
     def _takes_kernels(self) -> bool:
-        same = self.head_dim_k == self.head_dim_v and not self.cache_manager.format.is_fp8
+        same = self.head_dim_k == self.head_dim_v and self.cache_manager.format.has_operators
         return same and library.available(self.device.type) and takes_heads(self.dtype, self.head_dim_k)
 
     def _append_compiled(
