@@ -77,3 +77,21 @@ def test_a_stop_string_in_a_stream(engine: Engine, chats: list[list[int]]) -> No
     events = list(engine.stream(chats[2], SamplingParams(max_tokens=NEW, temperature=0, stop="Paris")))
     assert "".join(event.text for event in events) == whole[: whole.index("Paris")]
     assert (events[-1].finish_reason, events[-1].stop_reason) == ("stop", "Paris")
+
+
+def test_an_fp8_cache(smollm2: PreTrainedModel, smollm2_tokenizer: Any, chats: list[list[int]]) -> None:
+    """It costs a little accuracy, and the answers stay answers."""
+    model = convert_llama_hf_to_te(smollm2)
+    params = SamplingParams(max_tokens=NEW, temperature=0, prompt_logprobs=0)
+    sizes: dict[str, Any] = {"max_batch_size": 3, "max_sequence_length": 128, "page_size": 16}
+    exact, rounded = (
+        Engine(model, smollm2_tokenizer, kv_cache_dtype=name, **sizes).generate(chats, params)
+        for name in ("auto", "fp8")
+    )
+    exact_T, rounded_T = (
+        torch.tensor([step.logprob for output in outputs for step in output.prompt_logprobs[1:]])
+        for outputs in (exact, rounded)
+    )
+    assert 0.01 < float((rounded_T - exact_T).abs().mean()) < 0.25
+    assert abs(float((rounded_T - exact_T).mean())) < 0.1, "no text becomes likelier or less likely as a whole"
+    assert "Paris" in rounded[2].outputs[0].text

@@ -134,6 +134,25 @@ def test_the_operators_store_and_widen_the_same_bits(seed: int, start: int, new:
     assert memories[0][0].any()
 
 
+def test_transformer_engine_gets_widened_rows() -> None:
+    """One behind the other, as from a contiguous cache; rows that are filled up have no page of another row."""
+    cache = make_cache(4, 30, is_fp8=True)
+    assert not cache.is_paged
+    table_RP = cache.make_page_table()
+    table_RP[0, :3], table_RP[1, :1] = torch.tensor([7, 2, 9]), 5
+    stored_KD = [torch.randn(9, 1, 4), torch.randn(2, 1, 4)]
+    cache.open_rows(table_RP, [0, 0], [9, 2])
+    new_k, new_v = torch.cat(stored_KD), -torch.cat(stored_KD)
+    keys, values, cu_new, cu_all, longest, layout = cache.step(1, new_k, new_v, "thd")
+    assert keys.shape == values.shape == (2, 16, 1, 4) and longest == 16, "a power of two of pages"
+    assert (cu_new.tolist(), cu_all.tolist(), layout) == ([0, 9, 11], [0, 9, 11], "thd_2bshd")
+    assert keys.is_contiguous() and values.is_contiguous()
+    for row, new_KD in enumerate(stored_KD):
+        expected = widened(*quantize(new_KD), torch.float32)
+        assert torch.equal(keys[row, : len(new_KD)], expected) and torch.equal(values[row, : len(new_KD)], -expected)
+        assert not keys[row, len(new_KD) :].any() and not values[row, len(new_KD) :].any()
+
+
 # --- the engine -------------------------------------------------------------------------------------------------------
 
 

@@ -117,9 +117,9 @@ class Engine:
     `torch.autocast` the cache has the dtype of autocast.
 
     Raises:
-        ValueError: An argument is out of its range, more memory is needed than there is, an EOS token of the model is
-            no integer, or the model is in training mode. `step`, `generate` and `stream`
-            raise it too, if the model has changed; no request has advanced then.
+        ValueError: An argument is out of its range, or `kv_cache_dtype` does not fit the model; more memory is needed
+            than there is; an EOS token of the model is no integer; or the model is in training mode. `step`, `generate`
+            and `stream` raise it too, if the model has changed; no request has advanced then.
         RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. Raised by `step`,
             `generate` and `stream` likewise, also for a model with another dtype, device or vocabulary.
     """
