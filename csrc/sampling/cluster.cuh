@@ -45,9 +45,9 @@ struct SharedPart {
 };
 
 struct ClusterStorage {
-    SharedPart part_of_warp[kClusterWarps];
-    // Of the block, which the others read. They may still read one of them when the block writes the other.
-    SharedPart part[2];
+    // Of all warps of the cluster, which write them into each of its blocks. A block may still read those of one turn
+    // when others write those of the next.
+    SharedPart parts[2][kMostBlocks * kClusterWarps];
     union alignas(16) {
         std::int32_t counts[kBuckets];
         Rank candidates[kCandidates];  // of the cluster, in its first block
@@ -75,6 +75,9 @@ class Cluster {
 public:
     explicit __device__ Cluster(ClusterStorage &shared)
         : shared_(shared), blocks_(static_cast<int>(cluster_.num_blocks())) {
+        if (blocks_ > 1) {
+            cluster_.barrier_arrive();
+        }
     }
 
     template <typename Logits, typename Visit, typename After = Nothing>
@@ -114,37 +117,23 @@ public:
         for (int distance = kWarp / 2; distance > 0; distance /= 2) {
             part.merge(part_of_lane(part, distance));
         }
-        if (lane == 0) {
-            shared_.part_of_warp[warp] = SharedPart::of(part);
-        }
-        __syncthreads();
-        SharedPart *const slot = shared_.part + turn_;
+        SharedPart *const parts = shared_.parts[turn_];
         turn_ ^= 1;
-        if (warp == 0) {
-            Part merged;
-            if (lane < kClusterWarps) {
-                merged = shared_.part_of_warp[lane].template as<Part>();
-            }
-#pragma unroll
-            for (int distance = kClusterWarps / 2; distance > 0; distance /= 2) {
-                merged.merge(part_of_lane(merged, distance));
-            }
-            if (lane == 0) {
-                *slot = SharedPart::of(merged);
-            }
-        }
-        if (blocks_ == 1) {
-            __syncthreads();
-            return slot->template as<Part>();
+        wait_for_start();
+        if (lane < blocks_) {
+            const int place = static_cast<int>(cluster_.block_rank()) * kClusterWarps + warp;
+            cluster_.map_shared_rank(parts, lane)[place] = SharedPart::of(part);
         }
         sync();
-        // Each lane reads the part of one block, so that the answers of all blocks come together.
         Part whole;
-        if (const int block = lane % kMostBlocks; block < blocks_) {
-            whole = cluster_.map_shared_rank(slot, block)->template as<Part>();
+#pragma unroll
+        for (int i = 0; i < kMostBlocks * kClusterWarps / kWarp; ++i) {
+            if (const int place = i * kWarp + lane; place < blocks_ * kClusterWarps) {
+                whole.merge(parts[place].template as<Part>());
+            }
         }
 #pragma unroll
-        for (int distance = kMostBlocks / 2; distance > 0; distance /= 2) {
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
             whole.merge(part_of_lane(whole, distance));
         }
         return whole;
@@ -202,7 +191,7 @@ public:
     }
 
     // Waits until no block reads the memory of another one: then blocks may end.
-    __device__ void finish() const {
+    __device__ void finish() {
         sync();
     }
 
@@ -271,7 +260,16 @@ private:
         }
     }
 
-    __device__ void sync() const {
+    // Waits until all blocks of the cluster run: before that they have no shared memory to write to.
+    __device__ void wait_for_start() {
+        if (blocks_ > 1 && !started_) {
+            cluster_.barrier_wait();
+        }
+        started_ = true;
+    }
+
+    __device__ void sync() {
+        wait_for_start();
         if (blocks_ == 1) {
             __syncthreads();  // without a fence of the GPU's memory
         } else {
@@ -330,6 +328,7 @@ private:
     ClusterStorage &shared_;
     int blocks_;
     int turn_ = 0;
+    bool started_ = false;
 };
 
 // A row of logits in memory.

@@ -46,9 +46,9 @@ struct AdjustedRow {
 template <ElementType kElement>
 __global__ void __launch_bounds__(kClusterThreads, kBlocksOfMultiprocessor) draw_kernel(const __grid_constant__ DrawArguments a) {
     __shared__ ClusterStorage storage;
+    Cluster cluster(storage);
     allow_next_kernel();
     wait_for_previous_kernel();
-    Cluster cluster(storage);
     const std::int32_t row = cluster.row();
     const RowOfElements<kElement> logits(a.logits + row * a.row_bytes);
     const Adjustment adjustment = adjustment_of(a, row);

@@ -232,7 +232,12 @@ LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logits, con
                 noisiest.see(token, logit);
             }
         };
-        team.each(vocabulary, logits, see, [&] { noisiest.learn(team); });
+        const auto learn = [&] {
+            if (choice.is_random) {
+                noisiest.learn(team);
+            }
+        };
+        team.each(vocabulary, logits, see, learn);
         mine = {best.rank(), noisiest.rank()};
     }
     const Greatest first = team.all(mine);

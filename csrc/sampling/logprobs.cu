@@ -13,9 +13,9 @@ namespace {
 template <ElementType kElement>
 __global__ void __launch_bounds__(kClusterThreads, kBlocksOfMultiprocessor) logprobs_kernel(const __grid_constant__ LogprobsArguments a) {
     __shared__ ClusterStorage storage;
+    Cluster cluster(storage);
     allow_next_kernel();
     wait_for_previous_kernel();
-    Cluster cluster(storage);
     const std::int32_t row = cluster.row();
     logprobs_row(cluster, RowOfElements<kElement>(a.logits + row * a.row_bytes), a, row);
     cluster.finish();
