@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import queue
@@ -462,6 +463,27 @@ def test_beams_end_at_stop_strings_as_those_of_generate(
 
 def bytes_of(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[str]:
     return [tokenizer.decode([token], skip_special_tokens=True) for token in tokens]
+
+
+def test_log_probabilities_after_the_parameters(hf: PreTrainedModel, engine: Engine) -> None:
+    prompt = [256, 70, 71, 72]
+    params = SamplingParams(max_tokens=6, temperature=0.7, top_k=3, seed=5, logprobs=5, logprobs_mode="processed")
+    both = [params, dataclasses.replace(params, logprobs_mode="raw")]
+    after, model_own = (output.outputs[0] for output in engine.generate([prompt] * 2, both))
+    assert after.token_ids == model_own.token_ids
+    with torch.no_grad():
+        logits_SV = hf(torch.tensor([prompt + after.token_ids])).logits[0, len(prompt) - 1 : -1].double()
+    assert after.logprobs is not None and model_own.logprobs is not None
+    for logits_V, token, processed, raw in zip(
+        logits_SV, after.token_ids, after.logprobs, model_own.logprobs, strict=True
+    ):
+        assert raw.logprob == pytest.approx(logits_V.log_softmax(-1)[token].item(), abs=1e-4)
+        assert len(raw.top) == 5
+        best = (logits_V / 0.7).topk(3)
+        assert [token for token, _ in processed.top] == best.indices.tolist()
+        expected = best.values.log_softmax(-1)
+        assert [logprob for _, logprob in processed.top] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert processed.logprob == pytest.approx(dict(processed.top)[token], abs=1e-6)
 
 
 def test_log_probabilities_of_beams(hf: PreTrainedModel, engine: Engine) -> None:

@@ -5,6 +5,7 @@ Shapes: B rows, V vocabulary, N draws, K reported tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -600,6 +601,39 @@ def test_log_probabilities_are_those_of_the_model() -> None:
         assert result.top_token_BK[row].tolist() == order[:20]
 
 
+@SETTINGS
+@given(params=PARAMS, seed=st.integers(0, 2**20), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_log_probabilities_after_all_parameters(params: SamplingParams, seed: int, dtype: torch.dtype) -> None:
+    logits_BV = random_logits(2, 90, seed=seed).to(dtype)
+    tokens = [seed % 90, seed % 7, 3]
+    wanted = dataclasses.replace(params, logprobs=20, logprobs_mode="processed")
+    result = draw(logits_BV, [wanted, SamplingParams(logprobs=20)], [seed, 2], [tokens, [5]])
+    plain = draw(logits_BV, [params, SamplingParams()], [seed, 2], [tokens, [5]])
+    assert torch.equal(result.token_B, plain.token_B)
+    assert result.logprob_B is not None and result.top_logprob_BK is not None and result.top_token_BK is not None
+    processed_V = processed(logits_BV[0].float(), params, tokens, len(tokens))
+    expected_BV = torch.stack([processed_V.double(), logits_BV[1].double()]).log_softmax(dim=-1)
+    # Float32's spacing at the size of these numbers, 64 at most, is 4e-6.
+    close = {"rtol": 0.0, "atol": 2e-5}
+    chosen_B = expected_BV.gather(1, result.token_B[:, None])[:, 0]
+    torch.testing.assert_close(result.logprob_B.double(), chosen_B, **close)
+    torch.testing.assert_close(result.top_logprob_BK.double(), expected_BV.gather(1, result.top_token_BK), **close)
+    assert result.top_logprob_BK[0].exp().sum() <= 1 + 1e-4
+    assert torch.equal(result.top_token_BK[1], largest(logits_BV[1:].float(), 20)[1][0])
+
+
+def test_rows_keep_their_kind_of_log_probabilities_when_they_move() -> None:
+    sampling = RowSampling(2, 9, "cpu")
+    params = SamplingParams(temperature=0.5, logprobs=0, logprobs_mode="processed")
+    set_row(sampling, 1, params, 1, [1, 2])
+    sampling.move(0, 1)
+    sampling.clear(1)
+    assert sampling.is_processed_R.tolist() == [True, False]
+    assert sampling.needs([0, 1]) == SamplingNeeds(random=True, top_logprobs=0, processed=True)
+    sampling.clear(0)
+    assert sampling.is_processed_R.tolist() == [False, False]
+
+
 def test_a_vocabulary_smaller_than_what_is_reported() -> None:
     result = draw(random_logits(1, 6, seed=1), [SamplingParams(logprobs=20)], [1], [[4]])
     assert result.top_token_BK is not None and sorted(result.top_token_BK[0].tolist()) == list(range(6))
@@ -638,6 +672,11 @@ def test_largest_is_a_stable_sort(data: st.DataObject, rows: int, columns: int) 
         (SamplingParams(temperature=0, min_tokens=1, ignore_eos=True, stop_token_ids=[4]), SamplingNeeds(masked=True)),
         (SamplingParams(temperature=0, logprobs=0), SamplingNeeds(top_logprobs=0)),
         (SamplingParams(temperature=0, logprobs=1), SamplingNeeds(top_logprobs=20)),
+        (SamplingParams(logprobs_mode="processed"), SamplingNeeds(random=True)),
+        (
+            SamplingParams(temperature=0, logprobs=0, logprobs_mode="processed"),
+            SamplingNeeds(top_logprobs=0, processed=True),
+        ),
     ],
     ids=str,
 )

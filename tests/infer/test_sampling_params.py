@@ -62,6 +62,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed=9223372036854775808 is not possible"),
     ({"logprobs": 21}, "logprobs=21 is not possible: give a number of tokens from 0 to 20, or None to report nothing."),
     ({"logprobs": True}, "logprobs=True is not possible"),
+    ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode='processed_logprobs' is not possible: give \"raw\" or"),
+    (
+        {"num_beams": 3, "temperature": 0, "logprobs_mode": "processed"},
+        "logprobs_mode='processed' is not possible: beam search reports the model's own",
+    ),
     ({"prompt_logprobs": 21}, "prompt_logprobs=21 is not possible: give a number of tokens from 0 to 20, or None"),
     ({"prompt_logprobs": True}, "prompt_logprobs=True is not possible"),
     ({"n": 0}, "n=0 is not possible: give an integer of at least 1."),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,7 +13,8 @@ import openai
 import pytest
 
 from llama_te_infer import Engine, SamplingParams
-from serving.conftest import RunningServer
+from llama_te_infer.serve.command import make_parser, server_settings, with_defaults
+from serving.conftest import RunningServer, serving
 
 PROMPT = "The sky is"
 
@@ -103,6 +107,24 @@ def test_log_probabilities(server: RunningServer, reference: Engine) -> None:
         likeliest = [logprob for _, logprob in each.top]
         assert max(top.values()) == pytest.approx(likeliest[0], abs=1e-6)
         assert all(any(abs(value - other) < 1e-6 for other in likeliest) for value in top.values())
+
+
+def test_log_probabilities_after_the_parameters(make_engine: Callable[..., Engine], folder: Path) -> None:
+    options = make_parser().parse_args([str(folder), "--logprobs-mode", "processed_logprobs"])
+    settings = with_defaults(server_settings(options), options, {"temperature": 0.5})
+    assert settings.default_params == {"temperature": 0.5, "logprobs_mode": "processed"}
+    engine = make_engine(prefix_caching=False)
+    with serving(engine, default_params=settings.default_params) as server:
+        fields: Any = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "seed": 1, "logprobs": 3}
+        found = server.client.completions.create(**fields, extra_body={"top_k": 2}).choices[0].logprobs
+        assert all(len(top) <= 3 for top in found.top_logprobs)  # two tokens, and the chosen one
+        assert all(math.exp(min(top.values())) > 0 for top in found.top_logprobs)
+        beams = server.client.completions.create(**fields, extra_body={"use_beam_search": True, "n": 2})
+    params = SamplingParams(max_tokens=6, temperature=0.5, top_k=2, seed=1, logprobs=3, logprobs_mode="processed")
+    (output,) = make_engine(prefix_caching=False).generate([PROMPT], params)
+    expected = [each.logprob for each in output.outputs[0].logprobs or ()]
+    assert found.token_logprobs == pytest.approx(expected, abs=1e-6)
+    assert len(beams.choices) == 2
 
 
 def test_echo_scores_a_prompt(server: RunningServer, reference: Engine) -> None:

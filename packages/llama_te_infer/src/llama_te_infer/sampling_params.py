@@ -57,9 +57,11 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string, or the text of the token that ended the sequence, in the text.
         seed: Makes drawn tokens a function of the seed and the logits alone; `None` for a new seed each time.
         logprobs: The number of most likely tokens to report at each position, with their log-probabilities; at most 20.
-            With 0 the engine reports the written token's log-probability alone; `None` reports nothing. Values are the
-            model's own, before the parameters above change them.
-        prompt_logprobs: As `logprobs`, for each token of the prompt except the first.
+            With 0 the engine reports the written token's log-probability alone; `None` reports nothing.
+        logprobs_mode: `"raw"` reports the model's own log-probabilities, before the parameters above change them;
+            `"processed"` those of the distribution that tokens are drawn from, after all parameters. Tokens without a
+            probability are not among the most likely ones.
+        prompt_logprobs: As `logprobs`, for each token of the prompt except the first. Always the model's own.
         structured_outputs: The form that the text must have. EOS and stop tokens have a probability where the form lets
             the text end, and the text ends where no token can follow, also before `min_tokens`. Stop tokens and strings
             that are a part of the form end the text there. Needs the extra `structured-outputs`.
@@ -93,6 +95,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    logprobs_mode: Literal["raw", "processed"] = "raw"
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | None = None
     n: int = 1
@@ -191,6 +194,7 @@ class SamplingParams:
                 getattr(self, name) is None or _is_integer(getattr(self, name), 0, MAX_LOGPROBS),
                 f"give a number of tokens from 0 to {MAX_LOGPROBS}, or None to report nothing",
             )
+        self._need("logprobs_mode", self.logprobs_mode in ("raw", "processed"), 'give "raw" or "processed"')
         self._need(
             "structured_outputs",
             self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputs),
@@ -230,6 +234,11 @@ class SamplingParams:
                 getattr(self, name) == neutral,
                 f"it would change the scores of beams, so leave it out with {beams}, or take num_beams=1",
             )
+        self._need(
+            "logprobs_mode",
+            self.logprobs_mode == "raw",
+            f"beam search reports the model's own log-probabilities, so leave it out with {beams}",
+        )
         self._need("n", self.n <= self.num_beams, f"beam search has no more results than beams; {beams}")
 
     def _check_no_beam_search(self) -> None:

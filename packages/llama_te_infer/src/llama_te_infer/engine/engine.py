@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections import deque
@@ -684,11 +685,13 @@ class Engine:
             if request.id in self._requests:
                 self._requests[request.id].add_prompt_logprobs(position, logprobs, top)
         for i, (sequence, token) in enumerate(result.tokens):
-            wanted = sequence.request.params.logprobs
-            here = None
-            if wanted is not None:
+            params, here = sequence.request.params, None
+            if params.logprobs is not None:
                 assert result.logprobs is not None
-                here = TokenLogprobs(result.logprobs[i], () if result.top is None else tuple(result.top[i][:wanted]))
+                likeliest = [] if result.top is None else result.top[i][: params.logprobs]
+                if params.logprobs_mode == "processed":
+                    likeliest = [pair for pair in likeliest if pair[1] > -math.inf]
+                here = TokenLogprobs(result.logprobs[i], tuple(likeliest))
             self._append(sequence, token, here)
         for beams in result.beams:
             self._follow(beams)

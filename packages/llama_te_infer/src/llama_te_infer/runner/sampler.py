@@ -36,6 +36,7 @@ class SamplingNeeds(NamedTuple):
         bad_words: At least one row has a bad word of several tokens.
         top_logprobs: The number of most likely tokens to report: 0 or the limit, which keeps the combinations few.
             `None` if no log-probability is reported, not even the chosen token's.
+        processed: At least one row reports log-probabilities after its parameters.
     """
 
     random: bool = False
@@ -45,10 +46,13 @@ class SamplingNeeds(NamedTuple):
     counted: bool = False
     bad_words: bool = False
     top_logprobs: int | None = None
+    processed: bool = False
 
 
 class Sampled(NamedTuple):
-    """The tokens that `sample` chose. Log-probabilities are the model's own, in float32; `None` if no row needs them.
+    """The tokens that `sample` chose, and log-probabilities in float32; `None` if no row needs them.
+
+    A row's log-probabilities are the model's own, or those after its parameters: see `SamplingParams.logprobs_mode`.
 
     Attributes:
         token_B: int64; `NO_TOKEN` of a row whose logits are not finite, or whose parameters forbid all tokens.
@@ -97,6 +101,7 @@ class RowSampling:
             needs it, as the following ones.
         count_RV: int32, how often each token is in a row's output.
         recent_RL: int64, the last tokens of a row's output, -1 in front of the first one.
+        is_processed_R: bool, whether a row reports log-probabilities after its parameters.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device | str) -> None:
@@ -112,6 +117,7 @@ class RowSampling:
         self.bias_RV: torch.Tensor | None = None
         self.count_RV: torch.Tensor | None = None
         self.recent_RL: torch.Tensor | None = None
+        self.is_processed_R = torch.zeros(rows, dtype=torch.bool, device=device)
         self._words: list[list[list[int]]] = [[] for _ in range(rows)]  # bad words of several tokens
         self._word_table: BadWords | None = None  # of all rows; `None` after a change
         self.greedy_workspace = GreedyWorkspace(rows, device)
@@ -170,6 +176,7 @@ class RowSampling:
             counted=params.presence_penalty != 0 or params.frequency_penalty != 0,
             bad_words=bool(self._words[row]),
             top_logprobs=MAX_LOGPROBS if params.logprobs else params.logprobs,
+            processed=params.logprobs is not None and params.logprobs_mode == "processed",
         )
         self._write(
             row,
@@ -234,6 +241,7 @@ class RowSampling:
             counted=any(kind.counted for kind in kinds),
             bad_words=any(kind.bad_words for kind in kinds),
             top_logprobs=max((kind.top_logprobs for kind in kinds if kind.top_logprobs is not None), default=None),
+            processed=any(kind.processed for kind in kinds),
         )
 
     def word_table(self) -> BadWords:
@@ -256,6 +264,8 @@ class RowSampling:
         if self._needs[row].biased and not needs.biased:
             assert self.bias_RV is not None
             self.bias_RV[row].zero_()  # parameters make the other tables' old entries harmless
+        if self._needs[row].processed != needs.processed:
+            self.is_processed_R[row].fill_(needs.processed)
         self._needs[row] = needs
 
     def _set_words(self, row: int, words: list[list[int]]) -> None:
@@ -328,6 +338,10 @@ def sample(
         masks: The tokens that some rows of the logits may write.
     """
     choice_BV = _forbid_words(logits_BV, sampling) if needs.bad_words else logits_BV
+    reported_BV = logits_BV
+    if needs.processed:  # before the choice adds its tokens to the tables
+        processed_BV = _process(choice_BV, sampling, position_B, needs, masks).float()
+        reported_BV = torch.where(sampling.is_processed_R[: len(logits_BV), None], processed_BV, logits_BV.float())
     token_B = torch.empty(len(choice_BV), dtype=torch.int64, device=choice_BV.device)
     choose = _choose_by_operator if samples_by_operators(choice_BV.device) else _choose_by_pytorch
     choose(choice_BV, sampling, position_B, needs, masks, token_B)
@@ -337,7 +351,7 @@ def sample(
         recent_BL.copy_(torch.cat([recent_BL[:, 1:], token_B[:, None]], dim=1))
     if needs.top_logprobs is None:
         return Sampled(token_B)
-    return Sampled(token_B, *token_logprobs(logits_BV, token_B, needs.top_logprobs))
+    return Sampled(token_B, *token_logprobs(reported_BV, token_B, needs.top_logprobs))
 
 
 def _choose_by_operator(
@@ -349,7 +363,7 @@ def _choose_by_operator(
     token_B: torch.Tensor,
 ) -> None:
     """Write the chosen tokens to `token_B` and record them, in one launch."""
-    if needs._replace(bad_words=False, top_logprobs=None) == SamplingNeeds() and masks is None:
+    if needs._replace(bad_words=False, top_logprobs=None, processed=False) == SamplingNeeds() and masks is None:
         take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
         return
     draw(
@@ -376,23 +390,11 @@ def _choose_by_pytorch(
     token_B: torch.Tensor,
 ) -> None:
     """Write the chosen tokens to `token_B` and record them. Defines what the operator computes."""
-    rows = slice(len(choice_BV))
-    if masks is not None:
-        allowed_MV = unpacked(masks.bits_MW, sampling.vocab_size)
-        allowed_BV = allowed_MV[masks.index_B.clamp(min=0)] | (masks.index_B < 0)[:, None]
-        choice_BV = choice_BV.masked_fill(~allowed_BV, -torch.inf)
-    if needs.biased:
-        assert sampling.bias_RV is not None
-        choice_BV = choice_BV.float() + sampling.bias_RV[rows]
-    if needs.masked:
-        choice_BV = _mask(choice_BV, sampling, position_B)
-    if needs.counted:
-        assert sampling.count_RV is not None
-        count_BV = sampling.count_RV[rows]
-        choice_BV = choice_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
-        choice_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
-    if needs.random:
-        choice_BV = _randomize(choice_BV, sampling, position_B, needs.filtered)
+    choice_BV = _process(choice_BV, sampling, position_B, needs, masks)
+    if needs.random:  # the largest element is the drawn token: the Gumbel-max trick
+        rows = slice(len(choice_BV))
+        noise_BV = gumbel_noise(sampling.seed_R[rows], position_B, sampling.token_hash_V)
+        choice_BV = choice_BV + noise_BV.mul_(sampling.temperature_R[rows, None] > 0)
     take_likeliest(choice_BV, token_B, sampling.greedy_workspace)
     if needs.masked or needs.counted:
         known_B = token_B.clamp(min=0)  # a row with NO_TOKEN ends, so its records may be wrong
@@ -403,6 +405,32 @@ def _choose_by_pytorch(
         if needs.counted:
             assert sampling.count_RV is not None
             sampling.count_RV.view(-1).index_add_(0, place_B, torch.ones_like(place_B, dtype=torch.int32))
+
+
+def _process(
+    logits_BV: torch.Tensor,
+    sampling: RowSampling,
+    position_B: torch.Tensor,
+    needs: SamplingNeeds,
+    masks: TokenMasks | None,
+) -> torch.Tensor:
+    """Return logits after all parameters of the rows, which rejected tokens leave with -inf."""
+    rows = slice(len(logits_BV))
+    if masks is not None:
+        allowed_MV = unpacked(masks.bits_MW, sampling.vocab_size)
+        allowed_BV = allowed_MV[masks.index_B.clamp(min=0)] | (masks.index_B < 0)[:, None]
+        logits_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
+    if needs.biased:
+        assert sampling.bias_RV is not None
+        logits_BV = logits_BV.float() + sampling.bias_RV[rows]
+    if needs.masked:
+        logits_BV = _mask(logits_BV, sampling, position_B)
+    if needs.counted:
+        assert sampling.count_RV is not None
+        count_BV = sampling.count_RV[rows]
+        logits_BV = logits_BV.float() - sampling.frequency_penalty_R[rows, None] * count_BV
+        logits_BV -= sampling.presence_penalty_R[rows, None] * (count_BV > 0)
+    return _draw_from(logits_BV, sampling, needs.filtered) if needs.random else logits_BV
 
 
 def unpacked(bits_MW: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -439,21 +467,17 @@ def _mask(logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tens
     return logits_BV.masked_fill(sampling.ending_RV[rows] & may_not_end_B[:, None], -torch.inf)
 
 
-def _randomize(
-    logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tensor, filtered: bool
-) -> torch.Tensor:
-    """Return float32 [B, V] whose largest element is the drawn token (the Gumbel-max trick), or a greedy row's best."""
+def _draw_from(logits_BV: torch.Tensor, sampling: RowSampling, filtered: bool) -> torch.Tensor:
+    """Return float32 logits of the probabilities with which rows draw. A greedy row keeps its own, or its best one."""
     rows = slice(len(logits_BV))
     temperature_B1 = sampling.temperature_R[rows, None]
-    is_random_B1 = temperature_B1 > 0
     # Training multiplies by 1 / temperature too (TRL's trainers), so both compute the same probabilities.
-    scaled_BV = logits_BV.float() * (1.0 / torch.where(is_random_B1, temperature_B1, 1.0))
-    if filtered:  # the best token of a greedy row passes every filter
-        scaled_BV = keep_likely(
-            scaled_BV, sampling.top_k_R[rows, None], sampling.top_p_R[rows, None], sampling.min_p_R[rows, None]
-        )
-    noise_BV = gumbel_noise(sampling.seed_R[rows], position_B, sampling.token_hash_V)
-    return scaled_BV.add_(noise_BV.mul_(is_random_B1))
+    scaled_BV = logits_BV.float() * (1.0 / torch.where(temperature_B1 > 0, temperature_B1, 1.0))
+    if not filtered:
+        return scaled_BV
+    return keep_likely(
+        scaled_BV, sampling.top_k_R[rows, None], sampling.top_p_R[rows, None], sampling.min_p_R[rows, None]
+    )
 
 
 def keep_likely(

@@ -34,7 +34,7 @@ _MODULES = {  # of each extra
 SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
 # Options that mean nothing to embeddings and scores.
-_OF_GENERATION = ["fp8_recipe", "generation_config", "max_batch_size", "page_size", "total_num_pages"]
+_OF_GENERATION = ["fp8_recipe", "generation_config", "logprobs_mode", "max_batch_size", "page_size", "total_num_pages"]
 _OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching", "kv_cache_dtype"]
 FAILED = 1
 WRONG_ARGUMENTS = 2
@@ -99,6 +99,8 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     group.add_argument("--fp8-recipe", choices=["delayed", "current", "block"], help="compute all layers in FP8")
     group.add_argument("--generation-config", default="auto", choices=["auto", "none"],
                        help="auto: the checkpoint's temperature and the like are the defaults")  # fmt: skip
+    group.add_argument("--logprobs-mode", default="raw_logprobs", choices=["raw_logprobs", "processed_logprobs"],
+                       help="processed: after temperature, penalties and filters (default: %(default)s)")  # fmt: skip
     group.add_argument("--runner", default="auto", choices=["auto", "generate", "pooling"],
                        help="auto: pooling if the checkpoint is a classifier or has no head")  # fmt: skip
     group.add_argument("--convert", default="auto", choices=["auto", "none", "embed", "classify"],
@@ -362,7 +364,7 @@ def _tool_formats(options: argparse.Namespace) -> tuple[ToolFormat, ...]:
 def with_defaults(
     settings: ServerSettings, options: argparse.Namespace, sampling_defaults: Mapping[str, Any]
 ) -> ServerSettings:
-    """Return settings with the checkpoint's defaults for `SamplingParams`, unless the operator does not want them."""
-    if options.generation_config == "none":
-        return settings
-    return dataclasses.replace(settings, default_params=sampling_defaults)
+    """Return settings with the operator's defaults for `SamplingParams`, and the checkpoint's if they are wanted."""
+    mode = options.logprobs_mode.removesuffix("_logprobs")
+    of_checkpoint = {} if options.generation_config == "none" else sampling_defaults
+    return dataclasses.replace(settings, default_params={**of_checkpoint, "logprobs_mode": mode})

@@ -122,8 +122,8 @@ class SamplingFields(GeneratingFields):
         if self.use_beam_search:
             n = self.n or 1
             given["num_beams"] = max(n, self.best_of or n)
-            drawing = ("temperature", "top_p", "top_k", "min_p")
-            defaults = {name: value for name, value in defaults.items() if name not in drawing}
+            of_draws = ("temperature", "top_p", "top_k", "min_p", "logprobs_mode")
+            defaults = {name: value for name, value in defaults.items() if name not in of_draws}
         elif self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError(f"best_of={self.best_of} needs use_beam_search=true: it is the number of beams.")
         elif given.get("temperature", defaults.get("temperature")) == 0 and given.get("n", 1) > 1:
