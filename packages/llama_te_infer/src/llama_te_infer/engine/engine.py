@@ -16,11 +16,12 @@ import math
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llama_te_core.layers.kv_cache import computing_dtype
@@ -55,6 +56,7 @@ from .limits import (
     max_sequence_length_of,
     model_kind,
 )
+from .live_model import copy_weights, evaluating
 from .model_watch import ModelWatch
 from .one_thread import OneThread
 from .outputs import RequestOutput, TokenEvent, TokenLogprobs
@@ -91,7 +93,8 @@ class Engine:
     A call from a second thread raises a RuntimeError while requests are in progress.
 
     Args:
-        model: An `NVLlamaForCausalLM` in evaluation mode.
+        model: An `NVLlamaForCausalLM`. It may be in training: the engine evaluates it, and leaves its mode, gradients,
+            hooks and autograd's state as they were.
         tokenizer: A tokenizer of transformers, for prompts, texts and stop strings; prompts of tokens need none.
         max_batch_size: Sequences that run at the same time; each beam is one.
         max_sequence_length: Most tokens of a sequence, prompt included; by default and at most the configuration's
@@ -114,13 +117,17 @@ class Engine:
     The model may change between requests: the engine looks at it once after each `submit`. It then decides again how
     to compute decoding steps, captures new CUDA graphs where weights have moved, and forgets all cached prefixes if
     weights, hooks or adapters have changed. Running requests continue with the changed model. `ModelWatch` says
-    which changes the engine sees; call `reset_prefix_cache` after others, such as `parameter.data.mul_(...)`. Under
+    which changes the engine sees; call `reset_prefix_cache` after others, such as `parameter.data.mul_(...)`. So an
+    optimizer may train the model between calls; `sleep` lends the engine's memory to the training meanwhile. Under
     `torch.autocast` the cache has the dtype of autocast.
+
+    Attributes:
+        is_asleep: Whether `sleep` has given the memory back.
 
     Raises:
         ValueError: An argument is out of its range, or `kv_cache_dtype` does not fit the model; more memory is needed
-            than there is; an EOS token of the model is no integer; or the model is in training mode. `step`, `generate`
-            and `stream` raise it too, if the model has changed; no request has advanced then.
+            than there is; or an EOS token of the model is no integer. `step`, `generate` and `stream` raise it too, if
+            the model has changed; no request has advanced then.
         RuntimeError: decode_implementation="fused", and the kernels cannot compute the model. Raised by `step`,
             `generate` and `stream` likewise, also for a model with another dtype, device or vocabulary.
     """
@@ -164,10 +171,12 @@ class Engine:
             total_num_pages = max(1, min(wanted, fitting_pages(sizes, gpu_memory_utilization)))
         elif gpu_memory_utilization is not None:
             raise ValueError(f"{total_num_pages=} and {gpu_memory_utilization=}: give one of them.")
-        check_memory(sizes, total_num_pages, max_batch_size)
+        self._check_memory = functools.partial(check_memory, sizes, total_num_pages, max_batch_size)
+        self._check_memory()
         # The model keeps this table. It is made here, outside inference mode, so that the model can be trained later.
         model.model.rotary_angles(self.max_sequence_length, model.device)
-        self._cache = EngineCache(
+        self._make_cache = functools.partial(
+            EngineCache,
             model,
             rows=self._rows,
             max_sequence_length=self.max_sequence_length,
@@ -189,11 +198,7 @@ class Engine:
         self._failure: Exception | None = None  # why the engine cannot be used any more
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._counters = Counters()
-        self._layers = LayersDecode(model, self._cache)
-        self._fused: FusedDecode | None = None
-        self._fused_prefill: FusedPrefill | None = None
-        self._decode = self._select_backend()
-        self._start_over()
+        self._wake()
 
     def __repr__(self) -> str:
         pool = self.scheduler.blocks.pool
@@ -257,6 +262,56 @@ class Engine:
         with self._use():
             self.scheduler.blocks.forget_prefixes()
 
+    def sleep(self) -> None:
+        """Give back the memory of the cache, the CUDA graphs and the workspaces, for example to a training step.
+
+        `wake`, or the next request, takes it again. The model keeps its weights; cached prefixes are lost.
+
+        Raises:
+            ValueError: Requests are in progress, or outputs have not been fetched.
+        """
+        with self._use():
+            if self.has_unfinished:
+                raise ValueError("requests are in progress: let step finish them, or cancel them, before sleep.")
+            if self.is_asleep:
+                return
+            self.is_asleep = True
+            self.scheduler = self._make_scheduler()
+            del self._cache, self._layers, self._fused, self._fused_prefill, self._decode, self._runner
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()  # the memory of graphs is not the caching allocator's to give to others
+
+    def wake(self) -> None:
+        """Take the memory that `sleep` gave back. Does nothing if the engine is awake.
+
+        Raises:
+            ValueError: There is less memory than the engine needs.
+        """
+        with self._use():
+            if self.is_asleep:
+                self._check_memory()
+                self._wake()
+
+    def update_weights(self, weights: nn.Module | Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy weights that live elsewhere into the engine's model, in place, one after the other.
+
+        Cached prefixes are forgotten; requests in progress go on with the new weights.
+
+        Args:
+            weights: A model of the same kind, or names and tensors as its `named_parameters` gives them, on any device
+                and in any dtype, such as an optimizer's float32 copies. Shards of FSDP2 are gathered, so all ranks call
+                this. Weights that do not come stay as they are.
+
+        Raises:
+            ValueError: A name or a shape is not the model's. The weights before it have been written.
+        """
+        with self._use():
+            try:
+                copy_weights(self.model, weights)
+            finally:
+                self._backend_is_current = False
+                self.scheduler.blocks.forget_prefixes()
+
     def warm_up(self) -> None:
         """Run steps of all sizes, so that first requests do not wait for what a GPU makes once.
 
@@ -295,7 +350,7 @@ class Engine:
     @property
     def cache_bytes(self) -> int:
         """The bytes of the keys and values of all pages; with an FP8 cache also of what its attention widens."""
-        return self._cache.memory_bytes
+        return 0 if self.is_asleep else self._cache.memory_bytes
 
     @property
     def has_unfinished(self) -> bool:
@@ -338,7 +393,7 @@ class Engine:
         Raises:
             ValueError: A request does not fit; none has been started then.
         """
-        with self._use():
+        with self._use(), evaluating(self.model):
             return self._generate(tokens_of_prompts(prompts, self.tokenizer, self.max_sequence_length), params)
 
     def chat(
@@ -482,10 +537,14 @@ class Engine:
         arrival: float,
     ) -> int:
         self._check_usable()
+        self.wake()
         special_stops = special_stops_of(params, self._special_tokens)
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
-        # From torch's generator, so that torch.manual_seed makes all requests repeatable.
-        seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+        seed = params.seed
+        if seed is None:
+            # From torch's generator, so that torch.manual_seed makes all requests repeatable.
+            draws = params.temperature > 0 and params.num_beams == 1
+            seed = int(torch.randint(2**63 - 1, ())) if draws else 0
         self.scheduler.check_rows(params)  # before a request makes its sequences
         self._check(tokens, params, special_stops, bad_words)
         params = self._with_length(tokens, params)
@@ -581,6 +640,16 @@ class Engine:
 
     # --- stepping -----------------------------------------------------------------------------------------------------
 
+    def _wake(self) -> None:
+        """Take the memory of the cache, and make what works with it."""
+        self._cache = self._make_cache()
+        self._layers = LayersDecode(self.model, self._cache)
+        self._fused: FusedDecode | None = None
+        self._fused_prefill: FusedPrefill | None = None
+        self._decode = self._select_backend()
+        self._start_over()
+        self.is_asleep = False
+
     def _start_over(self) -> None:
         """Forget all requests, and the content of the cache."""
         self._requests: dict[int, RequestState] = {}  # in progress
@@ -629,10 +698,15 @@ class Engine:
         """Return whether the cache has the dtype that the layers compute in, which autocast changes."""
         return self._cache.dtype == computing_dtype(self.model.get_input_embeddings().weight)
 
-    @torch.inference_mode()
     def _advance(self) -> None:
         """Launch a step, and read the results of the step before."""
+        with evaluating(self.model), torch.inference_mode():
+            self._advance_evaluated()
+
+    def _advance_evaluated(self) -> None:
         self._check_usable()
+        if self.is_asleep:
+            return  # without requests
         if self._is_stepping:
             raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
         previous = self._decode  # its graph may still run: it stays until the step before has been read

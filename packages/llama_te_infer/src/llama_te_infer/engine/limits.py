@@ -27,7 +27,7 @@ def check_model(model: Any) -> None:
     """Refuse a model that an engine cannot run.
 
     Raises:
-        ValueError: The model has another class, is in training mode, or has its weights elsewhere.
+        ValueError: The model has another class, or has its weights elsewhere.
     """
     from llama_te_core import NVLlamaForCausalLM  # a late import: it loads transformers' models
 
@@ -36,8 +36,6 @@ def check_model(model: Any) -> None:
             f"model is a {type(model).__name__}: give a llama_te_core.NVLlamaForCausalLM. A Hugging Face Llama is "
             "converted with llama_te_convert.convert_llama_hf_to_te first."
         )
-    if model.training:
-        raise ValueError("model is in training mode: call model.eval() first.")
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(
             "weights of the model are not in memory, since accelerate keeps them on the CPU or on disk: load the model "
