@@ -106,6 +106,11 @@ def more_parameters(model: PreTrainedModel) -> str:
     return "the model has parameters of its own kind, such as model.norm.gate"
 
 
+def test_a_forward_that_is_put_back_is_no_change(model: PreTrainedModel) -> None:
+    model.model.norm.forward = model.model.norm.forward
+    assert not backend.has_own_forward(model, model.model.norm)
+
+
 CHANGES = pytest.mark.parametrize("change", [hook, pre_hook, replaced_forward, adapter, more_parameters])
 Change = Callable[[PreTrainedModel], str]
 

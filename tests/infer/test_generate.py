@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+import llama_te_core.compat.entry_points
 import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Engine, InferenceParams, inference_params_for
@@ -251,10 +252,11 @@ def use_installed_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate an installed llama_te_infer: use the entry point that its pyproject.toml registers."""
     project = Path(__file__).parents[2] / "packages" / "llama_te_infer" / "pyproject.toml"
     points = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["entry-points"]
-    [(group, entries)] = points.items()
-    found = [EntryPoint(name, value, group) for name, value in entries.items()]
+    found = [EntryPoint(name, value, group) for group, entries in points.items() for name, value in entries.items()]
     monkeypatch.setattr(
-        llama_te_core.layers.kv_cache, "entry_points", lambda *, group: [each for each in found if each.group == group]
+        llama_te_core.compat.entry_points,
+        "entry_points",
+        lambda *, group: [each for each in found if each.group == group],
     )
 
 
@@ -409,7 +411,7 @@ def test_layers_on_several_devices_are_refused(te: PreTrainedModel) -> None:
 def test_without_llama_te_infer_generate_warns_once(
     hf: PreTrainedModel, te: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llama_te_core.layers.kv_cache, "entry_points", lambda *, group: [])
+    monkeypatch.setattr(llama_te_core.compat.entry_points, "entry_points", lambda *, group: [])
     inputs = prompts(3)
     expected = generate(hf, inputs)
     with pytest.warns(UserWarning, match=r"without a key/value cache.*pip install llama-te-infer"):

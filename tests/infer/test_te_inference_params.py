@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import llama_te_core.compat.entry_points
 import llama_te_core.layers.kv_cache
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import HFInferenceParams, InferenceParams
@@ -164,6 +165,6 @@ def test_objects_that_the_model_cannot_take_over(hf, monkeypatch: pytest.MonkeyP
     small = params_for(model, TEInferenceParams, 1)
     with pytest.raises(ValueError, match="does not fit the cache with max_batch_size=1"):
         model(ids, past_key_values=small)
-    monkeypatch.setattr(llama_te_core.layers.kv_cache, "entry_points", lambda *, group: [])
+    monkeypatch.setattr(llama_te_core.compat.entry_points, "entry_points", lambda *, group: [])
     with pytest.raises(TypeError, match="pip install llama-te-infer"):
         model(ids, past_key_values=params_for(model, TEInferenceParams, 2))

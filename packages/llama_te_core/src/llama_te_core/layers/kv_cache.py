@@ -9,11 +9,11 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from importlib.metadata import entry_points
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ..compat.entry_points import installed_function
 from ..compat.transformer_engine import is_inference_params
 
 ENTRY_POINT_GROUP = "llama_te_core.kv_cache"
@@ -173,7 +173,7 @@ def check_cache(cache: Any, batch_size: int, num_kv_heads: int, head_dim: int, d
             content, or a cache manager of another class.
     """
     if is_inference_params(cache) and not isinstance(cache, KVCache):
-        adopt = _entry_point("transformer_engine")
+        adopt = installed_function(ENTRY_POINT_GROUP, "transformer_engine")
         if adopt is not None:
             adopt(cache)
     if not isinstance(cache, KVCache):
@@ -222,7 +222,7 @@ def default_cache_factory() -> Callable[..., KVCache] | None:
     The function takes a model, `batch_size` and `max_length`: the tokens of the longest row, or `None` for a cache that
     grows.
     """
-    factory: Callable[..., KVCache] | None = _entry_point("default")
+    factory: Callable[..., KVCache] | None = installed_function(ENTRY_POINT_GROUP, "default")
     if factory is not None:
         return factory
     warnings.warn(
@@ -230,13 +230,4 @@ def default_cache_factory() -> Callable[..., KVCache] | None:
         "for each token, and past_key_values of outputs are None: pip install llama-te-infer, or pass use_cache=False.",
         stacklevel=2,
     )
-    return None
-
-
-def _entry_point(name: str) -> Callable[..., Any] | None:
-    """Return the installed function of this name."""
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        if entry.name == name:
-            function: Callable[..., Any] = entry.load()
-            return function
     return None

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from ..compat.entry_points import installed_function
 from ..compat.transformers import mark_as_given, prefill
 from ..layers.kv_cache import KVCache, default_cache_factory
 from .arguments import CACHE_FIELD, given_cache
+
+ENTRY_POINT_GROUP = "llama_te_core.generation"
 
 
 class CachedGenerationMixin(GenerationMixin):
@@ -32,6 +35,23 @@ class CachedGenerationMixin(GenerationMixin):
             kwargs[CACHE_FIELD] = cache
         return super().generate(*args, **kwargs)
 
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Continue prompts of tokens, as many at the same time as fit: see `llama_te_infer.continuous_batching`.
+
+        It takes and returns what transformers' `generate_batch` does.
+
+        Raises:
+            ImportError: llama-te-infer is not installed.
+            NotImplementedError: transformers' `generate` calls it for cache_implementation="paged", with padded rows.
+        """
+        if kwargs.get("cache_implementation") is not None:
+            self.init_continuous_batching()
+        function = installed_function(ENTRY_POINT_GROUP, "generate_batch")
+        if function is None:
+            raise ImportError("generate_batch runs on the engine of llama-te-infer: pip install llama-te-infer.")
+        results: dict[str, Any] = function(self, inputs, *args, **kwargs)
+        return results
+
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: transformers' continuous batching computes attention in functions that the layers do not call.
 
@@ -39,12 +59,10 @@ class CachedGenerationMixin(GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError(
-            "generate_batch, init_continuous_batching and cache_implementation='paged' (transformers' continuous "
-            f"batching) do not work with {type(self).__name__}. Use llama_te_infer.Engine(model, tokenizer).generate("
-            "prompts, SamplingParams(...)), which batches continuously, or model.generate on a padded batch."
+            "init_continuous_batching and cache_implementation='paged' (transformers' continuous batching) do not work "
+            f"with {type(self).__name__}. Use model.generate_batch, or llama_te_infer.Engine, which takes requests at "
+            "any time."
         )
-
-    generate_batch = init_continuous_batching
 
     def _prepare_cache_for_generation(
         self,

@@ -130,7 +130,10 @@ def has_own_forward(model: Any, module: Any) -> bool:
     The layers' own hooks do not count: they only serve the cache.
     """
     is_own_hook = model.layer_backend.is_own_hook
-    return "forward" in vars(module) or any(not is_own_hook(hook) for hook in forward_hooks(module))
+    forward = vars(module).get("forward")
+    # Libraries that wrap `forward` put the bound method back: accelerate's `unwrap_model` does.
+    is_replaced = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return is_replaced or any(not is_own_hook(hook) for hook in forward_hooks(module))
 
 
 def decode_problem(model: Any, cache: CacheStep, rows: int) -> tuple[str | None, list[LayerWeights]]:

@@ -198,6 +198,7 @@ class Engine:
         self._failure: Exception | None = None  # why the engine cannot be used any more
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._counters = Counters()
+        self.is_asleep, self._backend_is_current = True, False
         self._wake()
 
     def __repr__(self) -> str:
@@ -277,7 +278,7 @@ class Engine:
                 return
             self.is_asleep = True
             self.scheduler = self._make_scheduler()
-            del self._cache, self._layers, self._fused, self._fused_prefill, self._decode, self._runner
+            del self._runner, self._decode, self._fused, self._fused_prefill, self._layers, self._cache
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of graphs is not the caching allocator's to give to others
 
