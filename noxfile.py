@@ -33,6 +33,8 @@ DATA_READERS = ["datasets", "torchdata"]
 TRAINING_COMMAND = ["jsonargparse[signatures]>=4.49", "tensorboard"]
 # The requirements of the extra `lora`.
 ADAPTERS = ["peft>=0.21"]
+# A trainer whose rollouts run on the engine; docs/guides/reinforcement-learning.md names this release.
+TRAINERS = ["trl==1.16.0"]
 # Dependencies of Transformer Engine that our code uses and that work without it.
 INSPECTION = ["nvdlfw-inspect>=0.2.2"]
 
@@ -121,7 +123,7 @@ def coverage(session: nox.Session) -> None:
 
 
 def run_tests(session: nox.Session, *options: str, **variables: str) -> None:
-    training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *INSPECTION]
+    training = [*DATA_READERS, *TRAINING_COMMAND, *ADAPTERS, *TRAINERS, *INSPECTION]
     serving = [*SERVER, *TRACING, *CLIENTS_OF_SERVER]
     tools = [IMPORT_LINTER, "hypothesis", "matplotlib", "pytest", "pytest-cov", "pytest-xdist"]
     install(session, *MODEL_READERS, *training, *serving, *TRITON, *tools)
