@@ -7,7 +7,7 @@ from typing import Any
 
 from ..sampling_params import SamplingParams
 from .engine import Engine
-from .limits import fitting_pages
+from .limits import max_sequence_length_of
 from .outputs import RequestOutput
 
 MOST_ROWS = 256  # of a batch, if the caller does not say
@@ -20,8 +20,8 @@ class LiveEngine:
     that holds this object can be copied and saved.
 
     Args:
-        options: Arguments of `Engine`. Without `max_batch_size`, `max_sequence_length` and `total_num_pages` the engine
-            is as large as its calls need: at most 256 sequences at the same time, at most as many pages as fit.
+        options: Arguments of `Engine`. Without `max_batch_size` and `max_sequence_length` the engine is as large as its
+            calls need: at most 256 sequences at the same time, and at most as many pages as fit.
 
     Attributes:
         most_rows: Sequences that run at the same time at most; a request has no more.
@@ -70,12 +70,8 @@ class LiveEngine:
             return engine
         self._engine = engine = None  # its memory is free before the next engine takes its own
         self._rows, self._length = max(rows, self._rows), max(length, self._length)
-        page_size = self.options.get("page_size", 64)
-        sizes: dict[str, Any] = {"max_batch_size": self._rows}
-        if "total_num_pages" not in self.options and "gpu_memory_utilization" not in self.options:
-            needed = self._rows * -(-self._length // page_size)
-            sizes["total_num_pages"] = max(1, min(needed, fitting_pages(model, page_size, None)))
-        self._engine = Engine(model, **{**sizes, **self.options})
+        longest = min(self._length, max_sequence_length_of(model.config, None))
+        self._engine = Engine(model, **{"max_batch_size": self._rows, "max_sequence_length": longest, **self.options})
         return self._engine
 
 
