@@ -607,8 +607,8 @@ def test_log_probabilities_after_all_parameters(params: SamplingParams, seed: in
     logits_BV = random_logits(2, 90, seed=seed).to(dtype)
     tokens = [seed % 90, seed % 7, 3]
     wanted = dataclasses.replace(params, logprobs=20, logprobs_mode="processed")
-    result = draw(logits_BV, [wanted, SamplingParams(logprobs=20)], [seed, 2], [tokens, [5]])
-    plain = draw(logits_BV, [params, SamplingParams()], [seed, 2], [tokens, [5]])
+    result = draw(logits_BV, [wanted, SamplingParams(top_k=9, logprobs=20)], [seed, 2], [tokens, [5]])
+    plain = draw(logits_BV, [params, SamplingParams(top_k=9)], [seed, 2], [tokens, [5]])
     assert torch.equal(result.token_B, plain.token_B)
     assert result.logprob_B is not None and result.top_logprob_BK is not None and result.top_token_BK is not None
     processed_V = processed(logits_BV[0].float(), params, tokens, len(tokens))

@@ -468,16 +468,18 @@ def _mask(logits_BV: torch.Tensor, sampling: RowSampling, position_B: torch.Tens
 
 
 def _draw_from(logits_BV: torch.Tensor, sampling: RowSampling, filtered: bool) -> torch.Tensor:
-    """Return float32 logits of the probabilities with which rows draw. A greedy row keeps its own, or its best one."""
+    """Return float32 logits of the probabilities with which rows draw. A greedy row keeps its own."""
     rows = slice(len(logits_BV))
     temperature_B1 = sampling.temperature_R[rows, None]
+    is_random_B1 = temperature_B1 > 0
     # Training multiplies by 1 / temperature too (TRL's trainers), so both compute the same probabilities.
-    scaled_BV = logits_BV.float() * (1.0 / torch.where(temperature_B1 > 0, temperature_B1, 1.0))
+    scaled_BV = logits_BV.float() * (1.0 / torch.where(is_random_B1, temperature_B1, 1.0))
     if not filtered:
         return scaled_BV
-    return keep_likely(
+    likely_BV = keep_likely(
         scaled_BV, sampling.top_k_R[rows, None], sampling.top_p_R[rows, None], sampling.min_p_R[rows, None]
     )
+    return torch.where(is_random_B1, likely_BV, scaled_BV)
 
 
 def keep_likely(
