@@ -137,6 +137,14 @@ def test_sleep_gives_the_memory_back_until_the_next_request(model: PreTrainedMod
     assert texts_of(engine) == expected and not engine.is_asleep
 
 
+def test_an_fp8_cache_sleeps_too(model: PreTrainedModel) -> None:
+    engine = Engine(model, max_batch_size=2, page_size=4, kv_cache_dtype="fp8")
+    expected, memory = texts_of(engine), engine.cache_bytes
+    engine.sleep()
+    assert memory > 0 == engine.cache_bytes
+    assert texts_of(engine) == expected and engine.cache_bytes == memory
+
+
 def test_sleep_needs_an_engine_without_requests(model: PreTrainedModel) -> None:
     engine = Engine(model, max_batch_size=2, page_size=4)
     engine.submit(PROMPTS[0], GREEDY)
