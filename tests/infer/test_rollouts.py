@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import pickle
 import weakref
@@ -23,6 +24,7 @@ from llama_te_core.lora import on_weights
 from llama_te_infer import Engine, SamplingParams
 from llama_te_infer.engine import live_engine
 from llama_te_infer.rl import rollout_func
+from llama_te_infer.structured_outputs import StructuredOutputs
 
 SETTINGS: dict[str, Any] = {
     "output_dir": "trained",
@@ -186,6 +188,40 @@ def test_settings_of_the_engines_own(model: PreTrainedModel, tokenizer: Any) -> 
     assert all(token in letters for output in run.outputs for ids in output["completion_ids"] for token in ids)
     with pytest.raises(TypeError, match="no_repeat_ngram_size"):
         Run(model, tokenizer, rollout_func(), generation_kwargs={"no_repeat_ngram_size": 2})
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_copy_in_another_dtype_lives_during_rollouts_alone(
+    model: PreTrainedModel, tokenizer: Any, bf16: bool
+) -> None:
+    live: list[live_engine.LiveEngine] = []
+
+    class Noted(live_engine.LiveEngine):
+        def generate(self, trained: Any, prompts: Any, params: Any, tokenizer: Any = None) -> Any:
+            live.append(self)
+            expected = Engine(copy.deepcopy(trained).bfloat16(), max_batch_size=4).generate(
+                prompts, [SamplingParams(max_tokens=8, temperature=0)] * len(prompts)
+            )
+            greedy = [dataclasses.replace(each, temperature=0, n=1) for each in params]
+            found = super().generate(trained, prompts, greedy, tokenizer)
+            cut = [output.outputs[0].token_ids for output in found]
+            whole = [output.outputs[0].token_ids for output in expected]
+            assert [ids[: len(own)] for ids, own in zip(whole, cut, strict=True)] == cut
+            return super().generate(trained, prompts, params, tokenizer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama_te_infer.rl.rollouts.LiveEngine", Noted)
+        run = Run(model, tokenizer, rollout_func(dtype=torch.bfloat16), bf16=bf16)
+    assert 1e-5 < max(run.distances) < 0.25
+    assert model.dtype == torch.float32
+    assert len(live) == 5 and len(set(map(id, live))) == 1
+    assert live[0]._copy is not None and sum(each.numel() for each in live[0]._copy.parameters()) == 0
+
+
+def test_parameters_that_name_texts_get_the_tokenizer(model: PreTrainedModel, tokenizer: Any) -> None:
+    form = StructuredOutputs(choice=["yes", "no"])
+    run = Run(model, tokenizer, rollout_func(), generation_kwargs={"structured_outputs": form, "stop": ["!"]})
+    assert {text for texts in run.texts for text in texts} == {"yes", "no"}
 
 
 def test_an_engine_is_made_again_where_a_batch_is_larger(

@@ -5,12 +5,14 @@ Written for TRL 1.16, of whose trainer it reads public attributes alone.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from ..engine.live_engine import LiveEngine
@@ -19,7 +21,7 @@ from ..sampling_params import SamplingParams
 Rollout = Callable[[list[Any], Any], dict[str, list[Any]]]
 
 
-def rollout_func(**engine_options: Any) -> Rollout:
+def rollout_func(*, dtype: torch.dtype | None = None, **engine_options: Any) -> Rollout:
     """Return a `rollout_func` for TRL's `GRPOTrainer`.
 
         trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=data, rollout_func=rollout_func())
@@ -33,9 +35,12 @@ def rollout_func(**engine_options: Any) -> Rollout:
     this process, or if a setting is not possible.
 
     Args:
+        dtype: Write in this dtype, by a copy of the weights that is in memory only during rollouts. So a model that is
+            trained in float32 writes by the kernels in bfloat16; its log-probabilities then have bfloat16's errors.
+            `None` computes as the trainer does.
         engine_options: Arguments of `Engine`, such as `max_batch_size`; by default it is as large as needed.
     """
-    live = LiveEngine(**engine_options)
+    live = LiveEngine(dtype=dtype, **engine_options)
 
     def roll_out(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         prompt_ids = _tokens_of(prompts, trainer)
@@ -45,13 +50,16 @@ def rollout_func(**engine_options: Any) -> Rollout:
             count = len(list(copies))
             groups += [(prompt, min(live.most_rows, count - done)) for done in range(0, count, live.most_rows)]
         params = _params_of(trainer)
-        with trainer.accelerator.autocast(), warnings.catch_warnings():
+        names_texts = params.stop or params.bad_words or params.structured_outputs is not None
+        autocast = trainer.accelerator.autocast() if dtype is None else contextlib.nullcontext()
+        with autocast, warnings.catch_warnings():
             # accelerate replaces `forward` by one under autocast, which the engine passes by.
             warnings.filterwarnings("ignore", "The engine calls the model's decoder")
             outputs = live.generate(
                 _model_of(trainer),
                 [prompt for prompt, _ in groups],
                 [dataclasses.replace(params, n=count) for _, count in groups],
+                trainer.processing_class if names_texts else None,  # other completions need not be decoded here
             )
         completions = [completion for output in outputs for completion in output.outputs]
         return {
