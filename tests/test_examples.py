@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,16 @@ def test_lora(tmp_path: Path) -> None:
     out = run("lora.py", "--model", "random", "--steps", 4, "--output", "out", folder=tmp_path)
     assert "Adapter of 14 Hugging Face weights" in out
     assert out.count("(allowed: 1e-04)") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rollouts", ["engine", "generate"])
+def test_grpo(rollouts: str, tmp_path: Path) -> None:
+    options = ("--model", "random", "--steps", 2, "--batch", 16, "--rollouts", rollouts, "--output", "out")
+    assert "Mean reward of the first step 0.00" in run("grpo.py", *options, folder=tmp_path)
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    assert log["rollouts"] == rollouts and [step["reward"] for step in log["steps"]] == [0, 0]
+    for step in log["steps"]:
+        assert step["seconds"] > step["rollout_seconds"] and (step["rollout_seconds"] > 0) == (rollouts == "engine")
+        assert step["rollout_tokens"] <= 16 * 16
+    assert (tmp_path / "out" / "reward.png").stat().st_size > 1000
