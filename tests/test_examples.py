@@ -51,10 +51,11 @@ def test_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rollouts", ["engine", "generate"])
 def test_grpo(rollouts: str, tmp_path: Path) -> None:
     options = ("--model", "random", "--steps", 2, "--batch", 16, "--rollouts", rollouts, "--output", "out")
-    assert "Mean reward of the first step 0.00" in run("grpo.py", *options, folder=tmp_path)
+    assert "Mean reward of the first step 0.0" in run("grpo.py", *options, folder=tmp_path)
     log = json.loads((tmp_path / "out" / "log.json").read_text())
-    assert log["rollouts"] == rollouts and [step["reward"] for step in log["steps"]] == [0, 0]
+    assert log["rollouts"] == rollouts and len(log["steps"]) == 2
     for step in log["steps"]:
+        assert 0 <= step["reward"] < 0.1
         assert step["seconds"] > step["rollout_seconds"] and (step["rollout_seconds"] > 0) == (rollouts == "engine")
         assert step["rollout_tokens"] <= 16 * 16
     assert (tmp_path / "out" / "reward.png").stat().st_size > 1000
