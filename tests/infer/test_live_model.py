@@ -7,13 +7,14 @@ import gc
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
-from llama_te_infer import Engine, SamplingParams
+from llama_te_infer import Engine, SamplingParams, TokenEvent
 
 PROMPTS = [[5, 77, 31, 200, 8, 41, 9, 17, 130, 66, 12], [7, 7, 3]]
 GREEDY = SamplingParams(max_tokens=8, temperature=0, logprobs=0)
@@ -194,6 +195,98 @@ def test_a_sleeping_engine_is_freed(model: PreTrainedModel) -> None:
     assert reference() is None
 
 
+def test_requests_go_on_after_a_sleep(model: PreTrainedModel) -> None:
+    long = list(range(3, 40))
+    prompts = [*PROMPTS, long, long[:9]]
+    params = [
+        SamplingParams(max_tokens=12, temperature=0, logprobs=0),
+        SamplingParams(max_tokens=12, temperature=0.9, seed=3, n=3, repetition_penalty=1.3),
+        SamplingParams(max_tokens=6, temperature=0),
+        SamplingParams(max_tokens=10, temperature=0, num_beams=3),
+    ]
+    options = {"max_batch_size": 12, "page_size": 4, "prefill_budget": 16}
+    expected = [
+        [each.token_ids for each in output.outputs] for output in Engine(model, **options).generate(prompts, params)
+    ]
+    for steps in range(7):  # also while the longest prompt is read
+        engine = Engine(model, **options)
+        events: list[TokenEvent] = []
+        ids = [engine.submit(prompt, each, events.append) for prompt, each in zip(prompts, params, strict=True)]
+        outputs = [output for _ in range(steps) for output in engine.step()]
+        settled = engine.settle()
+        before = len(events)
+        engine.sleep(keep_requests=True)
+        assert engine.is_asleep and engine.step() == [] and engine.has_unfinished and len(events) == before
+        assert engine.stats().num_requests_waiting and not engine.stats().num_pages_used
+        outputs += settled
+        engine.wake()
+        while engine.has_unfinished:
+            outputs += engine.step()
+        texts = {output.request_id: [each.token_ids for each in output.outputs] for output in outputs}
+        assert [texts[request_id] for request_id in ids] == expected
+        written = sum(len(tokens) for text in expected for tokens in text)
+        assert len(events) == written
+
+
+def test_a_request_that_ends_asleep(model: PreTrainedModel) -> None:
+    engine = Engine(model, max_batch_size=2, page_size=4)
+    first, second = (engine.submit(prompt, GREEDY) for prompt in PROMPTS)
+    for _ in range(3):
+        engine.step()
+    engine.sleep(keep_requests=True)
+    assert engine.cancel(first)
+    (output,) = engine.step()
+    assert output.outputs[0].finish_reason == "cancelled" and len(output.outputs[0].token_ids) == 3
+    engine.wake()
+    outputs = [output for _ in range(12) for output in engine.step()]
+    assert [output.request_id for output in outputs] == [second] and len(outputs[0].outputs[0].token_ids) == 8
+
+
+def test_held_requests_wait_and_wake_nobody(model: PreTrainedModel) -> None:
+    engine = Engine(model, max_batch_size=2, page_size=4)
+    first = engine.submit(PROMPTS[0], GREEDY)
+    assert engine.hold() == engine.hold() == first + 1
+    second = engine.submit(PROMPTS[1], GREEDY)
+    outputs = [output for _ in range(20) for output in engine.step()]
+    assert [output.request_id for output in outputs] == [first]
+    with pytest.raises(RuntimeError, match="hold lets new requests wait: call release before generate"):
+        engine.generate(PROMPTS)
+    engine.sleep(keep_requests=True)
+    third = engine.submit(PROMPTS[1], GREEDY)
+    assert engine.is_asleep
+    engine.wake()
+    assert [output for _ in range(20) for output in engine.step()] == []
+    engine.release()
+    outputs = [output for _ in range(20) for output in engine.step()]
+    assert sorted(output.request_id for output in outputs) == [second, third]
+
+
+def test_a_failed_step_forgets_no_hold(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, max_batch_size=2, page_size=4)
+    engine.submit(PROMPTS[0], GREEDY)
+    engine.hold()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "launch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    engine.submit(PROMPTS[1], GREEDY)
+    assert [output for _ in range(20) for output in engine.step()] == []
+    engine.release()
+    assert len([output for _ in range(20) for output in engine.step()]) == 1
+
+
+def test_a_failure_while_the_last_step_is_read(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, max_batch_size=2, page_size=4)
+    engine.submit(PROMPTS[0], GREEDY)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine._pending), "result", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.settle()
+    assert not engine.has_unfinished and engine.settle() == []
+    assert len(texts_of(engine)) == 2
+
+
 # --- weights from elsewhere -------------------------------------------------------------------------------------------
 
 
@@ -277,3 +370,37 @@ def test_weights_that_do_not_fit(
         )
     # What came before is in place, and nothing cached is used again.
     assert texts_of(engine) == texts_of(Engine(copy.deepcopy(model).eval(), max_batch_size=2, page_size=4))
+
+
+def test_a_model_that_does_not_fit_changes_nothing(
+    model: PreTrainedModel, tiny_llama: Callable[..., PreTrainedModel]
+) -> None:
+    def other(**fields: Any) -> PreTrainedModel:
+        own = {"initializer_range": 0.3, "num_hidden_layers": 2, "eos_token_id": None}
+        return convert_llama_hf_to_te(tiny_llama(**(own | fields)))
+
+    engine = Engine(model, max_batch_size=2, page_size=4)
+    expected = texts_of(engine)
+    heads = model.config.num_attention_heads
+    for fields, message in (
+        ({"num_hidden_layers": 1}, "weights lacks 6 weights of the engine's model, such as 'model.layers.1."),
+        ({"num_hidden_layers": 3}, "weights has 'model.layers.2."),
+        ({"intermediate_size": 32}, "layernorm_mlp.fc1_weight' of shape"),
+        ({"num_attention_heads": heads * 2, "head_dim": model.config.head_dim // 2}, f"={heads * 2}, but the engine's"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            engine.update_weights(other(**fields))
+        assert texts_of(engine) == expected
+
+
+def test_shared_weights(tiny_llama: Callable[..., PreTrainedModel]) -> None:
+    def made(tied: bool) -> PreTrainedModel:
+        own = {"initializer_range": 0.3, "num_hidden_layers": 1, "eos_token_id": None}
+        return convert_llama_hf_to_te(tiny_llama(**own, tie_word_embeddings=tied))
+
+    tied, untied = made(True), made(False)
+    engine = Engine(made(False), max_batch_size=2, page_size=4)
+    engine.update_weights(tied)
+    assert torch.equal(engine.model.lm_head.weight, tied.model.embed_tokens.weight)
+    with pytest.raises(ValueError, match="weights has two tensors for .*, which the engine's model shares"):
+        Engine(tied, max_batch_size=2, page_size=4).update_weights(untied)

@@ -284,6 +284,22 @@ def test_a_long_prompt_is_read_in_chunks_while_others_go_on() -> None:
     assert len(scheduler.plan().running) == 2
 
 
+def test_held_requests_wait_and_preempted_ones_before_them_do_not() -> None:
+    scheduler = Scheduler(4, 100, 4, prefill_budget=10)
+    for number in range(3):
+        scheduler.submit(request(number, 3))
+    read(scheduler.plan(held_from=2))
+    assert [group.request.id for group in scheduler.running] == [0, 1]
+    assert scheduler.preempt_all() == 2 and not scheduler.rows
+    assert scheduler.blocks.available == scheduler.blocks.pool.total_num_pages and not scheduler.blocks.unread
+    assert [group.request.id for group in scheduler.waiting] == [0, 1, 2]
+    plan = scheduler.plan(held_from=2)
+    # Their prompts, and the token that each of them has written.
+    assert [(chunk.sequence.request.id, len(chunk.sequence.tokens)) for chunk in plan.chunks] == [(0, 4), (1, 4)]
+    read(plan)
+    assert [chunk.sequence.request.id for chunk in scheduler.plan().chunks] == [2]
+
+
 def test_full_pages_of_an_earlier_prompt_are_not_read_again_but_its_last_token_is() -> None:
     scheduler = Scheduler(4, 100, 4, prefill_budget=100)
     scheduler.submit(request(0, 12))

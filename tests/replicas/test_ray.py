@@ -204,6 +204,7 @@ def test_options() -> None:
     ("options", "message"),
     [
         ({"port": 80}, "port=80 has no effect"),
+        ({"enable_rl": True}, "enable_rl=True has no effect on a replica: use `llama-te-serve` for each GPU"),
         ({"max_batch": "x"}, "--max-batch"),
         ({"max_batch_size": 0}, "0 is not possible"),
         ({"no_such_option": 1}, "--no-such-option"),

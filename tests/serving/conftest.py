@@ -25,6 +25,7 @@ from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import AsyncEngine, Engine
 from llama_te_infer.serve import ServerSettings, create_app
 from llama_te_infer.serve.http_server import HttpServer
+from llama_te_infer.serve.loading import load_weights
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -70,7 +71,7 @@ def serving(
     running: list[Any] = []
 
     async def main() -> None:
-        async with AsyncEngine(engine, max_requests=max_requests) as requests:
+        async with AsyncEngine(engine, max_requests=max_requests, load_weights=load_weights) as requests:
             # A server that several tests share writes no lines of its own into the log that one of them reads.
             quiet = {"model_names": ("tiny",), "log_interval": None}
             app = create_app(requests, ServerSettings(**{**quiet, **settings}))

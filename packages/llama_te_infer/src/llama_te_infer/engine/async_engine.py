@@ -19,10 +19,13 @@ from typing import Any
 
 from ..sampling_params import SamplingParams
 from .client import EndFor, EngineClient, EventFor, Mailbox, hand_over, sort_news
+from .control import Control, ControlState, LoadWeights
 from .engine import Engine
 from .loop import EngineLoop
 from .outputs import News
 from .statistics import EngineStats
+
+_Answer = Callable[[Exception | None], None]
 
 
 class AsyncEngine(EngineClient):
@@ -33,6 +36,7 @@ class AsyncEngine(EngineClient):
     Args:
         engine: The engine.
         max_requests: Most requests that run and wait at a time; `None` for any number.
+        load_weights: Returns a model on the CPU for the checkpoint of `update_weights`, which is refused without it.
 
     Attributes:
         engine: The engine.
@@ -40,10 +44,12 @@ class AsyncEngine(EngineClient):
             and no request can run.
     """
 
-    def __init__(self, engine: Engine, *, max_requests: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, *, max_requests: int | None = None, load_weights: LoadWeights | None = None
+    ) -> None:
         super().__init__(engine.tokenizer, engine.max_sequence_length, max_requests)
         self.engine = engine
-        self._loop = EngineLoop(engine, self._deliver)
+        self._loop = EngineLoop(engine, self._deliver, load_weights)
         self._mailboxes: dict[int, Mailbox] = {}  # the engine's thread alone uses it
         self._thread = threading.Thread(target=self._loop.run, name="engine", daemon=True)
         self._thread.start()
@@ -98,8 +104,35 @@ class AsyncEngine(EngineClient):
     async def _cancel_all(self) -> None:
         await self._call(self._loop.cancel_all)
 
+    async def _control(self, control: Control) -> None:
+        def begin(answer: _Answer) -> None:
+            def done(state: ControlState, error: Exception | None) -> None:
+                self._control_state = state
+                answer(error)
+
+            self._loop.control(control, done)
+
+        await self._ask(begin)
+
     async def _call(self, function: Callable[[], None]) -> None:
         """Run a function in the engine's thread before its next step."""
+
+        def begin(answer: _Answer) -> None:
+            error = None
+            try:
+                function()
+            except Exception as caught:
+                error = caught
+            answer(error)
+
+        await self._ask(begin)
+
+    async def _ask(self, begin: Callable[[_Answer], None]) -> None:
+        """Call a function in the engine's thread before its next step, and wait for the answer, which may be an error.
+
+        Args:
+            begin: Gets a function that takes the answer, now or later, in the engine's thread.
+        """
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[None] = loop.create_future()
 
@@ -111,15 +144,7 @@ class AsyncEngine(EngineClient):
             else:
                 answer.set_exception(error)
 
-        def command() -> None:
-            error = None
-            try:
-                function()
-            except Exception as caught:
-                error = caught
-            _tell(loop, settle, error)
-
-        self._loop.command(command)
+        self._loop.command(lambda: begin(lambda error: _tell(loop, settle, error)))
         await answer
 
     # --- from the thread to the event loops ---------------------------------------------------------------------------

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from ..sampling_params import SamplingParams
+from .control import Control, ControlState, PauseMode
 from .outputs import News, RequestOutput, TokenEvent
 from .statistics import EngineStats
 from .tokenization import Prompt, tokens_of_chats, tokens_of_prompt, tokens_of_text
@@ -237,6 +240,7 @@ class EngineClient(ABC):
         self._counting = threading.Lock()
         self._accepted = 0  # requests that run or wait
         self._is_draining = False
+        self._control_state = ControlState()
 
     @property
     def num_requests(self) -> int:
@@ -247,6 +251,16 @@ class EngineClient(ABC):
     def is_draining(self) -> bool:
         """Whether new requests are refused."""
         return self._is_draining
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `pause` or `sleep` has been called, so that new requests wait."""
+        return self._control_state.is_paused
+
+    @property
+    def is_asleep(self) -> bool:
+        """Whether the engine has given its memory back."""
+        return self._control_state.is_asleep
 
     @property
     @abstractmethod
@@ -343,7 +357,7 @@ class EngineClient(ABC):
         return await self.generate(await self.tokenize_chat(messages, **options), params)
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests, and wait for the end of those that run and wait.
+        """Refuse new requests, and wait for the end of those that run and wait. A pause ends, so that they can.
 
         Args:
             timeout: Most seconds to wait; then the rest is cancelled.
@@ -353,7 +367,12 @@ class EngineClient(ABC):
         """
         self._is_draining = True
         end = None if timeout is None else time.monotonic() + timeout
-        while self._accepted and (end is None or time.monotonic() < end):
+        if self._accepted and self.is_paused:
+            # Without memory for them, or after the end of the engine, there is nothing to wait for.
+            with suppress(ValueError, DrainingError, EngineFailedError, TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await self._control(Control("wake"))
+        while self._accepted and not self.is_asleep and (end is None or time.monotonic() < end):
             await asyncio.sleep(0.01)
         has_ended = not self._accepted
         if not has_ended:
@@ -363,6 +382,83 @@ class EngineClient(ABC):
     @abstractmethod
     def close(self) -> None:
         """Cancel all requests, and end the engine. Blocks until a step in progress is done."""
+
+    # --- pausing ------------------------------------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
+        """Let new requests wait until `resume`; return when the engine computes nothing any more.
+
+        Args:
+            mode: What happens to requests in progress: "abort" ends them with what they have, "wait" lets them finish,
+                and "keep" lets them go on after the pause.
+            clear_cache: Forget cached prefixes, unless `mode` is "keep".
+
+        Raises:
+            ValueError: `resume` was called before the engine was quiet; or the engine is asleep, and has kept requests
+                that cannot finish.
+            DrainingError: `drain` or `close` has been called.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_late_requests()
+        self._control_state = dataclasses.replace(self._control_state, is_paused=True)
+        await self._control(Control("pause", mode, clear_cache))
+
+    async def resume(self) -> None:
+        """Let requests run again; does nothing without a pause.
+
+        Raises:
+            ValueError: The engine is asleep.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_after_end()
+        await self._control(Control("resume"))
+
+    async def sleep(self, mode: PauseMode = "abort") -> None:
+        """Pause, and give the engine's memory back until `wake`. Raises as `pause` does.
+
+        Args:
+            mode: As of `pause`. Requests that are kept are computed again after `wake`, as far as they were.
+        """
+        self._refuse_late_requests()
+        self._control_state = dataclasses.replace(self._control_state, is_paused=True)
+        await self._control(Control("sleep", mode))
+
+    async def wake(self) -> None:
+        """Take the memory again, and let requests run.
+
+        Raises:
+            ValueError: There is less memory than the engine needs; it is still asleep.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_after_end()
+        await self._control(Control("wake"))
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Running requests keep their pages.
+
+        Raises:
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_after_end()
+        await self._control(Control("reset_prefix_cache"))
+
+    async def update_weights(self, checkpoint: str) -> None:
+        """Load the weights of a checkpoint, and copy them into the engine's model.
+
+        No step is computed meanwhile. Requests in progress then go on with the new weights.
+
+        Args:
+            checkpoint: A folder, a GGUF file or a hub id, with a model of the same size.
+
+        Raises:
+            OSError: There is no such checkpoint.
+            ValueError: It does not fit, and nothing has changed; or the engine was made without a function that loads
+                weights.
+            DrainingError: `drain` or `close` has been called.
+            EngineFailedError: The engine cannot run any more.
+        """
+        self._refuse_late_requests()
+        await self._control(Control("update_weights", checkpoint=checkpoint))
 
     # --- how the engine is reached ------------------------------------------------------------------------------------
 
@@ -377,6 +473,10 @@ class EngineClient(ABC):
     @abstractmethod
     async def _cancel_all(self) -> None:
         """End all requests before the next step."""
+
+    @abstractmethod
+    async def _control(self, control: Control) -> None:
+        """Let the engine do something, wait until it has, and note the state afterwards."""
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
@@ -402,10 +502,16 @@ class EngineClient(ABC):
             self._accepted -= count
 
     def _refuse_late_requests(self) -> None:
-        if not self.is_alive and self.failure is not None:
-            raise EngineFailedError(f"the engine has ended: {self.failure}") from self.failure
+        self._refuse_after_end()
         if self._is_draining:
             raise DrainingError(ENDING)
+
+    def _refuse_after_end(self) -> None:
+        if self.is_alive:
+            return
+        if self.failure is not None:
+            raise EngineFailedError(f"the engine has ended: {self.failure}") from self.failure
+        raise DrainingError(ENDING)
 
     async def _in_tokenizer_thread(self, function: Callable[[], list[int]]) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, function)

@@ -196,9 +196,11 @@ class Engine:
         self.grammars = GrammarCompiler(tokenizer, model.lm_head.out_features, self.eos_token_ids)
         self._submitted = 0
         self._failure: Exception | None = None  # why the engine cannot be used any more
+        self._held_from: int | None = None  # the id of the first request that `hold` keeps in the queue
         self._outputs: dict[int, RequestOutput] = {}  # not fetched yet
         self._counters = Counters()
         self.is_asleep, self._backend_is_current = True, False
+        self._forget_requests()
         self._wake()
 
     def __repr__(self) -> str:
@@ -263,21 +265,46 @@ class Engine:
         with self._use():
             self.scheduler.blocks.forget_prefixes()
 
-    def sleep(self) -> None:
+    def hold(self) -> int:
+        """Let requests that `submit` takes from now on wait, until `release`. Those before them go on.
+
+        They wait asleep, too: only `wake` wakes the engine then. `generate`, `chat` and `stream` raise a RuntimeError
+        meanwhile, since they would wait for ever.
+
+        Returns:
+            The id of the first request that waits. Ids grow in the order of the requests.
+        """
+        with self._use():
+            if self._held_from is None:
+                self._held_from = self._submitted
+            return self._held_from
+
+    def release(self) -> None:
+        """Let the requests run that `hold` has kept waiting."""
+        with self._use():
+            self._held_from = None
+
+    def sleep(self, *, keep_requests: bool = False) -> None:
         """Give back the memory of the cache, the CUDA graphs and the workspaces, for example to a training step.
 
         `wake`, or the next request, takes it again. The model keeps its weights; cached prefixes are lost.
+
+        Args:
+            keep_requests: Requests in progress stay. After `wake` they are computed again as far as they were, and go
+                on; beams begin again.
 
         Raises:
             ValueError: Requests are in progress, or outputs have not been fetched.
         """
         with self._use():
-            if self.has_unfinished:
+            if self.has_unfinished and not keep_requests:
                 raise ValueError("requests are in progress: let step finish them, or cancel them, before sleep.")
             if self.is_asleep:
                 return
+            self._read_last_step()
             self.is_asleep = True
-            self.scheduler = self._make_scheduler()
+            self._counters.num_preemptions += self.scheduler.preempt_all()
+            self.scheduler.blocks.forget_prefixes()
             del self._runner, self._decode, self._fused, self._fused_prefill, self._layers, self._cache
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory of graphs is not the caching allocator's to give to others
@@ -301,10 +328,11 @@ class Engine:
         Args:
             weights: A model of the same kind, or names and tensors as its `named_parameters` gives them, on any device
                 and in any dtype, such as an optimizer's float32 copies. Shards of FSDP2 are gathered, so all ranks call
-                this. Weights that do not come stay as they are.
+                this. Of names and tensors, weights that do not come stay as they are.
 
         Raises:
-            ValueError: A name or a shape is not the model's. The weights before it have been written.
+            ValueError: A name or a shape is not the model's. Of a model nothing has been written then; of names and
+                tensors, the weights before it.
         """
         with self._use():
             try:
@@ -372,6 +400,16 @@ class Engine:
         """
         with self._use():
             self._advance()
+            outputs, self._outputs = list(self._outputs.values()), {}
+            return outputs
+
+    def settle(self) -> list[RequestOutput]:
+        """Wait for the step in progress, launch no further one, and return the requests that have finished.
+
+        Raises as `step` does.
+        """
+        with self._use():
+            self._read_last_step()
             outputs, self._outputs = list(self._outputs.values()), {}
             return outputs
 
@@ -514,6 +552,8 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_token: Callable[[TokenEvent], None] | None,
     ) -> list[int]:
+        if self._held_from is not None:
+            raise RuntimeError("hold lets new requests wait: call release before generate, chat and stream.")
         if isinstance(params, Sequence) and not isinstance(params, str):
             each = [checked_params(its_params) for its_params in params]
         else:
@@ -538,7 +578,8 @@ class Engine:
         arrival: float,
     ) -> int:
         self._check_usable()
-        self.wake()
+        if self._held_from is None:
+            self.wake()
         special_stops = special_stops_of(params, self._special_tokens)
         bad_words = tokens_of_bad_words(params.bad_words, self.tokenizer) if self.tokenizer is not None else []
         seed = params.seed
@@ -648,16 +689,22 @@ class Engine:
         self._fused: FusedDecode | None = None
         self._fused_prefill: FusedPrefill | None = None
         self._decode = self._select_backend()
-        self._start_over()
+        self._make_runner()
         self.is_asleep = False
 
-    def _start_over(self) -> None:
-        """Forget all requests, and the content of the cache."""
+    def _make_runner(self) -> None:
+        self._runner = ModelRunner(self.model, self._cache, self._decode, self._fused_prefill)
+
+    def _forget_requests(self) -> None:
         self._requests: dict[int, RequestState] = {}  # in progress
         self._pending: Pending | None = None
         self._is_stepping = False
         self.scheduler = self._make_scheduler()
-        self._runner = ModelRunner(self.model, self._cache, self._decode, self._fused_prefill)
+
+    def _start_over(self) -> None:
+        """Forget all requests, and the content of the cache."""
+        self._forget_requests()
+        self._make_runner()
 
     def _recover(self, error: BaseException) -> None:
         """Start over after a step that failed. If that fails too, further requests are refused."""
@@ -707,16 +754,15 @@ class Engine:
     def _advance_evaluated(self) -> None:
         self._check_usable()
         if self.is_asleep:
-            return  # without requests
-        if self._is_stepping:
-            raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
+            return  # requests wait, if there are any
+        self._refuse_nested_step()
         previous = self._decode  # its graph may still run: it stays until the step before has been read
         has_adapters = self._watch is not None and self._watch.has_adapters
         if not self._backend_is_current or has_adapters or not self._fits_autocast():
             self._follow_model()
         self._is_stepping = True
         try:
-            plan = self.scheduler.plan()
+            plan = self.scheduler.plan(self._held_from)
             for request in dict.fromkeys(s.request for s in plan.beginning if s.request.has_beams):
                 self._requests[request.id].begin_search()
             self._count_step(plan)
@@ -737,6 +783,25 @@ class Engine:
         self._is_stepping = False
         if not self._requests:
             self._pending = None  # no request needs its results
+
+    def _refuse_nested_step(self) -> None:
+        if self._is_stepping:
+            raise RuntimeError("a callback has called step, generate or stream: it may call submit and cancel only.")
+
+    def _read_last_step(self) -> None:
+        """Read the results of the launched step, which have not been read yet, and launch none."""
+        self._refuse_nested_step()
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        self._is_stepping = True
+        try:
+            with evaluating(self.model), torch.inference_mode():
+                self._read(pending.result())
+        except BaseException as error:  # as in a step
+            self._recover(error)
+            raise
+        self._is_stepping = False
 
     def _count_step(self, plan: Plan) -> None:
         """Count the tokens of a step that is about to run, and note which requests begin."""

@@ -10,6 +10,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..sampling_params import SamplingParams
+from .client import ENDING, DrainingError, step_failed
+from .control import Control, Controls, ControlState, LoadWeights, OnDone
 from .engine import Engine
 from .outputs import News, TokenEvent
 
@@ -23,6 +25,7 @@ class EngineLoop:
     Args:
         engine: The engine. Nobody else may use it meanwhile.
         deliver: Gets the news after each step, in the engine's thread.
+        load_weights: See `Controls`.
 
     Attributes:
         engine: The engine.
@@ -30,7 +33,9 @@ class EngineLoop:
         has_ended: Whether no step follows.
     """
 
-    def __init__(self, engine: Engine, deliver: Callable[[News], None]) -> None:
+    def __init__(
+        self, engine: Engine, deliver: Callable[[News], None], load_weights: LoadWeights | None = None
+    ) -> None:
         self.engine, self._deliver = engine, deliver
         self.failure: Exception | None = None
         self.has_ended = self.is_closing = False
@@ -40,6 +45,7 @@ class EngineLoop:
         # The engine's thread alone uses these.
         self._running: set[int] = set()
         self._news = News()
+        self._controls = Controls(engine, self._running, load_weights)
 
     # --- for any thread -----------------------------------------------------------------------------------------------
 
@@ -91,6 +97,13 @@ class EngineLoop:
         if request_id in self._running:
             self.engine.cancel(request_id)
 
+    def control(self, control: Control, done: OnDone) -> None:
+        """Pause the engine and the like; see `Controls.begin`."""
+        if self.has_ended or self.is_closing:
+            done(ControlState(), DrainingError(ENDING))
+        else:
+            self._controls.begin(control, done)
+
     def cancel_all(self) -> None:
         """End all requests."""
         for request_id in list(self._running):
@@ -106,7 +119,7 @@ class EngineLoop:
             torch.cuda.set_device(self.engine.model.device)
         while not self.has_ended:
             with self._wake:
-                while not (self._commands or self.is_closing or self.engine.has_unfinished):
+                while not (self._commands or self.is_closing or self._has_work):
                     self._wake.wait()
                 commands, self._commands = self._commands, deque()
                 is_closing = self.is_closing  # once: who sets it later is heard in the next round
@@ -114,16 +127,24 @@ class EngineLoop:
                 command()
             if is_closing:
                 self.cancel_all()
+            self._controls.follow()
             if self.engine.has_unfinished:
                 self._step()
                 news, self._news = self._news, News()
                 self._deliver(news)
+            self._controls.tell()
             if is_closing or (self.failure is not None and has_lost_device(self.engine.model.device)):
                 with self._wake:
                     self.has_ended = True
                     commands = self._commands
+                self._controls.end(DrainingError(ENDING) if self.failure is None else step_failed(self.failure))
                 for command in commands:
                     command()
+
+    @property
+    def _has_work(self) -> bool:
+        """Whether there is something to do without further commands."""
+        return self._controls.is_waiting or (self.engine.has_unfinished and not self._controls.is_frozen)
 
     def _note(self, event: TokenEvent) -> None:
         self._news.events.append(event)
@@ -131,7 +152,7 @@ class EngineLoop:
     def _step(self) -> None:
         news = self._news
         try:
-            news.outputs = self.engine.step()
+            news.outputs = self.engine.settle() if self._controls.is_frozen else self.engine.step()
         except Exception as error:  # the engine has dropped all requests
             self.failure = error
             news.lost = list(self._running)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..sampling_params import SamplingParams
 from .client import ENDING, DrainingError, EngineClient, Mailbox, step_failed
+from .control import Control, ControlState
 from .statistics import Counters, EngineStats
 from .tokenization import tokens_of_pair
 
@@ -169,6 +170,10 @@ class PoolingEngine(EngineClient):
     async def _cancel_all(self) -> None:
         with self._wake:
             self._drop_waiting(DrainingError(ENDING))
+
+    async def _control(self, control: Control) -> None:
+        self._control_state = ControlState()
+        raise ValueError("this model writes no text: its engine does not pause, sleep or take weights.")
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

@@ -110,10 +110,13 @@ class Scheduler:
             )
         self.waiting.append(self._group(list(request.sequences)))
 
-    def plan(self) -> Plan:
+    def plan(self, held_from: int | None = None) -> Plan:
         """Plan the next step. The lengths of sequences are then those after the step.
 
         This is the one place on the host where a decoding step's token is added to a length: see `StepInputs`.
+
+        Args:
+            held_from: Requests with this id and larger ones stay in the queue; `None` for none.
         """
         plan = Plan()
         self._retire()
@@ -123,7 +126,7 @@ class Scheduler:
         plan.starts = [sequence.cached for sequence in self.rows]
         for sequence in self.rows:
             sequence.cached += 1
-        self._prefill(plan)
+        self._prefill(plan, held_from)
         plan.lengths = [sequence.cached for sequence in self.rows]
         plan.cleared, self.blocks.to_clear = self.blocks.to_clear, []
         self._last_rows = list(range(len(self.rows)))
@@ -145,6 +148,13 @@ class Scheduler:
             if not group.sequences:
                 groups = self.running if group in self.running else self.waiting
                 groups.remove(group)
+
+    def preempt_all(self) -> int:
+        """Send all groups back to the queue, and return their number. No step may be in progress."""
+        preempted = len(self.running)
+        while self.running:
+            self._preempt(is_read=True)
+        return preempted
 
     # --- running sequences --------------------------------------------------------------------------------------------
 
@@ -169,28 +179,32 @@ class Scheduler:
                 break  # the group itself was the last one
             plan.new_pages += self.blocks.append_pages(full)
 
-    def _preempt(self) -> None:
+    def _preempt(self, is_read: bool = False) -> None:
         """Send the group that was admitted last back to the head of the queue."""
         group = self.running.pop()
         for sequence in group.sequences:
-            self._release(sequence, is_read=False)
+            self._release(sequence, is_read)
         self.waiting.appendleft(group)
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, plan: Plan) -> None:
+    def _prefill(self, plan: Plan, held_from: int | None) -> None:
         budget = self.prefill_budget
         for group in self.running:
             if group.is_prefilling and budget > 0:
                 budget -= self._read(group, budget, plan)
         # Not in a step that preempted a group: that group's last token is not known yet.
-        while not plan.preempted and budget > 0 and self.waiting and self._admit(self.waiting[0]):
+        while not plan.preempted and budget > 0 and self._may_begin(held_from) and self._admit(self.waiting[0]):
             self.running.append(self.waiting.popleft())
             budget -= self._read(self.running[-1], budget, plan)
         if plan.beginning:
             self.running = [part for group in self.running for part in self._parts(group)]
         for chunk in plan.chunks:  # after all are planned, since the chunks of a step do not wait for each other
             self.blocks.remember(chunk.sequence, chunk.start + len(chunk.tokens))
+
+    def _may_begin(self, held_from: int | None) -> bool:
+        # Preempted groups wait in front of all others, so those that are held are behind the rest.
+        return bool(self.waiting) and (held_from is None or self.waiting[0].request.id < held_from)
 
     def _admit(self, group: Group) -> bool:
         """Give a group its pages, if there are rows and pages for it."""

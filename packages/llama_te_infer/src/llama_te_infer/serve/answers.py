@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
-from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
 from .errors import ApiError
+from .observation import vllm_reason
+from .protocol.answers import VllmReason
 from .protocol.sampling import StreamOptions
 from .server import Server
 from .streams import DONE, encode, event
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
     token_ids: list[int]
     text: str
     logprobs: Sequence[TokenLogprobs | None]
-    finish_reason: FinishReason | None
+    finish_reason: VllmReason | None
     stop_reason: str | int | None
     prompt_logprobs: Sequence[TokenLogprobs | None] | None
 
@@ -49,7 +50,7 @@ class Piece(NamedTuple):
             completion.token_ids,
             completion.text,
             completion.logprobs or (),
-            completion.finish_reason,
+            vllm_reason(completion.finish_reason),
             completion.stop_reason,
             output.prompt_logprobs,
         )
@@ -57,13 +58,14 @@ class Piece(NamedTuple):
     @classmethod
     def of_events(cls, prompt_index: int, index: int, events: Sequence[TokenEvent]) -> Piece:
         """Return what the engine's events say about one text."""
+        reason = events[-1].finish_reason
         return cls(
             prompt_index,
             index,
             [each.token_id for each in events if each.token_id is not None],
             "".join(each.text for each in events),
             [each.logprobs for each in events if each.logprobs is not None],
-            events[-1].finish_reason,
+            None if reason is None else vllm_reason(reason),
             events[-1].stop_reason,
             events[0].prompt_logprobs,
         )

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .. import __version__
 from ..engine.client import EngineClient
 from ..sampling_params import shown
-from . import chat, completions, metrics, models, page, pooling, responses
+from . import chat, completions, metrics, models, page, pooling, responses, rl
 from .errors import ERRORS, ApiError, api_error_of
 from .observation import HttpContext, http_context
 from .requests import openapi_of
@@ -38,6 +38,8 @@ def create_app(engine: EngineClient, settings: ServerSettings) -> FastAPI:
     app.state.server = Server(engine, settings)
     for module in (completions, chat, responses, pooling, models, metrics, page):
         app.include_router(module.router)
+    if settings.enable_rl:
+        app.include_router(rl.router)
     # FastAPI calls this once, at the first request for the schema.
     app.openapi = functools.cache(lambda: openapi_of(app, bool(settings.api_keys)))  # type: ignore[method-assign]
     for error in (*ERRORS, HTTPException):

@@ -35,7 +35,7 @@ SECONDS_BEFORE_PROGRESS = 2
 SECONDS_BETWEEN_PROGRESS = 10
 # Options that mean nothing to embeddings and scores.
 _OF_GENERATION = ["fp8_recipe", "generation_config", "logprobs_mode", "max_batch_size", "page_size", "total_num_pages"]
-_OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching", "kv_cache_dtype"]
+_OF_GENERATION += ["gpu_memory_utilization", "no_enable_prefix_caching", "kv_cache_dtype", "enable_rl"]
 FAILED = 1
 WRONG_ARGUMENTS = 2
 
@@ -127,6 +127,8 @@ def make_parser(parser_class: type[argparse.ArgumentParser] = argparse.ArgumentP
     group.add_argument("--request-timeout", type=_seconds, metavar="S", help="end requests after so many seconds")
     group.add_argument("--drain-timeout", type=_seconds, default=30.0, metavar="S",
                        help="after SIGTERM, wait so long for running requests (default: %(default)s)")  # fmt: skip
+    group.add_argument("--enable-rl", action="store_true", help="answer /pause, /resume, /sleep, /wake_up, "
+                       "/reset_prefix_cache and /update_weights, for reinforcement learning")  # fmt: skip
     group = parser.add_argument_group("observation")
     group.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     group.add_argument("--log-requests", "--enable-log-requests", nargs="?", const="parameters",
@@ -348,6 +350,7 @@ def server_settings(options: argparse.Namespace) -> ServerSettings:
         tool_formats=_tool_formats(options),
         max_body_bytes=options.max_body_bytes,
         request_timeout=options.request_timeout,
+        enable_rl=options.enable_rl,
         allowed_origins=tuple(options.allowed_origins),
         log_requests=options.log_requests,
         log_interval=None if options.disable_log_stats else options.log_interval,

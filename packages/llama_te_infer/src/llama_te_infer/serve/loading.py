@@ -23,15 +23,19 @@ FP8_RECIPES = {"delayed": "DelayedScaling", "current": "Float8CurrentScaling", "
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, name: str = "MODEL") -> None:
     """Refuse a file that is no checkpoint.
+
+    Args:
+        source: What is given.
+        name: Of the argument.
 
     Raises:
         ValueError: It is one.
     """
     path = Path(source)
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"MODEL={source} is a file, but no .gguf file: give a folder, a GGUF file or a hub id.")
+        raise ValueError(f"{name}={source} is a file, but no .gguf file: give a folder, a GGUF file or a hub id.")
 
 
 def task_of(model: str, runner: str, convert: str) -> Task:
@@ -163,6 +167,24 @@ def _load_model(model_class: Any, settings: EngineSettings, **options: Any) -> A
     place, fields = _place_of(settings)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model_class.from_pretrained(place, dtype=settings.dtype, device_map=device, **fields, **options).eval()
+
+
+def load_weights(checkpoint: str) -> Any:
+    """Load a checkpoint of any kind that MODEL may be, on the CPU.
+
+    Returns:
+        An `NVLlamaForCausalLM` in the checkpoint's dtype.
+
+    Raises:
+        OSError: There is no such checkpoint.
+        ValueError: It does not fit.
+    """
+    from llama_te_core import NVLlamaForCausalLM
+
+    check_source(checkpoint, "checkpoint")
+    # The model into which the weights go has its own precision.
+    plain = {"layer_implementation": "reference", "layer_precision": None, "use_quantized_model_init": False}
+    return _load_model(NVLlamaForCausalLM, EngineSettings(checkpoint, device="cpu"), **plain)
 
 
 def load_tokenizer(settings: EngineSettings) -> Any:

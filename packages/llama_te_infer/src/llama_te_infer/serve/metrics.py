@@ -154,6 +154,13 @@ class Metrics:
         yield self._histogram(
             "inter_token_latency_seconds", "Seconds from token to token.", counters.inter_token_seconds
         )
+        sleep = GaugeMetricFamily(
+            "engine_sleep_state", "awake = 0: the engine is asleep.", labels=(*LABELS, "sleep_state")
+        )
+        # The weights stay on the device: vLLM's other two states do not occur.
+        for state, value in (("awake", not self._engine.is_asleep), ("weights_offloaded", 0), ("discard_all", 0)):
+            sleep.add_metric((self._model_name, ENGINE, state), value)
+        yield sleep
         cache = GaugeMetricFamily(
             "cache_config_info",
             "The cache.",

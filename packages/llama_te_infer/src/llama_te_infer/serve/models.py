@@ -86,10 +86,12 @@ async def health(request: Request) -> Response:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """Answer 200 while the server takes requests; 503 once it shuts down."""
+    """Answer 200 while the server takes requests, also while they wait for the end of a pause; 503 otherwise."""
     server: Server = request.app.state.server
     if server.engine.is_draining:
         raise ApiError(503, "The server is shutting down.")
+    if server.engine.is_asleep:
+        raise ApiError(503, "The engine is asleep.")
     return await health(request)
 
 

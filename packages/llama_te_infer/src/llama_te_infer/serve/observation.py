@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from ..engine.client import DrainingError
 from ..engine.outputs import RequestOutput
+from ..runner.stopping import FinishReason
 from ..sampling_params import SamplingParams
+from .protocol.answers import VllmReason
 
 _ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
@@ -48,6 +50,11 @@ class HttpContext:
 http_context: ContextVar[HttpContext] = ContextVar("http_context")
 
 
+def vllm_reason(finish_reason: FinishReason) -> VllmReason:
+    """Return vLLM's name of the reason why a completion has ended."""
+    return "abort" if finish_reason == "cancelled" else finish_reason
+
+
 @dataclass
 class ServedRequest:
     """A request of the engine, on behalf of an HTTP request.
@@ -77,8 +84,7 @@ class ServedRequest:
         """Why each completion ended: "stop", "length", "abort" or "error", as vLLM names them."""
         if self.output is None:
             return ["abort" if isinstance(self.error, DrainingError) else "error"] * self.params.n
-        names = {"cancelled": "abort"}
-        return [names.get(each.finish_reason, each.finish_reason) for each in self.output.outputs]
+        return [vllm_reason(each.finish_reason) for each in self.output.outputs]
 
     @property
     def num_generation_tokens(self) -> list[int]:

@@ -36,6 +36,7 @@ ATTEMPTS = 3  # a request that ends each of its replicas must not end them all
 _OF_RAY_SERVE = {
     "host": "`serve run` with --config, or `serve.start(http_options={'host': ...})`",
     "port": "`serve run` with --config, or `serve.start(http_options={'port': ...})`",
+    "enable_rl": "`llama-te-serve` for each GPU, since such a request would reach one replica alone",
     "log_level": "`deployment={'logging_config': {'log_level': ...}}`",
 }
 # Its public name, in `ray.serve.llm`, needs vLLM.

@@ -21,6 +21,16 @@ def body_of(body_class: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 
+def query_of(query_class: type[BaseModel]) -> dict[str, Any]:
+    """Return the OpenAPI schema of a query that the endpoint reads itself."""
+    properties = query_class.model_json_schema()["properties"]
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "schema": schema} for name, schema in properties.items()
+        ]
+    }
+
+
 def openapi_of(app: FastAPI, needs_key: bool) -> dict[str, Any]:
     """Return the OpenAPI schema of an application.
 

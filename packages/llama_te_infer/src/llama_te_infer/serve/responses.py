@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
@@ -200,13 +200,13 @@ class ResponseAnswer(Answer):
                 yield from self._open_message()
             is_complete = piece.finish_reason == "stop"
             yield from self._close("completed" if is_complete else "incomplete")
-            self._finish(is_complete)
+            self._finish(None if is_complete else "abort" if piece.finish_reason == "abort" else "max_output_tokens")
 
-    def _finish(self, is_complete: bool) -> None:
+    def _finish(self, missing: Literal["abort", "max_output_tokens"] | None) -> None:
         self._response |= {
-            "status": "completed" if is_complete else "incomplete",
-            "completed_at": self.server.now() if is_complete else None,
-            "incomplete_details": None if is_complete else {"reason": "max_output_tokens"},
+            "status": "incomplete" if missing else "completed",
+            "completed_at": None if missing else self.server.now(),
+            "incomplete_details": {"reason": missing} if missing else None,
         }
 
     def _with_usage(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .answers import Answer
 from .connections import SEND_PART
 from .errors import api_error_of
 from .protocol.sampling import GeneratingFields
-from .server import Server, check_output, while_connected
+from .server import Server, while_connected
 from .streams import KEEP_ALIVE
 
 Body = TypeVar("Body", bound=GeneratingFields)
@@ -99,7 +99,7 @@ class EventStream(Response):
             outputs = [stream.output for stream in self._streams]
             for output in outputs:
                 assert output is not None
-                check_output(output)
+                answer.server.check_output(output)
             answer.usage.cached = _cached(outputs)
             last = answer.end()
         except Exception as error:

@@ -84,8 +84,13 @@ class Server:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def read(self, request: Request, body_class: type[Body]) -> Body:
+    async def read(self, request: Request, body_class: type[Body], *, needs_admission: bool = True) -> Body:
         """Return the body of a request.
+
+        Args:
+            request: The request.
+            body_class: Its pydantic model.
+            needs_admission: Whether the request is one for the engine's queue.
 
         Raises:
             ApiError: The body is too large, or announced as something else than JSON.
@@ -93,7 +98,8 @@ class Server:
             QueueFullError: The engine's queue is full, or too many bodies arrive.
             DrainingError: The server is about to end.
         """
-        self.engine.check_admission()
+        if needs_admission:
+            self.engine.check_admission()
         _check_format(request)
         content = await content_of(request, self.settings.max_body_bytes, self._arriving)
         return body_class.model_validate_json(content)
@@ -276,8 +282,21 @@ class Server:
             for stream in streams:
                 stream.close()
         for output in outputs:
-            check_output(output)
+            self.check_output(output)
         return outputs
+
+    def check_output(self, output: RequestOutput) -> None:
+        """Raise an `ApiError` for a request that has failed, or that the end of the server has ended.
+
+        A pause of the engine may end a request, too. Its answer has the tokens so far, and the finish reason says it.
+        """
+        for completion in output.outputs:
+            if completion.finish_reason == "cancelled" and self.engine.is_draining:
+                raise ApiError(503, "The server is shutting down: send the request to another one.")
+            if completion.finish_reason == "error" and isinstance(output.error, GrammarError):
+                raise api_error_of(output.error)  # the request contradicts itself
+            if completion.finish_reason == "error":
+                raise ApiError(500, f"The request has failed: {output.error}")
 
     async def wait(self, request: Request, answer: Coroutine[Any, Any, Answer]) -> Answer:
         """Return the answer to a request; stop working on it if the client leaves or the time is over.
@@ -364,17 +383,6 @@ async def while_connected(receive: Receive, answer: Coroutine[Any, Any, Answer])
 async def _disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def check_output(output: RequestOutput) -> None:
-    """Raise an `ApiError` for a request that did not end by itself."""
-    for completion in output.outputs:
-        if completion.finish_reason == "cancelled":
-            raise ApiError(503, "The server is shutting down: send the request to another one.")
-        if completion.finish_reason == "error" and isinstance(output.error, GrammarError):
-            raise api_error_of(output.error)  # the request contradicts itself
-        if completion.finish_reason == "error":
-            raise ApiError(500, f"The request has failed: {output.error}")
 
 
 @contextmanager

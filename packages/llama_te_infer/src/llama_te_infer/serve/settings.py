@@ -23,6 +23,7 @@ class ServerSettings:
         max_body_bytes: Most bytes of a request's body.
         request_timeout: Seconds after which a request ends with status 408; `None` for never.
         keep_alive_interval: Seconds without an event after which a stream gets a comment, so that no proxy ends it.
+        enable_rl: Whether there are endpoints that pause the engine, let it sleep and give it other weights.
         allowed_origins: Origins of other web pages that may call the API (CORS); "*" for all.
         log_requests: Log each request: with its "parameters", or with its "content" as well, which are prompts and
             texts. `None` for no lines.
@@ -38,6 +39,7 @@ class ServerSettings:
     max_body_bytes: int = 16 << 20
     request_timeout: float | None = None
     keep_alive_interval: float = 15.0
+    enable_rl: bool = False
     allowed_origins: tuple[str, ...] = ()
     log_requests: Literal["parameters", "content"] | None = None
     log_interval: float | None = 10.0

@@ -23,13 +23,16 @@ from ...engine.client import (
     hand_over,
     sort_news,
 )
+from ...engine.control import Control
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams, checked_params
 from ..loading import load_tokenizer
 from ..settings import EngineSettings
 from .messages import (
     Accepted,
+    Ask,
     Cancel,
+    Done,
     FromEngine,
     FromServer,
     Incoming,
@@ -63,6 +66,7 @@ class EngineProcess(EngineClient):
         self._numbers = itertools.count()
         self._asked: dict[int, tuple[Mailbox, asyncio.Future[None]]] = {}  # by the request's number
         self._mailboxes: dict[int, Mailbox] = {}  # by the engine's id
+        self._controls: dict[int, asyncio.Future[None]] = {}  # by their numbers
         self._has_ended = self._is_closing = False
         wire.receive, wire.when_closed = self._receive, self._end
 
@@ -145,6 +149,12 @@ class EngineProcess(EngineClient):
         for mailbox in self._mailboxes.values():
             self._send_cancel(mailbox)
 
+    async def _control(self, control: Control) -> None:
+        number, answer = next(self._numbers), self._loop.create_future()
+        self._wire.send(Ask(number, control))
+        self._controls[number] = answer
+        await answer
+
     # --- from the engine ----------------------------------------------------------------------------------------------
 
     def _receive(self, messages: list[FromEngine]) -> None:
@@ -173,6 +183,15 @@ class EngineProcess(EngineClient):
                     self._release(1)
                     if not answer.done():
                         answer.set_exception(message.error)
+                case Done():
+                    self._control_state = message.state
+                    answer = self._controls.pop(message.number)
+                    if answer.done():
+                        continue
+                    if message.error is None:
+                        answer.set_result(None)
+                    else:
+                        answer.set_exception(message.error)
         hand_over(events, ends)
         self._release(len(ends))
 
@@ -186,12 +205,13 @@ class EngineProcess(EngineClient):
             error = EngineFailedError(reason)
             self.failure = self.failure or error
         hand_over([], [(mailbox, None, error) for mailbox in self._mailboxes.values()])
-        for _, answer in self._asked.values():
+        for answer in (*(answer for _, answer in self._asked.values()), *self._controls.values()):
             if not answer.done():
                 answer.set_exception(error)
         self._release(len(self._mailboxes) + len(self._asked))
         self._mailboxes.clear()
         self._asked.clear()
+        self._controls.clear()
 
 
 class Wire(asyncio.Protocol):

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ...engine.control import Control, ControlState
 from ...engine.outputs import News
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams
@@ -58,6 +59,18 @@ class Cancel(msgspec.Struct, tag=True, array_like=True):
     """
 
     request_id: int
+
+
+class Ask(msgspec.Struct, tag=True, array_like=True):
+    """Pause the engine, or do something else that concerns it as a whole.
+
+    Attributes:
+        number: The server's number, for the answer.
+        control: What is to be done.
+    """
+
+    number: int
+    control: Control
 
 
 # --- from the engine --------------------------------------------------------------------------------------------------
@@ -123,6 +136,20 @@ class Refused(msgspec.Struct, tag=True, array_like=True):
     error: Exception
 
 
+class Done(msgspec.Struct, tag=True, array_like=True):
+    """What was asked for has been done, or has failed.
+
+    Attributes:
+        number: The server's number.
+        state: The engine's, afterwards.
+        error: Why it has failed.
+    """
+
+    number: int
+    state: ControlState
+    error: Exception | None
+
+
 class Step(msgspec.Struct, tag=True, array_like=True):
     """What a step has brought.
 
@@ -133,8 +160,8 @@ class Step(msgspec.Struct, tag=True, array_like=True):
     news: News
 
 
-FromServer = Load | Submit | Cancel
-FromEngine = Loading | Ready | NotLoaded | Accepted | Refused | Step
+FromServer = Load | Submit | Cancel | Ask
+FromEngine = Loading | Ready | NotLoaded | Accepted | Refused | Done | Step
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ...engine.outputs import News
-from ..loading import make_engine
+from ..loading import load_weights, make_engine
 from .messages import (
     Accepted,
+    Ask,
     Cancel,
+    Done,
     FromEngine,
     FromServer,
     Load,
@@ -67,7 +69,7 @@ class EngineServer:
         """
         from ...engine.loop import EngineLoop
 
-        self._loop = EngineLoop(engine, self._deliver)
+        self._loop = EngineLoop(engine, self._deliver, load_weights)
         self._send(Ready(_description(engine), engine.max_sequence_length, sampling_defaults, engine.stats()))
         # Now, since hardly any request has come, and it would delay those that run later.
         threading.Thread(target=engine.grammars.prepare, name="grammars", daemon=True).start()
@@ -87,6 +89,12 @@ class EngineServer:
                 is_prepared.add_done_callback(lambda _: loop.command(lambda: self._submit(loop, message)))
             case Cancel():
                 loop.command(lambda: loop.cancel(message.request_id))
+            case Ask():
+                loop.command(
+                    lambda: loop.control(
+                        message.control, lambda state, error: self._send(Done(message.number, state, error))
+                    )
+                )
             case _:
                 raise AssertionError(message)
 

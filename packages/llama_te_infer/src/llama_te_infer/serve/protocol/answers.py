@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic takes the one of `typing` from Python 3.12 on
 
-from ...runner.stopping import FinishReason
+VllmReason = Literal["stop", "length", "abort", "error"]
+"""Why a completion has ended. "abort" is the end by a pause of the engine."""
 
 # --- what several endpoints share -------------------------------------------------------------------------------------
 
@@ -91,7 +92,7 @@ class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: VllmReason | None
     stop_reason: str | int | None
     prompt_logprobs: NotRequired[PromptLogprobs | None]
     prompt_token_ids: NotRequired[list[int] | None]
@@ -147,7 +148,7 @@ class ChatChoiceEnd(TypedDict):
 
     index: int
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | Literal["tool_calls"] | None
+    finish_reason: VllmReason | Literal["tool_calls"] | None
     stop_reason: NotRequired[str | int | None]
     token_ids: NotRequired[list[int]]
 
@@ -280,7 +281,7 @@ class ResponseError(TypedDict):
 class IncompleteDetails(TypedDict):
     """Why a response is incomplete."""
 
-    reason: Literal["max_output_tokens"]
+    reason: Literal["max_output_tokens", "abort"]
 
 
 class Response(TypedDict):
@@ -492,6 +493,45 @@ class Version(TypedDict):
     version: str
 
 
+# --- reinforcement learning -------------------------------------------------------------------------------------------
+
+
+class Paused(TypedDict):
+    """The answer of `/pause` and `/resume`."""
+
+    status: Literal["paused", "resumed"]
+
+
+class IsPaused(TypedDict):
+    """The answer of `/is_paused`."""
+
+    is_paused: bool
+
+
+class Slept(TypedDict):
+    """The answer of `/sleep` and `/wake_up`."""
+
+    status: Literal["sleeping", "awake"]
+
+
+class IsSleeping(TypedDict):
+    """The answer of `/is_sleeping`."""
+
+    is_sleeping: bool
+
+
+class CacheReset(TypedDict):
+    """The answer of `/reset_prefix_cache`."""
+
+    success: Literal[True]
+
+
+class WeightsUpdated(TypedDict):
+    """The answer of `/update_weights`."""
+
+    message: str
+
+
 ANSWERS: dict[str, Any] = {
     "/v1/completions": Completion,
     "/v1/chat/completions": ChatCompletion,
@@ -506,6 +546,14 @@ ANSWERS: dict[str, Any] = {
     "/health": Health,
     "/ready": Health,
     "/version": Version,
+    "/pause": Paused,
+    "/resume": Paused,
+    "/is_paused": IsPaused,
+    "/sleep": Slept,
+    "/wake_up": Slept,
+    "/is_sleeping": IsSleeping,
+    "/reset_prefix_cache": CacheReset,
+    "/update_weights": WeightsUpdated,
 }
 """The JSON of each endpoint."""
 

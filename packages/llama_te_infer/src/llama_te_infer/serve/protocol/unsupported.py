@@ -70,6 +70,23 @@ FOR_CHATS: dict[str, Unsupported] = {
     "return_prompt_text": Unsupported("return_token_ids returns the prompt's tokens", (False,)),
 }
 
+_WHOLE_ENGINE = "the engine sleeps and wakes as a whole"
+FOR_PAUSES: dict[str, Unsupported] = {
+    "wait_for_inflight_requests": Unsupported('it is the older name of mode="wait"', ("false",)),
+    # of /sleep, /wake_up and /reset_prefix_cache
+    "tags": Unsupported(_WHOLE_ENGINE),
+    "reset_external": Unsupported("there is no other prefix cache", ("false",)),
+    "reset_running_requests": Unsupported("running requests keep what they have computed", ("false",)),
+}
+_NO_TRANSFER = "weights do not come over NCCL or CUDA IPC: let the trainer save them, and give update_info.checkpoint"
+FOR_WEIGHTS: dict[str, Unsupported] = dict.fromkeys(
+    [
+        *("names", "dtype_names", "shapes", "packed", "packed_buffer_size_bytes", "packed_num_buffers"),
+        *("ipc_handles", "ipc_handles_pickled", "is_checkpoint_format"),
+    ],
+    Unsupported(_NO_TRANSFER),
+)
+
 _NO_STATE = "the server keeps no responses, so send the whole conversation as input"
 FOR_RESPONSES: dict[str, Unsupported] = {
     "access_programs": Unsupported("they are OpenAI's"),
@@ -91,12 +108,13 @@ FOR_RESPONSES: dict[str, Unsupported] = {
 }
 
 
-def without_unsupported(fields: Any, unsupported: Mapping[str, Unsupported]) -> Any:
+def without_unsupported(fields: Any, unsupported: Mapping[str, Unsupported], place: str = "") -> Any:
     """Return a body without the fields that this server does not have.
 
     Args:
         fields: The body, as JSON has it.
         unsupported: The fields, by name.
+        place: What stands before the names in errors.
 
     Raises:
         ApiError: A field asks for something.
@@ -107,5 +125,6 @@ def without_unsupported(fields: Any, unsupported: Mapping[str, Unsupported]) -> 
         value, (reason, neutral) = fields[name], unsupported[name]
         # JSON's 0 is not its false, but Python's is.
         if value is not None and not any(value == each and type(value) is type(each) for each in neutral):
+            name = place + name
             raise ApiError(400, f"{name} is not supported: {reason}.", name, "unsupported_parameter")
     return {name: value for name, value in fields.items() if name not in unsupported}
