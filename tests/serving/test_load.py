@@ -101,8 +101,9 @@ async def load(url: str, count: int, seed: int) -> Seen:
     host, port = url.removeprefix("http://").split(":")
     source, seen = random.Random(seed), Seen()
     tasks = []
-    for _ in range(count):
-        tasks.append(asyncio.ensure_future(ask((host, int(port)), body_of(source), source, seen)))
+    for number in range(count):
+        own = random.Random(f"{seed}-{number}")  # so that what a client does depends on no other client's time
+        tasks.append(asyncio.ensure_future(ask((host, int(port)), body_of(own), own, seen)))
         await asyncio.sleep(source.expovariate(PER_SECOND))
     await asyncio.gather(*tasks)
     assert seen.whole + seen.left == count and seen.left > count / 5
