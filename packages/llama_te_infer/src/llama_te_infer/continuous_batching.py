@@ -74,9 +74,8 @@ def generate_batch(
     each = [_with_lengths(params, prompt, config, max_new_tokens) for prompt in prompts]
     results: dict[str, Any] = {}
     for number, output in enumerate(live.generate(model, prompts, each)):
-        *children, last = output.outputs
-        names = [f"req_{number}__child#{index}" for index in range(len(children))] + [f"req_{number}"]
-        for name, completion in zip(names, [*children, last], strict=True):
+        children = [f"req_{number}__child#{index}" for index in range(len(output.outputs) - 1)]
+        for name, completion in zip([*children, f"req_{number}"], output.outputs, strict=True):
             results[name] = GenerationOutput(
                 request_id=name,
                 prompt_ids=list(output.prompt_token_ids),

@@ -399,9 +399,12 @@ class EngineClient(ABC):
             DrainingError: `drain` or `close` has been called.
             EngineFailedError: The engine cannot run any more.
         """
+        await self._pause_for(Control("pause", mode, clear_cache))
+
+    async def _pause_for(self, control: Control) -> None:
         self._refuse_late_requests()
         self._control_state = dataclasses.replace(self._control_state, is_paused=True)
-        await self._control(Control("pause", mode, clear_cache))
+        await self._control(control)
 
     async def resume(self) -> None:
         """Let requests run again; does nothing without a pause.
@@ -419,9 +422,7 @@ class EngineClient(ABC):
         Args:
             mode: As of `pause`. Requests that are kept are computed again after `wake`, as far as they were.
         """
-        self._refuse_late_requests()
-        self._control_state = dataclasses.replace(self._control_state, is_paused=True)
-        await self._control(Control("sleep", mode))
+        await self._pause_for(Control("sleep", mode))
 
     async def wake(self) -> None:
         """Take the memory again, and let requests run.

@@ -796,7 +796,7 @@ class Engine:
             return
         self._is_stepping = True
         try:
-            with evaluating(self.model), torch.inference_mode():
+            with torch.inference_mode():
                 self._read(pending.result())
         except BaseException as error:  # as in a step
             self._recover(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class LiveEngine:
         self._copy: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _with_options, (self.dtype, self.options)
+        return functools.partial(LiveEngine, dtype=self.dtype, **self.options), ()
 
     def generate(
         self,
@@ -83,8 +84,8 @@ class LiveEngine:
     def _engine_for(self, model: Any, tokenizer: Any | None, rows: int, length: int) -> Engine:
         rows = min(rows, self.most_rows)
         engine = self._engine
-        is_same = engine is not None and engine.model is model and engine.tokenizer is tokenizer
-        if engine is not None and is_same and rows <= self._rows and length <= self._length:
+        fits = rows <= self._rows and length <= self._length
+        if fits and engine is not None and engine.model is model and engine.tokenizer is tokenizer:
             return engine
         self._engine = engine = None  # its memory is free before the next engine takes its own
         self._rows, self._length = max(rows, self._rows), max(length, self._length)
@@ -102,7 +103,3 @@ class LiveEngine:
             for parameter, source in zip(self._copy.parameters(), model.parameters(), strict=True):
                 parameter.data = source.detach().to(self.dtype)
         return self._copy
-
-
-def _with_options(dtype: torch.dtype | None, options: dict[str, Any]) -> LiveEngine:
-    return LiveEngine(dtype=dtype, **options)
