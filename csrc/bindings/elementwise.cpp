@@ -107,6 +107,24 @@ struct Scales {
     }
 };
 
+// The scales of an input's rows, which are optional.
+struct RowScales {
+    RowScales(Name name, py::handle tensor, const Tensor &input, std::vector<const Tensor *> &apart) {
+        if (!tensor.is_none()) {
+            scale.emplace(name, tensor);
+            check(*scale, DType::kFloat32, input.device, {input.shape[0]}, "[B]");
+            apart.push_back(&*scale);
+        }
+    }
+    RowScales(const RowScales &) = delete;
+
+    std::optional<Tensor> scale;
+
+    const float *pointer() const {
+        return scale ? scale->as<const float>() : nullptr;
+    }
+};
+
 template <Where kWhere>
 std::optional<Call<QuantizeRowsArguments>> quantize_rows_arguments(py::handle input_tensor, py::handle factor_tensor,
                                                                    py::handle output_tensor, py::handle scale_tensor) {
@@ -141,8 +159,8 @@ std::optional<Call<QuantizeRowsArguments>> quantize_rows_arguments(py::handle in
 template <Where kWhere>
 std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tensor, py::handle weight_tensor,
                                                          py::handle epsilon_number, py::handle addend_tensor,
-                                                         py::handle factor_tensor, py::handle output_tensor,
-                                                         py::handle scale_tensor) {
+                                                         py::handle addend_scale_tensor, py::handle factor_tensor,
+                                                         py::handle output_tensor, py::handle scale_tensor) {
     const Tensor hidden({"hidden"}, hidden_tensor);
     const Tensor weight({"weight"}, weight_tensor);
     const float epsilon = real({"epsilon"}, epsilon_number);
@@ -161,7 +179,10 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
         addend.emplace(Name{"addend"}, addend_tensor);
         check_like(*addend, hidden, {rows, features}, "[B, K]");
         matrices.push_back(&*addend);
+    } else if (!addend_scale_tensor.is_none()) {
+        refuse("addend_scale is given without addend, whose rows it multiplies.");
     }
+    const RowScales addend_scale({"addend_scale"}, addend_scale_tensor, hidden, apart);
     for (const Tensor *const matrix : matrices) {
         check_contiguous(*matrix);
     }
@@ -180,15 +201,16 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
     if (hidden.empty()) {
         return std::nullopt;
     }
-    return Call<RmsNormArguments>{{hidden.data, addend ? addend->data : nullptr, weight.data, epsilon, output.data,
-                                   scales.pointers(), hidden.size(0, "B"), hidden.size(1, "K")},
+    return Call<RmsNormArguments>{{hidden.data, addend ? addend->data : nullptr, addend_scale.pointer(), weight.data,
+                                   epsilon, output.data, scales.pointers(), hidden.size(0, "B"), hidden.size(1, "K")},
                                   launch,
                                   {}};
 }
 
 template <Where kWhere>
-std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, py::handle factor_tensor,
-                                                      py::handle output_tensor, py::handle scale_tensor) {
+std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, py::handle input_scale_tensor,
+                                                      py::handle factor_tensor, py::handle output_tensor,
+                                                      py::handle scale_tensor) {
     const Tensor input({"input"}, input_tensor);
     const Tensor output({"output"}, output_tensor);
     check_floating(input);
@@ -200,6 +222,7 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
     const Scales scales(factor_tensor, scale_tensor);
     std::vector<const Tensor *> apart = {&input, &output};
     scales.check_with("swiglu", input, output, {input.shape[0], input.shape[1] / 2}, "[B, F]", apart);
+    const RowScales input_scale({"input_scale"}, input_scale_tensor, input, apart);
     check_contiguous(input);
     check_contiguous(output);
     check_all_apart(apart);
@@ -216,7 +239,9 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
     }
     input.size(1, "2 F");
     return Call<SwigluArguments>{
-        {input.data, output.data, scales.pointers(), output.size(0, "B"), output.size(1, "F")}, launch, {}};
+        {input.data, input_scale.pointer(), output.data, scales.pointers(), output.size(0, "B"), output.size(1, "F")},
+        launch,
+        {}};
 }
 
 template <Where kWhere>
@@ -275,10 +300,10 @@ void bind_elementwise(py::module_ &module) {
         define(module, name, function, "input", "factor", "output", "scale");
     };
     const auto define_rms_norm = [&](const char *name, auto function) {
-        define(module, name, function, "hidden", "weight", "epsilon", "addend", "factor", "output", "scale");
+        define(module, name, function, "hidden", "weight", "epsilon", "addend", "addend_scale", "factor", "output", "scale");
     };
     const auto define_swiglu = [&](const char *name, auto function) {
-        define(module, name, function, "input", "factor", "output", "scale");
+        define(module, name, function, "input", "input_scale", "factor", "output", "scale");
     };
     const auto define_greedy = [&](const char *name, auto function) {
         define(module, name, function, "logits", "tokens", "lengths", "best", "tickets");

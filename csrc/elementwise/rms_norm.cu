@@ -21,14 +21,14 @@ constexpr int kVectorElements = Packed::kElements;
 constexpr int kThreads = 256;
 constexpr int kHeld = 4;
 
-__device__ uint4 add(const uint4 &one, const uint4 &other) {
+__device__ uint4 add(const uint4 &one, const uint4 &other, float factor) {
     float sum[kVectorElements];
     float addend[kVectorElements];
     Packed::unpack(one, sum);
     Packed::unpack(other, addend);
 #pragma unroll
     for (int i = 0; i < kVectorElements; ++i) {
-        sum[i] += addend[i];
+        sum[i] += addend[i] * factor;
     }
     return Packed::pack(sum);
 }
@@ -86,6 +86,7 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constan
     auto *output = reinterpret_cast<std::conditional_t<kQuantizes, uint2, uint4> *>(a.output) + start;
 
     // All loads are issued before the first is used.
+    const float addend_scale = kAdds && a.addend_scale != nullptr ? __ldcg(a.addend_scale + blockIdx.x) : 1.0F;
     uint4 held[kHeld] = {};
     uint4 addends[kHeld] = {};
     uint4 weights[kHeld] = {};
@@ -104,13 +105,13 @@ __global__ void __launch_bounds__(kThreads) rms_norm_kernel(const __grid_constan
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
         if constexpr (kAdds) {
-            held[i] = add(held[i], addends[i]);
+            held[i] = add(held[i], addends[i], addend_scale);
         }
         squares += sum_of_squares(held[i]);
     }
     const auto sum_at = [&](int at) {
         const uint4 vector = __ldcg(hidden + at);
-        return kAdds ? add(vector, __ldcg(addend + at)) : vector;
+        return kAdds ? add(vector, __ldcg(addend + at), addend_scale) : vector;
     };
     for (int at = threadIdx.x + kHeld * kThreads; at < vectors; at += kThreads) {
         squares += sum_of_squares(sum_at(at));

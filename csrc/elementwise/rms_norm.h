@@ -12,8 +12,9 @@ namespace llama_te {
 
 struct RmsNormArguments {
     char *hidden;        // bfloat16 [B, K]; gets the sum if there is an addend
-    const char *addend;  // bfloat16 [B, K], added to `hidden` before the norm, or null
-    const char *weight;  // bfloat16 [K]
+    const char *addend;         // bfloat16 [B, K], added to `hidden` before the norm, or null
+    const float *addend_scale;  // [B], multiplies the rows of `addend`, or null
+    const char *weight;         // bfloat16 [K]
     float epsilon;
     char *output;     // bfloat16 [B, K], or float8_e4m3fn
     Quantization to;  // of FP8

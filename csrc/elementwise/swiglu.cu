@@ -20,15 +20,19 @@ constexpr int kVectors = 2;  // of each half, of a thread
 constexpr int kRowThreads = 512;
 constexpr int kHeld = 4;
 
-__device__ uint4 activated(const uint4 &gate, const uint4 &up) {
+__device__ float input_scale_of(const SwigluArguments &a) {
+    return a.input_scale == nullptr ? 1.0F : __ldcg(a.input_scale + blockIdx.x);
+}
+
+__device__ uint4 activated(const uint4 &gate, const uint4 &up, float scale) {
     float values[kVectorElements];
     float factors[kVectorElements];
     Packed::unpack(gate, values);
     Packed::unpack(up, factors);
 #pragma unroll
     for (int j = 0; j < kVectorElements; ++j) {
-        const float x = values[j];
-        values[j] = __fdividef(x, 1.0F + __expf(-x)) * factors[j];
+        const float x = values[j] * scale;
+        values[j] = __fdividef(x, 1.0F + __expf(-x)) * (factors[j] * scale);
     }
     return Packed::pack(values);
 }
@@ -43,6 +47,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const __grid_constant_
     const uint4 *up = gate + vectors;
     uint4 *output = reinterpret_cast<uint4 *>(a.output) + start;
     const int first = blockIdx.y * kThreads * kVectors + threadIdx.x;
+    const float scale = input_scale_of(a);
 
     uint4 gates[kVectors];
     uint4 ups[kVectors];
@@ -58,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) swiglu_kernel(const __grid_constant_
     for (int i = 0; i < kVectors; ++i) {
         const int at = first + i * kThreads;
         if (at < vectors) {
-            output[at] = activated(gates[i], ups[i]);
+            output[at] = activated(gates[i], ups[i], scale);
         }
     }
 }
@@ -71,6 +76,7 @@ __global__ void __launch_bounds__(kRowThreads) swiglu_quantized_kernel(const __g
     const uint4 *gate = reinterpret_cast<const uint4 *>(a.input) + 2 * start;
     const uint4 *up = gate + vectors;
     uint2 *output = reinterpret_cast<uint2 *>(a.output) + start;
+    const float scale = input_scale_of(a);
 
     uint4 gates[kHeld] = {};
     uint4 ups[kHeld] = {};
@@ -82,12 +88,12 @@ __global__ void __launch_bounds__(kRowThreads) swiglu_quantized_kernel(const __g
             ups[i] = __ldcg(up + at);
         }
     }
-    const auto activated_at = [&](int at) { return activated(__ldcg(gate + at), __ldcg(up + at)); };
+    const auto activated_at = [&](int at) { return activated(__ldcg(gate + at), __ldcg(up + at), scale); };
     uint4 held[kHeld];
     float greatest = 0.0F;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-        held[i] = activated(gates[i], ups[i]);
+        held[i] = activated(gates[i], ups[i], scale);
         greatest = fmaxf(greatest, greatest_of(held[i]));
     }
     for (int at = threadIdx.x + kHeld * kRowThreads; at < vectors; at += kRowThreads) {

@@ -168,10 +168,11 @@ class TestTorch:
         with pytest.raises(RuntimeError, match="lengths must fit"):  # on the host it raises
             compat_torch.assert_on_device(torch.tensor(False), "lengths must fit")
 
-    def test_fp8_products_have_scales_of_rows_and_columns(self) -> None:
+    @pytest.mark.parametrize(("rows", "columns"), [(5, 16), (1, 1)])
+    def test_fp8_products_have_scales_of_rows_and_columns_or_one_each(self, rows: int, columns: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        value_BK, weight_NK = (torch.randn(rows, 32, generator=generator).to(torch.float8_e4m3fn) for rows in (5, 16))
-        scale_B1, scale_1N = torch.rand(5, 1, generator=generator), torch.rand(1, 16, generator=generator)
+        value_BK, weight_NK = (torch.randn(n, 32, generator=generator).to(torch.float8_e4m3fn) for n in (5, 16))
+        scale_B1, scale_1N = torch.rand(rows, 1, generator=generator), torch.rand(1, columns, generator=generator)
         expected_BN = (value_BK.double() * scale_B1) @ weight_NK.double().T * scale_1N
         output_BN = torch.empty(5, 16, dtype=torch.bfloat16)
         arguments = (value_BK, weight_NK.T, scale_B1, scale_1N, torch.bfloat16)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from llama_te_convert import convert_llama_hf_to_te
 from llama_te_infer import Engine, SamplingParams
-from llama_te_infer.decode import backend, prefill
+from llama_te_infer.decode import backend
 from llama_te_infer.decode import weights as weights_module
 from llama_te_infer.decode.fused import FusedDecode
 from llama_te_infer.decode.prefill import FusedPrefill, takes_fused_prefill
@@ -263,8 +263,6 @@ def test_kernels_read_prompts_in_the_precision_of_the_layers_alone(monkeypatch: 
     assert not takes(plain, quantized)
     assert not takes(plain, [layers[0], layers[1]._replace(fc2_EF=quantized[1].fc2_EF), layers[2]])
     assert not takes(["fp4"] * 3, layers)
-    monkeypatch.setattr(prefill, "multiplies_quantized", lambda device: False)
-    assert takes(plain, layers) and not takes(fp8, quantized)
 
 
 @torch.inference_mode()

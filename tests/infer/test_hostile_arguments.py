@@ -111,11 +111,17 @@ def some_output(source: random.Random) -> Arguments:
 
 def rms_norm_arguments(source: random.Random) -> Arguments:
     matrices = {name: torch.rand(3, 16).bfloat16() for name in ("hidden", "addend")}
-    return matrices | {"weight": torch.ones(16).bfloat16(), "epsilon": 1e-5} | some_output(source)
+    others = {
+        "weight": torch.ones(16).bfloat16(),
+        "epsilon": 1e-5,
+        "addend_scale": source.choice([None, torch.ones(3)]),
+    }
+    return matrices | others | some_output(source)
 
 
 def swiglu_arguments(source: random.Random) -> Arguments:
-    return {"input": torch.rand(3, 32).bfloat16()} | some_output(source)
+    scale = source.choice([None, torch.ones(3)])
+    return {"input": torch.rand(3, 32).bfloat16(), "input_scale": scale} | some_output(source)
 
 
 def quantize_rows_arguments(source: random.Random) -> Arguments:
@@ -702,6 +708,24 @@ REFUSALS: list[tuple[str, Change, type[Exception], str]] = [
     ),
     ("quantize_rows_cpu_check", lambda a: {"scale": None}, V, r"scale is None: pass a tensor of float32 \[B\]"),
     ("rms_norm_cpu_check", lambda a: {"scale": None, "factor": torch.ones(1)}, V, r"factor is given without scale"),
+    (
+        "rms_norm_cpu_check",
+        lambda a: {"addend": None, "addend_scale": torch.ones(3)},
+        V,
+        r"addend_scale is given without addend",
+    ),
+    (
+        "rms_norm_cpu_check",
+        lambda a: {"addend_scale": torch.ones(2)},
+        V,
+        r"addend_scale has the shape \[2\]; it must be \[3\], which is \[B\]",
+    ),
+    (
+        "swiglu_cpu_check",
+        lambda a: {"input_scale": torch.ones(3).double()},
+        V,
+        r"input_scale is float64; it must be float32",
+    ),
     ("swiglu_cpu_check", lambda a: fp8_output() | {"scale": a["input"]}, V, r"scale is bfloat16; it must be float32"),
     (
         "rms_norm_check",

@@ -209,6 +209,23 @@ def test_outputs_in_fp8_are_those_in_bfloat16_behind_quantize_rows(
         assert torch.equal(value.view(torch.uint8), expected.view(torch.uint8))
 
 
+@settings(deadline=None)
+@given(rows=st.integers(0, 5), features=st.integers(1, 200), dtype=DTYPES, seed=st.integers(0, 2**31))
+def test_scales_of_an_addend_and_of_a_gate_and_up(rows: int, features: int, dtype: torch.dtype, seed: int) -> None:
+    """With powers of two, the results are those of matrices that were multiplied before."""
+    hidden, addend = (randn(rows, features, dtype=dtype, seed=seed + part) for part in range(2))
+    weight, gate_up = randn(features, dtype=dtype, seed=seed + 2), randn(rows, 2 * features, dtype=dtype, seed=seed + 3)
+    scale = torch.ldexp(torch.ones(rows), torch.randint(0, 4, (rows,)))
+    scale_B1 = scale[:, None].to(dtype)
+    total, output, expected = hidden.clone(), torch.empty_like(hidden), torch.empty_like(hidden)
+    rms_norm(total, weight, 1e-5, expected, addend=addend * scale_B1)
+    rms_norm(hidden, weight, 1e-5, output, addend=addend, addend_scale=scale)
+    assert torch.equal(hidden, total) and torch.equal(output, expected)
+    swiglu(gate_up * scale_B1, expected)
+    swiglu(gate_up, output, input_scale=scale)
+    torch.testing.assert_close(output, expected, rtol=torch.finfo(dtype).eps, atol=0)  # of SiLU in vectors, and without
+
+
 def test_rows_without_a_finite_scale() -> None:
     input = torch.zeros(5, 16)
     input[1, 3], input[2, 3], input[2, 4], input[3, 5], input[4, 2] = torch.nan, torch.inf, 1.0, 2.0**-120, -3.0
@@ -428,10 +445,12 @@ def test_torch_agrees_with_the_schemas() -> None:
         torch.library.opcheck(torch.ops.llama_te.linear.default, arguments, test_utils=checks)
     norm = rms_norm_arguments()
     for addend in (norm["addend"], None):
-        arguments = (norm["hidden"], norm["weight"], norm["epsilon"], addend, None, norm["output"], None)
+        arguments = (norm["hidden"], norm["weight"], norm["epsilon"], addend, None, None, norm["output"], None)
         torch.library.opcheck(torch.ops.llama_te.rms_norm.default, arguments)
     activation = swiglu_arguments()
-    torch.library.opcheck(torch.ops.llama_te.swiglu.default, (activation["input"], None, activation["output"], None))
+    torch.library.opcheck(
+        torch.ops.llama_te.swiglu.default, (activation["input"], None, None, activation["output"], None)
+    )
     quantize = quantize_rows_arguments()
     for factor in (quantize["factor"], None):
         arguments = (quantize["input"], factor, quantize["output"], quantize["scale"])

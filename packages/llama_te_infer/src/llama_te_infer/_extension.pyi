@@ -142,6 +142,7 @@ def rms_norm_cpu_check(
     weight: Tensor,
     epsilon: float,
     addend: Tensor | None,
+    addend_scale: Tensor | None,
     factor: Tensor | None,
     output: Tensor,
     scale: Tensor | None,
@@ -151,6 +152,7 @@ def rms_norm_check(
     weight: Tensor,
     epsilon: float,
     addend: Tensor | None,
+    addend_scale: Tensor | None,
     factor: Tensor | None,
     output: Tensor,
     scale: Tensor | None,
@@ -160,13 +162,20 @@ def rms_norm_cuda(
     weight: Tensor,
     epsilon: float,
     addend: Tensor | None,
+    addend_scale: Tensor | None,
     factor: Tensor | None,
     output: Tensor,
     scale: Tensor | None,
 ) -> None: ...
-def swiglu_cpu_check(input: Tensor, factor: Tensor | None, output: Tensor, scale: Tensor | None) -> None: ...
-def swiglu_check(input: Tensor, factor: Tensor | None, output: Tensor, scale: Tensor | None) -> None: ...
-def swiglu_cuda(input: Tensor, factor: Tensor | None, output: Tensor, scale: Tensor | None) -> None: ...
+def swiglu_cpu_check(
+    input: Tensor, input_scale: Tensor | None, factor: Tensor | None, output: Tensor, scale: Tensor | None
+) -> None: ...
+def swiglu_check(
+    input: Tensor, input_scale: Tensor | None, factor: Tensor | None, output: Tensor, scale: Tensor | None
+) -> None: ...
+def swiglu_cuda(
+    input: Tensor, input_scale: Tensor | None, factor: Tensor | None, output: Tensor, scale: Tensor | None
+) -> None: ...
 def greedy_cpu_check(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...
 def greedy_check(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...
 def greedy_cuda(logits: Tensor, tokens: Tensor, lengths: Tensor | None, best: Tensor, tickets: Tensor) -> None: ...

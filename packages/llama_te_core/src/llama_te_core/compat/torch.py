@@ -35,26 +35,32 @@ def chosen_device() -> torch.device | None:
 def fp8_product(
     value_BK: torch.Tensor,
     weight_KN: torch.Tensor,
-    scale_B1: torch.Tensor,
-    scale_1N: torch.Tensor,
+    value_scale: torch.Tensor,
+    weight_scale: torch.Tensor,
     dtype: torch.dtype,
     output_BN: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiply float8_e4m3fn matrices whose rows and columns have scales.
+    """Multiply float8_e4m3fn matrices. Either each has one scale, or rows and columns have scales.
 
     Its public name, `torch.nn.functional.scaled_mm`, came with torch 2.10, and takes no output.
 
     Args:
         value_BK: Rows.
         weight_KN: Columns, contiguous; K and N are multiples of 16.
-        scale_B1: float32, of the rows.
-        scale_1N: float32, of the columns.
+        value_scale: float32 [1], or [B, 1] of the rows.
+        weight_scale: float32 [1], or [1, N] of the columns.
         dtype: Of the result: bfloat16.
         output_BN: Receives the result.
     """
     # Sums as TE's forward passes have them: the tensor cores' own, which are shorter than float32.
     return torch._scaled_mm(
-        value_BK, weight_KN, scale_a=scale_B1, scale_b=scale_1N, out_dtype=dtype, use_fast_accum=True, out=output_BN
+        value_BK,
+        weight_KN,
+        scale_a=value_scale,
+        scale_b=weight_scale,
+        out_dtype=dtype,
+        use_fast_accum=True,
+        out=output_BN,
     )
 
 

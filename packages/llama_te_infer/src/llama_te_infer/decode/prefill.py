@@ -21,7 +21,7 @@ from ..kv_cache.engine_cache import EngineCache
 from ..ops.append_rope import append_rope
 from ..ops.prefill_attention import prefill_attention
 from ..ops.rms_norm import rms_norm
-from .fused import FusedDecode, multiplies_quantized, multiply_many
+from .fused import FusedDecode, multiply_many
 from .weights import Weight
 
 
@@ -111,8 +111,6 @@ def takes_fused_prefill(model: Any, decode: FusedDecode) -> bool:
         decode: Its fused decoding step.
     """
     wanted = [precision is not None for precision in model.model.precision.layers]
-    if any(wanted) and not multiplies_quantized(decode.table_VE.device):
-        return False
     return all(
         (weight.scale is not None) == is_quantized
         for is_quantized, layer in zip(wanted, decode.layers, strict=True)

@@ -53,7 +53,8 @@ def store_quantized(
     value_BK = input.float()
     greatest_B = value_BK.abs().nan_to_num(0.0, torch.inf).amax(dim=1)
     is_zero_B = greatest_B < LEAST
-    inverse_B = (GREATEST / greatest_B).masked_fill(is_zero_B, 0.0)
+    # A number over a tensor would be its reciprocal times the number, rounded twice.
+    inverse_B = (torch.full_like(greatest_B, GREATEST) / greatest_B).masked_fill(is_zero_B, 0.0)
     # Rounding may have made the product of the greatest number a little larger than 448.
     output.copy_((value_BK * inverse_B[:, None]).clamp(-GREATEST, GREATEST))
     scale.copy_((greatest_B / GREATEST).masked_fill(is_zero_B, 0.0))

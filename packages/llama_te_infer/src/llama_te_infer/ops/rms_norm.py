@@ -19,6 +19,7 @@ def rms_norm(
     output: torch.Tensor,
     *,
     addend: torch.Tensor | None = None,
+    addend_scale: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
 ) -> None:
@@ -35,6 +36,7 @@ def rms_norm(
         output: bfloat16 [B, K], contiguous; receives the normalized rows. Or float8_e4m3fn, which receives them as
             `quantize_rows` makes them; on a GPU K is a multiple of 16 then.
         addend: bfloat16 [B, K], contiguous. The three matrices do not overlap.
+        addend_scale: float32 [B], multiplies the addend's rows.
         scale: float32 [B], receives the scales of an output in FP8.
         factor: float32 [1], multiplies these scales.
 
@@ -43,7 +45,7 @@ def rms_norm(
         ValueError: An argument does not fit.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
-    torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, factor, output, scale)
+    torch.ops.llama_te.rms_norm(hidden, weight, epsilon, addend, addend_scale, factor, output, scale)
 
 
 def _rms_norm_cpu(
@@ -51,12 +53,15 @@ def _rms_norm_cpu(
     weight: torch.Tensor,
     epsilon: float,
     addend: torch.Tensor | None,
+    addend_scale: torch.Tensor | None,
     factor: torch.Tensor | None,
     output: torch.Tensor,
     scale: torch.Tensor | None,
 ) -> None:
-    extension().rms_norm_cpu_check(hidden, weight, epsilon, addend, factor, output, scale)
-    if addend is not None:
+    extension().rms_norm_cpu_check(hidden, weight, epsilon, addend, addend_scale, factor, output, scale)
+    if addend is not None and addend_scale is not None:
+        hidden.copy_(hidden + addend * addend_scale[:, None])
+    elif addend is not None:
         hidden.add_(addend)
     normed_BK = F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
     if scale is None:
@@ -66,8 +71,8 @@ def _rms_norm_cpu(
 
 
 register(
-    "rms_norm(Tensor(a!) hidden, Tensor weight, float epsilon, Tensor? addend, Tensor? factor, Tensor(b!) output, "
-    "Tensor(c!)? scale) -> ()",
+    "rms_norm(Tensor(a!) hidden, Tensor weight, float epsilon, Tensor? addend, Tensor? addend_scale, Tensor? factor, "
+    "Tensor(b!) output, Tensor(c!)? scale) -> ()",
     cpu=_rms_norm_cpu,
     cuda=kernel("rms_norm_cuda"),
 )

@@ -16,6 +16,7 @@ def swiglu(
     input: torch.Tensor,
     output: torch.Tensor,
     *,
+    input_scale: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
 ) -> None:
@@ -26,6 +27,7 @@ def swiglu(
             float32 and float64 also work.
         output: bfloat16 [B, F], contiguous, without overlap with `input`. Or float8_e4m3fn, which receives the rounded
             numbers as `quantize_rows` makes them; on a GPU F is a multiple of 16 then.
+        input_scale: float32 [B], multiplies the rows of the input.
         scale: float32 [B], receives the scales of an output in FP8.
         factor: float32 [1], multiplies these scales.
 
@@ -34,14 +36,20 @@ def swiglu(
         ValueError: An argument does not fit.
         RuntimeError: The tensors are on a GPU and the extension was built without CUDA, or the launch failed.
     """
-    torch.ops.llama_te.swiglu(input, factor, output, scale)
+    torch.ops.llama_te.swiglu(input, input_scale, factor, output, scale)
 
 
 def _swiglu_cpu(
-    input: torch.Tensor, factor: torch.Tensor | None, output: torch.Tensor, scale: torch.Tensor | None
+    input: torch.Tensor,
+    input_scale: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    output: torch.Tensor,
+    scale: torch.Tensor | None,
 ) -> None:
-    extension().swiglu_cpu_check(input, factor, output, scale)
+    extension().swiglu_cpu_check(input, input_scale, factor, output, scale)
     gate_BF, up_BF = input.chunk(2, dim=-1)
+    if input_scale is not None:
+        gate_BF, up_BF = gate_BF * input_scale[:, None], up_BF * input_scale[:, None]
     activation_BF = F.silu(gate_BF.float()) * up_BF
     if scale is None:
         output.copy_(activation_BF)
@@ -50,7 +58,7 @@ def _swiglu_cpu(
 
 
 register(
-    "swiglu(Tensor input, Tensor? factor, Tensor(a!) output, Tensor(b!)? scale) -> ()",
+    "swiglu(Tensor input, Tensor? input_scale, Tensor? factor, Tensor(a!) output, Tensor(b!)? scale) -> ()",
     cpu=_swiglu_cpu,
     cuda=kernel("swiglu_cuda"),
 )
