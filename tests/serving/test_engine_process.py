@@ -23,7 +23,8 @@ import torch
 
 from llama_te_infer import Engine, SamplingParams
 from llama_te_infer.engine.client import DrainingError, EngineFailedError
-from llama_te_infer.engine.outputs import Completion, News, RequestOutput, TokenEvent, TokenLogprobs
+from llama_te_infer.engine.logprobs import LogprobRecords, TokenLogprobs, record_of
+from llama_te_infer.engine.outputs import Completion, News, RequestOutput, TokenEvent
 from llama_te_infer.engine.statistics import Counters, EngineStats
 from llama_te_infer.serve.engine_process.client import EngineProcess, Wire
 from llama_te_infer.serve.engine_process.messages import Incoming, Step, Submit, encode, from_server
@@ -52,6 +53,17 @@ def test_messages_cross_in_parts_and_unchanged() -> None:
     content, incoming = b"".join(map(encode, steps)), Incoming()
     messages = [message for byte in content for message in incoming.add(bytes([byte]))]
     assert messages == steps and incoming.add(content) == steps
+
+
+def test_log_probabilities_that_nobody_has_read_cross_as_lists() -> None:
+    records, prompt = LogprobRecords(2), LogprobRecords(1, before=1)
+    records.append(record_of(-0.5, [(3, -0.25), (4, -float("inf"))], 2))
+    prompt.write(1, [record_of(-0.5, [(3, -0.25)], 1)])
+    completion = Completion(0, [5], "é", "stop", 5, records)  # type: ignore[arg-type]
+    output = RequestOutput(1, [1, 2], [completion], prompt)  # type: ignore[arg-type]
+    (message,) = Incoming().add(encode(Step(News([], [output]))))
+    assert isinstance(message, Step) and message.news.outputs == [output]
+    assert message.news.outputs[0].outputs[0].__dict__["logprobs"] == completion.logprobs != []
 
 
 def test_counters_cross_without_the_bounds_of_their_histograms() -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .engine.async_engine import AsyncEngine
     from .engine.engine import Engine
-    from .engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+    from .engine.logprobs import TokenLogprobs
+    from .engine.outputs import Completion, RequestOutput, TokenEvent
     from .generate.inference_params import InferenceParams, inference_params_for
     from .generate.te_inference_params import HFInferenceParams
     from .kv_cache.contiguous import NonPagedKVCacheManager
@@ -51,7 +52,7 @@ _MODULES = {
     "SamplingParams": "sampling_params",
     "StructuredOutputs": "structured_outputs",
     "TokenEvent": "engine.outputs",
-    "TokenLogprobs": "engine.outputs",
+    "TokenLogprobs": "engine.logprobs",
     "inference_params_for": "generate.inference_params",
 }
 

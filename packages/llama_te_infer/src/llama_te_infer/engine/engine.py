@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 import warnings
 from collections import deque
@@ -57,9 +56,10 @@ from .limits import (
     model_kind,
 )
 from .live_model import copy_weights, evaluating
+from .logprobs import record_of, records_of
 from .model_watch import ModelWatch
 from .one_thread import OneThread
-from .outputs import RequestOutput, TokenEvent, TokenLogprobs
+from .outputs import RequestOutput, TokenEvent
 from .request_state import RequestState
 from .scheduler import Scheduler
 from .statistics import Counters, EngineStats
@@ -821,31 +821,33 @@ class Engine:
     def _read(self, result: StepResult) -> None:
         self._now = time.monotonic()
         self._times_before: list[float | None] = []  # when the tokens before the new ones arrived
-        for request, position, logprobs, top in result.prompt_logprobs:
+        for request, position, logprobs in result.prompt_logprobs:
             if request.id in self._requests:
-                self._requests[request.id].add_prompt_logprobs(position, logprobs, top)
+                records = records_of(logprobs, request.params.prompt_logprobs or 0)
+                self._requests[request.id].add_prompt_logprobs(position, records)
+        by_kind: dict[tuple[int, bool], list[bytes]] = {}  # the records of all sequences, as some of them want theirs
         for i, (sequence, token) in enumerate(result.tokens):
-            params, here = sequence.request.params, None
+            params, record = sequence.request.params, None
             if params.logprobs is not None:
                 assert result.logprobs is not None
-                likeliest = [] if result.top is None else result.top[i][: params.logprobs]
-                if params.logprobs_mode == "processed":
-                    likeliest = [pair for pair in likeliest if pair[1] > -math.inf]
-                here = TokenLogprobs(result.logprobs[i], tuple(likeliest))
-            self._append(sequence, token, here)
+                kind = params.logprobs, params.logprobs_mode == "processed"
+                if kind not in by_kind:
+                    by_kind[kind] = records_of(result.logprobs, *kind)
+                record = by_kind[kind][i]
+            self._append(sequence, token, record)
         for beams in result.beams:
             self._follow(beams)
         self._counters.add_tokens(self._now, self._times_before)
 
-    def _append(self, sequence: Text, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Append a token to a sequence; it may be the last one."""
+    def _append(self, sequence: Text, token: int, record: bytes | None = None) -> None:
+        """Append a token to a sequence; it may be the last one. `record` has its log-probabilities."""
         state = self._requests.get(sequence.request.id)
         if state is None or sequence.finish_reason is not None:
             if token == NO_TOKEN:
                 self._clean()
             return  # it ended while this step was running, or a callback has just ended it
         try:
-            state.add_token(sequence, token, logprobs)
+            state.add_token(sequence, token, record)
         except Exception as error:  # of any kind: it concerns this request alone, and the others continue
             self._end(state, error=error)
             return
@@ -857,7 +859,7 @@ class Engine:
         sequence.last_token = self._now
         if sequence.finish_reason is not None:
             self.scheduler.remove([sequence])
-        self._call_back(state, sequence, token, logprobs)
+        self._call_back(state, sequence, token, record)
         if sequence.finish_reason is not None and state.request.is_finished:
             self._end(state)
 
@@ -886,21 +888,19 @@ class Engine:
         for sequence, hypothesis in state.keep_best():
             wanted, positions = request.params.logprobs, hypothesis.positions
             for index, token in enumerate(hypothesis.token_ids):
-                here = None
+                record = None
                 if wanted is not None and positions is not None:
-                    here = TokenLogprobs(positions[index].logprob, tuple(positions[index].top[:wanted]))
+                    record = record_of(*positions[index], wanted)
                 if sequence.grammar is not None:
                     sequence.grammar.add(token)
-                self._append(sequence, token, here)
+                self._append(sequence, token, record)
 
-    def _call_back(
-        self, state: RequestState, sequence: Text, token: int | None, logprobs: TokenLogprobs | None = None
-    ) -> None:
+    def _call_back(self, state: RequestState, sequence: Text, token: int | None, record: bytes | None = None) -> None:
         """Call the request's callback; end the request if it raises."""
         if state.on_token is None:
             return
         try:
-            state.on_token(state.event(sequence, token, logprobs))
+            state.on_token(state.event(sequence, token, record))
         except Exception as error:  # as in `_append`
             state.on_token = None
             state.error = state.error or error

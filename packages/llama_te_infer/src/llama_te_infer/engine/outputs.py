@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..runner.stopping import FinishReason
+from .logprobs import LogprobRecords, TokenLogprobs
 from .statistics import EngineStats, RequestTimes
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities at one position of a text, under the model's unchanged logits.
+class ReadLater:
+    """A field of a dataclass for a list of log-probabilities, which may be given as `LogprobRecords`.
 
-    Attributes:
-        logprob: Of the chosen token.
-        top: Of the most likely tokens, the most likely one first: pairs of a token id and its log-probability.
+    The first access makes the list. A copy, also in another process, has what its original has.
     """
 
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learn the field's name."""
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        """Return the list; of the class the default, `None`."""
+        if instance is None:
+            return None
+        value = instance.__dict__[self._name]
+        if isinstance(value, LogprobRecords):
+            value = instance.__dict__[self._name] = value.read()
+        return value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        """Keep the list or the records. The dataclass alone calls this."""
+        instance.__dict__[self._name] = value
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     stop_reason: str | int | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs] | None = ReadLater()  # type: ignore[assignment]  # it returns this type
     score: float | None = None
 
 
@@ -66,7 +78,7 @@ class RequestOutput:
     request_id: int
     prompt_token_ids: list[int]
     outputs: list[Completion]
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = ReadLater()  # type: ignore[assignment]  # likewise
     error: Exception | None = None
     # Equal outputs may come at other times and from another cache.
     num_cached_tokens: int = field(default=0, compare=False)

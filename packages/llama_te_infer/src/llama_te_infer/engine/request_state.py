@@ -12,7 +12,8 @@ from ..runner.sequence import Request, Sequence
 from ..runner.stopping import NOT_FINITE
 from .beam_texts import StoppingTexts
 from .detokenizer import Detokenizer
-from .outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from .logprobs import LogprobRecords, TokenLogprobs, read_record
+from .outputs import Completion, RequestOutput, TokenEvent
 from .statistics import RequestTimes
 
 
@@ -53,14 +54,20 @@ class RequestState:
         self.first_token: float | None = None
         count = len(request.sequences)
         self._detokenizers = [detokenizer_of(request, tokenizer) for _ in range(count)]
-        self._logprobs: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+        params = request.params
+        self._logprobs = [LogprobRecords(params.logprobs or 0) for _ in range(count)]
+        self._prompt_logprobs = LogprobRecords(params.prompt_logprobs or 0, before=1)
         self._scores: list[float | None] = [None] * count
-        self._prompt_logprobs: dict[int, TokenLogprobs] = {}  # by position in the prompt
 
     # --- what comes in ------------------------------------------------------------------------------------------------
 
-    def add_token(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None = None) -> None:
+    def add_token(self, sequence: Sequence, token: int, record: bytes | None = None) -> None:
         """Append a token to a sequence, and end the sequence if the stop rule says so.
+
+        Args:
+            sequence: The sequence.
+            token: The token.
+            record: Of its log-probabilities, if the request asks for them.
 
         Raises:
             FloatingPointError: It is `NO_TOKEN`.
@@ -75,8 +82,8 @@ class RequestState:
             raise FloatingPointError(NOT_FINITE)
         stop, detokenizer = self.request.stop, self._detokenizers[sequence.index]
         sequence.tokens.append(token)
-        if logprobs is not None:
-            self._logprobs[sequence.index].append(logprobs)
+        if record is not None:
+            self._logprobs[sequence.index].append(record)
         written = len(sequence.tokens) - len(self.request.prompt)
         if not stop.ends_with(token, written):
             detokenizer.add(token, stop.may_end(written))
@@ -111,18 +118,9 @@ class RequestState:
             sequence.finish_reason = "cancelled" if self.error is None else "error"
         return unfinished
 
-    def add_prompt_logprobs(
-        self, position: int, logprobs: Items[float], top: Items[Items[tuple[int, float]]] | None
-    ) -> None:
-        """Record log-probabilities of the prompt's tokens from a position on.
-
-        Args:
-            position: Of the first token in the prompt.
-            logprobs: Of the tokens.
-            top: Of the most likely tokens at these positions, if the request asks for them.
-        """
-        tops = [()] * len(logprobs) if top is None else map(tuple, top)
-        self._prompt_logprobs.update(enumerate(map(TokenLogprobs, logprobs, tops), position))
+    def add_prompt_logprobs(self, position: int, records: Items[bytes]) -> None:
+        """Record log-probabilities of the prompt's tokens from a position on."""
+        self._prompt_logprobs.write(position, records)
 
     def begin_search(self) -> None:
         """Begin a beam search, for the first time or again after the request was preempted."""
@@ -150,7 +148,7 @@ class RequestState:
 
     # --- what comes out -----------------------------------------------------------------------------------------------
 
-    def event(self, sequence: Sequence, token: int | None, logprobs: TokenLogprobs | None = None) -> TokenEvent:
+    def event(self, sequence: Sequence, token: int | None, record: bytes | None = None) -> TokenEvent:
         """Return the event of a sequence's new token, with the text since the last event."""
         text = self._detokenizers[sequence.index].take(sequence.finish_reason is not None)
         is_first = len(sequence.tokens) - len(self.request.prompt) == (token is not None)
@@ -159,11 +157,11 @@ class RequestState:
             sequence.index,
             token,
             text,
-            logprobs,
+            None if record is None else read_record(record),
             sequence.finish_reason,
             sequence.stop_reason,
             self.error if sequence.finish_reason == "error" else None,
-            self._all_prompt_logprobs() if is_first else None,
+            self._read_prompt_logprobs() if is_first else None,
         )
 
     def output(self) -> RequestOutput:
@@ -175,7 +173,7 @@ class RequestState:
             request.id,
             request.prompt,
             completions,
-            self._all_prompt_logprobs(),
+            self._whole_prompt_logprobs(),
             self.error,
             self.num_cached_tokens,
             RequestTimes(self.arrival, self.scheduled, self.first_token, max(ends, default=None)),
@@ -183,21 +181,26 @@ class RequestState:
 
     def _completion(self, sequence: Sequence) -> Completion:
         assert sequence.finish_reason is not None
+        logprobs: Any = self._logprobs[sequence.index] if self.request.params.logprobs is not None else None
         return Completion(
             sequence.index,
             sequence.written,
             self._detokenizers[sequence.index].text,
             sequence.finish_reason,
             sequence.stop_reason,
-            self._logprobs[sequence.index] if self.request.params.logprobs is not None else None,
+            logprobs,  # read by who wants them
             self._scores[sequence.index],
         )
 
-    def _all_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
-        prompt = self.request.prompt
-        if self.request.params.prompt_logprobs is None or len(self._prompt_logprobs) < len(prompt) - 1:
+    def _whole_prompt_logprobs(self) -> Any:
+        """Return the prompt's log-probabilities, unread, if the request asks for them and the prompt was read."""
+        if self.request.params.prompt_logprobs is None or len(self._prompt_logprobs) < len(self.request.prompt):
             return None
-        return [None, *(self._prompt_logprobs[position] for position in range(1, len(prompt)))]
+        return self._prompt_logprobs
+
+    def _read_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        whole = self._whole_prompt_logprobs()
+        return None if whole is None else whole.read()
 
 
 def detokenizer_of(request: Request, tokenizer: Any | None) -> Detokenizer:

@@ -5,7 +5,7 @@ Shapes: B rows, V vocabulary, K likeliest tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,11 @@ class Logprobs(NamedTuple):
     logprob_B: torch.Tensor
     top_logprob_BK: torch.Tensor | None
     top_token_BK: torch.Tensor | None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Logprobs:
+        """Return what a function makes of each tensor."""
+        logprob_B, *top = self
+        return Logprobs(change(logprob_B), *(None if tensor is None else change(tensor) for tensor in top))
 
 
 def samples_by_operators(device: torch.device) -> bool:

@@ -15,6 +15,7 @@ from ..kv_cache.engine_cache import EngineCache
 from ..transfers import to_device
 from .beam_search import BeamStep, select_beams
 from .grammar import GrammarText, TokenMasks, compute_masks
+from .logprobs import Logprobs
 from .plan import Plan
 from .prefill import Prefill
 from .results import Pending, Search
@@ -113,7 +114,9 @@ class ModelRunner:
         if pending.sequences:
             needs = state.sampling.needs(range(rows))
             sampled = sample(logits_BV, state.sampling, state.length_R[:rows], needs, masks)
-            pending.token_B, pending.logprob_B, pending.top_logprob_BK, pending.top_token_BK = sampled
+            pending.token_B = sampled.token_B
+            if sampled.logprob_B is not None:
+                pending.logprobs = Logprobs(sampled.logprob_B, sampled.top_logprob_BK, sampled.top_token_BK)
             state.token_R[:rows] = sampled.token_B
         by_beams: dict[int, list[Search]] = {}
         for sequences, is_new in ((plan.running, False), (plan.beginning, True)):

@@ -130,7 +130,7 @@ class Prefill:
             piece_S = token_S[start : start + LOGITS_AT_ONCE]
             logits_SV = self.model.lm_head(hidden_SE[start : start + len(piece_S)])
             pieces.append(token_logprobs(logits_SV, piece_S, request.params.prompt_logprobs or 0))
-        return [PromptLogprobs(request, chunk.start + 1, *concatenated(pieces))]
+        return [PromptLogprobs(request, chunk.start + 1, concatenated(pieces))]
 
 
 def similar_lengths(chunks: Items[Chunk]) -> list[list[Chunk]]:

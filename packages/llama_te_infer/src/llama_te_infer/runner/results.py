@@ -1,6 +1,6 @@
 """The results of a step, and their way from the device to the host.
 
-Shapes: B rows, K most likely tokens, G searches, C candidates, T tokens of a prompt.
+Shapes: B rows, G searches, C candidates.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from ..transfers import to_host
 from .beam_search import BeamStep
+from .logprobs import Logprobs
 from .sequence import Request, Sequence
 
 
@@ -21,16 +22,12 @@ class PromptLogprobs(NamedTuple):
     Attributes:
         request: The prompt's request.
         position: Of the part's first token in the prompt.
-        logprob_T: float32, the log-probability of each token.
-        top_logprob_TK: float32, the highest log-probabilities at its position, if the request asks for them.
-        top_token_TK: int64, their tokens.
+        logprobs: Of the part's tokens, and of the most likely ones at their positions, if the request asks for them.
     """
 
     request: Request
     position: int
-    logprob_T: torch.Tensor
-    top_logprob_TK: torch.Tensor | None = None
-    top_token_TK: torch.Tensor | None = None
+    logprobs: Logprobs
 
 
 class Search(NamedTuple):
@@ -80,18 +77,15 @@ class StepResult(NamedTuple):
 
     Attributes:
         tokens: The next token of each sequence that is not a beam.
-        logprobs: Of these tokens; `None` if no row asked for log-probabilities.
-        top: Of the most likely tokens at these positions, pairs of a token and its log-probability.
+        logprobs: Of these tokens, on the host; `None` if no row asked for log-probabilities.
         beams: The result for each search.
-        prompt_logprobs: A request, a position in its prompt, the log-probabilities of the tokens from there on, and the
-            most likely tokens as in `top`.
+        prompt_logprobs: Of parts of prompts, on the host.
     """
 
     tokens: list[tuple[Sequence, int]]
-    logprobs: list[float] | None
-    top: list[list[tuple[int, float]]] | None
+    logprobs: Logprobs | None
     beams: list[BeamResult]
-    prompt_logprobs: list[tuple[Request, int, list[float], list[list[tuple[int, float]]] | None]]
+    prompt_logprobs: list[PromptLogprobs]
 
 
 @dataclass
@@ -105,9 +99,7 @@ class Pending:
 
     sequences: list[tuple[int, Sequence]]
     token_B: torch.Tensor | None = None
-    logprob_B: torch.Tensor | None = None
-    top_logprob_BK: torch.Tensor | None = None
-    top_token_BK: torch.Tensor | None = None
+    logprobs: Logprobs | None = None
     searches: list[tuple[list[Search], BeamStep]] = field(default_factory=list)
     prompts: list[PromptLogprobs] = field(default_factory=list)
     failed: list[tuple[Request, Exception]] = field(default_factory=list)
@@ -116,14 +108,11 @@ class Pending:
 
     def send_back(self) -> None:
         """Start the copies to a GPU's host."""
-        for name in ("token_B", "logprob_B", "top_logprob_BK", "top_token_BK"):
-            tensor = getattr(self, name)
-            setattr(self, name, _to_host(tensor))
+        self.token_B = _to_host(self.token_B)
+        if self.logprobs is not None:
+            self.logprobs = self.logprobs.map(to_host)
         self.searches = [(searches, BeamStep._make(map(_to_host, step))) for searches, step in self.searches]
-        self.prompts = [
-            PromptLogprobs(part.request, part.position, to_host(part.logprob_T), *map(_to_host, part[3:]))
-            for part in self.prompts
-        ]
+        self.prompts = [part._replace(logprobs=part.logprobs.map(to_host)) for part in self.prompts]
         self.arrived = torch.cuda.Event()
         self.arrived.record()
 
@@ -139,37 +128,24 @@ class Pending:
     def _read(self) -> StepResult:
         if self.arrived is not None:
             self.arrived.synchronize()
-        rows = [row for row, _ in self.sequences]
         tokens = [] if self.token_B is None else self.token_B.tolist()
-        logprobs = None if self.logprob_B is None else self.logprob_B.tolist()
-        # The device reports as many tokens as the API allows; the host makes objects only of those that somebody wants.
-        wanted = max((sequence.request.params.logprobs or 0 for _, sequence in self.sequences), default=0)
-        top = _pairs(self.top_token_BK, self.top_logprob_BK, wanted)
         return StepResult(
             tokens=[(sequence, tokens[row]) for row, sequence in self.sequences],
-            logprobs=None if logprobs is None else [logprobs[row] for row in rows],
-            top=None if top is None else [top[row] for row in rows],
+            logprobs=None if self.logprobs is None else self._of_sequences(self.logprobs),
             beams=[result for searches, step in self.searches for result in _beam_results(searches, step)],
-            prompt_logprobs=[
-                (part.request, part.position, part.logprob_T.tolist(), _pairs(part.top_token_TK, part.top_logprob_TK))
-                for part in self.prompts
-            ],
+            prompt_logprobs=self.prompts,
         )
+
+    def _of_sequences(self, logprobs: Logprobs) -> Logprobs:
+        """Leave out the rows of beams."""
+        rows = [row for row, _ in self.sequences]
+        if rows == list(range(len(logprobs.logprob_B))):
+            return logprobs
+        return logprobs.map(lambda tensor: tensor[rows])
 
 
 def _to_host(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else to_host(tensor)
-
-
-def _pairs(
-    token_BK: torch.Tensor | None, logprob_BK: torch.Tensor | None, wanted: int | None = None
-) -> list[list[tuple[int, float]]] | None:
-    """Return pairs of a token and its log-probability for each row, only the first `wanted` ones of a row."""
-    if token_BK is None or logprob_BK is None:
-        return None
-    columns = slice(wanted)
-    rows = zip(token_BK[:, columns].tolist(), logprob_BK[:, columns].tolist(), strict=True)
-    return [list(zip(*pair, strict=True)) for pair in rows]
 
 
 def _beam_results(searches: list[Search], step: BeamStep) -> list[BeamResult]:

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..engine.outputs import Completion, RequestOutput, TokenEvent, TokenLogprobs
+from ..engine.logprobs import TokenLogprobs
+from ..engine.outputs import Completion, RequestOutput, TokenEvent
 from ..sampling_params import SamplingParams
 from .errors import ApiError
 from .observation import vllm_reason

@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from ..engine.outputs import RequestOutput, TokenLogprobs
+from ..engine.logprobs import TokenLogprobs
+from ..engine.outputs import RequestOutput
 from ..sampling_params import SamplingParams
 from .answers import ChunkedAnswer, Piece
 from .protocol.completions import CompletionRequest

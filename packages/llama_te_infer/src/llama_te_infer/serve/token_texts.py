@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ..engine.outputs import TokenLogprobs
+from ..engine.logprobs import TokenLogprobs
 
 
 class TokenTexts:

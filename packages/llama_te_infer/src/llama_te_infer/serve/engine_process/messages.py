@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ...engine.control import Control, ControlState
+from ...engine.logprobs import LogprobRecords
 from ...engine.outputs import News
 from ...engine.statistics import EngineStats
 from ...sampling_params import SamplingParams
@@ -167,7 +168,10 @@ FromEngine = Loading | Ready | NotLoaded | Accepted | Refused | Done | Step
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def _from_exception(value: Any) -> Any:
+def _in_parts(value: Any) -> Any:
+    """Return what stands in a message for an object that MessagePack does not know."""
+    if isinstance(value, LogprobRecords):
+        return value.read()
     if isinstance(value, Exception):
         kind = next((name for name, each in _EXCEPTIONS.items() if isinstance(value, each)), "RuntimeError")
         own = type(value).__name__
@@ -180,7 +184,7 @@ def _to_exception(_: Any, value: Any) -> Any:
     return _EXCEPTIONS[kind](text)
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_from_exception)
+_encoder = msgspec.msgpack.Encoder(enc_hook=_in_parts)
 from_server: msgspec.msgpack.Decoder[FromServer] = msgspec.msgpack.Decoder(FromServer, dec_hook=_to_exception)
 from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine, dec_hook=_to_exception)
 
