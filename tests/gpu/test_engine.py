@@ -147,6 +147,7 @@ def test_an_fp8_cache(rows: int, make_llama: Any, measured: Any, monkeypatch: py
     assert written(engine.generate(prompts(rows), params))[0] == texts
 
     monkeypatch.setattr(engine_cache, "SCRATCH_SHARE", 10**9)
+    monkeypatch.setattr(engine_cache, "SCRATCH_BUDGETS", 0)
     small = Engine(model, prefix_caching=False, **options)
     assert small._cache.scratch_pages == 4
     one = [len(text) for text in few]

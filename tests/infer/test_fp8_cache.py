@@ -247,6 +247,7 @@ def test_what_does_not_fit_the_scratch_takes_several_passes(
     texts += [[*texts[0], 9], texts[3][:30]]  # they share pages
     expected = engine(te, page_size=4).generate(texts, PARAMS["greedy"])
     monkeypatch.setattr(engine_cache, "SCRATCH_SHARE", 10**6)
+    monkeypatch.setattr(engine_cache, "SCRATCH_BUDGETS", 0)
     small = engine(te, page_size=4, max_sequence_length=64)
     assert small._cache.scratch_pages == 16
     counts = []
@@ -269,7 +270,7 @@ def test_the_kernels_read_and_write_texts(monkeypatch: pytest.MonkeyPatch) -> No
         options = {"page_size": 16, "max_batch_size": 12, "decode_implementation": how, **options}
         its = Engine(model, kv_cache_dtype=kv_cache_dtype, **options)
         assert (its._runner.prefill.fused is not None) == (how == "fused")
-        assert (len(its._cache.parts([len(text) for text in texts])) > 1) == (kv_cache_dtype == "fp8")
+        assert (len(its._cache.parts([len(text) for text in texts])) > 1) == (name in ("little scratch", "pieces"))
         outputs = its.generate(texts, scored)
         steps = [step.logprob for output in outputs for step in output.prompt_logprobs[1:]]
         logprobs[name] = torch.tensor(steps)
@@ -283,6 +284,7 @@ def test_the_kernels_read_and_write_texts(monkeypatch: pytest.MonkeyPatch) -> No
     run("layers", "layers")
     run("bfloat16", kv_cache_dtype="auto")
     monkeypatch.setattr(engine_cache, "SCRATCH_SHARE", 10**6)
+    monkeypatch.setattr(engine_cache, "SCRATCH_BUDGETS", 0)
     run("little scratch")
     usual = float((logprobs["fused"] - logprobs["bfloat16"]).abs().mean())
     for name in ("pieces", "layers", "little scratch"):
@@ -300,6 +302,7 @@ def test_the_kernels_read_and_write_texts(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_the_parts_of_a_step_fit(lengths: list[int], page_size: int, total_num_pages: int, multiple: int) -> None:
     cache = make_cache(page_size, total_num_pages, is_fp8=True, rows_multiple=multiple)
+    lengths = [min(length, page_size * total_num_pages) for length in lengths]  # no row is longer
     parts = cache.parts(lengths)
     assert [index for part in parts for index in range(part.start, part.stop)] == list(range(len(lengths)))
     for part in parts:
@@ -310,6 +313,25 @@ def test_the_parts_of_a_step_fit(lengths: list[int], page_size: int, total_num_p
         assert max(rows) <= longest <= max(64, page_size)
         assert filled * longest <= cache.scratch_pages * page_size
     assert make_cache(page_size, total_num_pages).parts(lengths) == [slice(0, len(lengths))]
+
+
+@pytest.mark.parametrize(("count", "length"), [(16, 512), (14, 577), (1, 8192), (63, 129), (256, 32)])
+def test_new_prompts_of_one_length_take_one_pass(count: int, length: int) -> None:
+    """As many as a step of 8,192 tokens reads; with the share of all pages alone they would take several passes."""
+    sizes = {"rows": 256, "max_sequence_length": 8200, "prefill_budget": 8192}
+    cache = make_cache(64, 300, is_fp8=True, **sizes)
+    assert cache.parts([length] * count) == [slice(0, count)]
+    # the same memory is never more than all rows or all pages need
+    assert make_cache(64, 9, is_fp8=True, **sizes).scratch_pages == 18
+    assert make_cache(64, 300, is_fp8=True, **(sizes | {"rows": 2, "max_sequence_length": 128})).scratch_pages == 4
+
+
+def test_the_engine_reads_equal_prompts_in_one_pass(te: PreTrainedModel) -> None:
+    its = engine(te, page_size=4, max_batch_size=16, max_sequence_length=36, prefill_budget=512)
+    counts = []
+    te.model.register_forward_pre_hook(lambda *call: counts.append(len(call[2]["input_ids"])), with_kwargs=True)
+    its.generate(prompts(*[32] * 16), SamplingParams(max_tokens=1, temperature=0))
+    assert counts == [16]
 
 
 def make_cache(page_size: int, total_num_pages: int, **options: Any) -> EngineCache:
@@ -323,8 +345,8 @@ def make_cache(page_size: int, total_num_pages: int, **options: Any) -> EngineCa
         def get_input_embeddings() -> Any:
             return torch.nn.Embedding(1, 1)
 
-    sizes = {"page_size": page_size, "total_num_pages": total_num_pages}
-    return EngineCache(Model, rows=24, max_sequence_length=64, **sizes, **options)
+    sizes = {"page_size": page_size, "total_num_pages": total_num_pages, "rows": 24, "max_sequence_length": 64}
+    return EngineCache(Model, **(sizes | options))
 
 
 def test_a_change_of_autocast_keeps_the_format(thd: PreTrainedModel) -> None:
@@ -350,6 +372,7 @@ def test_nearly_twice_as_many_pages_fit(
     memory = 10 * model.get_memory_footprint()
     monkeypatch.setattr(limits, "total_memory", lambda device: memory)
     options: dict[str, Any] = {"page_size": 4, "max_batch_size": 10_000, "gpu_memory_utilization": 0.9}
+    options["prefill_budget"] = 64  # it is far less than all pages hold, as it is in an engine on a GPU
     plain, fp8 = Engine(model, **options), engine(model, **options)
     pages, more = (each.stats().total_num_pages for each in (plain, fp8))
     # 65 bytes for 128 of a head's numbers, and the memory of the pages that are widened, 1/8 of one layer's of 8
@@ -362,7 +385,7 @@ def test_nearly_twice_as_many_pages_fit(
 def test_memory_is_counted_as_it_is_allocated(thd: PreTrainedModel) -> None:
     for name, is_fp8 in (("auto", False), ("fp8", True)):
         its = Engine(thd, page_size=4, max_batch_size=3, kv_cache_dtype=name)
-        sizes = limits.CacheSizes(thd, CacheFormat(torch.float64, is_fp8), 3, 1, its.max_sequence_length, 4)
+        sizes = limits.CacheSizes(thd, CacheFormat(torch.float64, is_fp8), 3, 1, its.max_sequence_length, 4, 2048)
         # The cache has one page more, for rows without a text, and one more to be widened, which stays zeros.
         one_more = sizes.page_bytes + is_fp8 * 4 * 2 * 8 * thd.config.num_key_value_heads * thd.config.head_dim
         assert its.cache_bytes == sizes.cache_bytes(its.stats().total_num_pages) + one_more
@@ -375,20 +398,23 @@ def test_memory_is_counted_as_it_is_allocated(thd: PreTrainedModel) -> None:
     length=st.integers(1, 5000),
     page_size=st.sampled_from([1, 16, 64]),
     layers=st.integers(1, 80),
+    budget=st.sampled_from([0, 100, 8192]),
     memory=st.integers(0, 2**33),
 )
-def test_as_many_pages_as_fit(rows: int, multiple: int, length: int, page_size: int, layers: int, memory: int) -> None:
+def test_as_many_pages_as_fit(
+    rows: int, multiple: int, length: int, page_size: int, layers: int, budget: int, memory: int
+) -> None:
     class Model:
         class config:  # noqa: N801
             num_hidden_layers, num_key_value_heads, head_dim = layers, 2, 64
 
     rows = -(-rows // multiple) * multiple
-    sizes = limits.CacheSizes(Model, CacheFormat(torch.bfloat16, is_fp8=True), rows, multiple, length, page_size)
+    its_format = CacheFormat(torch.bfloat16, is_fp8=True)
+    sizes = limits.CacheSizes(Model, its_format, rows, multiple, length, page_size, budget)
     pages = sizes.fitting_pages(memory)
     if pages > 0:
         assert sizes.cache_bytes(pages) <= memory
-        # The share of scratch pages is rounded down: it may be 7 / 8 of a page less, and each has two pages' bytes.
-        assert sizes.cache_bytes(pages + 3) > memory
+        assert sizes.cache_bytes(pages + 1) > memory
 
 
 def test_too_much_memory_is_refused(thd: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

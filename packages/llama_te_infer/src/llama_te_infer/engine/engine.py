@@ -165,7 +165,9 @@ class Engine:
         multiple = padded_multiple(model)
         self._rows = -(-max_batch_size // multiple) * multiple
         cache_format = checked_cache_format(model, kv_cache_dtype, page_size)
-        sizes = CacheSizes(model, cache_format, self._rows, multiple, self.max_sequence_length, page_size)
+        sizes = CacheSizes(
+            model, cache_format, self._rows, multiple, self.max_sequence_length, page_size, prefill_budget
+        )
         if total_num_pages is None:
             wanted = max_batch_size * sizes.pages_per_row
             total_num_pages = max(1, min(wanted, fitting_pages(sizes, gpu_memory_utilization)))
@@ -184,6 +186,7 @@ class Engine:
             page_size=page_size,
             is_fp8=cache_format.is_fp8,
             rows_multiple=multiple,
+            prefill_budget=prefill_budget,
         )
         self._make_scheduler = functools.partial(
             Scheduler, max_batch_size, total_num_pages, page_size, prefill_budget, prefix_caching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import warnings
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from llama_te_core.layers.kv_cache import computing_dtype
 
 from ..integers import as_integer
 from ..kv_cache.cache_format import CacheFormat, cache_format
-from ..kv_cache.engine_cache import SCRATCH_SHARE, scratch_pages
+from ..kv_cache.engine_cache import scratch_pages
 from ..kv_cache.memory import PAGE_BYTES_ON_HOST, check_fits, free_memory, total_memory
 from ..ops import library
 from ..ops.decode_attention import takes_decode_attention
@@ -126,6 +127,7 @@ class CacheSizes:
         rows_multiple: See `EngineCache`.
         max_sequence_length: Most tokens of a row.
         page_size: Tokens of a page.
+        prefill_budget: See `EngineCache`.
     """
 
     model: Any
@@ -134,6 +136,7 @@ class CacheSizes:
     rows_multiple: int
     max_sequence_length: int
     page_size: int
+    prefill_budget: int = 0
 
     @property
     def pages_per_row(self) -> int:
@@ -151,19 +154,14 @@ class CacheSizes:
 
     def fitting_pages(self, memory: float) -> int:
         """Return the number of pages that fit into so many bytes; it may be less than 1."""
-        if not self.format.is_fp8:
-            return int(memory // self.page_bytes)
-        # The number of scratch pages is the least of two: one without all pages, and one with a share of them.
-        fixed, growing = self.rows * self.pages_per_row, self.rows_multiple * self.pages_per_row
-        with_share = (memory - growing * self._scratch_page_bytes) // (
-            self.page_bytes + self._scratch_page_bytes / SCRATCH_SHARE
-        )
-        return int(max((memory - fixed * self._scratch_page_bytes) // self.page_bytes, with_share))
+        most = int(memory // self.page_bytes)  # as many as fit without scratch pages, whose number grows with theirs
+        return bisect.bisect_right(range(most + 1), memory, key=self.cache_bytes) - 1
 
     def _scratch_pages(self, total_num_pages: int) -> int:
         if not self.format.is_fp8:
             return 0
-        return scratch_pages(self.rows, self.pages_per_row, total_num_pages, self.rows_multiple)
+        budget_pages = -(-self.prefill_budget // self.page_size)
+        return scratch_pages(self.rows, self.pages_per_row, total_num_pages, self.rows_multiple, budget_pages)
 
     @property
     def _scratch_page_bytes(self) -> int:

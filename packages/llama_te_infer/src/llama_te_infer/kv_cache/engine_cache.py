@@ -19,6 +19,7 @@ from .step import CacheStep
 from .storage import tensors_of
 
 SCRATCH_SHARE = 8
+SCRATCH_BUDGETS = 2
 
 
 class _Widening(NamedTuple):
@@ -53,6 +54,7 @@ class EngineCache(CacheStep):
         page_size: Tokens of a page.
         is_fp8: Whether the pages hold FP8 numbers.
         rows_multiple: The number of rows of a forward pass is a multiple of this.
+        prefill_budget: Most tokens of prompts that a step reads; see `scratch_pages`.
     """
 
     _widening: _Widening | None = None  # of the current step, where something has needed it
@@ -67,12 +69,16 @@ class EngineCache(CacheStep):
         page_size: int,
         is_fp8: bool = False,
         rows_multiple: int = 1,
+        prefill_budget: int = 0,
     ) -> None:
         config, device = model.config, model.device
         pages_per_row = -(-max_sequence_length // page_size)
         dtype = computing_dtype(model.get_input_embeddings().weight)
-        self.scratch_pages = scratch_pages(rows, pages_per_row, total_num_pages, rows_multiple) if is_fp8 else 0
-        self.rows_multiple = rows_multiple
+        self.scratch_pages = 0
+        if is_fp8:
+            budget_pages = -(-prefill_budget // page_size)
+            self.scratch_pages = scratch_pages(rows, pages_per_row, total_num_pages, rows_multiple, budget_pages)
+        self.rows_multiple, self._longest_row = rows_multiple, min(pages_per_row, total_num_pages)
         self.storage = PagedStorage(
             total_num_pages + 1,
             page_size,
@@ -151,7 +157,7 @@ class EngineCache(CacheStep):
         """Return how many pages of each row are widened for a row of a length."""
         # Powers of two keep the plans of Transformer Engine's attention few.
         pages = max(1, -(-length // self.storage.page_size))
-        return min(1 << (pages - 1).bit_length(), self.storage.max_pages_per_seq)
+        return min(1 << (pages - 1).bit_length(), self._longest_row)
 
     def _keys_of_rows(self) -> int:
         return self._widened_pages(self.longest()) * self.storage.page_size
@@ -266,18 +272,27 @@ class EngineCache(CacheStep):
         page_table_BP.copy_(torch.where(entry_P < full_B1, source_BP, page_table_BP))
 
 
-def scratch_pages(rows: int, pages_per_row: int, total_num_pages: int, rows_multiple: int = 1) -> int:
+def scratch_pages(
+    rows: int, pages_per_row: int, total_num_pages: int, rows_multiple: int = 1, budget_pages: int = 0
+) -> int:
     """Return how many FP8 pages can be widened together.
 
-    A step may read a chunk for each row, behind a cached prefix of any length. So only `rows * pages_per_row` would
-    always be enough, which may be far more than all pages. Here the longest rows that a forward pass cannot do without
-    fit, and beside them an eighth of all pages. A widened page is of one layer, so with 32 layers this eighth takes
-    less than a hundredth of the cache.
+    A step may read a chunk for each row, behind a cached prefix of any length. So only as many pages as the longest
+    row has, for each row, would always be enough, which may be far more than all pages. Here the longest rows that a
+    forward pass cannot do without fit, and beside them the larger of an eighth of all pages and of twice the pages of
+    the prompts that a step reads, but no more than all pages.
+
+    `EngineCache.parts` counts each row with the pages of the longest one, rounded up to a power of two. That is less
+    than twice as many, so new prompts of one length, of half a page or more, take one pass. A widened page is of one
+    layer, so with 32 layers an eighth of all pages takes less than a hundredth of the cache.
 
     Args:
         rows: Most rows of a step.
         pages_per_row: Most pages of a row.
         total_num_pages: All pages.
         rows_multiple: See `EngineCache`.
+        budget_pages: Pages of the tokens that a step reads.
     """
-    return min(rows * pages_per_row, rows_multiple * pages_per_row + total_num_pages // SCRATCH_SHARE)
+    longest = min(pages_per_row, total_num_pages)
+    beside = min(total_num_pages, max(total_num_pages // SCRATCH_SHARE, SCRATCH_BUDGETS * budget_pages))
+    return min(rows * longest, rows_multiple * longest + beside)
