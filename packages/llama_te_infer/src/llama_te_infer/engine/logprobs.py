@@ -71,9 +71,9 @@ def record_of(logprob: float, top: Sequence[tuple[int, float]], count: int) -> b
 
 def read_record(record: bytes) -> TokenLogprobs:
     """Return the log-probabilities of a record."""
-    logprob, *top = _struct(len(record)).unpack(record)
-    count = len(top) // 2
-    return TokenLogprobs(logprob, _pairs(top[count:], top[:count]))
+    values = _struct(len(record)).unpack(record)
+    behind = len(values) // 2 + 1  # the log-probabilities
+    return TokenLogprobs(values[0], _pairs(values[behind:], values[1:behind]))
 
 
 class LogprobRecords:
@@ -125,7 +125,7 @@ def _struct(size: int) -> Struct:
     return Struct(f"<f{count}f{count}i")
 
 
-def _pairs(tokens: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+def _pairs(tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[tuple[int, float], ...]:
     if tokens and tokens[-1] == _NONE:
         return tuple(pair for pair in zip(tokens, logprobs, strict=True) if pair[0] != _NONE)
     return tuple(zip(tokens, logprobs, strict=True))
