@@ -33,12 +33,22 @@ __device__ inline unsigned greatest_bits_of(const uint4 &vector) {
                max(greatest_bits_of(vector.z), greatest_bits_of(vector.w)));
 }
 
+// The bits of `ones` where `mask` is 1, and those of `zeros` elsewhere. The compiler would split the constants of
+// expand_fp8 into more operations.
+__device__ inline unsigned select_bits(unsigned mask, unsigned ones, unsigned zeros) {
+    unsigned result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(result) : "r"(ones), "r"(zeros), "r"(mask));
+    return result;
+}
+
 // Expands four e4m3 to two pairs of bfloat16, of bytes 0 and 2 and of bytes 1 and 3. The exponent, 4 bits with a bias of
 // 7, becomes the low bits of an exponent of 8 bits with a bias of 127: the result is the value times 2^-120, exactly.
 // e4m3's NaN becomes a number.
 __device__ inline void expand_fp8(unsigned four, unsigned &even, unsigned &odd) {
-    even = ((four << 8) & 0x80008000U) | ((four << 4) & 0x07f007f0U);
-    odd = (four & 0x80008000U) | ((four >> 4) & 0x07f007f0U);
+    constexpr unsigned kMagnitudes = 0x07f007f0;  // they cover the signs of the other pair
+    const unsigned signs = four & 0x80808080U;
+    even = select_bits(kMagnitudes, four << 4, signs << 8);
+    odd = select_bits(kMagnitudes, four >> 4, signs);
 }
 
 // Where expanded e4m3 is one factor of a product, the other factor takes half of the factor 2^120 back, which keeps all
