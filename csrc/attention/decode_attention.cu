@@ -52,26 +52,20 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
         }
     }
 
-    RowSplits splits;
-    const int items = schedule(a, shared, splits) * a.kv_heads;
+    schedule(a, shared);
     Ring<Shared> ring(shared, warp);
-    for (int i = blockIdx.x; i < items; i += gridDim.x) {
+    for (int i = blockIdx.x; i < shared.end_splits[kMaxDecodeRows - 1] * a.kv_heads; i += gridDim.x) {
         const int split = i / a.kv_heads;
-#pragma unroll
-        for (int r = 0; r < kRowsOfThread; ++r) {
-            if (split >= splits.first[r] && split < splits.first[r] + splits.count[r]) {
-                const int row = static_cast<int>(threadIdx.x) * kRowsOfThread + r;
-                shared.split = Split{row, split - splits.first[r], splits.start[r]};
-            }
-        }
+        find_split(shared, split);
         fence_before_tma();
         __syncthreads();  // `split` is written, and no thread reads the stages any more
         const WorkItem item(a, shared.split, i - split * a.kv_heads);
 
-        Producer<Shared> producer(params, item, ring, warp);
+        const int first_tile = item.first_tile + warp;
+        Producer<Shared> producer(params, item, ring, first_tile);
 #pragma unroll 1
         for (int i = 0; i < Shared::kStages; ++i) {
-            producer.load_next((ring.state.stage + i) % Shared::kStages);
+            producer.load(first_tile + i * kWarps, (ring.state.stage + i) % Shared::kStages);
         }
 
         // The previous kernel on the stream may run until here: nothing that it writes has been read, and nothing has
@@ -92,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
         }
 
         Softmax<kElement, kHeadDim, kHeadTiles, kFp8> softmax;
-        for (int tile = item.first_tile + warp; tile < item.end_tile; tile += kWarps) {
+        for (int tile = first_tile; tile < item.end_tile; tile += kWarps) {
             wait(ring.barrier(ring.state.stage), ring.state.phase);
             const int keys = item.start + 1 - tile * kTileKeys;
             std::uint8_t *const scales = shared.scales_of(warp, ring.state.stage);
@@ -106,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
             }
             softmax.add_tile(ring.at(ring.state.stage), scales, keys, scale, query);
             __syncwarp();
-            producer.load_next(ring.state.stage);
+            producer.load(tile + Shared::kStages * kWarps, ring.state.stage);
             ring.advance();
         }
         softmax.store(shared, producer.valid && item.start >= 0);

@@ -39,23 +39,21 @@ struct Producer {
     const Params &params;
     const WorkItem &item;
     const Ring<Shared> &ring;
-    int tile;  // the next one
-    int turn = 0;
     int block_of_lane = 0;
     int place_of_lane = 0;
     bool valid = true;
 
-    __device__ Producer(const Params &params_, const WorkItem &item_, const Ring<Shared> &ring_, int warp)
-        : params(params_), item(item_), ring(ring_), tile(item_.first_tile + warp) {}
+    __device__ Producer(const Params &params_, const WorkItem &item_, const Ring<Shared> &ring_, int first_tile)
+        : params(params_), item(item_), ring(ring_) {
+        look_up(first_tile);
+    }
 
-    // Does nothing behind the last tile.
-    __device__ void load_next(int stage) {
+    // Loads a tile, which is the next one of the warp. Does nothing behind the last one.
+    __device__ void load(int tile, int stage) {
         if (tile >= item.end_tile) {
             return;
         }
-        if (turn == 0) {
-            look_up();
-        }
+        const unsigned turn = turn_of(tile);
         const int block = __shfl_sync(kWholeWarp, block_of_lane, turn);
         const int place = __shfl_sync(kWholeWarp, place_of_lane, turn);
         valid = valid && block >= 0;
@@ -74,8 +72,9 @@ struct Producer {
                 arrive(barrier);
             }
         }
-        tile += kWarps;
-        turn = (turn + 1) % kWarp;
+        if (turn == kWarp - 1) {
+            look_up(tile + kWarps);
+        }
     }
 
     __device__ void load_scales(unsigned to, const CacheScales &scales, int block, int place, unsigned barrier) {
@@ -83,9 +82,15 @@ struct Producer {
         tma_load_bulk(to, from, kTileKeys, barrier);
     }
 
-    __device__ void look_up() {
+    // The lane that has the block of a tile.
+    __device__ static unsigned turn_of(int tile) {
+        return static_cast<unsigned>(tile) / kWarps % kWarp;
+    }
+
+    // Looks up the blocks of the warp's tiles from `tile` on.
+    __device__ void look_up(int tile) {
         const CacheIndex &index = params.a.index;
-        const int tile_of_lane = tile + threadIdx.x % kWarp * kWarps;
+        const int tile_of_lane = tile + static_cast<int>((threadIdx.x - turn_of(tile)) % kWarp) * kWarps;
         if (tile_of_lane < item.end_tile) {
             block_of_lane = block_of(index, item.row, tile_of_lane * kTileKeys);
             place_of_lane = place_in_block(index, tile_of_lane * kTileKeys);

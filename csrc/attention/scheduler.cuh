@@ -6,27 +6,21 @@
 
 namespace llama_te::attention {
 
-// The splits of all rows are numbered row after row. A thread knows the splits of its rows.
-struct RowSplits {
-    int start[kRowsOfThread];  // as in Split
-    int first[kRowsOfThread];
-    int count[kRowsOfThread];
-};
-
-// Returns the number of splits of all rows. All threads of the block call it.
+// Numbers the splits of all rows, row after row. What a block knows of all rows is in shared memory, since registers limit
+// the blocks on a multiprocessor. All threads of the block call it.
 template <typename Shared>
-__device__ int schedule(const Arguments &a, Shared &shared, RowSplits &splits) {
+__device__ void schedule(const Arguments &a, Shared &shared) {
+    int counts[kRowsOfThread];
     int of_thread = 0;
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
         const int row = threadIdx.x * kRowsOfThread + i;
         const int start = row < a.rows ? __ldcg(a.start + row) : -1;
         const bool exists = a.takes(start);
-        splits.start[i] = exists ? start : -1;
-        splits.first[i] = of_thread;
+        shared.starts[row] = exists ? start : -1;
         // A row that is left out has one split, which writes its zeros.
-        splits.count[i] = exists ? splits_of(start + 1) : static_cast<int>(row < a.rows);
-        of_thread += splits.count[i];
+        counts[i] = exists ? splits_of(start + 1) : static_cast<int>(row < a.rows);
+        of_thread += counts[i];
     }
     const int lane = threadIdx.x % kWarp;
     const int warp = threadIdx.x / kWarp;
@@ -40,18 +34,30 @@ __device__ int schedule(const Arguments &a, Shared &shared, RowSplits &splits) {
         shared.splits_of_warps[warp] = up_to;
     }
     __syncthreads();
-    int before = up_to - of_thread;
-    int all = 0;
+    int next = up_to - of_thread;
 #pragma unroll
-    for (int i = 0; i < kWarps; ++i) {
-        before += i < warp ? shared.splits_of_warps[i] : 0;
-        all += shared.splits_of_warps[i];
+    for (int i = 0; i < kWarps - 1; ++i) {
+        next += i < warp ? shared.splits_of_warps[i] : 0;
     }
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-        splits.first[i] += before;
+        next += counts[i];
+        shared.end_splits[threadIdx.x * kRowsOfThread + i] = next;
     }
-    return all;
+    __syncthreads();
+}
+
+// Finds the row of a split. The thread of that row writes `shared.split`; all threads of the block call it.
+template <typename Shared>
+__device__ void find_split(Shared &shared, int split) {
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+        const int row = static_cast<int>(threadIdx.x) * kRowsOfThread + i;
+        const int first = row == 0 ? 0 : shared.end_splits[row - 1];
+        if (split >= first && split < shared.end_splits[row]) {
+            shared.split = Split{row, split - first, shared.starts[row]};
+        }
+    }
 }
 
 // The block of memory that holds a place of a row, or -1. Everything that is read before the wait for the previous

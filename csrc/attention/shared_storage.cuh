@@ -60,19 +60,20 @@ struct Tile {
     }
 };
 
-// The addresses that a lane reads of a tile: the even or the odd vectors of one row. Most of `offset` is computed once.
+// The addresses that a lane reads of a tile: the even or the odd vectors of one row. Most of `offset` is computed once. A
+// swizzled row lies at a multiple of its size, a power of two, so the swizzle of its vectors is one of whole addresses.
 template <int kHeadDim, bool kFp8>
 struct LaneRow {
     using T = Tile<kHeadDim, kFp8>;
-    unsigned row;
-    unsigned swizzle;
+    unsigned first;
 
-    __device__ LaneRow(unsigned tile, int row_, int odd)
-        : row(tile + row_ * T::kRowBytes), swizzle((T::swizzle_of(row_) ^ odd) * kVectorBytes) {}
+    __device__ LaneRow(unsigned tile, int row, int odd)
+        : first(tile + row * T::kRowBytes + (T::swizzle_of(row) ^ odd) * kVectorBytes) {}
 
     __device__ unsigned pair(int index) const {
-        const int vector = 2 * index;
-        return row + vector / T::kBoxVectors * T::kBoxBytes + (vector % T::kBoxVectors * kVectorBytes ^ swizzle);
+        const int box = 2 * index / T::kBoxVectors;
+        const int bytes = 2 * index % T::kBoxVectors * kVectorBytes;
+        return box * T::kBoxBytes + (T::kIsSwizzled ? first ^ bytes : first + bytes);
     }
 };
 
@@ -109,6 +110,8 @@ struct alignas(kStageAlignment) SharedStorage {
     char heads[kNewHeads][kHeadBytes];
     float2 statistics[kWarps][kResultHeads];  // greatest score, sum of the weights
     std::uint64_t full[kWarps][kStages];      // barriers: a stage is there
+    int starts[kMaxDecodeRows];      // as in Split
+    int end_splits[kMaxDecodeRows];  // the number of the split behind each row's last
     int splits_of_warps[kWarps];
     Split split;
     bool is_last;
