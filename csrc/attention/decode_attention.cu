@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid
 
     if (lane == 0) {
         for (int stage = 0; stage < Shared::kStages; ++stage) {
-            init_barrier(shared_address(&shared.full[warp][stage]), 1);
+            init_barrier(shared_address(&shared.full[warp][stage]), 1 + Shared::kScaleVectors);
         }
         fence_barrier_init();
     }

@@ -33,7 +33,9 @@ struct Ring {
     }
 };
 
-// Starts the copies of a warp's tiles of a work item. Each lane looks up the block of one of the next 32 tiles.
+// Starts the copies of a warp's tiles of a work item. Each lane looks up the block of one of the next 32 tiles. The scales
+// of an FP8 tile, a vector of the keys' and a vector of the values', are too little for TMA, whose setup takes a lane
+// longer than the copy: two lanes copy one each.
 template <typename Shared>
 struct Producer {
     const Params &params;
@@ -56,30 +58,29 @@ struct Producer {
         const unsigned turn = turn_of(tile);
         const int block = __shfl_sync(kWholeWarp, block_of_lane, turn);
         const int place = __shfl_sync(kWholeWarp, place_of_lane, turn);
+        const int lane = threadIdx.x % kWarp;
+        const unsigned barrier = ring.barrier(stage);
         valid = valid && block >= 0;
-        if (threadIdx.x % kWarp == 0) {
-            const unsigned barrier = ring.barrier(stage);
+        if (lane == 0) {
             if (block >= 0) {
-                arrive_and_expect(barrier, Shared::kStageBytes + Shared::kScaleBytes);
+                arrive_and_expect(barrier, Shared::kStageBytes);
                 tma_load_5d(ring.at(stage), params.keys, block, place, item.kv_head, barrier);
                 tma_load_5d(ring.at(stage) + Shared::kTileBytes, params.values, block, place, item.kv_head, barrier);
-                if constexpr (Shared::kIsFp8) {
-                    const unsigned to = ring.scales + stage * Shared::kScaleBytes;
-                    load_scales(to, params.a.key_scale, block, place, barrier);
-                    load_scales(to + kTileKeys, params.a.value_scale, block, place, barrier);
-                }
             } else {
                 arrive(barrier);
             }
         }
+        if (lane < Shared::kScaleVectors) {
+            if (block >= 0) {
+                const CacheScales scales = lane == 0 ? params.a.key_scale : params.a.value_scale;
+                copy_vector(ring.scales + stage * Shared::kScaleBytes + lane * kVectorBytes,
+                            scales.at(block, item.kv_head, place));
+            }
+            arrive_after_copies(barrier);
+        }
         if (turn == kWarp - 1) {
             look_up(tile + kWarps);
         }
-    }
-
-    __device__ void load_scales(unsigned to, const CacheScales &scales, int block, int place, unsigned barrier) {
-        const auto *const from = reinterpret_cast<const char *>(scales.at(block, item.kv_head, place));
-        tma_load_bulk(to, from, kTileKeys, barrier);
     }
 
     // The lane that has the block of a tile.

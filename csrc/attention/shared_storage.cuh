@@ -89,7 +89,9 @@ struct alignas(kStageAlignment) SharedStorage {
     static constexpr int kHeadBytes = (kHeadVectors | 1) * kVectorBytes;
     static constexpr int kTileBytes = Tile<kHeadDim, kFp8>::kBytes;
     static constexpr int kStageBytes = 2 * kTileBytes;  // keys, then values
-    static constexpr int kScaleBytes = kFp8 ? 2 * kTileKeys : 0;  // of a stage: the keys' scales, then the values'
+    static constexpr int kScaleVectors = kFp8 ? 2 : 0;  // of a stage: the keys' scales, then the values'
+    static constexpr int kScaleBytes = kScaleVectors * kVectorBytes;
+    static_assert(!kFp8 || kTileKeys == kVectorBytes);
     // Three blocks fit on a multiprocessor, which then has 100 KB and more on their way.
     static constexpr int kStages = (kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2) * (kFp8 ? 2 : 1);
     static constexpr int kRingBytes = kStages * kStageBytes;

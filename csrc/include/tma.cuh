@@ -88,6 +88,16 @@ __device__ inline void tma_load_bulk(unsigned to, const char *from, int bytes, u
                  : "memory");
 }
 
+// Copies a vector of 16 bytes from the L2 cache, without TMA and without waiting.
+__device__ inline void copy_vector(unsigned to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Arrives at a barrier when all vectors that this thread has copied so far are there.
+__device__ inline void arrive_after_copies(unsigned barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Orders accesses of threads to shared memory before TMA's.
 __device__ inline void fence_before_tma() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
