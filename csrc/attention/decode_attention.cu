@@ -25,7 +25,8 @@ namespace llama_te {
 namespace attention {
 
 template <ElementType kElement, int kHeadDim, int kHeadTiles, bool kFp8>
-__global__ void __launch_bounds__(kThreads) decode_attention_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kThreads, SharedStorage<kHeadDim, kHeadTiles, kFp8>::kBlocks)
+    decode_attention_kernel(const __grid_constant__ Params params) {
     using Shared = SharedStorage<kHeadDim, kHeadTiles, kFp8>;
     extern __shared__ __align__(kStageAlignment) char memory[];
     Shared &shared = *reinterpret_cast<Shared *>(memory);
@@ -131,7 +132,10 @@ CUtensorMap cache_map(const CacheMemory &cache, const Arguments &a) {
 template <ElementType kElement, int kHeadDim, int kHeadTiles, bool kFp8>
 void launch(const Arguments &a, int device, cudaStream_t stream) {
     const auto kernel = decode_attention_kernel<kElement, kHeadDim, kHeadTiles, kFp8>;
-    constexpr int kSharedBytes = sizeof(SharedStorage<kHeadDim, kHeadTiles, kFp8>);
+    using Shared = SharedStorage<kHeadDim, kHeadTiles, kFp8>;
+    constexpr int kSharedBytes = sizeof(Shared);
+    // An H200's multiprocessor has 228 KB, of which each block takes 1 KB for the system.
+    static_assert(Shared::kBlocks * (kSharedBytes + 1024) <= 228 * 1024);
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "decode_attention");
     int blocks = 0;

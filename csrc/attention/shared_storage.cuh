@@ -92,8 +92,11 @@ struct alignas(kStageAlignment) SharedStorage {
     static constexpr int kScaleVectors = kFp8 ? 2 : 0;  // of a stage: the keys' scales, then the values'
     static constexpr int kScaleBytes = kScaleVectors * kVectorBytes;
     static_assert(!kFp8 || kTileKeys == kVectorBytes);
-    // Three blocks fit on a multiprocessor, which then has 100 KB and more on their way.
-    static constexpr int kStages = (kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2) * (kFp8 ? 2 : 1);
+    // Blocks that fit on a multiprocessor, which then has 100 KB and more on their way. A warp mostly waits: for copies,
+    // for its own products, for the other warps. An FP8 tile has half the bytes and as many products, so more warps must
+    // fill the time. With a second tile of heads a warp has too many registers for that.
+    static constexpr int kBlocks = kFp8 && kHeadTiles == 1 ? 5 : 3;
+    static constexpr int kStages = (kHeadDim <= 64 ? 4 : kHeadDim <= 80 ? 3 : 2) * (kFp8 && kHeadTiles > 1 ? 2 : 1);
     static constexpr int kRingBytes = kStages * kStageBytes;
 
     // A warp's result lies over its stages. The 8 rows of a fragment and 4 pairs of heads, as threads write them, lie in
