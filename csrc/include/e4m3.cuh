@@ -33,8 +33,8 @@ __device__ inline unsigned greatest_bits_of(const uint4 &vector) {
                max(greatest_bits_of(vector.z), greatest_bits_of(vector.w)));
 }
 
-// The bits of `ones` where `mask` is 1, and those of `zeros` elsewhere. The compiler would split the constants of
-// expand_fp8 into more operations.
+// The bits of `ones` where `mask` is 1, and those of `zeros` elsewhere. In C++ the compiler would rewrite the operations
+// of expand_fp8 into more.
 __device__ inline unsigned select_bits(unsigned mask, unsigned ones, unsigned zeros) {
     unsigned result;
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(result) : "r"(ones), "r"(zeros), "r"(mask));
@@ -46,7 +46,7 @@ __device__ inline unsigned select_bits(unsigned mask, unsigned ones, unsigned ze
 // e4m3's NaN becomes a number.
 __device__ inline void expand_fp8(unsigned four, unsigned &even, unsigned &odd) {
     constexpr unsigned kMagnitudes = 0x07f007f0;  // they cover the signs of the other pair
-    const unsigned signs = four & 0x80808080U;
+    const unsigned signs = select_bits(0x80808080U, four, 0);
     even = select_bits(kMagnitudes, four << 4, signs << 8);
     odd = select_bits(kMagnitudes, four >> 4, signs);
 }
