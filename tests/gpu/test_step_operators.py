@@ -816,7 +816,7 @@ def test_bad_rms_norms_and_swiglus() -> None:
             rms_norm(**(arguments | change))
     with pytest.raises(ValueError, match=r"input is float16 \[3, 64\]: on a GPU allowed are bfloat16 and F a"):
         swiglu(matrix.half(), matrix[:, :32].half())
-    with pytest.raises(ValueError, match=r"output is bfloat16 \[3, 12\]: on a GPU allowed are bfloat16 and F a"):
+    with pytest.raises(ValueError, match=r"input is bfloat16 \[3, 24\]: on a GPU allowed are bfloat16 and F a"):
         swiglu(randn(3, 24), randn(3, 12))
     with pytest.raises(ValueError, match=r"input starts at an address that is not a multiple of 16 bytes"):
         swiglu(uneven[4:196].view(3, 64), randn(3, 32))

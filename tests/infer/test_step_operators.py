@@ -215,7 +215,7 @@ def test_scales_of_an_addend_and_of_a_gate_and_up(rows: int, features: int, dtyp
     """With powers of two, the results are those of matrices that were multiplied before."""
     hidden, addend = (randn(rows, features, dtype=dtype, seed=seed + part) for part in range(2))
     weight, gate_up = randn(features, dtype=dtype, seed=seed + 2), randn(rows, 2 * features, dtype=dtype, seed=seed + 3)
-    scale = torch.ldexp(torch.ones(rows), torch.randint(0, 4, (rows,)))
+    scale = torch.ldexp(torch.ones(rows), torch.arange(rows) % 4)
     scale_B1 = scale[:, None].to(dtype)
     total, output, expected = hidden.clone(), torch.empty_like(hidden), torch.empty_like(hidden)
     rms_norm(total, weight, 1e-5, expected, addend=addend * scale_B1)
@@ -223,7 +223,9 @@ def test_scales_of_an_addend_and_of_a_gate_and_up(rows: int, features: int, dtyp
     assert torch.equal(hidden, total) and torch.equal(output, expected)
     swiglu(gate_up * scale_B1, expected)
     swiglu(gate_up, output, input_scale=scale)
-    torch.testing.assert_close(output, expected, rtol=torch.finfo(dtype).eps, atol=0)  # of SiLU in vectors, and without
+    torch.testing.assert_close(
+        output, expected, rtol=4 * torch.finfo(dtype).eps, atol=0
+    )  # SiLU in vectors, and without
 
 
 def test_rows_without_a_finite_scale() -> None:
