@@ -46,12 +46,13 @@ REQUESTS = ["256 requests of 512 + 256", "256 requests of 512 + 256, default set
 BATCHES = [f"batch {rows}" for rows in SIZES]
 LONGER = ["4 beams", "batch 32 at 8192", "prefill of 8192", *REQUESTS]
 FP8 = [f"8B FP8, {row}" for row in ("batch 1", "batch 32", *LONGER[1:])]
+FP8_CACHE = [f"8B FP8 and FP8 cache, {row}" for row in ("batch 32 at 8192", *REQUESTS)]
 BF16_ROWS = {
     "1B": [f"1B bf16, {row}" for row in (*BATCHES, *SAMPLED_ROWS)],
     "8B": [f"8B bf16, {row}" for row in (*BATCHES, *SAMPLED_ROWS, *LONGER)],
 }
 COLOURS = {"engine": "#2a6f97", "TE layers in a CUDA graph": "#a9a9a9", "transformers, compiled": "#d4a373"}
-ORDER = [*BF16_ROWS["1B"], *BF16_ROWS["8B"][:2], "8B bf16, batch 4", *BF16_ROWS["8B"][2:], *FP8]
+ORDER = [*BF16_ROWS["1B"], *BF16_ROWS["8B"][:2], "8B bf16, batch 4", *BF16_ROWS["8B"][2:], *FP8, *FP8_CACHE]
 
 
 @dataclass
@@ -111,10 +112,11 @@ def read_bytes(model: Any, fp8: bool) -> int:
     return layer_bytes * (1 if fp8 else 2) + model.lm_head.weight.numel() * 2
 
 
-def cache_bytes(model: Any, rows: int, length: int) -> int:
-    """Count the bytes of the keys and values that a step reads."""
+def cache_bytes(model: Any, rows: int, length: int, fp8: bool = False) -> int:
+    """Count the bytes of the keys and values that a step reads. A head in FP8 has a scale of one byte."""
     config = model.config
-    return rows * length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    head_bytes = config.head_dim + 1 if fp8 else 2 * config.head_dim
+    return rows * length * config.num_hidden_layers * 2 * config.num_key_value_heads * head_bytes
 
 
 def prompts(count: int, length: int) -> list[list[int]]:
@@ -132,7 +134,9 @@ def clear() -> None:
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-def step_time(model: Any, count: int, context: int, *, beams: int = 1, **sampling: Any) -> float:
+def step_time(
+    model: Any, count: int, context: int, *, beams: int = 1, kv_cache_dtype: str = "auto", **sampling: Any
+) -> float:
     """Return the milliseconds from one token to the next, host included, while all requests are running."""
     from llama_te_infer import Engine, SamplingParams
 
@@ -145,6 +149,7 @@ def step_time(model: Any, count: int, context: int, *, beams: int = 1, **samplin
         max_sequence_length=-(-length // 64) * 64,
         prefill_budget=8192,
         prefix_caching=False,
+        kv_cache_dtype=kv_cache_dtype,
     )
     params = SamplingParams(
         **{"max_tokens": new, "temperature": 0.0, "ignore_eos": True, "num_beams": beams, **sampling}
@@ -376,24 +381,35 @@ class Table:
         context: int = CONTEXT,
         beams: int = 1,
         fp8: bool = False,
+        kv_cache_dtype: str = "auto",
         **sampling: Any,
     ) -> None:
         """Measure a step of the engine."""
-        total = read_bytes(model, fp8) + cache_bytes(model, rows * beams, context)
+        total = read_bytes(model, fp8) + cache_bytes(model, rows * beams, context, kv_cache_dtype == "fp8")
         limit = total / self.bandwidth * 1e3
-        measure = functools.partial(step_time, model, rows, context, beams=beams, **sampling)
+        measure = functools.partial(
+            step_time, model, rows, context, beams=beams, kv_cache_dtype=kv_cache_dtype, **sampling
+        )
         self.add(what, "engine", "ms a step", measure, limit)
 
 
-def run_longer(table: Table, model: Any, kind: str, wanted: Callable[[str], bool], fp8: bool = False) -> None:
+def run_longer(
+    table: Table,
+    model: Any,
+    kind: str,
+    wanted: Callable[[str], bool],
+    fp8: bool = False,
+    kv_cache_dtype: str = "auto",
+) -> None:
     """Measure the rows with thousands of tokens, as far as they are wanted."""
     if wanted(what := f"{kind}, batch 32 at 8192"):
-        table.step(model, what, 32, context=8192, fp8=fp8)
+        table.step(model, what, 32, context=8192, fp8=fp8, kv_cache_dtype=kv_cache_dtype)
     if wanted(what := f"{kind}, prefill of 8192"):
         table.add(what, "engine", "TFLOP/s", functools.partial(prefill_rate, model))
     for what, settings in zip(REQUESTS, ({"prefill_budget": 8192, "prefix_caching": False}, {}), strict=True):
         if wanted(f"{kind}, {what}"):
-            table.add(f"{kind}, {what}", "engine", "tok/s", functools.partial(throughput, model, **settings))
+            measure = functools.partial(throughput, model, kv_cache_dtype=kv_cache_dtype, **settings)
+            table.add(f"{kind}, {what}", "engine", "tok/s", measure)
 
 
 def run(table: Table, rows: set[str], peers: set[str]) -> None:
@@ -426,12 +442,20 @@ def run(table: Table, rows: set[str], peers: set[str]) -> None:
                 run_longer(table, model, "8B bf16", wanted)
             del model
             clear()
-        if size == "8B" and any(map(wanted, FP8)):
+        if size == "8B" and any(map(wanted, [*FP8, *FP8_CACHE])):
             model = make_model(size, fp8=True)
             for batch in (1, 32):
                 if wanted(what := f"8B FP8, batch {batch}"):
                     table.step(model, what, batch, fp8=True)
             run_longer(table, model, "8B FP8", wanted, fp8=True)
+            run_longer(
+                table,
+                model,
+                "8B FP8 and FP8 cache",
+                lambda what: what in FP8_CACHE and wanted(what),
+                fp8=True,
+                kv_cache_dtype="fp8",
+            )
             del model
             clear()
         if "transformers" in peers:
