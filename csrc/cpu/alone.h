@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -14,19 +15,16 @@ namespace llama_te {
 // The logits of a row as float32.
 class RowOfFloats {
 public:
-    explicit RowOfFloats(std::int32_t vocabulary) : logits_(static_cast<std::size_t>(vocabulary)) {
+    explicit RowOfFloats(std::int32_t vocabulary)
+        : logits_(round_up(static_cast<std::size_t>(vocabulary), std::size_t{kRun}), -HUGE_VALF) {
     }
 
     void set(std::int32_t token, float logit) {
         logits_[static_cast<std::size_t>(token)] = logit;
     }
 
-    float read(std::int32_t token) const {
+    float at(std::int32_t token) const {
         return logits_[static_cast<std::size_t>(token)];
-    }
-
-    static float of(float logit) {
-        return logit;
     }
 
 private:
@@ -37,9 +35,15 @@ private:
 class Alone {
 public:
     template <typename Logits, typename Visit, typename After = Nothing>
-    void each(std::int32_t vocabulary, const Logits &logits, const Visit &visit, const After & = {}) const {
-        for (std::int32_t token = 0; token < vocabulary; ++token) {
-            visit(token, logits.of(logits.read(token)));
+    void each(std::int32_t vocabulary, const Logits &logits, const Visit &visit, const After &after = {}) const {
+        for (std::int32_t first = 0; first < vocabulary; first += kRun) {
+            Run run;
+            run.first = first;
+            for (int i = 0; i < kRun; ++i) {
+                run.logits[i] = logits.at(first + i);
+            }
+            visit(run);
+            after();
         }
     }
 
@@ -52,14 +56,18 @@ public:
         return part;
     }
 
-    template <typename Logits, typename BucketOf>
-    Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of) {
+    template <typename Logits, typename BucketOf, typename Visit = Nothing>
+    Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of,
+                const Visit &visit = {}) {
         std::fill(counts_.begin(), counts_.end(), 0);
-        for (std::int32_t token = 0; token < vocabulary; ++token) {
-            if (const int bucket = bucket_of(logits.of(logits.read(token))); bucket != kNoBucket) {
-                ++counts_[static_cast<std::size_t>(bucket)];
+        each(vocabulary, logits, [&](const Run &run) {
+            visit(run);
+            for (const float logit : run.logits) {
+                if (const int bucket = bucket_of(logit); bucket != kNoBucket) {
+                    ++counts_[static_cast<std::size_t>(bucket)];
+                }
             }
-        }
+        });
         std::int32_t before = 0;
         for (int bucket = 0; bucket < kBuckets; ++bucket) {
             const std::int32_t until = before + counts_[static_cast<std::size_t>(bucket)];
@@ -71,12 +79,16 @@ public:
         return {kNoBucket, k - before, vocabulary};
     }
 
+    float least_of(std::int32_t, float, const LogitBuckets &) const {
+        return -HUGE_VALF;
+    }
+
     template <typename Logits, typename BucketOf, typename Visit>
     void greatest(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
                   const BucketOf &bucket_of, const Visit &visit) {
         ranks_.clear();
         for (std::int32_t token = 0; token < vocabulary; ++token) {
-            const float logit = logits.of(logits.read(token));
+            const float logit = logits.at(token);
             if (last.reaches(bucket_of(logit))) {
                 ranks_.push_back(rank_of(logit, token));
             }

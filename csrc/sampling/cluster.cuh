@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "include/launch.cuh"
 #include "include/vector.cuh"
@@ -83,25 +84,26 @@ public:
     template <typename Logits, typename Visit, typename After = Nothing>
     __device__ void each(std::int32_t vocabulary, const Logits &logits, const Visit &visit,
                          const After &after = {}) const {
-        constexpr int kAhead = Logits::kAhead;
-        const std::uint32_t step = blocks_ * kClusterThreads;
-        const std::uint32_t own = cluster_.block_rank() * kClusterThreads + threadIdx.x;
-        const auto end = static_cast<std::uint32_t>(vocabulary);
-        for (std::uint32_t start = 0; start < end; start += step * kAhead) {  // alike in all threads
-            decltype(logits.read(0)) read[kAhead];
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const std::uint32_t token = start + i * step + own;
-                read[i] = logits.read(static_cast<std::int32_t>(token < end ? token : end - 1));
+        const int step = blocks_ * kClusterThreads * kRun;
+        const int own = static_cast<int>(cluster_.thread_rank()) * kRun;
+        typename Logits::Read ahead;
+        // Each turn reads the run of the next one; the first turn only reads.
+#pragma unroll 1
+        for (int start = -step; start < vocabulary; start += step) {  // alike in all threads
+            const int first = start + own;
+            const typename Logits::Read read = ahead;
+            if (first < vocabulary - step) {
+                ahead = logits.read(first + step);
             }
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                const std::uint32_t token = start + i * step + own;
-                if (token < end) {
-                    visit(static_cast<std::int32_t>(token), logits.of(read[i]));
+            if (start >= 0) {
+                if (first < vocabulary) {
+                    Run run;
+                    run.first = first;
+                    logits.of(read, run);
+                    visit(run);
                 }
+                after();
             }
-            after();
         }
     }
 
@@ -139,8 +141,54 @@ public:
         return whole;
     }
 
-    template <typename Logits, typename BucketOf>
-    __device__ Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of) {
+    template <typename Logits, typename BucketOf, typename Visit = Nothing>
+    __device__ Bucket find(std::int32_t vocabulary, std::int32_t k, const Logits &logits, const BucketOf &bucket_of,
+                           const Visit &visit = {}) {
+        clear_counts();
+        each(vocabulary, logits, [&](const Run &run) {
+            visit(run);
+            if (run.greatest() < bucket_of.least) {
+                return;
+            }
+            for (const float logit : run.logits) {
+                count(bucket_of(logit));
+            }
+        });
+        return bucket_of_kth(vocabulary, k);
+    }
+
+    __device__ float least_of(std::int32_t k, float own, const LogitBuckets &bucket_of) {
+        clear_counts();
+        count(bucket_of(own));
+        return bucket_of.below(bucket_of_kth(0, k).bucket);
+    }
+
+    // Waits until no block reads the memory of another one: then blocks may end.
+    __device__ void finish() {
+        sync();
+    }
+
+    __device__ bool is_first() const {
+        return cluster_.thread_rank() == 0;
+    }
+
+    // The row of this cluster.
+    __device__ std::int32_t row() const {
+        return static_cast<std::int32_t>(blockIdx.x) / blocks_;
+    }
+
+    template <typename Logits, typename BucketOf, typename Visit>
+    __device__ void greatest(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
+                             const BucketOf &bucket_of, const Visit &visit) {
+        if (last.until <= kCandidates) {
+            sort(vocabulary, count, last, logits, bucket_of, visit);
+        } else {
+            take(vocabulary, count, logits, visit);
+        }
+    }
+
+private:
+    __device__ void clear_counts() {
         for (int bucket = threadIdx.x; bucket < kBuckets; bucket += kClusterThreads) {
             shared_.counts[bucket] = 0;
         }
@@ -148,12 +196,16 @@ public:
             shared_.candidate_count = 0;
         }
         __syncthreads();
-        each(vocabulary, logits, [&](std::int32_t, float logit) {
-            const int bucket = bucket_of(logit);
-            if (bucket != kNoBucket) {
-                atomicAdd(shared_.counts + bucket, 1);
-            }
-        });
+    }
+
+    __device__ void count(int bucket) {
+        if (bucket != kNoBucket) {
+            atomicAdd(shared_.counts + bucket, 1);
+        }
+    }
+
+    // Returns the bucket that has the k-th of the counted tokens.
+    __device__ Bucket bucket_of_kth(std::int32_t vocabulary, std::int32_t k) {
         __syncthreads();
         const int lane = threadIdx.x % kWarp;
         const int warp = threadIdx.x / kWarp;
@@ -190,31 +242,6 @@ public:
         return shared_.found;
     }
 
-    // Waits until no block reads the memory of another one: then blocks may end.
-    __device__ void finish() {
-        sync();
-    }
-
-    __device__ bool is_first() const {
-        return cluster_.thread_rank() == 0;
-    }
-
-    // The row of this cluster.
-    __device__ std::int32_t row() const {
-        return static_cast<std::int32_t>(blockIdx.x) / blocks_;
-    }
-
-    template <typename Logits, typename BucketOf, typename Visit>
-    __device__ void greatest(std::int32_t vocabulary, int count, const Bucket &last, const Logits &logits,
-                             const BucketOf &bucket_of, const Visit &visit) {
-        if (last.until <= kCandidates) {
-            sort(vocabulary, count, last, logits, bucket_of, visit);
-        } else {
-            take(vocabulary, count, logits, visit);
-        }
-    }
-
-private:
     // Numbers of tokens in the lanes of a warp.
     struct Counted {
         int count = 0;
@@ -283,9 +310,14 @@ private:
                          const BucketOf &bucket_of, const Visit &visit) {
         Rank *const candidates = cluster_.map_shared_rank(shared_.candidates, 0);
         int *const candidate_count = cluster_.map_shared_rank(&shared_.candidate_count, 0);
-        each(vocabulary, logits, [&](std::int32_t token, float logit) {
-            if (last.reaches(bucket_of(logit))) {
-                candidates[atomicAdd(candidate_count, 1)] = rank_of(logit, token);
+        each(vocabulary, logits, [&](const Run &run) {
+            if (!last.reaches(bucket_of(run.greatest()))) {
+                return;
+            }
+            for (int i = 0; i < kRun; ++i) {
+                if (last.reaches(bucket_of(run.logits[i])) && run.first + i < vocabulary) {
+                    candidates[atomicAdd(candidate_count, 1)] = rank_of(run.logits[i], run.first + i);
+                }
             }
         });
         sync();
@@ -308,7 +340,15 @@ private:
     template <typename Logits, typename Visit>
     __device__ void take(std::int32_t vocabulary, int count, const Logits &logits, const Visit &visit) {
         GreatestRank own;
-        each(vocabulary, logits, [&](std::int32_t token, float logit) { own.merge({rank_of(logit, token)}); });
+        const auto merge_below = [&](Rank limit) {
+            each(vocabulary, logits, [&](const Run &run) {
+                for (int i = 0; i < kRun; ++i) {
+                    const Rank rank = rank_of(run.logits[i], run.first + i);
+                    own.merge({rank < limit ? rank : 0});
+                }
+            });
+        };
+        merge_below(~Rank{0});
         for (int place = 0; place < count; ++place) {
             const GreatestRank found = all(own);
             if (is_first()) {
@@ -316,10 +356,7 @@ private:
             }
             if (own.rank == found.rank) {
                 own.rank = 0;
-                each(vocabulary, logits, [&](std::int32_t token, float logit) {
-                    const Rank rank = rank_of(logit, token);
-                    own.merge({rank < found.rank ? rank : 0});
-                });
+                merge_below(found.rank);
             }
         }
     }
@@ -331,29 +368,91 @@ private:
     bool started_ = false;
 };
 
+// The numbers of a run's tokens in a table of unsigned integers of 1, 2 or 4 bytes, as they lie in memory.
+template <typename Number>
+struct RunOf {
+    static constexpr int kOfWord = sizeof(unsigned) / sizeof(Number);
+    static constexpr int kWords = kRun / kOfWord;
+
+    unsigned words[kWords] = {};
+
+    // Reads vectors where the address allows them. Tokens past the end of the vocabulary get the padding.
+    __device__ static RunOf read(const Number *table, std::int32_t first, std::int32_t vocabulary, Number padding) {
+        using Access = std::conditional_t<kWords == 2, uint2, uint4>;
+        constexpr int kAccesses = sizeof(words) / sizeof(Access);
+        const Number *const numbers = table + first;
+        RunOf run;
+        if (first <= vocabulary - kRun && reinterpret_cast<std::uintptr_t>(numbers) % sizeof(Access) == 0) {
+#pragma unroll
+            for (int i = 0; i < kAccesses; ++i) {
+                const Access access = reinterpret_cast<const Access *>(numbers)[i];
+                std::memcpy(run.words + i * (kWords / kAccesses), &access, sizeof access);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kRun; ++i) {
+                const Number number = i < vocabulary - first ? numbers[i] : padding;
+                run.words[i / kOfWord] |= static_cast<unsigned>(number) << shift(i);
+            }
+        }
+        return run;
+    }
+
+    __device__ Number operator[](int i) const {
+        return static_cast<Number>(words[i / kOfWord] >> shift(i));
+    }
+
+private:
+    __device__ static constexpr int shift(int i) {
+        return i % kOfWord * 8 * static_cast<int>(sizeof(Number));
+    }
+};
+
 // A row of logits in memory.
 template <ElementType kElement>
 class RowOfElements {
 public:
-    static constexpr int kAhead = 4;  // tokens that a thread reads at once
+    using Number = std::conditional_t<kElement == ElementType::kFloat32, std::uint32_t, std::uint16_t>;
+    using Read = RunOf<Number>;
 
-    explicit __device__ RowOfElements(const char *row) : row_(row) {
+    __device__ RowOfElements(const char *row, std::int32_t vocabulary)
+        : row_(reinterpret_cast<const Number *>(row)), vocabulary_(vocabulary) {
     }
 
-    __device__ float read(std::int32_t token) const {
+    __device__ float at(std::int32_t token) const {
         if constexpr (kElement == ElementType::kFloat32) {
-            return reinterpret_cast<const float *>(row_)[token];
+            return __uint_as_float(row_[token]);
         } else {
-            return Pair<kElement>::unpack(reinterpret_cast<const std::uint16_t *>(row_)[token]).x;
+            return Pair<kElement>::unpack(row_[token]).x;
         }
     }
 
-    __device__ static float of(float logit) {
-        return logit;
+    __device__ Read read(std::int32_t first) const {
+        return Read::read(row_, first, vocabulary_, kLowest);
+    }
+
+    __device__ static void of(const Read &read, Run &run) {
+        if constexpr (kElement == ElementType::kFloat32) {
+            for (int i = 0; i < kRun; ++i) {
+                run.logits[i] = __uint_as_float(read.words[i]);
+            }
+        } else {
+            for (int i = 0; i < kRun / 2; ++i) {
+                const float2 pair = Pair<kElement>::unpack(read.words[i]);
+                run.logits[2 * i] = pair.x;
+                run.logits[2 * i + 1] = pair.y;
+            }
+        }
     }
 
 private:
-    const char *row_;
+    // The bits of -inf.
+    static constexpr Number kLowest = kElement == ElementType::kFloat32    ? 0xff800000U
+                                      : kElement == ElementType::kBFloat16 ? 0xff80U
+                                                                           : 0xfc00U;
+
+    const Number *row_;
+    std::int32_t vocabulary_;
 };
 
 // Launches a kernel of `Arguments` with as many blocks for each row as still run all at once. Blocks of a row are side by

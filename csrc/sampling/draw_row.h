@@ -7,6 +7,7 @@
 
 #include "include/integer.h"
 #include "sampling/draw.h"
+#include "sampling/fixed_sum.h"
 #include "sampling/noise.h"
 #include "sampling/order.h"
 #include "sampling/team.h"
@@ -142,34 +143,52 @@ struct KeyRange {
     }
 };
 
-// Returns the k-th greatest logit.
+// Divides a range of keys into buckets of equally many.
+struct KeyBuckets {
+    KeyRange range;
+    int shift = 0;
+    float least;  // of the range
+
+    LLAMA_TE_HOST_DEVICE explicit KeyBuckets(const KeyRange &keys) : range(keys), least(number_of(keys.least)) {
+        while ((range.greatest - range.least) >> shift >= kBuckets) {
+            ++shift;
+        }
+    }
+
+    LLAMA_TE_HOST_DEVICE int operator()(float logit) const {
+        const std::uint32_t key = ordered(logit);
+        const bool is_inside = range.least <= key && key <= range.greatest;
+        return is_inside ? static_cast<int>((range.greatest - key) >> shift) : kNoBucket;
+    }
+};
+
+// Returns the k-th greatest logit. `own` is the greatest one of the thread.
 template <typename Team, typename Logits>
 LLAMA_TE_HOST_DEVICE float kth_logit(Team &team, const Logits &logits, std::int32_t vocabulary, float greatest,
-                                     std::int32_t k) {
-    const LogitBuckets bucket_of{greatest};
+                                     float own, std::int32_t k) {
+    LogitBuckets bucket_of{greatest};
+    bucket_of.least = team.least_of(k, own, bucket_of);
     const Bucket first = team.find(vocabulary, k, logits, bucket_of);
     KeyRange range;
-    team.each(vocabulary, logits, [&](std::int32_t, float logit) {
-        if (bucket_of(logit) == first.bucket) {
-            const std::uint32_t key = ordered(logit);
-            range.merge({key, key});
+    team.each(vocabulary, logits, [&](const Run &run) {
+        if (!first.reaches(bucket_of(run.greatest()))) {
+            return;
+        }
+        for (const float logit : run.logits) {
+            if (bucket_of(logit) == first.bucket) {
+                const std::uint32_t key = ordered(logit);
+                range.merge({key, key});
+            }
         }
     });
     range = team.all(range);
     k = first.k;
-    // Often all logits in a bucket are equal. Otherwise buckets of equally many keys divide the range.
+    // Often all logits in a bucket are equal.
     while (range.least < range.greatest) {
-        int shift = 0;
-        while ((range.greatest - range.least) >> shift >= kBuckets) {
-            ++shift;
-        }
-        const Bucket found = team.find(vocabulary, k, logits, [&](float logit) {
-            const std::uint32_t key = ordered(logit);
-            const bool is_inside = range.least <= key && key <= range.greatest;
-            return is_inside ? static_cast<int>((range.greatest - key) >> shift) : kNoBucket;
-        });
-        range.greatest -= static_cast<std::uint32_t>(found.bucket) << shift;
-        const std::uint32_t width = (1U << shift) - 1;
+        const KeyBuckets buckets(range);
+        const Bucket found = team.find(vocabulary, k, logits, buckets);
+        range.greatest -= static_cast<std::uint32_t>(found.bucket) << buckets.shift;
+        const std::uint32_t width = (1U << buckets.shift) - 1;
         range.least = range.greatest - range.least > width ? range.greatest - width : range.least;
         k = found.k;
     }
@@ -177,11 +196,6 @@ LLAMA_TE_HOST_DEVICE float kth_logit(Team &team, const Logits &logits, std::int3
 }
 
 // --- the choice ------------------------------------------------------------------------------------------------------
-
-// Returns a token's probability divided by that of the likeliest token, as an integer of 2^-32.
-LLAMA_TE_HOST_DEVICE inline std::int64_t share_of(float weight) {
-    return static_cast<std::int64_t>(weight * 0x1p32F);
-}
 
 // Returns the sum of shares that top-p reaches with its last token.
 LLAMA_TE_HOST_DEVICE inline std::int64_t top_p_limit(std::int64_t total, float top_p) {
@@ -200,16 +214,14 @@ struct Greatest {
     }
 };
 
-// What a candidate is compared with.
-struct Round {
-    std::int64_t total = 0;   // shares of the tokens that top-k keeps
-    std::int64_t before = 0;  // shares of those before the candidate, in the order of falling logits
-    Rank next = 0;            // the greatest sum of logit and noise among them
+// Sums of shares: of tokens' probabilities divided by that of the likeliest token.
+struct Shares {
+    FixedSum<32> total;   // of the tokens that top-k keeps
+    FixedSum<32> before;  // of those before the candidate, in the order of falling logits
 
-    LLAMA_TE_HOST_DEVICE void merge(const Round &other) {
-        total += other.total;
-        before += other.before;
-        next = other.next > next ? other.next : next;
+    LLAMA_TE_HOST_DEVICE void merge(const Shares &other) {
+        total.merge(other.total);
+        before.merge(other.before);
     }
 };
 
@@ -217,19 +229,19 @@ struct Round {
 //
 // The Gumbel-max trick draws from the whole vocabulary first. If top-k, top-p and min-p keep that token, it is the one
 // that they would let win. If not, they keep no token behind it either, so the draw is repeated among those before it.
-// So with top-p most rows read their logits twice, and nothing is sorted. The logits that top-k and min-p keep are known
-// in advance: a second draw is the last one.
+// So with top-p most rows read their logits twice, and nothing is sorted. The logits that top-k and min-p keep are
+// known in advance: without top-p a second draw is the last one.
 template <typename Team, typename Logits>
 LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logits, const Choice &choice,
                                            std::int32_t vocabulary) {
     Greatest mine;
+    Best best;
     {
-        Best best;
         Noisiest noisiest(choice.noise);
-        const auto see = [&](std::int32_t token, float logit) {
-            best.see(token, logit);
+        const auto see = [&](const Run &run) {
+            best.see(run);
             if (choice.is_random) {
-                noisiest.see(token, logit);
+                noisiest.see(run, [](std::int32_t, float) { return true; });
             }
         };
         const auto learn = [&] {
@@ -247,39 +259,55 @@ LLAMA_TE_HOST_DEVICE std::int64_t draw_row(Team &team, const Logits &logits, con
     const bool cuts_k = choice.top_k < vocabulary;
     const bool cuts_p = choice.top_p < 1;
     const float greatest = number_of(key_of(first.logit));
-    const float least = cuts_k ? kth_logit(team, logits, vocabulary, greatest, choice.top_k) : -HUGE_VALF;
+    const float least = cuts_k ? kth_logit(team, logits, vocabulary, greatest, best.logit(), choice.top_k) : -HUGE_VALF;
     const auto weight_of = [&](float logit) { return expf(logit - greatest); };
     const auto may_win = [&](float logit) { return logit >= least && weight_of(logit) >= choice.min_p; };
+    // Below these logits all shares are 0, and no token may win. The margin is more than all roundings.
+    const float least_share = fmaxf(least, greatest - 23.0F);
+    const float least_winner = fmaxf(least, greatest + logf(choice.min_p) - 1e-3F);
     Rank drawn = first.sum;
     while (token_of(drawn) != kNoToken) {
         const auto candidate = static_cast<std::int32_t>(token_of(drawn));
-        const float limit = logits.of(logits.read(candidate));
-        if (!cuts_p && may_win(limit)) {
+        const float limit = logits.at(candidate);
+        const auto is_before = [&](std::int32_t token, float logit) {
+            return token < candidate ? logit >= limit : logit > limit;
+        };
+        const auto top_p_keeps_it = [&] {
+            Shares part;
+            team.each(vocabulary, logits, [&](const Run &run) {
+                if (run.greatest() < least_share) {
+                    return;
+                }
+                float shares[kRun];
+                for (int i = 0; i < kRun; ++i) {
+                    shares[i] = weight_of(run.logits[i] < least ? -HUGE_VALF : run.logits[i]);
+                }
+                part.total.add(shares);
+                if (run.greatest() < limit) {
+                    return;
+                }
+                for (int i = 0; i < kRun; ++i) {
+                    shares[i] = is_before(run.first + i, run.logits[i]) ? shares[i] : 0.0F;
+                }
+                part.before.add(shares);
+            });
+            const Shares all = team.all(part);
+            return all.before.units() < top_p_limit(all.total.units(), choice.top_p);
+        };
+        if (may_win(limit) && (!cuts_p || top_p_keeps_it())) {
             return candidate;
         }
-        Round part;
+        const float least_next = fmaxf(limit, least_winner);
         Noisiest noisiest(choice.noise);
-        const auto see = [&](std::int32_t token, float logit) {
-            if (logit < least) {
-                return;
-            }
-            const float weight = weight_of(logit);
-            const std::int64_t share = share_of(weight);
-            part.total += share;
-            if (logit > limit || (logit == limit && token < candidate)) {
-                part.before += share;
-                if (weight >= choice.min_p) {
-                    noisiest.see(token, logit);
-                }
+        const auto see = [&](const Run &run) {
+            if (run.greatest() >= least_next) {
+                noisiest.see(run, [&](std::int32_t token, float logit) {
+                    return is_before(token, logit) && may_win(logit);
+                });
             }
         };
         team.each(vocabulary, logits, see, [&] { noisiest.learn(team); });
-        part.next = noisiest.rank();
-        const Round round = team.all(part);
-        if (may_win(limit) && round.before < top_p_limit(round.total, choice.top_p)) {
-            return candidate;
-        }
-        drawn = round.next;
+        drawn = team.all(GreatestRank{noisiest.rank()}).rank;
     }
     return kNoToken;
 }

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kClusterThreads, kBlocksOfMultiprocessor) logp
     allow_next_kernel();
     wait_for_previous_kernel();
     const std::int32_t row = cluster.row();
-    logprobs_row(cluster, RowOfElements<kElement>(a.logits + row * a.row_bytes), a, row);
+    logprobs_row(cluster, RowOfElements<kElement>(a.logits + row * a.row_bytes, a.vocabulary), a, row);
     cluster.finish();
 }
 

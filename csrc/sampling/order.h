@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "include/integer.h"
+#include "sampling/run.h"
 
 namespace llama_te {
 
@@ -56,11 +57,19 @@ LLAMA_TE_HOST_DEVICE inline std::int64_t token_of(Rank rank) {
 // The greatest logit that one thread has seen, in the order of ranks. The thread sees the lower token first.
 class Best {
 public:
-    LLAMA_TE_HOST_DEVICE void see(std::int32_t token, float logit) {
-        if (!(logit <= logit_) && logit_ == logit_) {  // NaN stays
-            logit_ = logit;
-            token_ = token;
+    LLAMA_TE_HOST_DEVICE void see(const Run &run) {
+        const float greatest = run.greatest();
+        if (!(greatest <= logit_) && logit_ == logit_) {  // NaN stays
+            logit_ = greatest;
+            token_ = run.first;
+            for (int i = kRun - 1; i >= 0; --i) {
+                token_ = run.logits[i] == greatest ? run.first + i : token_;
+            }
         }
+    }
+
+    LLAMA_TE_HOST_DEVICE float logit() const {
+        return logit_;
     }
 
     // 0 if it has seen no token above -inf.

@@ -2,26 +2,31 @@
 //
 // A team is one thread on the host, `Alone`, or a cluster of blocks on the GPU, `Cluster`. It has
 //   each(vocabulary, logits, visit, after)
-//                               calls visit(token, logit) for the thread's tokens, in ascending order; now and then it
-//                               calls after(), in all threads that run in step
-//   greatest_nearby(number)     the greatest number of the threads that run in step; only `after` may call it
+//                               calls visit(run) for the runs of tokens that the thread has, in ascending order, and
+//                               after() once each run or more often, together with the threads nearby
+//   greatest_nearby(number)     the greatest number of some threads nearby, which all call it
 //   all(part)                   merges the threads' parts, by Part::merge; every thread gets the result
-//   find(vocabulary, k, logits, bucket_of)
+//   find(vocabulary, k, logits, bucket_of, visit)
 //                               counts the tokens in each bucket_of(logit) and returns the bucket that has the k-th token,
-//                               from bucket 0 on; tokens in kNoBucket come last
+//                               from bucket 0 on; tokens in kNoBucket come last; also calls visit(run) as `each` does
+//   least_of(k, own, bucket_of) a number that the k-th logit is not below, or -inf; `own` is the greatest logit of the
+//                               thread: the k-th of the threads' own logits is at most the k-th of all
 //   greatest(vocabulary, count, last, logits, bucket_of, visit)
 //                               calls visit(place, rank) for each of the greatest ranks, in one thread each; `last` is
 //                               what `find` has returned for the count-th token
 //   is_first()                  is true in one thread
-// `logits` has read(token), which reads memory alone, and of(what it read), the logit. So threads read several tokens ahead.
+// `logits` has at(token), the logit of one token. For a cluster it has also read(first), which reads the memory
+// of a run alone, and of(what it read, run), which sets the run's logits. So threads read runs ahead.
 // Parts are integers whose sums and maxima have no order. So the results of a row depend on nothing but the row.
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "include/integer.h"
 #include "sampling/order.h"
+#include "sampling/run.h"
 
 namespace llama_te {
 
@@ -45,6 +50,13 @@ struct Bucket {
 // are so far from the greatest one that they are in no bucket.
 struct LogitBuckets {
     float greatest;
+    float least = -HUGE_VALF;  // `find` may pass over logits below it
+
+    // Below a bucket's logits. The margin is more than all roundings.
+    LLAMA_TE_HOST_DEVICE float below(int bucket) const {
+        const float distance = static_cast<float>(bucket + 2) / kBucketsOfLogit + 1e-6F * fabsf(greatest);
+        return bucket == kNoBucket ? -HUGE_VALF : greatest - distance;
+    }
 
     LLAMA_TE_HOST_DEVICE int operator()(float logit) const {
         const float distance = (greatest - logit) * kBucketsOfLogit;
@@ -61,7 +73,8 @@ struct GreatestRank {
 };
 
 struct Nothing {
-    LLAMA_TE_HOST_DEVICE void operator()() const {
+    template <typename... Seen>
+    LLAMA_TE_HOST_DEVICE void operator()(const Seen &...) const {
     }
 };
 
