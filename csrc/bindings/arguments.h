@@ -40,6 +40,16 @@ std::int64_t integer(const Name &name, py::handle value, std::int64_t least, std
 float real(const Name &name, py::handle value);
 bool boolean(const Name &name, py::handle value);
 
+// A tensor that the caller may leave out, and its address or null.
+inline std::optional<Tensor> optional_tensor(const Name &name, py::handle object) {
+    return object.is_none() ? std::nullopt : std::optional<Tensor>(std::in_place, name, object);
+}
+
+template <typename Value>
+Value *data_or_null(const std::optional<Tensor> &tensor) {
+    return tensor ? tensor->as<Value>() : nullptr;
+}
+
 // From a function that makes arguments of Python's, or nothing if there is nothing to do, to a function for Python that
 // checks them, runs them on the host, or launches them on a GPU.
 template <typename Arguments, typename... Parameters>

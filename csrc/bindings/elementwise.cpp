@@ -69,13 +69,8 @@ std::optional<Call<EmbedArguments>> embed_arguments(py::handle tokens_tensor, py
 
 // The scales of an output in FP8, and what multiplies them. Neither is given for other outputs.
 struct Scales {
-    Scales(py::handle factor_tensor, py::handle scale_tensor) {
-        if (!scale_tensor.is_none()) {
-            scale.emplace(Name{"scale"}, scale_tensor);
-        }
-        if (!factor_tensor.is_none()) {
-            factor.emplace(Name{"factor"}, factor_tensor);
-        }
+    Scales(py::handle factor_tensor, py::handle scale_tensor)
+        : scale(optional_tensor({"scale"}, scale_tensor)), factor(optional_tensor({"factor"}, factor_tensor)) {
     }
 
     std::optional<Tensor> scale;
@@ -103,27 +98,17 @@ struct Scales {
     }
 
     Quantization pointers() const {
-        return {factor ? factor->as<const float>() : nullptr, scale ? scale->as<float>() : nullptr};
+        return {data_or_null<const float>(factor), data_or_null<float>(scale)};
     }
 };
 
-// The scales of an input's rows, which are optional.
-struct RowScales {
-    RowScales(Name name, py::handle tensor, const Tensor &input, std::vector<const Tensor *> &apart) {
-        if (!tensor.is_none()) {
-            scale.emplace(name, tensor);
-            check(*scale, DType::kFloat32, input.device, {input.shape[0]}, "[B]");
-            apart.push_back(&*scale);
-        }
+// Checks the scales of an input's rows, if there are any, and adds them to the tensors that lie apart.
+void check_row_scales(const std::optional<Tensor> &scale, const Tensor &input, std::vector<const Tensor *> &apart) {
+    if (scale) {
+        check(*scale, DType::kFloat32, input.device, {input.shape[0]}, "[B]");
+        apart.push_back(&*scale);
     }
-    RowScales(const RowScales &) = delete;
-
-    std::optional<Tensor> scale;
-
-    const float *pointer() const {
-        return scale ? scale->as<const float>() : nullptr;
-    }
-};
+}
 
 template <Where kWhere>
 std::optional<Call<QuantizeRowsArguments>> quantize_rows_arguments(py::handle input_tensor, py::handle factor_tensor,
@@ -174,15 +159,15 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
     std::vector<const Tensor *> matrices = {&hidden, &output};
     std::vector<const Tensor *> apart = {&weight};
     scales.check_with("rms_norm", hidden, output, {rows, features}, "[B, K]", apart);
-    std::optional<Tensor> addend;
-    if (!addend_tensor.is_none()) {
-        addend.emplace(Name{"addend"}, addend_tensor);
+    const auto addend = optional_tensor({"addend"}, addend_tensor);
+    const auto addend_scale = optional_tensor({"addend_scale"}, addend_scale_tensor);
+    if (addend) {
         check_like(*addend, hidden, {rows, features}, "[B, K]");
         matrices.push_back(&*addend);
-    } else if (!addend_scale_tensor.is_none()) {
+    } else if (addend_scale) {
         refuse("addend_scale is given without addend, whose rows it multiplies.");
     }
-    const RowScales addend_scale({"addend_scale"}, addend_scale_tensor, hidden, apart);
+    check_row_scales(addend_scale, hidden, apart);
     for (const Tensor *const matrix : matrices) {
         check_contiguous(*matrix);
     }
@@ -201,8 +186,9 @@ std::optional<Call<RmsNormArguments>> rms_norm_arguments(py::handle hidden_tenso
     if (hidden.empty()) {
         return std::nullopt;
     }
-    return Call<RmsNormArguments>{{hidden.data, addend ? addend->data : nullptr, addend_scale.pointer(), weight.data,
-                                   epsilon, output.data, scales.pointers(), hidden.size(0, "B"), hidden.size(1, "K")},
+    return Call<RmsNormArguments>{{hidden.data, data_or_null<const char>(addend),
+                                   data_or_null<const float>(addend_scale), weight.data, epsilon, output.data,
+                                   scales.pointers(), hidden.size(0, "B"), hidden.size(1, "K")},
                                   launch,
                                   {}};
 }
@@ -222,7 +208,8 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
     const Scales scales(factor_tensor, scale_tensor);
     std::vector<const Tensor *> apart = {&input, &output};
     scales.check_with("swiglu", input, output, {input.shape[0], input.shape[1] / 2}, "[B, F]", apart);
-    const RowScales input_scale({"input_scale"}, input_scale_tensor, input, apart);
+    const auto input_scale = optional_tensor({"input_scale"}, input_scale_tensor);
+    check_row_scales(input_scale, input, apart);
     check_contiguous(input);
     check_contiguous(output);
     check_all_apart(apart);
@@ -239,7 +226,8 @@ std::optional<Call<SwigluArguments>> swiglu_arguments(py::handle input_tensor, p
     }
     input.size(1, "2 F");
     return Call<SwigluArguments>{
-        {input.data, input_scale.pointer(), output.data, scales.pointers(), output.size(0, "B"), output.size(1, "F")},
+        {input.data, data_or_null<const float>(input_scale), output.data, scales.pointers(), output.size(0, "B"),
+         output.size(1, "F")},
         launch,
         {}};
 }
@@ -260,9 +248,8 @@ std::optional<Call<GreedyArguments>> greedy_arguments(py::handle logits_tensor, 
     }
     check(tokens, DType::kInt64, logits.device, {rows}, "[B]");
     std::vector<const Tensor *> tensors = {&logits, &tokens, &best, &tickets};
-    std::optional<Tensor> lengths;
-    if (!lengths_tensor.is_none()) {
-        lengths.emplace(Name{"lengths"}, lengths_tensor);
+    const auto lengths = optional_tensor({"lengths"}, lengths_tensor);
+    if (lengths) {
         check(*lengths, DType::kInt32, logits.device, {rows}, "[B]");
         tensors.push_back(&*lengths);
     }
@@ -284,7 +271,7 @@ std::optional<Call<GreedyArguments>> greedy_arguments(py::handle logits_tensor, 
         return std::nullopt;
     }
     return Call<GreedyArguments>{{logits.data, logits.byte_stride(0), logits.size(0, "B"), logits.size(1, "V"),
-                                  tokens.as<std::int64_t>(), lengths ? lengths->as<std::int32_t>() : nullptr,
+                                  tokens.as<std::int64_t>(), data_or_null<std::int32_t>(lengths),
                                   best.as<std::uint64_t>(), tickets.as<std::int32_t>()},
                                  launch,
                                  {}};
@@ -300,7 +287,8 @@ void bind_elementwise(py::module_ &module) {
         define(module, name, function, "input", "factor", "output", "scale");
     };
     const auto define_rms_norm = [&](const char *name, auto function) {
-        define(module, name, function, "hidden", "weight", "epsilon", "addend", "addend_scale", "factor", "output", "scale");
+        define(module, name, function, "hidden", "weight", "epsilon", "addend", "addend_scale", "factor", "output",
+               "scale");
     };
     const auto define_swiglu = [&](const char *name, auto function) {
         define(module, name, function, "input", "input_scale", "factor", "output", "scale");

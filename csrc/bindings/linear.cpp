@@ -19,15 +19,6 @@ struct ProductFields {
     enum { kInput, kWeight, kOutput, kScale, kNormWeight, kEpsilon, kResidual, kSwiglu, kCount };
 };
 
-std::optional<Tensor> optional_tensor(const Name &name, py::handle object) {
-    return object.is_none() ? std::nullopt : std::optional<Tensor>(std::in_place, name, object);
-}
-
-template <typename Value>
-Value *data_or_null(const std::optional<Tensor> &tensor) {
-    return tensor ? tensor->as<Value>() : nullptr;
-}
-
 bool is_fp8(const Tensor &weight) {
     return weight.dtype == DType::kFloat8E4M3;
 }

@@ -17,16 +17,6 @@ namespace {
 
 constexpr std::int64_t kMaskBits = 32;  // of a word
 
-// A table that some rows need, or nothing.
-std::optional<Tensor> optional_tensor(const char *name, py::handle object) {
-    return object.is_none() ? std::nullopt : std::optional<Tensor>(std::in_place, Name{name}, object);
-}
-
-template <typename Value>
-Value *data_of(const std::optional<Tensor> &tensor) {
-    return tensor ? tensor->as<Value>() : nullptr;
-}
-
 // The element of logits [B, V] that the operator can read.
 ElementType element_of_logits(const char *operation, const Tensor &logits) {
     const ElementType element = element_of(logits);
@@ -61,12 +51,12 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     const Tensor numbers({"numbers"}, numbers_tensor);
     const Tensor integers({"integers"}, integers_tensor);
     const Tensor positions({"positions"}, positions_tensor);
-    const auto bias = optional_tensor("bias", bias_tensor);
-    const auto seen = optional_tensor("seen", seen_tensor);
-    const auto ending = optional_tensor("ending", ending_tensor);
-    const auto counts = optional_tensor("counts", counts_tensor);
-    const auto mask_index = optional_tensor("mask_index", mask_index_tensor);
-    const auto masks = optional_tensor("masks", masks_tensor);
+    const auto bias = optional_tensor({"bias"}, bias_tensor);
+    const auto seen = optional_tensor({"seen"}, seen_tensor);
+    const auto ending = optional_tensor({"ending"}, ending_tensor);
+    const auto counts = optional_tensor({"counts"}, counts_tensor);
+    const auto mask_index = optional_tensor({"mask_index"}, mask_index_tensor);
+    const auto masks = optional_tensor({"masks"}, masks_tensor);
     const Tensor tokens({"tokens"}, tokens_tensor);
 
     const ElementType element = element_of_logits("draw", logits);
@@ -138,12 +128,12 @@ std::optional<Call<DrawArguments>> draw_arguments(py::handle logits_tensor, py::
     arguments.numbers = numbers.as<const float>();
     arguments.integers = integers.as<const std::int64_t>();
     arguments.positions = positions.as<const std::int32_t>();
-    arguments.bias = data_of<const float>(bias);
-    arguments.seen = data_of<std::uint8_t>(seen);
-    arguments.ending = data_of<const std::uint8_t>(ending);
-    arguments.counts = data_of<std::int32_t>(counts);
-    arguments.mask_index = data_of<const std::int32_t>(mask_index);
-    arguments.masks = data_of<const std::uint32_t>(masks);
+    arguments.bias = data_or_null<const float>(bias);
+    arguments.seen = data_or_null<std::uint8_t>(seen);
+    arguments.ending = data_or_null<const std::uint8_t>(ending);
+    arguments.counts = data_or_null<std::int32_t>(counts);
+    arguments.mask_index = data_or_null<const std::int32_t>(mask_index);
+    arguments.masks = data_or_null<const std::uint32_t>(masks);
     arguments.mask_count = masks ? masks->size(0, "M") : 0;
     arguments.mask_words = masks ? masks->size(1, "W") : 0;
     arguments.tokens = tokens.as<std::int64_t>();

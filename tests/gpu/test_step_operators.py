@@ -15,6 +15,7 @@ from infer.step_oracle import (
     LinearCase,
     assert_linear,
     assert_quantized,
+    assert_rows_take_scales,
     before_nan,
     expected_greedy,
     expected_rms_norm,
@@ -543,13 +544,7 @@ def test_scales_of_an_addend_and_of_a_gate_and_up(features: int) -> None:
     for rows in (1, 33, 300):
         hidden, addend, gate_up = (randn(rows, part * features, seed=part) for part in (1, 1, 2))
         scale = torch.logspace(-9, 9, rows, 2, device="cuda").log2().round().exp2()
-        scale_B1 = scale[:, None].bfloat16()
-        total, output, expected = hidden.clone(), torch.empty_like(hidden), torch.empty_like(hidden)
-        rms_norm(total, weight, 1e-5, expected, addend=addend * scale_B1)
-        rms_norm(hidden, weight, 1e-5, output, addend=addend, addend_scale=scale)
-        assert torch.equal(hidden, total) and torch.equal(output, expected)
-        swiglu(gate_up * scale_B1, expected)
-        swiglu(gate_up, output, input_scale=scale)
+        output, expected = assert_rows_take_scales(hidden, addend, gate_up, weight, scale)
         assert torch.equal(output, expected)
         found = run_in_fp8(features, swiglu, gate_up, input_scale=scale)
         assert_same_bits(found, run_in_fp8(features, quantize_rows, expected))

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from llama_te_infer.ops.linear import LinearWorkspace, linear
+from llama_te_infer.ops.rms_norm import rms_norm
+from llama_te_infer.ops.swiglu import swiglu
 
 FP8 = torch.float8_e4m3fn
 NAN_BITS = 0x7F  # of FP8, with either sign
@@ -200,6 +202,24 @@ def assert_quantized(input: torch.Tensor, value: torch.Tensor, scale: torch.Tens
     bound_BK = torch.maximum(exact_BK.abs() * 2**-4, 2**-10 * scale_B1) * (1 + 1e-6)
     assert bool(((found_BK - exact_BK).abs() <= bound_BK).all())
     assert torch.equal(value.double().abs().amax(1), torch.where(greatest_B1[:, 0] > 0, 448.0, 0.0).double())
+
+
+def assert_rows_take_scales(
+    hidden: torch.Tensor, addend: torch.Tensor, gate_up: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` has the bits of an addend that was multiplied before; scales are powers of two.
+
+    Returns:
+        What `swiglu` gives with the scales, and what it gives of a matrix that was multiplied before.
+    """
+    scale_B1 = scale[:, None].to(hidden.dtype)
+    total, output, expected = hidden.clone(), torch.empty_like(hidden), torch.empty_like(hidden)
+    rms_norm(total, weight, 1e-5, expected, addend=addend * scale_B1)
+    rms_norm(hidden, weight, 1e-5, output, addend=addend, addend_scale=scale)
+    assert torch.equal(hidden, total) and torch.equal(output, expected)
+    swiglu(gate_up * scale_B1, expected)
+    swiglu(gate_up, output, input_scale=scale)
+    return output, expected
 
 
 def expected_greedy(logits: torch.Tensor) -> list[int]:

@@ -253,29 +253,28 @@ def multiply_many(products: list[Product]) -> None:
         factors = product.input if rounded is None else rounded
         rounded = None
         if product.norm_weight is not None:
-            product_BK, scale_B = addend or _Deferred(None, None)
+            product_BK, scale_B = addend or (None, None)
             addend = None
             norm = functools.partial(rms_norm, product.input, product.norm_weight, product.epsilon)
             factors = _computed(norm, product.input, product, defers, addend=product_BK, addend_scale=scale_B)
         elif product.scale is not None and isinstance(factors, torch.Tensor):
             factors = _computed(functools.partial(quantize_rows, product.input), product.input, product, defers)
+        is_stored = product.residual is None and not product.swiglu
+        product_BN = _times_weight(factors, product, defers, output_BN if is_stored else None)
         scale_B = factors.scale_B if defers and isinstance(factors, _Rounded) else None
         if product.swiglu:
-            gate_up_BN = _times_weight(factors, product, defers)
-            activate = functools.partial(swiglu, gate_up_BN, input_scale=scale_B)
+            activate = functools.partial(swiglu, product_BN, input_scale=scale_B)
             if following is not None and following.input is output_BN and following.scale is not None:
                 result = _computed(activate, output_BN, following, following_defers)
                 assert isinstance(result, _Rounded)
                 rounded = result  # nobody else reads the activation
             else:
                 activate(output=output_BN)
-        elif product.residual is None:
-            _times_weight(factors, product, defers, output_BN)
         elif defers:
-            addend = _Deferred(_times_weight(factors, product, defers), scale_B)
-        else:
-            # Round before the addition, as a layer of single operations does.
-            torch.add(_times_weight(factors, product, defers), product.residual, out=output_BN)
+            addend = _Deferred(product_BN, scale_B)
+        elif product.residual is not None:
+            # The product is rounded before the addition, as in a layer of single operations.
+            torch.add(product_BN, product.residual, out=output_BN)
 
 
 class _Rounded(NamedTuple):
@@ -288,7 +287,7 @@ class _Rounded(NamedTuple):
 class _Deferred(NamedTuple):
     """A product that the following norm adds to the residual, and what still multiplies its rows."""
 
-    product_BK: torch.Tensor | None
+    product_BK: torch.Tensor
     scale_B: torch.Tensor | None
 
 
@@ -317,7 +316,7 @@ def _computed(
 
 
 def _times_weight(
-    factors: torch.Tensor | _Rounded, product: Product, defers: bool, output_BN: torch.Tensor | None = None
+    factors: torch.Tensor | _Rounded, product: Product, defers: bool, output_BN: torch.Tensor | None
 ) -> torch.Tensor:
     """Multiply rows with a product's weight, and with nothing else of it."""
     weight_KN, device = product.weight.T, product.weight.device
